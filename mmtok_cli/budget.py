@@ -1,0 +1,91 @@
+"""Budgets: how many vision tokens an image keeps, as a count or as a share of what it has."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from mmtok_cli.errors import MMTokError
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Vision tokens kept per image: `count`, or `percent` of the image's tokens (exactly one of the two)."""
+
+    count: int | None = None
+    percent: float | None = None
+
+    @staticmethod
+    def parse(text: str) -> Budget:
+        """Read "64" or "10%". Raises MMTokError for anything that is not a positive budget."""
+        text = text.strip()
+        hint = "give the number of vision tokens to keep, as in 64, or a share of them, as in 10%"
+        if re.fullmatch(r"\d+", text) and int(text) > 0:
+            return Budget(count=int(text))
+        if re.fullmatch(r"\d+(\.\d+)?\s*%", text) and 0 < float(text.rstrip("% ")) <= 100:
+            return Budget(percent=float(text.rstrip("% ")))
+        if re.fullmatch(r"0+(\.0+)?\s*%?", text):
+            raise MMTokError("a budget of 0 keeps no vision token", "the method for that is `none`: --method none")
+        raise MMTokError(f"{text!r} is not a budget", hint)
+
+    def resolve(self, total: int) -> int:
+        """Tokens to keep of `total`; shares are rounded down, as MMTok's release does.
+
+        Raises MMTokError when `total` has fewer tokens than the budget, or the share comes to less than one.
+        """
+        if self.count is not None:
+            if self.count > total:
+                raise MMTokError(
+                    f"the budget of {self.count} is more than the {total} vision tokens of the image",
+                    f"choose 1 to {total}, or a share such as 10%",
+                )
+            return self.count
+        share = self.percent or 0.0
+        kept = math.floor(total * share / 100)
+        if kept < 1:
+            raise MMTokError(
+                f"{self} of {total} vision tokens is less than one",
+                f"choose at least {math.ceil(10000 / total) / 100:g}%, or a number of tokens",
+            )
+        return kept
+
+    def __str__(self) -> str:
+        return str(self.count) if self.count is not None else f"{self.percent:g}%"
+
+
+def parse_budgets(text: str) -> list[Budget]:
+    """Read a comma-separated list of budgets; repeats are dropped."""
+    budgets = [Budget.parse(part) for part in text.split(",")]
+    return list(dict.fromkeys(budgets))
+
+
+def rectangle(budget: int, grid: tuple[int, int], aspect: float) -> tuple[int, int]:
+    """The (rows, columns) with exactly `budget` cells that distort `grid` least.
+
+    Between two shapes of equal distortion (8x16 and 16x8 of a square grid) the one nearer to the image's `aspect`,
+    its height over its width, is taken. A side may be stretched against the other by a factor of two at most, so
+    64, 128 and 192 of 24x24 tokens exist (8x8, 8x16, 12x16) and prime numbers mostly do not.
+
+    Raises MMTokError naming the nearest budgets that can be met.
+    """
+    best = _best_rectangle(budget, grid, aspect)
+    if best is None:
+        rows, columns = grid
+        feasible = [n for n in range(1, rows * columns + 1) if _best_rectangle(n, grid, aspect)]
+        below = max((n for n in feasible if n < budget), default=None)
+        above = min((n for n in feasible if n > budget), default=None)
+        nearest = " or ".join(str(n) for n in (below, above) if n is not None)
+        raise MMTokError(
+            f"no rectangle of {budget} tokens fits a grid of {rows}x{columns} without distorting it more than 2:1",
+            f"the nearest budgets that resizing can meet exactly are {nearest}",
+        )
+    return best
+
+
+def _best_rectangle(budget: int, grid: tuple[int, int], aspect: float) -> tuple[int, int] | None:
+    rows, columns = grid
+    shapes = [(h, budget // h) for h in range(1, rows + 1) if budget % h == 0 and budget // h <= columns]
+    distortions = {(h, w): round(abs(math.log((h / w) / (rows / columns))), 9) for h, w in shapes}
+    allowed = [shape for shape, distortion in distortions.items() if distortion <= math.log(2) + 1e-9]
+    return min(allowed, key=lambda s: (distortions[s], abs(math.log((s[0] / s[1]) / aspect))), default=None)

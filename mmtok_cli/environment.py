@@ -1,0 +1,60 @@
+"""What a result was measured on."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mmtok_cli import __version__
+
+if TYPE_CHECKING:
+    from mmtok_cli.bench.results import Environment
+    from mmtok_cli.models.base import VisionLanguageModel
+
+
+def environment_of(model: VisionLanguageModel) -> Environment:
+    """Versions, device, attention kernel, threads, git commit (of a source checkout) and command line."""
+    import torch
+    import transformers
+
+    from mmtok_cli.bench.results import Environment
+
+    on_gpu = model.device.type == "cuda"
+    commit = _git("rev-parse", "HEAD")
+    return Environment(
+        mmtok=__version__,
+        git_commit=commit,
+        git_dirty=bool(_git("status", "--porcelain")) if commit else None,
+        python=platform.python_version(),
+        torch=torch.__version__,
+        transformers=transformers.__version__,
+        platform=platform.platform(),
+        processor=torch.cuda.get_device_name(model.device) if on_gpu else _processor(),
+        device=str(model.device),
+        dtype=str(model.dtype).removeprefix("torch."),
+        attention=model.attention,
+        threads=torch.get_num_threads(),
+        command=[Path(sys.argv[0]).name, *sys.argv[1:]],
+    )
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _git(*arguments: str) -> str | None:
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,56 @@
+"""Known models: what differs between them and is not code, one TOML file each."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mmtok_cli.errors import MMTokError
+
+PACKAGE = Path(__file__).parent
+
+
+class Profile(BaseModel):
+    """One known model.
+
+    location: a hub id, or `package:PATH` for what comes with mmtok.
+    parameters: their number. vision_tokens: per image. budgets: those published for the model.
+    methods: parameters that differ from a method's defaults on this model, by method.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    summary: str
+    family: str
+    location: str
+    parameters: float
+    vision_tokens: int
+    budgets: tuple[str, ...]
+    methods: dict[str, dict[str, Any]] = {}
+
+    @property
+    def source(self) -> str:
+        """The directory or hub id to load from."""
+        if self.location.startswith("package:"):
+            return str(PACKAGE / self.location.removeprefix("package:"))
+        return self.location
+
+
+def known_profiles() -> dict[str, Profile]:
+    """All profiles by name, the demo model first. Raises MMTokError naming a file that does not parse."""
+    installed = PACKAGE / "profiles"
+    directory = installed if installed.is_dir() else PACKAGE.parent / "profiles"
+    profiles = [_read(path) for path in sorted(directory.glob("*.toml"))]
+    profiles.sort(key=lambda profile: (profile.name != "demo", profile.parameters))
+    return {profile.name: profile for profile in profiles}
+
+
+def _read(path: Path) -> Profile:
+    try:
+        return Profile(**tomllib.loads(path.read_text(encoding="utf-8")))
+    except (tomllib.TOMLDecodeError, ValidationError) as error:
+        raise MMTokError(f"{path} is not a profile: {error}", "compare it with profiles/demo.toml") from error
