@@ -1,0 +1,279 @@
+"""MMTok's token selection as plain functions over tensors: no model, no tokenizer.
+
+Vision tokens are chosen by greedy maximum coverage (MMTok, arXiv 2508.18264, section 3 and algorithm 2): a few
+tokens are kept so that every target, which is a text token or a vision token, has a similar token among them.
+
+The greedy pick is exact but lazy. Adding tokens only ever shrinks the gain of the others (the objective is
+submodular), so an old gain is an upper bound of the present one, and only the tokens with the largest bounds need
+a fresh look. A pick then costs a few dozen rows of the coverage matrix instead of all of them.
+"""
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from mmtok_cli.errors import MMTokError
+
+_Given = TypeVar("_Given", Tensor, Tensor | None)
+
+ALPHA = 0.5  # weight of vision-vision coverage; this and the temperatures: paper, section 4.1
+TEXT_TEMPERATURE = 0.02  # LLaVA; the authors use 0.01 for Qwen2.5-VL
+VISION_TEMPERATURE = 0.2
+
+_FIRST_BLOCK, _LARGEST_BLOCK = 32, 256  # tokens that the lazy greedy re-evaluates at once
+_PRODUCT_BLOCK = 512  # rows of the symmetric product computed at once
+_EXHAUSTIVE_BELOW_CPU = 257  # up to here a full sweep costs less than keeping bounds
+_EXHAUSTIVE_BELOW_GPU = 4096  # a sweep needs no answer from the device; a lazy round waits for one
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Selected vision tokens of one image (`[k]`) or of a batch (`[b, k]`).
+
+    Any first part of `order` is what a smaller `k` would have selected.
+    """
+
+    indices: Tensor  # ascending, int64
+    order: Tensor  # as picked, int64
+    gains: Tensor  # what each pick added to the covered total, float32, in the order of the picks
+
+
+@torch.no_grad()
+def select_tokens(
+    text: Tensor | None,
+    projected: Tensor,
+    features: Tensor | None,
+    k: int,
+    *,
+    alpha: float = ALPHA,
+    text_temperature: float = TEXT_TEMPERATURE,
+    vision_temperature: float = VISION_TEMPERATURE,
+    excluded: Tensor | None = None,
+    text_mask: Tensor | None = None,
+) -> Coverage:
+    """Select `k` vision tokens that together cover the text tokens and all vision tokens.
+
+    Args:
+        text: text-token embeddings, `[m, d]`, or `[b, m, d]` for a batch; one `[m, d]` may serve a whole batch.
+            None, or no rows: only vision tokens are covered (the paper's vision-only ablation).
+        projected: vision tokens behind the projector, `[n, d]` or `[b, n, d]`.
+        features: the same tokens before the projector, `[n, d_vis]` or `[b, n, d_vis]`. None, or `alpha` 0: only
+            text is covered.
+        k: tokens to select per image.
+        alpha: weight of the vision-vision coverage.
+        text_temperature, vision_temperature: softmax temperatures of the two similarities.
+        excluded: bool `[n]` or `[b, n]`, True for tokens never to be picked (padding). As in the released code they
+            are still targets and still stand in the softmax denominators.
+        text_mask: bool `[b, m]`, True for real rows of `text`, where questions of different lengths share a batch.
+
+    Rows are scaled to unit length in the dtype in which they come, then cast to float32, as in the released code;
+    cast before the call to score in full precision. Zero rows are harmless. An image is selected alike alone and in
+    a batch.
+
+    Raises:
+        MMTokError: shapes do not fit, a parameter is out of range, a value is not finite, or `k` exceeds the
+            tokens that are not excluded.
+    """
+    batched = projected.dim() == 3
+    text, projected, features = _with_batch(text, 3), _with_batch(projected, 3), _with_batch(features, 3)
+    excluded, text_mask = _with_batch(excluded, 2), _with_batch(text_mask, 2)
+    _check_shapes(text, projected, features, excluded, text_mask)
+    if excluded is None:
+        excluded = torch.zeros(projected.shape[:2], dtype=torch.bool, device=projected.device)
+    _check_numbers(k, alpha, text_temperature, vision_temperature, excluded)
+    excluded = excluded.expand(projected.shape[:2])
+
+    options = {"alpha": alpha, "text_temperature": text_temperature, "vision_temperature": vision_temperature}
+    if text is None or text_mask is None or bool(text_mask.all()):
+        order, gains = _select(text, projected, features, k, excluded, **options)
+    else:
+        # Images with equally long questions go together. Padding them all to one length would change the order of
+        # the sums, and so, at the last digit, the picks.
+        text = text.expand(len(projected), -1, -1)
+        order = torch.empty(len(projected), k, dtype=torch.int64, device=projected.device)
+        gains = torch.empty(len(projected), k, dtype=torch.float32, device=projected.device)
+        lengths = text_mask.sum(1)
+        for length in lengths.unique().tolist():
+            group = lengths == length
+            rows = text[group][text_mask[group]].view(-1, length, text.shape[-1])
+            vision = None if features is None else features[group]
+            order[group], gains[group] = _select(rows, projected[group], vision, k, excluded[group], **options)
+    if not batched:
+        order, gains = order[0], gains[0]
+    return Coverage(indices=order.sort().values, order=order, gains=gains)
+
+
+def _select(
+    text: Tensor | None, projected: Tensor, features: Tensor | None, k: int, excluded: Tensor, **options: float
+) -> tuple[Tensor, Tensor]:
+    matrix = coverage_matrix(text, projected, features, **options)
+    n, on_cpu = matrix.shape[1], matrix.device.type == "cpu"
+    if matrix.shape[2] == 0:
+        raise MMTokError("there is nothing to cover", "give text tokens, or features with alpha above 0")
+    # Every entry of a row has been through a softmax over all tokens: one row shows whatever is wrong with any.
+    if n and not bool(matrix[:, 0].isfinite().all()):
+        raise MMTokError("text, projected or features hold NaN or infinity", "score in a wider dtype")
+    if n < (_EXHAUSTIVE_BELOW_CPU if on_cpu else _EXHAUSTIVE_BELOW_GPU):
+        return greedy_exhaustive(matrix, k, excluded)
+    return greedy_lazy(matrix, k, excluded)[:2]
+
+
+def coverage_matrix(
+    text: Tensor | None,
+    projected: Tensor,
+    features: Tensor | None,
+    *,
+    alpha: float = ALPHA,
+    text_temperature: float = TEXT_TEMPERATURE,
+    vision_temperature: float = VISION_TEMPERATURE,
+) -> Tensor:
+    """How well each vision token covers each target: `[b, n, m + n]` float32, one row per token.
+
+    A target's similarities to all n tokens go through a softmax (paper, section 3.3), so the softmax runs down a
+    column. The m text targets weigh 1 / m each, the n vision targets alpha / n each. Shapes as in `select_tokens`,
+    with the batch axis; without vision targets (`features` None or `alpha` 0) the result is `[b, n, m]`.
+    """
+    batch, n, _ = projected.shape
+    m = 0 if text is None else text.shape[1]
+    covered = torch.empty(batch, n, m, device=projected.device)
+    if text is not None and m:
+        words = _unit_rows(text).expand(batch, -1, -1)
+        for image in range(batch):  # one product per image: batched kernels round differently
+            torch.mm(_unit_rows(projected[image]), words[image].T, out=covered[image])
+        covered = (covered / text_temperature).softmax(1) / m
+    if features is None or alpha == 0:
+        return covered
+
+    matrix = torch.empty(batch, n, m + n, device=projected.device)
+    matrix[..., :m] = covered
+    vision = matrix[..., m:]  # from here on everything happens in place: at 16384 tokens this is a gigabyte
+    for image in range(batch):
+        _self_product(_unit_rows(features[image]), out=vision[image])
+    # Self-similarity is 1, so subtracting it keeps the exponentials in range. The matrix is still symmetric here:
+    # its row sums, which lie contiguous, are the denominators of the columns.
+    vision.sub_(1).div_(vision_temperature).exp_()
+    denominators = vision.sum(-1).clamp_(min=torch.finfo(torch.float32).tiny)
+    vision.mul_((alpha / n / denominators).unsqueeze(1))
+    return matrix
+
+
+def greedy_lazy(matrix: Tensor, k: int, excluded: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Greedy maximum coverage (paper, algorithm 2), re-evaluating only tokens that may be the best.
+
+    Args:
+        matrix: `[b, n, targets]`, not negative.
+        k: picks; at most the number of tokens of each image that are not excluded.
+        excluded: bool `[b, n]`.
+
+    Returns:
+        order `[b, k]`, gains `[b, k]`, and how many gains were evaluated in all. Order and gains equal those of
+        `greedy_exhaustive` to the bit: every gain is summed afresh, and the lowest index wins a tie.
+    """
+    batch, n, targets = matrix.shape
+    rows = matrix.view(batch * n, targets)
+    first_row = torch.arange(0, batch * n, n, device=matrix.device).unsqueeze(1)
+    best = matrix.new_zeros(batch, 1, targets)
+    bound = matrix.sum(-1).masked_fill_(excluded, -torch.inf)
+    order, gains, evaluated = [], [], 0
+    for _ in range(k):
+        size = min(_FIRST_BLOCK, n)
+        old, block = bound.topk(size, sorted=False)
+        while True:
+            fresh = rows.index_select(0, (block + first_row).view(-1)).view(batch, size, targets)
+            fresh = fresh.sub_(best).relu_().sum(-1)
+            evaluated += batch * size
+            # Bounds only go down, so picked and excluded tokens stay at minus infinity.
+            bound.scatter_(1, block, torch.minimum(old, fresh))
+            gain, winner = bound.max(1, keepdim=True)
+            # The winner must itself be fresh. Comparing its gain with the next bound instead would let a token with
+            # a higher index win a tie.
+            if bool((block == winner).any(1).all()):
+                break
+            size = min(2 * size, _LARGEST_BLOCK, n)
+            old, block = bound.topk(size, sorted=False)
+            # Among more ties than a block holds, topk may leave the winner out for ever.
+            old[:, -1:], block[:, -1:] = gain, winner
+        order.append(winner)
+        gains.append(gain)
+        bound.scatter_(1, winner, -torch.inf)
+        best = torch.maximum(best, rows.index_select(0, (winner + first_row).view(-1)).unsqueeze(1))
+    return _joined(order, matrix, torch.int64), _joined(gains, matrix, matrix.dtype), evaluated
+
+
+def greedy_exhaustive(matrix: Tensor, k: int, excluded: Tensor) -> tuple[Tensor, Tensor]:
+    """Greedy maximum coverage that evaluates every token at every pick; arguments and results as in `greedy_lazy`.
+
+    It never waits for the device, and for few tokens it beats the lazy form.
+    """
+    best = torch.zeros_like(matrix[:, :1])
+    buffer = torch.empty_like(matrix)
+    barred = torch.zeros_like(matrix[..., 0]).masked_fill_(excluded, -torch.inf)
+    order, gains = [], []
+    for _ in range(k):
+        gain, winner = torch.sub(matrix, best, out=buffer).relu_().sum(-1).add_(barred).max(1, keepdim=True)
+        order.append(winner)
+        gains.append(gain)
+        barred.scatter_(1, winner, -torch.inf)
+        best = torch.maximum(best, matrix.gather(1, winner.unsqueeze(-1).expand_as(best)))
+    return _joined(order, matrix, torch.int64), _joined(gains, matrix, matrix.dtype)
+
+
+def _joined(picks: list[Tensor], matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.cat(picks, 1) if picks else torch.empty(len(matrix), 0, dtype=dtype, device=matrix.device)
+
+
+def _unit_rows(x: Tensor) -> Tensor:
+    """Unit-length rows as the released code makes them: in the stored dtype, length floored at 1e-8, then float32."""
+    length = x.norm(dim=-1, keepdim=True).clamp(min=1e-8)
+    # The floor is 0 in float16, where zero rows would become NaN.
+    return (x / length.where(length > 0, 1)).float()
+
+
+def _self_product(x: Tensor, out: Tensor) -> None:
+    """`x @ x.T` into `out`, which is symmetric, so the part below the blocks on the diagonal is copied."""
+    n = len(x)
+    for start in range(0, n, _PRODUCT_BLOCK):
+        stop = min(start + _PRODUCT_BLOCK, n)
+        torch.mm(x[start:stop], x[start:].T, out=out[start:stop, start:])
+        out[stop:, start:stop] = out[start:stop, stop:].T
+
+
+def _with_batch(x: _Given, dim: int) -> _Given:
+    return x.unsqueeze(0) if x is not None and x.dim() == dim - 1 else x
+
+
+def _check_shapes(
+    text: Tensor | None, projected: Tensor, features: Tensor | None, excluded: Tensor | None, text_mask: Tensor | None
+) -> None:
+    """All arguments carry the batch axis here."""
+    fits = projected.dim() == 3
+    if fits:
+        batch, n, d = projected.shape
+        if text is not None:
+            fits &= text.dim() == 3 and len(text) in (1, batch) and text.shape[2] == d
+            fits &= text_mask is None or (text_mask.dtype == torch.bool and text_mask.shape == (batch, text.shape[1]))
+        fits &= features is None or (features.dim() == 3 and features.shape[:2] == (batch, n))
+        fits &= excluded is None or (excluded.dtype == torch.bool and excluded.shape in ((1, n), (batch, n)))
+    if not fits:
+        given = {"text": text, "projected": projected, "features": features, "excluded": excluded}
+        shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in given.items() if x is not None)
+        raise MMTokError(
+            f"the shapes do not fit together: {shapes}"
+            + ("" if text_mask is None else f", text_mask {list(text_mask.shape)}"),
+        )
+
+
+def _check_numbers(k: int, alpha: float, text_temperature: float, vision_temperature: float, excluded: Tensor) -> None:
+    if alpha < 0 or text_temperature <= 0 or vision_temperature <= 0:
+        raise MMTokError(
+            f"alpha {alpha}, text temperature {text_temperature}, vision temperature {vision_temperature}",
+            "alpha must not be negative, and the temperatures must be positive",
+        )
+    eligible = int((~excluded).sum(1).min())
+    if not 0 <= k <= eligible:
+        raise MMTokError(
+            f"cannot keep {k} vision tokens: {eligible} of {excluded.shape[1]} are eligible",
+            f"choose a number from 0 to {eligible}",
+        )

@@ -1,0 +1,14 @@
+"""The unreduced baseline."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from mmtok_cli.methods.base import Method
+
+
+@dataclass(frozen=True)
+class Full(Method):
+    """Keeps every vision token: what all speedups and retentions are measured against."""
+
+    summary: ClassVar[str] = "every vision token: the baseline"
+    takes_budget: ClassVar[bool] = False

@@ -1,0 +1,37 @@
+"""Average pooling of the token grid: the same sum as a smaller image, after the encoder."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch.nn.functional import adaptive_avg_pool2d
+
+from mmtok_cli.budget import rectangle
+from mmtok_cli.methods.base import Method, require_eligible
+from mmtok_cli.tokens import Selection, TextTokens, VisionTokens
+
+
+@dataclass(frozen=True)
+class Pool(Method):
+    """Averages the projected tokens of the image over a grid of exactly as many cells as the budget.
+
+    Padding is left out of the averages. The token at the middle of a cell is the place that the cell stands for.
+    """
+
+    summary: ClassVar[str] = "average pooling of the token grid, after the encoder"
+
+    def select(self, vision: VisionTokens, text: TextTokens, budget: int) -> Selection:
+        if budget == vision.total:
+            return Selection.everything(vision)
+        require_eligible(vision, budget)
+        places = vision.eligible.view(vision.grid).nonzero()
+        (top, left), (bottom, right) = places.amin(0).tolist(), (places.amax(0) + 1).tolist()
+        height, width = bottom - top, right - left
+        rows, columns = rectangle(budget, (height, width), height / width)
+
+        content = vision.projected.view(*vision.grid, -1)[top:bottom, left:right]
+        cells = adaptive_avg_pool2d(content.permute(2, 0, 1), (rows, columns))
+        middle_row = top + (2 * torch.arange(rows) + 1) * height // (2 * rows)
+        middle_column = left + (2 * torch.arange(columns) + 1) * width // (2 * columns)
+        indices = (middle_row[:, None] * vision.grid[1] + middle_column).flatten()
+        return Selection(indices.to(content.device), tokens=cells.flatten(1).T.contiguous())

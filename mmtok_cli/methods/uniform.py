@@ -1,0 +1,39 @@
+"""Evenly spaced tokens: reduction that looks at nothing."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from mmtok_cli.methods.base import Method, require_eligible
+from mmtok_cli.tokens import Selection, TextTokens, VisionTokens
+
+
+@dataclass(frozen=True)
+class Uniform(Method):
+    """Spreads the budget evenly over the rows, and over the columns of each row, leaving padding out."""
+
+    summary: ClassVar[str] = "an evenly spaced grid of tokens"
+
+    def select(self, vision: VisionTokens, text: TextTokens, budget: int) -> Selection:
+        if budget == vision.total:
+            return Selection.everything(vision)
+        require_eligible(vision, budget)
+        columns = vision.grid[1]
+        places = vision.eligible.nonzero().squeeze(1)
+        lines = [line for line in places.split(torch.bincount(places // columns).tolist()) if len(line)]
+        shortest = min(len(line) for line in lines)
+        square = round(math.sqrt(budget * len(lines) / shortest))
+        chosen = _spread(min(max(square, math.ceil(budget / shortest), 1), budget, len(lines)), len(lines))
+        shares = [(i + 1) * budget // len(chosen) - i * budget // len(chosen) for i in range(len(chosen))]
+        picks = [lines[row][_spread(share, len(lines[row]))] for row, share in zip(chosen, shares, strict=True)]
+        return Selection(torch.cat(picks))
+
+
+def _spread(count: int, length: int) -> Tensor:
+    """`count` different places, evenly spaced in range(length)."""
+    return torch.arange(count).mul(2).add(1).mul(length).div(2 * count, rounding_mode="floor")

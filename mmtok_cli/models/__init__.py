@@ -1,0 +1,132 @@
+"""Loading a model by name, hub id or directory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmtok_cli.errors import MMTokError, suggestion
+from mmtok_cli.profiles import Profile, known_profiles
+
+if TYPE_CHECKING:
+    import torch
+
+    from mmtok_cli.models.base import VisionLanguageModel
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
+
+def load_model(name: str = "demo", *, device: str = "auto", dtype: str = "auto") -> VisionLanguageModel:
+    """Load a model with its processor, ready for inference.
+
+    name: one of `mmtok models`, a hub id, or a directory in the hub's format.
+    device: `auto` takes a GPU where there is one. dtype: `auto` takes float32 on a CPU, otherwise what the weights
+    are stored in.
+
+    Raises MMTokError for a name, device or data type that does not exist here, a model family that is not supported,
+    and weights that are missing or damaged.
+    """
+    where = choose_device(device)
+    source = _source(name)
+    family = _family(name, source)
+
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(source, dtype=choose_dtype(dtype, where))
+        processor = AutoProcessor.from_pretrained(source)
+    except Exception as error:
+        # transformers raises OSError, ValueError, RuntimeError, SafetensorError and more for files that are not right.
+        raise MMTokError(
+            f"{name} could not be loaded: {_first_line(error)}", "check or download its files again"
+        ) from error
+    return family(name, model.to(where).eval(), processor)
+
+
+def profile_of(name: str) -> Profile | None:
+    """The profile of a model, by its name or by its hub id."""
+    profiles = known_profiles()
+    return profiles.get(name) or next((p for p in profiles.values() if p.location == name), None)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called `name`, or the best there is for `auto`. Raises MMTokError where it is not there."""
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kind = name.partition(":")[0]
+    if kind not in DEVICES:
+        raise MMTokError(f"there is no device {name!r}", f"choose one of {', '.join(DEVICES)}")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise MMTokError("no CUDA device is available", "use --device cpu, or install a CUDA build of torch")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise MMTokError("no MPS device is available", "use --device cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except RuntimeError as error:
+        raise MMTokError(f"device {name!r} cannot be used: {_first_line(error)}", "use --device auto") from error
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype | str:
+    """The data type called `name`; `auto` is float32 on a CPU, otherwise that of the stored weights."""
+    import torch
+
+    if name not in DTYPES:
+        raise MMTokError(f"there is no data type {name!r}", f"choose one of {', '.join(DTYPES)}")
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    return getattr(torch, name)
+
+
+def _source(name: str) -> str:
+    """The directory or hub id that `name` stands for."""
+    profile = known_profiles().get(name)
+    if profile:
+        return profile.source
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise MMTokError(
+                f"{name} holds no model: there is no config.json in it", "name a directory in the hub's format"
+            )
+        if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
+            raise MMTokError(
+                f"{name} holds no weights: there is no .safetensors file in it", "copy the weights there too"
+            )
+        return str(path)
+    if path.exists():
+        raise MMTokError(f"{name} is a file, not a model", "name a directory in the hub's format")
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise MMTokError(f"there is no model {name!r}", suggestion(name, known_profiles(), "mmtok models"))
+    return name
+
+
+def _family(name: str, source: str) -> Any:
+    from transformers import AutoConfig
+
+    from mmtok_cli.models.llava import Llava
+
+    families = {"llava": Llava}
+    try:
+        model_type = AutoConfig.from_pretrained(source).model_type
+    except (OSError, ValueError, json.JSONDecodeError) as error:
+        if Path(source).is_dir():
+            raise MMTokError(
+                f"the config.json of {name} cannot be read: {_first_line(error)}", "download it again"
+            ) from error
+        raise MMTokError(
+            f"{name} is not in the local cache and could not be fetched from the hub",
+            "check the spelling and the network, or download it elsewhere and name its directory",
+        ) from error
+    if model_type not in families:
+        raise MMTokError(
+            f"{name} is a {model_type!r} model, which is not supported", f"supported families: {', '.join(families)}"
+        )
+    return families[model_type]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,143 @@
+"""What the rest of the house knows of a vision-language model, whatever its family."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from mmtok_cli.tokens import Selection, TextTokens, VisionTokens
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A batch of questions about images, as the processor made it.
+
+    input_ids, attention_mask: [batch, length], left-padded, with one placeholder for each vision token.
+    pixel_values: one tensor per image, since images may be encoded at different sizes.
+    images: the pictures as opened; owners[i] is the row that image i belongs to; grids are their vision tokens.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    pixel_values: tuple[Tensor, ...]
+    images: tuple[Image, ...]
+    image_ids: tuple[str, ...]
+    grids: tuple[tuple[int, int], ...]
+    owners: tuple[int, ...]
+    questions: tuple[str, ...]
+
+
+class VisionLanguageModel(ABC):
+    """A transformers model and its processor, taken apart at the places where vision tokens can be reduced.
+
+    Nothing of the model is changed: encoding and the forward pass are transformers' own, and a shorter prompt is an
+    ordinary prompt with fewer placeholders.
+    """
+
+    family: ClassVar[str]
+
+    def __init__(self, name: str, model: Any, processor: Any) -> None:
+        self.name = name
+        self.model = model
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def parameter_count(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(parameter.nbytes for parameter in self.model.parameters())
+
+    @property
+    def attention(self) -> str:
+        """The attention kernel in use: sdpa, eager, flash_attention_2."""
+        return self.model.config._attn_implementation
+
+    @property
+    def image_token_id(self) -> int:
+        return self.model.config.image_token_id
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        ids = self.model.generation_config.eos_token_id
+        return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
+
+    @abstractmethod
+    def grid(self, image: Image) -> tuple[int, int]:
+        """(rows, columns) of vision tokens that the image has when nothing is reduced."""
+
+    @abstractmethod
+    def prepare(
+        self,
+        questions: Sequence[str],
+        images: Sequence[Sequence[Image]],
+        image_ids: Sequence[Sequence[str]],
+        grids: Sequence[tuple[int, int]],
+    ) -> Prompt:
+        """Turn questions and their images into a prompt whose images are encoded at `grids` (one for each image)."""
+
+    @abstractmethod
+    def encode(self, prompt: Prompt, signals: Sequence[str] = ()) -> list[VisionTokens]:
+        """Run the vision encoder and the projector: the vision tokens of each image."""
+
+    @abstractmethod
+    def patch_boxes(self, image: Image, grid: tuple[int, int]) -> list[tuple[float, float, float, float]]:
+        """(left, top, right, bottom) in pixels of the image that each vision token covers; padding lies outside."""
+
+    def text_tokens(self, prompt: Prompt) -> list[TextTokens]:
+        """The question that goes with each image."""
+        return [TextTokens(prompt.questions[owner], self.embed_words) for owner in prompt.owners]
+
+    def embed_words(self, words: Sequence[str]) -> Tensor:
+        """Input embeddings of words, [text tokens, dim], without the token that begins every sequence."""
+        ids = self.tokenizer(list(words), is_split_into_words=True)["input_ids"]
+        if len(ids) > 1 and ids[0] == self.tokenizer.bos_token_id:
+            ids = ids[1:]
+        return self.model.get_input_embeddings()(torch.tensor(ids, device=self.device))
+
+    def assemble(
+        self, prompt: Prompt, vision: Sequence[VisionTokens], selections: Sequence[Selection]
+    ) -> dict[str, Any]:
+        """Arguments of the model's forward for a prompt that holds the selected vision tokens alone.
+
+        A pure function: placeholders of dropped tokens leave the sequence, rows are aligned to the right again, and
+        positions are counted anew, as the LLaVA family's methods do.
+        """
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        device = prompt.input_ids.device
+        live = prompt.attention_mask.bool()
+        keep = [torch.zeros(v.total, dtype=torch.bool, device=device) for v in vision]
+        for flags, selection in zip(keep, selections, strict=True):
+            flags[selection.indices] = True
+        live[prompt.input_ids == self.image_token_id] = torch.cat(keep)
+
+        length = int(live.sum(1).max())
+        columns = live.int().argsort(dim=1, stable=True)[:, -length:]
+        mask = live.gather(1, columns)
+        pad = self.tokenizer.pad_token_id
+        rows = [
+            v.projected[s.indices] if s.tokens is None else s.tokens for v, s in zip(vision, selections, strict=True)
+        ]
+        return {
+            "input_ids": prompt.input_ids.gather(1, columns).masked_fill(~mask, 0 if pad is None else pad),
+            "attention_mask": mask.long(),
+            "position_ids": (mask.long().cumsum(1) - 1).clamp(min=0),
+            "mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=rows)},
+        }

@@ -1,0 +1,134 @@
+"""LLaVA-1.5: a CLIP tower of fixed size, one grid of vision tokens per image padded to a square."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from PIL import Image as PILImage
+from PIL.Image import Image
+
+from mmtok_cli.errors import MMTokError
+from mmtok_cli.models.base import Prompt, VisionLanguageModel
+from mmtok_cli.models.padding import padding_mask
+from mmtok_cli.tokens import VisionTokens
+
+
+class Llava(VisionLanguageModel):
+    """`LlavaForConditionalGeneration` with a CLIP tower."""
+
+    family: ClassVar[str] = "llava"
+
+    @property
+    def patch_size(self) -> int:
+        return self.model.config.vision_config.patch_size
+
+    @property
+    def image_size(self) -> int:
+        return self.model.config.vision_config.image_size
+
+    def grid(self, image: Image) -> tuple[int, int]:
+        side = self.image_size // self.patch_size
+        return side, side
+
+    def prepare(
+        self,
+        questions: Sequence[str],
+        images: Sequence[Sequence[Image]],
+        image_ids: Sequence[Sequence[str]],
+        grids: Sequence[tuple[int, int]],
+    ) -> Prompt:
+        flat = [image for group in images for image in group]
+        pixels = [self._pixels(image, grid) for image, grid in zip(flat, grids, strict=True)]
+
+        token = self.processor.image_token
+        counts = iter(rows * columns for rows, columns in grids)
+        texts = []
+        for question, group in zip(questions, images, strict=True):
+            if token in question:
+                raise MMTokError(f"the question contains {token}, which stands for an image", "leave it out")
+            before, *after = self._chat(question, len(group)).split(token)
+            texts.append(before + "".join(token * next(counts) + part for part in after))
+        bos = self.tokenizer.bos_token
+        encoded = self.tokenizer(
+            texts,
+            padding=True,
+            padding_side="left",
+            add_special_tokens=not (bos and texts[0].startswith(bos)),
+            return_tensors="pt",
+        ).to(self.device)
+        return Prompt(
+            input_ids=encoded["input_ids"],
+            attention_mask=encoded["attention_mask"],
+            pixel_values=tuple(p.to(self.device, self.dtype) for p in pixels),
+            images=tuple(flat),
+            image_ids=tuple(name for group in image_ids for name in group),
+            grids=tuple(grids),
+            owners=tuple(row for row, group in enumerate(images) for _ in group),
+            questions=tuple(questions),
+        )
+
+    def encode(self, prompt: Prompt, signals: Sequence[str] = ()) -> list[VisionTokens]:
+        by_size: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for i, grid in enumerate(prompt.grids):
+            by_size[grid].append(i)
+        tokens: dict[int, VisionTokens] = {}
+        for grid, members in by_size.items():
+            out = self.model.model.get_image_features(
+                pixel_values=torch.stack([prompt.pixel_values[i] for i in members]),
+                interpolate_pos_encoding=grid != self.grid(prompt.images[members[0]]),
+                return_dict=True,
+            )
+            features = self._selected_layers(out.hidden_states)
+            for row, i in enumerate(members):
+                tokens[i] = VisionTokens(
+                    projected=out.pooler_output[row],
+                    features=features[row],
+                    grid=grid,
+                    eligible=self._eligible(prompt.images[i], grid),
+                    image_id=prompt.image_ids[i],
+                )
+        return [tokens[i] for i in range(len(prompt.images))]
+
+    def patch_boxes(self, image: Image, grid: tuple[int, int]) -> list[tuple[float, float, float, float]]:
+        side = max(image.size)
+        left, top = (side - image.width) // 2, (side - image.height) // 2
+        rows, columns = grid
+        height, width = side / rows, side / columns
+        return [
+            (c * width - left, r * height - top, (c + 1) * width - left, (r + 1) * height - top)
+            for r in range(rows)
+            for c in range(columns)
+        ]
+
+    def _chat(self, question: str, images: int) -> str:
+        content = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": question}]
+        conversation = [{"role": "user", "content": content}]
+        return self.processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+
+    def _pixels(self, image: Image, grid: tuple[int, int]) -> torch.Tensor:
+        """Pad to a square with the mean colour, as LLaVA-1.5 was trained, and scale: [3, height, width].
+
+        transformers' processors crop the middle of an oblong image instead, unless their checkpoint says otherwise.
+        """
+        processor = self.processor.image_processor
+        side = max(image.size)
+        square = PILImage.new("RGB", (side, side), tuple(int(channel * 255) for channel in processor.image_mean))
+        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        size = {"height": grid[0] * self.patch_size, "width": grid[1] * self.patch_size}
+        return processor(square, size=size, crop_size=size, return_tensors="pt")["pixel_values"][0]
+
+    def _selected_layers(self, hidden_states: Sequence[torch.Tensor]) -> torch.Tensor:
+        """What the projector saw, [images, tokens, vision dim]."""
+        layers = self.model.config.vision_feature_layer
+        layers = [layers] if isinstance(layers, int) else layers
+        features = torch.cat([hidden_states[layer] for layer in layers], dim=-1)
+        return features[:, 1:] if self.model.config.vision_feature_select_strategy == "default" else features
+
+    def _eligible(self, image: Image, grid: tuple[int, int]) -> torch.Tensor:
+        if grid != self.grid(image):
+            return torch.ones(grid[0] * grid[1], dtype=torch.bool, device=self.device)
+        padded = padding_mask(image.width, image.height, self.image_size, self.patch_size)
+        return ~padded.to(self.device)
