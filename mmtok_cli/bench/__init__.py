@@ -1,0 +1,1 @@
+"""Measuring: clock, memory, FLOPs, statistics, schedule, runner, results, traces."""

@@ -1,0 +1,49 @@
+"""Seconds of each stage: CUDA events on a GPU, the wall clock elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+class Clock:
+    """Times the stages of one run. `stage` is the context that the pipeline enters; read `seconds` afterwards."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._marks: list[tuple[str, Any, Any]] = []
+        synchronise(device)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = self._now()
+        yield
+        self._marks.append((name, start, self._now()))
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds by stage, and their sum as `total`."""
+        synchronise(self._device)
+        seconds: dict[str, float] = defaultdict(float)
+        for name, start, end in self._marks:
+            seconds[name] += start.elapsed_time(end) / 1000 if self._device.type == "cuda" else end - start
+        return {**seconds, "total": sum(seconds.values())}
+
+    def _now(self) -> Any:
+        if self._device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record(torch.cuda.current_stream(self._device))
+            return event
+        synchronise(self._device)
+        return time.perf_counter()
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done what it was told to."""
+    wait: dict[str, Callable[[], None]] = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}
+    if device.type in wait:
+        wait[device.type]()

@@ -1,0 +1,150 @@
+"""The shape of what is reported: seconds and bytes, raw values kept. `--json` prints these objects."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Times(Record):
+    """Seconds of one stage over all rounds."""
+
+    median: float
+    p10: float
+    p90: float
+    values: list[float]
+
+
+class Speedup(Record):
+    """Baseline seconds / method seconds, paired within rounds; low and high bound a 95 % interval."""
+
+    median: float
+    low: float | None
+    high: float | None
+    conclusive: bool
+
+
+class Tokens(Record):
+    """Vision tokens per image, averaged over samples: before reduction, into the language model, per decoder layer."""
+
+    total: float
+    kept: float
+    text: float
+    layer_average: float
+
+
+class Memory(Record):
+    """Bytes: peak above the weights (None where the device does not count it), KV cache, resident on the host."""
+
+    peak: int | None
+    kv_cache: int
+    host: int
+
+
+class Fidelity(Record):
+    """Closeness to the unreduced model on the answer's first token: mean KL divergence in nats, top-1 agreement."""
+
+    kl: float
+    top1: float
+
+
+class Score(Record):
+    """Right answers, by kind of question too."""
+
+    right: int
+    asked: int
+    by_kind: dict[str, tuple[int, int]] = {}
+
+    @property
+    def share(self) -> float:
+        return self.right / self.asked
+
+
+class CaseResult(Record):
+    """One method at one budget."""
+
+    method: str
+    parameters: dict[str, Any]
+    budget: str | None
+    tokens: Tokens
+    seconds: dict[str, Times]
+    speedup: dict[str, Speedup]
+    memory: Memory
+    flops: dict[str, float]
+    score: float | None = None
+    score_counts: Score | None = None
+    retention: float | None = None
+    fidelity: Fidelity | None = None
+
+    def __str__(self) -> str:
+        return self.method if self.budget is None else f"{self.method} @ {self.budget}"
+
+
+class Environment(Record):
+    """What the figures were measured on."""
+
+    mmtok: str
+    git_commit: str | None
+    git_dirty: bool | None
+    python: str
+    torch: str
+    transformers: str
+    platform: str
+    processor: str
+    device: str
+    dtype: str
+    attention: str
+    threads: int
+    command: list[str]
+
+
+class Schedule(Record):
+    """How the runs were ordered: order[round] lists the cases in the order in which they ran."""
+
+    seed: int
+    samples: int
+    batch_size: int
+    rounds: int
+    warmup: int
+    order: list[list[int]]
+
+
+class Comparison(Record):
+    """What `mmtok compare --json` prints."""
+
+    schema_: Literal["mmtok.compare/1"] = Field(default="mmtok.compare/1", alias="schema")
+    model: str
+    environment: Environment
+    schedule: Schedule
+    interrupted: bool
+    results: list[CaseResult]
+
+
+class Operator(Record):
+    """One operator within one stage of a profiler trace."""
+
+    method: str
+    stage: str
+    name: str
+    calls: int
+    cpu_seconds: float
+    device_seconds: float
+
+
+class Profile(Record):
+    """What `mmtok profile --json` prints."""
+
+    schema_: Literal["mmtok.profile/1"] = Field(default="mmtok.profile/1", alias="schema")
+    model: str
+    parameters: int
+    environment: Environment
+    schedule: Schedule
+    cases: list[CaseResult]
+    stage_peaks: dict[str, dict[str, int]]
+    operators: list[Operator]
+    trace: str

@@ -1,0 +1,85 @@
+"""From the runs of all rounds to one result for each case."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from statistics import fmean, median
+
+from mmtok_cli.bench.results import CaseResult, Fidelity, Memory, Score, Tokens
+from mmtok_cli.bench.runner import Case, Run
+from mmtok_cli.bench.statistics import paired_speedup, summarise
+
+
+def summarise_cases(
+    cases: Sequence[Case], rounds: Sequence[Sequence[Run]], flops: Sequence[Mapping[str, float]]
+) -> list[CaseResult]:
+    """Results of all cases; the first is the baseline of speedup and retention.
+
+    rounds: for each round the runs of all cases, in the order of cases. flops: for each case, by stage.
+    """
+    columns = [[runs[i] for runs in rounds] for i in range(len(cases))]
+    baseline = _score(columns[0])
+    results = []
+    for i, (case, runs) in enumerate(zip(cases, columns, strict=True)):
+        score = _score(runs)
+        seconds = {stage: [run.seconds[stage] for run in runs] for stage in runs[0].seconds}
+        counts = [tokens for run in runs for tokens in run.tokens]
+        kept = fmean(c.kept for c in counts)
+        results.append(
+            CaseResult(
+                method=case.name,
+                parameters=asdict(case.method),
+                budget=None if case.budget is None else str(case.budget),
+                # Reduced before the language model, so that every decoder layer sees the same tokens.
+                tokens=Tokens(
+                    total=fmean(c.total for c in counts),
+                    kept=kept,
+                    text=fmean(c.text for c in counts),
+                    layer_average=kept,
+                ),
+                seconds={stage: summarise(values) for stage, values in seconds.items()},
+                speedup={
+                    stage: paired_speedup([run.seconds[stage] for run in columns[0]], values)
+                    for stage, values in seconds.items()
+                    if i > 0 and min(values) > 0
+                },
+                memory=Memory(
+                    peak=max((run.peak for run in runs if run.peak is not None), default=None),
+                    kv_cache=int(median(run.kv_cache for run in runs)),
+                    host=max(run.host for run in runs),
+                ),
+                flops=dict(flops[i]),
+                score=score.share if score else None,
+                score_counts=score,
+                retention=score.share / baseline.share if i > 0 and score and baseline and baseline.right else None,
+                fidelity=_fidelity(runs) if i > 0 else None,
+            )
+        )
+    return results
+
+
+def _score(runs: Sequence[Run]) -> Score | None:
+    """Each sample counts once, however many rounds it took part in."""
+    right: dict[int, bool] = {}
+    kinds: dict[int, str | None] = {}
+    for run in runs:
+        for sample, answer in zip(run.samples, run.answers, strict=True):
+            if sample.answer is not None:
+                right.setdefault(id(sample), sample.is_right(answer))
+                kinds[id(sample)] = sample.kind
+    if not right:
+        return None
+    by_kind: dict[str, list[bool]] = defaultdict(list)
+    for key, was_right in right.items():
+        by_kind[kinds[key] or "other"].append(was_right)
+    return Score(
+        right=sum(right.values()),
+        asked=len(right),
+        by_kind={kind: (sum(values), len(values)) for kind, values in sorted(by_kind.items())},
+    )
+
+
+def _fidelity(runs: Sequence[Run]) -> Fidelity:
+    return Fidelity(kl=fmean(kl for run in runs for kl in run.kl), top1=fmean(t for run in runs for t in run.top1))

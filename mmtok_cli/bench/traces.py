@@ -1,0 +1,133 @@
+"""torch profiler traces, and what can be read off them: operators and memory by stage."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from mmtok_cli.bench.results import Operator
+from mmtok_cli.bench.runner import Case
+from mmtok_cli.data.samples import Sample
+from mmtok_cli.errors import MMTokError
+from mmtok_cli.models.base import VisionLanguageModel
+from mmtok_cli.pipeline import STAGES, answer
+
+# TensorBoard's profiler plugin knows the category "Runtime"; torch writes these names for the same thing.
+RUNTIME_CATEGORIES = ("cuda_runtime", "cuda_driver")
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A written trace. peaks: bytes allocated at most within a stage, above what was allocated at the start."""
+
+    path: Path
+    operators: list[Operator]
+    peaks: dict[str, int]
+
+
+def trace_directory(path: Path) -> Path:
+    """Make sure that traces can be written there. Raises MMTokError if not."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            return path
+    except OSError as error:
+        raise MMTokError(f"nothing can be written to {path}: {error.strerror}", "choose another --trace-dir") from error
+
+
+def trace_case(
+    model: VisionLanguageModel, case: Case, samples: Sequence[Sample], directory: Path, max_new_tokens: int
+) -> Trace:
+    """Run a case once under the profiler, which slows it down: times of a trace are not results.
+
+    Writes `directory/METHOD/HOST_PID.TIME.pt.trace.json`, one run of TensorBoard's profiler plugin.
+    """
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (model.device.type == "cuda")
+    with profile(activities=activities, profile_memory=True) as profiler:
+        answer(model, case.method, samples, case.budget, max_new_tokens=max_new_tokens, stage=record_function)
+    events = _export(profiler)
+    path = (
+        directory
+        / _file_name(case)
+        / f"{socket.gethostname()}_{os.getpid()}.{time.time_ns() // 1_000_000}.pt.trace.json"
+    )
+    path.parent.mkdir(exist_ok=True)
+    _write(events, path)
+    spans = {
+        event["name"]: (event["ts"], event["ts"] + event["dur"])
+        for event in events["traceEvents"]
+        if event.get("cat") == "user_annotation" and event["name"] in STAGES
+    }
+    return Trace(path, _operators(profiler, case), _peaks(events, spans, model.device))
+
+
+def _file_name(case: Case) -> str:
+    return str(case).replace(" @ ", "-").replace(":", "-").replace("%", "pct").replace("/", "-")
+
+
+def _export(profiler: Any) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        trace = json.loads(path.read_text(encoding="utf-8"))
+    for event in trace["traceEvents"]:
+        if event.get("cat") in RUNTIME_CATEGORIES:
+            event["cat"] = "Runtime"
+    return trace
+
+
+def _write(trace: dict[str, Any], path: Path) -> None:
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(trace), encoding="utf-8")
+    part.replace(path)
+
+
+def _operators(profiler: Any, case: Case) -> list[Operator]:
+    """Time spent in each operator itself, by the stage during which it was called."""
+    events = profiler.events()
+    spans = [
+        (e.name, e.time_range.start, e.time_range.end) for e in events if e.name in STAGES and e.is_user_annotation
+    ]
+    totals: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0, 0.0, 0.0])
+    for event in events:
+        if event.is_user_annotation or event.device_type != torch.autograd.DeviceType.CPU or event.name == "[memory]":
+            continue
+        stage = next((name for name, start, end in spans if start <= event.time_range.start < end), None)
+        if stage is not None:
+            total = totals[stage, event.name]
+            total[0] += 1
+            total[1] += event.self_cpu_time_total / 1e6
+            total[2] += event.self_device_time_total / 1e6
+    operators = [
+        Operator(method=str(case), stage=stage, name=name, calls=int(calls), cpu_seconds=cpu, device_seconds=device)
+        for (stage, name), (calls, cpu, device) in totals.items()
+    ]
+    return sorted(operators, key=lambda o: (STAGES.index(o.stage), -(o.device_seconds or o.cpu_seconds)))
+
+
+def _peaks(trace: dict[str, Any], spans: dict[str, tuple[float, float]], device: torch.device) -> dict[str, int]:
+    kind = torch.autograd.DeviceType.CUDA if device.type == "cuda" else torch.autograd.DeviceType.CPU
+    level = [
+        (event["ts"], event["args"]["Total Allocated"])
+        for event in trace["traceEvents"]
+        if event.get("name") == "[memory]" and event["args"]["Device Type"] == kind.value
+    ]
+    if not level:
+        return {}
+    level.sort()
+    start = level[0][1]
+    return {
+        stage: max((total - start for ts, total in level if begin <= ts < end), default=0)
+        for stage, (begin, end) in spans.items()
+    }

@@ -1,0 +1,60 @@
+"""`mmtok`: the application and how it fails."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from mmtok_cli import __version__
+from mmtok_cli.cli import compare, infer, methods, models, profile, prune
+from mmtok_cli.errors import MMTokError
+
+
+class Commands(TyperGroup):
+    """Turns a fault of the user's input into one clear line and exit status 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except MMTokError as error:
+            from mmtok_cli.report.console import print_error
+
+            print_error(error)
+            raise typer.Exit(2) from error
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    add_completion=True,
+)
+app.command()(infer.infer)
+app.command()(prune.prune)
+app.command()(profile.profile)
+app.command()(compare.compare)
+app.command()(models.models)
+app.command()(methods.methods)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit()
+
+
+@app.callback()
+def mmtok(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Benchmark and profile vision-token reduction in vision-language models."""
+
+
+def main() -> None:
+    app()

@@ -1,0 +1,41 @@
+"""Options that several commands share, spelled and explained alike."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+MODEL = "Model"
+REDUCTION = "Reduction"
+MEASUREMENT = "Measurement"
+OUTPUT = "Output"
+
+ImageArgument = Annotated[Path, typer.Argument(help="Image file.", show_default=False)]
+QuestionArgument = Annotated[str, typer.Argument(help="Question about the image.", show_default=False)]
+
+ModelOption = Annotated[
+    str, typer.Option("--model", "-m", help="Name (see `mmtok models`), hub id or directory.", rich_help_panel=MODEL)
+]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.", rich_help_panel=MODEL)]
+DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.", rich_help_panel=MODEL)]
+
+MethodOption = Annotated[
+    str, typer.Option("--method", help="Reduction method (see `mmtok methods`).", rich_help_panel=REDUCTION)
+]
+BudgetOption = Annotated[
+    str,
+    typer.Option("--budget", "-b", help="Vision tokens kept per image: 64, or 10% of them.", rich_help_panel=REDUCTION),
+]
+SeedOption = Annotated[
+    int, typer.Option(min=0, help="Seed of random draws and of the order.", rich_help_panel=REDUCTION)
+]
+
+MaxNewTokensOption = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.", rich_help_panel=MEASUREMENT)]
+WarmupOption = Annotated[
+    int, typer.Option(min=0, help="Runs of each case that are not counted.", rich_help_panel=MEASUREMENT)
+]
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.", rich_help_panel=OUTPUT)]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no hints.", rich_help_panel=OUTPUT)]

@@ -1,0 +1,119 @@
+"""`mmtok profile`: where the time and the memory go."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mmtok_cli.cli.options import (
+    MEASUREMENT,
+    OUTPUT,
+    BudgetOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    MaxNewTokensOption,
+    MethodOption,
+    ModelOption,
+    QuietOption,
+    SeedOption,
+    WarmupOption,
+)
+
+
+def profile(
+    image: Annotated[
+        Path | None, typer.Argument(help="Image file. Default: a drawn scene.", show_default=False)
+    ] = None,
+    question: Annotated[str, typer.Argument(help="Question about the image.")] = "What is in the image?",
+    model: ModelOption = "demo",
+    method: MethodOption = "mmtok",
+    budget: BudgetOption = "64",
+    runs: Annotated[int, typer.Option(min=1, help="Timed runs of each case.", rich_help_panel=MEASUREMENT)] = 20,
+    warmup: WarmupOption = 3,
+    max_new_tokens: MaxNewTokensOption = 16,
+    top: Annotated[int, typer.Option(min=1, help="Operators to list for each stage.", rich_help_panel=OUTPUT)] = 5,
+    trace_dir: Annotated[
+        Path, typer.Option(help="Directory for the profiler's traces.", rich_help_panel=OUTPUT)
+    ] = Path("traces"),
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Time every stage with and without reduction, and write torch profiler traces of both.
+
+    Timing and tracing happen in separate runs, since a profiler slows down what it watches.
+
+    [dim]mmtok profile --method mmtok --budget 64[/dim]
+    """
+    from mmtok_cli.budget import Budget
+    from mmtok_cli.cli.session import make_cases, open_model, require_methods
+    from mmtok_cli.data.samples import demo_samples, sample_from_file
+
+    require_methods([method])
+    cases = make_cases([method], [Budget.parse(budget)], model, seed)
+    sample = demo_samples(1)[0] if image is None else sample_from_file(image, question)
+
+    from mmtok_cli.bench.traces import trace_case, trace_directory
+
+    trace_directory(trace_dir)
+    vlm = open_model(model, device, dtype, quiet)
+
+    from mmtok_cli.bench.flops import count_flops
+    from mmtok_cli.bench.results import Profile, Schedule
+    from mmtok_cli.bench.runner import run_case, run_rounds
+    from mmtok_cli.bench.schedule import interleaved
+    from mmtok_cli.bench.summary import summarise_cases
+    from mmtok_cli.environment import environment_of
+    from mmtok_cli.report import console as report
+    from mmtok_cli.report import tables
+
+    order = interleaved(len(cases), runs, seed)
+    with report.progress_bar(quiet) as progress:
+        task = progress.add_task("warming up", total=len(cases) * warmup)
+        for case in cases:
+            for _ in range(warmup):
+                run_case(vlm, case, [sample], max_new_tokens)
+                progress.advance(task)
+        progress.update(task, description="timing", total=runs, completed=0)
+        rounds = []
+        for done in run_rounds(vlm, cases, [[sample]], order, max_new_tokens=max_new_tokens):
+            rounds.append(done)
+            progress.advance(task)
+        progress.update(task, description="tracing", total=len(cases), completed=0)
+        flops = []
+        traces = []
+        for case in cases:
+            flops.append(count_flops(vlm, case.method, [sample], case.budget, max_new_tokens))
+            traces.append(trace_case(vlm, case, [sample], trace_dir, max_new_tokens))
+            progress.advance(task)
+
+    result = Profile(
+        model=model,
+        parameters=vlm.parameter_count,
+        environment=environment_of(vlm),
+        schedule=Schedule(seed=seed, samples=1, batch_size=1, rounds=runs, warmup=warmup, order=order),
+        cases=summarise_cases(cases, rounds, flops),
+        stage_peaks={str(case): trace.peaks for case, trace in zip(cases, traces, strict=True)},
+        operators=[operator for trace in traces for operator in trace.operators],
+        trace=str(trace_dir),
+    )
+    if as_json:
+        report.print_json(result)
+        return
+    out = report.results_console()
+    out.print(tables.stage_table(result))
+    out.print(tables.cost_table(result))
+    for trace in traces:
+        out.print(tables.operator_table(trace.operators, top))
+    out.print(tables.environment_line(model, result.environment))
+    notes = report.notes_console(quiet)
+    notes.print(f"• {tables.ceiling(result.cases[0])}")
+    notes.print(f"• open the traces with `tensorboard --logdir {trace_dir}`, tab PyTorch Profiler,")
+    notes.print("  or drop one of the files on https://ui.perfetto.dev")
+    for trace in traces:
+        out.print(f"wrote {trace.path}", soft_wrap=True)

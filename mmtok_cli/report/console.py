@@ -1,0 +1,52 @@
+"""Where output goes: results to standard output, everything else to standard error."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from pydantic import BaseModel
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from mmtok_cli.errors import MMTokError
+
+
+def results_console() -> Console:
+    """Standard output: results and nothing else."""
+    return Console(highlight=False)
+
+
+def notes_console(quiet: bool = False) -> Console:
+    """Standard error: progress, warnings, hints."""
+    return Console(stderr=True, highlight=False, quiet=quiet)
+
+
+def print_json(result: BaseModel | dict[str, Any]) -> None:
+    """One JSON object on standard output, unwrapped and uncoloured."""
+    text = (
+        result.model_dump_json(by_alias=True, indent=2)
+        if isinstance(result, BaseModel)
+        else json.dumps(result, indent=2)
+    )
+    results_console().file.write(text + "\n")
+
+
+def print_error(error: MMTokError) -> None:
+    console = notes_console()
+    console.print(Text.assemble(("error: ", "bold red"), error.message), soft_wrap=True)
+    if error.hint:
+        console.print(Text.assemble(("hint: ", "bold"), error.hint), soft_wrap=True)
+
+
+def progress_bar(quiet: bool) -> Progress:
+    """A bar on standard error that leaves no trace when it is done."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=notes_console(quiet), transient=True, disable=quiet)

@@ -1,0 +1,68 @@
+"""Which patches were kept, drawn over the image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image as PILImage
+from PIL import ImageDraw, ImageEnhance, ImageFont
+from PIL.Image import Image
+
+FRAME = (255, 196, 0)
+FIRST_FRAME = (230, 30, 60)
+Box = tuple[float, float, float, float]
+
+
+def overlay(
+    image: Image, boxes: Sequence[Box], kept: Sequence[int], order: Sequence[int] | None, mark: int = 8
+) -> Image:
+    """The image with dropped patches dimmed and kept ones framed; the first `mark` picks carry their rank.
+
+    boxes: pixels of the image that each vision token covers; what lies outside the image is padding.
+    """
+    scale = max(1, round(720 / max(image.size)))
+    large = image.resize((image.width * scale, image.height * scale), PILImage.Resampling.BICUBIC)
+    faded = ImageEnhance.Brightness(ImageEnhance.Color(large).enhance(0.25)).enhance(0.35)
+    for index in kept:
+        box = _clip(boxes[index], scale, large)
+        if box:
+            faded.paste(large.crop(box), box[:2])
+    draw = ImageDraw.Draw(faded)
+    width = max(1, max(large.size) // 480)
+    for index in kept:
+        box = _clip(boxes[index], scale, large)
+        if box:
+            draw.rectangle(_inner(box), outline=FRAME, width=width)
+    for rank, index in enumerate(order[:mark] if order else (), start=1):
+        box = _clip(boxes[index], scale, large)
+        if box:
+            _mark(draw, box, str(rank), width)
+    return faded
+
+
+def save_image(image: Image, path: Path) -> None:
+    """Write a picture whole or not at all."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        image.save(part, format=PILImage.registered_extensions()[path.suffix.lower()])
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _clip(box: Box, scale: int, image: Image) -> tuple[int, int, int, int] | None:
+    left, top = (max(0, round(v * scale)) for v in box[:2])
+    right, bottom = min(image.width, round(box[2] * scale)), min(image.height, round(box[3] * scale))
+    return (left, top, right, bottom) if left < right and top < bottom else None
+
+
+def _inner(box: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+    return box[0], box[1], box[2] - 1, box[3] - 1
+
+
+def _mark(draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], text: str, width: int) -> None:
+    draw.rectangle(_inner(box), outline=FIRST_FRAME, width=2 * width)
+    font = ImageFont.load_default(max(8, (box[3] - box[1]) * 0.6))
+    middle = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+    draw.text(middle, text, fill="white", font=font, anchor="mm", stroke_width=2, stroke_fill=FIRST_FRAME)

@@ -1,0 +1,200 @@
+"""Results as tables that fit 80 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from mmtok_cli.report.units import count, number, seconds, share, size, spread
+
+if TYPE_CHECKING:
+    from mmtok_cli.bench.results import CaseResult, Comparison, Environment, Operator, Profile, Speedup, Times
+    from mmtok_cli.bench.runner import Run
+
+STAGE_NAMES = ("prepare", "encode", "select", "prefill", "decode", "total")
+Column = tuple[str, Callable[["CaseResult"], "str | Text"]]
+
+
+def plain_table(title: str = "") -> Table:
+    return Table(
+        title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
+    )
+
+
+def speedup_text(speedup: Speedup | None) -> Text:
+    """ "1.87x 1.80–1.93", dimmed with a question mark where the interval contains 1 or there is none."""
+    if speedup is None:
+        return Text("–", style="dim")
+    interval = "" if speedup.low is None else f" {_ratio(speedup.low)}–{_ratio(speedup.high or 0)}"
+    if speedup.conclusive:
+        return Text(f"{_ratio(speedup.median)}x{interval}")
+    return Text(f"{_ratio(speedup.median)}x{interval}?", style="dim")
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}"
+
+
+def speed_table(comparison: Comparison) -> Table:
+    """Methods x budgets: tokens, seconds and speedups."""
+    return _case_table(
+        "Speed",
+        comparison.results,
+        [
+            ("select", lambda r: seconds(r.seconds["select"].median)),
+            ("prefill", lambda r: seconds(r.seconds["prefill"].median)),
+            ("speedup", lambda r: speedup_text(r.speedup.get("prefill"))),
+            ("total", lambda r: seconds(r.seconds["total"].median)),
+            ("speedup", lambda r: speedup_text(r.speedup.get("total"))),
+        ],
+    )
+
+
+def quality_table(comparison: Comparison) -> Table:
+    """Methods x budgets: what is lost, and the memory and operations that are saved."""
+    results = comparison.results
+    columns: list[Column] = []
+    if any(r.score is not None for r in results):
+        columns.append(("score", lambda r: share(r.score)))
+        columns.append(("retention", lambda r: share(r.retention)))
+    columns.append(("top-1", lambda r: share(r.fidelity.top1 if r.fidelity else None)))
+    columns.append(("KL", lambda r: f"{r.fidelity.kl:.3f}" if r.fidelity else "–"))
+    columns.append(("KV cache", lambda r: size(r.memory.kv_cache)))
+    if any(r.memory.peak is not None for r in results):
+        columns.append(("peak", lambda r: size(r.memory.peak)))
+    columns.append(("FLOPs", lambda r: count(r.flops["total"])))
+    return _case_table("Quality, memory, operations", results, columns)
+
+
+def comparison_notes(comparison: Comparison) -> list[str]:
+    """How to read the tables, and what to do where they do not settle the matter."""
+    first, *others = comparison.results
+    shown = ("prefill", "total")
+    notes = ["times are medians; speedups are paired within rounds, with a 95 % interval"]
+    if any(not r.speedup[stage].conclusive for r in others for stage in shown if stage in r.speedup):
+        notes.append("? marks an inconclusive speedup: its interval contains 1. Raise --rounds, or quieten the machine")
+    if first.score_counts and first.score_counts.asked < 200:
+        notes.append(
+            f"scores of {first.score_counts.asked} questions vary by several points. Raise --limit to rank methods"
+        )
+    if comparison.interrupted:
+        notes.append(f"interrupted: {comparison.schedule.rounds} whole rounds were measured")
+    return notes
+
+
+def ceiling(baseline: CaseResult) -> str:
+    """The most that a method behind the encoder could gain on the time to the first token: prefill for nothing."""
+    median = {stage: times.median for stage, times in baseline.seconds.items()}
+    before, prefill = median["prepare"] + median["encode"], median["prefill"]
+    return (
+        f"prepare and encode take {seconds(before)} of {seconds(before + prefill)} to the first token: "
+        f"no method behind the encoder can gain more than {(before + prefill) / before:.2f}x there"
+    )
+
+
+def environment_line(model: str, environment: Environment) -> Text:
+    """What the figures were measured on."""
+    e = environment
+    commit = f", git {e.git_commit[:9]}{' (changed)' if e.git_dirty else ''}" if e.git_commit else ""
+    return Text(
+        f"{model} on {e.processor} ({e.device}, {e.dtype}, {e.attention} attention, {e.threads} threads), "
+        f"torch {e.torch}, transformers {e.transformers}, mmtok {e.mmtok}{commit}",
+        style="dim",
+    )
+
+
+def stage_table(profile: Profile) -> Table:
+    """Stages x cases: median seconds, their spread, and speedup over the baseline."""
+    table = plain_table("Seconds per stage: median (p10–p90)")
+    baseline, *others = profile.cases
+    table.add_column("stage")
+    table.add_column(str(baseline), justify="right", no_wrap=True)
+    table.add_column("share", justify="right", no_wrap=True)
+    for case in others:
+        table.add_column(str(case), justify="right", no_wrap=True)
+        table.add_column("speedup", justify="right")
+    for stage in STAGE_NAMES:
+        times = baseline.seconds[stage]
+        row: list[str | Text] = [stage, _spread(times), share(times.median / baseline.seconds["total"].median)]
+        for case in others:
+            # Choosing tokens is a cost that the baseline does not have, so a speedup of it would say nothing.
+            gain = None if stage == "select" else case.speedup.get(stage)
+            row += [_spread(case.seconds[stage]), speedup_text(gain)]
+        table.add_row(*row, style="bold" if stage == "total" else "")
+    return table
+
+
+def cost_table(profile: Profile) -> Table:
+    """Tokens, memory and operations of each case."""
+    cases = profile.cases
+    table = plain_table("Tokens, memory, operations")
+    table.add_column("")
+    for case in cases:
+        table.add_column(str(case), justify="right")
+    table.add_row("vision tokens kept", *(_tokens(case) for case in cases))
+    table.add_row("text tokens", *(number(case.tokens.text) for case in cases))
+    table.add_row("KV cache", *(size(case.memory.kv_cache) for case in cases))
+    if any(case.memory.peak is not None for case in cases):
+        table.add_row("peak above weights", *(size(case.memory.peak) for case in cases))
+    for stage in STAGE_NAMES:
+        if any(stage in peaks for peaks in profile.stage_peaks.values()):
+            peaks = (profile.stage_peaks[str(case)].get(stage) for case in cases)
+            table.add_row(f"peak in {stage} (trace)", *(size(peak) for peak in peaks))
+    table.add_row("resident host memory", *(size(case.memory.host) for case in cases))
+    for stage in ("encode", "select", "prefill"):
+        table.add_row(f"FLOPs in {stage}", *(count(case.flops[stage]) for case in cases))
+    return table
+
+
+def operator_table(operators: Sequence[Operator], top: int) -> Table:
+    """The operators of one case that take longest themselves, by stage."""
+    table = plain_table(f"Top operators of {operators[0].method} (from the trace)")
+    table.add_column("stage")
+    table.add_column("operator")
+    for heading in ("calls", "CPU", "device"):
+        table.add_column(heading, justify="right")
+    for stage in STAGE_NAMES:
+        for rank, operator in enumerate([o for o in operators if o.stage == stage][:top]):
+            device = seconds(operator.device_seconds) if operator.device_seconds else "–"
+            first = stage if rank == 0 else ""
+            table.add_row(first, operator.name, str(operator.calls), seconds(operator.cpu_seconds), device)
+    return table
+
+
+def answer_table(names: Sequence[str], runs: Sequence[Run]) -> Table:
+    """Tokens and seconds of each stage, a column for each case."""
+    table = plain_table()
+    table.add_column("")
+    for name in names:
+        table.add_column(name, justify="right")
+    table.add_row("vision tokens kept", *(f"{r.tokens[0].kept}/{r.tokens[0].total}" for r in runs))
+    for stage in STAGE_NAMES:
+        table.add_row(stage, *(seconds(run.seconds[stage]) for run in runs), style="bold" if stage == "total" else "")
+    if any(run.peak is not None for run in runs):
+        table.add_row("peak above weights", *(size(run.peak) for run in runs))
+    table.add_row("KV cache", *(size(run.kv_cache) for run in runs))
+    return table
+
+
+def _case_table(title: str, results: Sequence[CaseResult], columns: Sequence[Column]) -> Table:
+    table = plain_table(title)
+    table.add_column("method")
+    table.add_column("kept", justify="right", no_wrap=True)
+    for heading, _ in columns:
+        table.add_column(heading, justify="right", no_wrap=heading != "speedup")
+    for result in results:
+        style = "bold" if result is results[0] else ""
+        table.add_row(result.method, _tokens(result), *(cell(result) for _, cell in columns), style=style)
+    return table
+
+
+def _tokens(result: CaseResult) -> str:
+    return f"{number(result.tokens.kept)}/{number(result.tokens.total)}"
+
+
+def _spread(times: Times) -> str:
+    return spread(times.median, times.p10, times.p90)

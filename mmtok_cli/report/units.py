@@ -1,0 +1,53 @@
+"""Figures for people: human units, three significant digits."""
+
+
+def seconds(value: float) -> str:
+    """A duration in the unit that suits it."""
+    factor, unit = _unit_of(value)
+    return f"{_digits(value * factor)} {unit}"
+
+
+def spread(median: float, low: float, high: float) -> str:
+    """A duration and its spread, all in one unit: "15.4 ms (10.6–17.7)"."""
+    factor, unit = _unit_of(median)
+    return f"{_digits(median * factor)} {unit} ({_digits(low * factor)}–{_digits(high * factor)})"
+
+
+def _unit_of(value: float) -> tuple[float, str]:
+    if value >= 1:
+        return 1, "s"
+    return (1e3, "ms") if value >= 1e-3 else (1e6, "µs")
+
+
+def _digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def size(value: float | None) -> str:
+    """Bytes in human units; a dash for what was not counted."""
+    if value is None:
+        return "–"
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(value) < 1024 or unit == "GiB":
+            return f"{value:.3g} {unit}" if abs(value) < 1000 else f"{value:.0f} {unit}"
+        value /= 1024
+    raise AssertionError("unreachable")
+
+
+def count(value: float) -> str:
+    """A number with an SI suffix: 2.05 M, 8.45 T."""
+    for suffix in ("", " k", " M", " G"):
+        if abs(value) < 1000:
+            return f"{value:.3g}{suffix}"
+        value /= 1000
+    return f"{value:.3g} T"
+
+
+def number(value: float) -> str:
+    """An integer where it is one, else one decimal."""
+    return f"{value:.0f}" if value == int(value) else f"{value:.1f}"
+
+
+def share(value: float | None) -> str:
+    """A share as a percentage; a dash where there is none."""
+    return "–" if value is None else f"{100 * value:.1f} %"
