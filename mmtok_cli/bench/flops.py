@@ -15,6 +15,7 @@ from mmtok_cli.methods.base import Method
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.pipeline import answer
 
+
 def _attention_on_cpu(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
     return sdpa_flop_count(query, key, value)
 

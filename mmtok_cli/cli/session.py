@@ -65,6 +65,8 @@ def require_methods(names: Sequence[str]) -> None:
     """Refuse unknown methods before anything slow happens."""
     from mmtok_cli.methods import method_class
 
+    if not names:
+        raise MMTokError("no method was named", "name some of those that `mmtok methods` lists")
     for name in names:
         method_class(name)
 

@@ -1,7 +1,7 @@
 """MMTok's token selection as plain functions over tensors: no model, no tokenizer.
 
-Vision tokens are chosen by greedy maximum coverage (MMTok, arXiv 2508.18264, section 3 and algorithm 2): a few
-tokens are kept so that every target, which is a text token or a vision token, has a similar token among them.
+Vision tokens are chosen by greedy maximum coverage (MMTok, arXiv 2508.18264, algorithm 2): a few tokens
+are kept so that every target, which is a text token or a vision token, has a similar token among them.
 
 The greedy pick is exact but lazy. Adding tokens only ever shrinks the gain of the others (the objective is
 submodular), so an old gain is an upper bound of the present one, and only the tokens with the largest bounds need
@@ -18,12 +18,12 @@ from mmtok_cli.errors import MMTokError
 
 _Given = TypeVar("_Given", Tensor, Tensor | None)
 
-ALPHA = 0.5  # weight of vision-vision coverage; this and the temperatures: paper, section 4.1
-TEXT_TEMPERATURE = 0.02  # LLaVA; the authors use 0.01 for Qwen2.5-VL
+ALPHA = 0.5  # weight of vision-vision coverage; the paper keeps these values for all models but one
+TEXT_TEMPERATURE = 0.02  # 0.01 for Qwen2.5-VL
 VISION_TEMPERATURE = 0.2
 
 _FIRST_BLOCK, _LARGEST_BLOCK = 32, 256  # tokens that the lazy greedy re-evaluates at once
-_PRODUCT_BLOCK = 512  # rows of the symmetric product computed at once
+_PRODUCT_BLOCK = 288  # rows of the symmetric product computed at once
 _EXHAUSTIVE_BELOW_CPU = 257  # up to here a full sweep costs less than keeping bounds
 _EXHAUSTIVE_BELOW_GPU = 4096  # a sweep needs no answer from the device; a lazy round waits for one
 
@@ -113,7 +113,7 @@ def _select(
     if matrix.shape[2] == 0:
         raise MMTokError("there is nothing to cover", "give text tokens, or features with alpha above 0")
     # Every entry of a row has been through a softmax over all tokens: one row shows whatever is wrong with any.
-    if n and not bool(matrix[:, 0].isfinite().all()):
+    if not bool(matrix[:, :1].isfinite().all()):
         raise MMTokError("text, projected or features hold NaN or infinity", "score in a wider dtype")
     if n < (_EXHAUSTIVE_BELOW_CPU if on_cpu else _EXHAUSTIVE_BELOW_GPU):
         return greedy_exhaustive(matrix, k, excluded)
@@ -131,23 +131,23 @@ def coverage_matrix(
 ) -> Tensor:
     """How well each vision token covers each target: `[b, n, m + n]` float32, one row per token.
 
-    A target's similarities to all n tokens go through a softmax (paper, section 3.3), so the softmax runs down a
+    A target's similarities to all n tokens go through a softmax (the paper's calibration), so it runs down a
     column. The m text targets weigh 1 / m each, the n vision targets alpha / n each. Shapes as in `select_tokens`,
     with the batch axis; without vision targets (`features` None or `alpha` 0) the result is `[b, n, m]`.
     """
     batch, n, _ = projected.shape
     m = 0 if text is None else text.shape[1]
-    covered = torch.empty(batch, n, m, device=projected.device)
+    of_text = torch.empty(batch, m, n, dtype=torch.float32, device=projected.device)
     if text is not None and m:
         words = _unit_rows(text).expand(batch, -1, -1)
         for image in range(batch):  # one product per image: batched kernels round differently
-            torch.mm(_unit_rows(projected[image]), words[image].T, out=covered[image])
-        covered = (covered / text_temperature).softmax(1) / m
+            torch.mm(words[image], _unit_rows(projected[image]).T, out=of_text[image])
+        of_text = (of_text / text_temperature).softmax(-1) / m
     if features is None or alpha == 0:
-        return covered
+        return of_text.mT.contiguous()
 
-    matrix = torch.empty(batch, n, m + n, device=projected.device)
-    matrix[..., :m] = covered
+    matrix = torch.empty(batch, n, m + n, dtype=torch.float32, device=projected.device)
+    matrix[..., :m] = of_text.mT
     vision = matrix[..., m:]  # from here on everything happens in place: at 16384 tokens this is a gigabyte
     for image in range(batch):
         _self_product(_unit_rows(features[image]), out=vision[image])
@@ -155,7 +155,7 @@ def coverage_matrix(
     # its row sums, which lie contiguous, are the denominators of the columns.
     vision.sub_(1).div_(vision_temperature).exp_()
     denominators = vision.sum(-1).clamp_(min=torch.finfo(torch.float32).tiny)
-    vision.mul_((alpha / n / denominators).unsqueeze(1))
+    vision.mul_((alpha / denominators / n).unsqueeze(1))
     return matrix
 
 
@@ -248,7 +248,7 @@ def _check_shapes(
     text: Tensor | None, projected: Tensor, features: Tensor | None, excluded: Tensor | None, text_mask: Tensor | None
 ) -> None:
     """All arguments carry the batch axis here."""
-    fits = projected.dim() == 3
+    fits = projected.dim() == 3 and len(projected) > 0
     if fits:
         batch, n, d = projected.shape
         if text is not None:
@@ -257,18 +257,24 @@ def _check_shapes(
         fits &= features is None or (features.dim() == 3 and features.shape[:2] == (batch, n))
         fits &= excluded is None or (excluded.dtype == torch.bool and excluded.shape in ((1, n), (batch, n)))
     if not fits:
-        given = {"text": text, "projected": projected, "features": features, "excluded": excluded}
+        given = {
+            "text": text,
+            "projected": projected,
+            "features": features,
+            "excluded": excluded,
+            "text_mask": text_mask,
+        }
         shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in given.items() if x is not None)
         raise MMTokError(
-            f"the shapes do not fit together: {shapes}"
-            + ("" if text_mask is None else f", text_mask {list(text_mask.shape)}"),
+            f"the shapes do not fit together: {shapes}",
+            "text [b, m, d], projected [b, n, d], features [b, n, d_vis], bool masks excluded [b, n], text_mask [b, m]",
         )
 
 
 def _check_numbers(k: int, alpha: float, text_temperature: float, vision_temperature: float, excluded: Tensor) -> None:
-    if alpha < 0 or text_temperature <= 0 or vision_temperature <= 0:
+    if not (alpha >= 0 and text_temperature > 0 and vision_temperature > 0):
         raise MMTokError(
-            f"alpha {alpha}, text temperature {text_temperature}, vision temperature {vision_temperature}",
+            f"alpha {alpha}, temperatures {text_temperature} (text), {vision_temperature} (vision): out of range",
             "alpha must not be negative, and the temperatures must be positive",
         )
     eligible = int((~excluded).sum(1).min())

@@ -1,0 +1,123 @@
+"""The embedded model's architecture, vocabulary and processor, all of them stock transformers classes."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+from mmtok_cli.demo.questions import CHOICES, PHRASES
+from mmtok_cli.demo.scenes import COLOURS, IMAGE_SIZE, SHAPES
+
+PATCH_SIZE = 14
+GRID = IMAGE_SIZE // PATCH_SIZE
+WIDTH = 128
+LAYERS = 4  # of the language model
+SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}ASSISTANT: {% else %}{{ message['role'] | upper }}: {% endif %}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}<image>\n{% endfor %}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] }}{% endfor %}"
+    "{% endif %}{{ '</s>' if message['role'] == 'assistant' else ' ' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+@cache
+def vocabulary() -> tuple[str, ...]:
+    """Every token: the special ones, then each word and mark of all questions and answers."""
+    words = set(re.findall(r"\w+|[^\w\s]", " ".join(sum(PHRASES.values(), ())).lower()))
+    words -= {"{", "}", "thing", "things"}
+    words |= {word for answers in CHOICES.values() for word in answers}
+    words |= {*COLOURS, *SHAPES, *SHAPES.values(), "a", "an", "objects", "background", "user", "assistant", ":"}
+    return *SPECIAL_TOKENS, *sorted(words)
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per lower-cased word; words it does not know become `<unk>`. Prompts begin with `<s>`."""
+    ids = {word: i for i, word in enumerate(vocabulary())}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", ids["<s>"])])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        padding_side="left",
+        model_max_length=2048,
+        extra_special_tokens={"image_token": "<image>"},
+    )
+
+
+def build_processor() -> LlavaProcessor:
+    """Pads images to a square and resizes them to 336 px, as LLaVA-1.5 does; 576 vision tokens per image."""
+    square = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    images = LlavaImageProcessorPil(do_pad=True, size={"shortest_edge": IMAGE_SIZE}, crop_size=square)
+    return LlavaProcessor(
+        image_processor=images,
+        tokenizer=build_tokenizer(),
+        patch_size=PATCH_SIZE,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def build_config(attention: str = "sdpa") -> LlavaConfig:
+    """A LLaVA-1.5 in miniature: CLIP encoder with a class token, two-layer projector, Llama."""
+    tokens = vocabulary()
+    vision = CLIPVisionConfig(
+        hidden_size=WIDTH,
+        intermediate_size=4 * WIDTH,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        image_size=IMAGE_SIZE,
+        patch_size=PATCH_SIZE,
+        projection_dim=WIDTH,
+        hidden_act="gelu",
+    )
+    text = LlamaConfig(
+        vocab_size=len(tokens),
+        hidden_size=WIDTH,
+        intermediate_size=3 * WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=2048,
+        initializer_range=0.05,  # the width is small
+        tie_word_embeddings=False,
+        pad_token_id=tokens.index("<pad>"),
+        bos_token_id=tokens.index("<s>"),
+        eos_token_id=tokens.index("</s>"),
+    )
+    return LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokens.index("<image>"),
+        image_seq_length=GRID * GRID,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        attn_implementation=attention,
+    )
+
+
+def build_model(attention: str = "sdpa") -> LlavaForConditionalGeneration:
+    """The untrained model in float32."""
+    return LlavaForConditionalGeneration(build_config(attention))

@@ -1,0 +1,245 @@
+"""The command line as a person meets it: answers, JSON, and one clear line for every fault."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import picture
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from mmtok_cli.cli.main import app
+from mmtok_cli.methods import method_names
+
+QUESTION = "Is there a red circle?"
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def run_json(*arguments: object) -> dict[str, Any]:
+    result = run(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def refused(result: Result, *words: str) -> None:
+    """Exit status 2, nothing on standard output, one line that names the fault, no traceback."""
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    first = result.stderr.splitlines()[0]
+    assert first.startswith("error: ")
+    for word in words:
+        assert word in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_infer(tiny_directory: Path, photo: Path) -> None:
+    result = run_json("infer", photo, QUESTION, "-m", tiny_directory, "-b", 4, "--max-new-tokens", 3, "--baseline")
+    assert result["schema"] == "mmtok.infer/1"
+    assert (result["method"], result["budget"]) == ("mmtok", "4")
+    assert result["tokens"]["kept"] == 4 and result["tokens"]["total"] == 36
+    assert set(result["seconds"]) == {"prepare", "encode", "select", "prefill", "decode", "total"}
+    assert result["memory"]["kv_cache"] < result["baseline"]["memory"]["kv_cache"]
+    assert result["baseline"]["tokens"]["kept"] == 36
+
+    shown = run("infer", photo, QUESTION, "-m", tiny_directory, "-b", "10%", "--max-new-tokens", 3, "--baseline")
+    assert "3/36" in shown.stdout and "36/36" in shown.stdout and result["answer"] in shown.stdout
+
+
+def test_prune(tiny_directory: Path, photo: Path, tmp_path: Path) -> None:
+    drawn, curve = tmp_path / "kept.png", tmp_path / "gains.svg"
+    command = ("prune", photo, QUESTION, "-m", tiny_directory, "-b", 6, "-o", drawn, "--gain-curve", curve)
+    entry = run_json(*command)["images"][0]
+    assert (entry["width"], entry["height"], entry["grid"]) == (120, 80, [6, 6])
+    assert (entry["total"], entry["kept"]) == (36, 6) and len(entry["indices"]) == 6
+    assert sorted(entry["order"]) == entry["indices"] == sorted(set(entry["indices"]))
+    assert entry["gains"] == sorted(entry["gains"], reverse=True)
+    assert Image.open(drawn).size == (720, 480)
+    assert curve.read_text().startswith("<?xml")
+    assert not list(tmp_path.glob(".*"))
+
+    shown = run("prune", photo, QUESTION, "-m", tiny_directory, "-b", 6, "--mark", 2)
+    assert shown.stdout.count("■") == 4 and " 1 " in shown.stdout
+
+
+def test_compare(tiny_directory: Path) -> None:
+    command = ("compare", "-m", tiny_directory, "--limit", 4, "-b", "4,8", "--max-new-tokens", 2)
+    result = run_json(*command, "--methods", "mmtok,random,none")
+    assert result["schema"] == "mmtok.compare/1" and not result["interrupted"]
+    cases = [(case["method"], case["budget"]) for case in result["results"]]
+    assert cases == [("full", None), ("mmtok", "4"), ("mmtok", "8"), ("random", "4"), ("random", "8"), ("none", None)]
+    order = result["schedule"]["order"]
+    assert len(order) == 4 and all(sorted(round_) == list(range(6)) for round_ in order)
+    for case in result["results"]:
+        assert len(case["seconds"]["prefill"]["values"]) == 4
+        assert case["tokens"]["kept"] == (36 if case["method"] == "full" else int(case["budget"] or 0))
+    assert result["results"][1]["speedup"]["prefill"]["low"] <= result["results"][1]["speedup"]["prefill"]["high"]
+    assert result["results"][0]["score_counts"]["asked"] == 4
+
+    shown = run(*command, "--methods", "resize:pool", "--batch-size", 2)
+    assert "4/36" in shown.stdout and "2 rounds of 2" in shown.stdout and "ceiling" not in shown.stdout
+
+
+def test_profile(tiny_directory: Path, photo: Path, tmp_path: Path) -> None:
+    traces = tmp_path / "traces"
+    command = ("profile", photo, QUESTION, "-m", tiny_directory, "-b", 4, "--runs", 3, "--trace-dir", traces)
+    result = run_json(*command, "--max-new-tokens", 3)
+    assert result["schema"] == "mmtok.profile/1" and result["trace"] == str(traces)
+    full, reduced = result["cases"]
+    assert len(full["seconds"]["encode"]["values"]) == 3
+    assert reduced["flops"]["prefill"] < full["flops"]["prefill"]
+    assert {operator["stage"] for operator in result["operators"]} >= {"encode", "select", "prefill", "decode"}
+    assert result["stage_peaks"]["full"]["prefill"] > result["stage_peaks"]["mmtok @ 4"]["prefill"] > 0
+    assert len(list(traces.rglob("*.pt.trace.json"))) == 2
+
+
+def test_catalogues() -> None:
+    methods = run_json("methods")["methods"]
+    assert [method["name"] for method in methods] == method_names()
+    assert run_json("methods", "mmtok")["methods"][0]["parameters"]["alpha"] == 0.5
+    models = run_json("models")["models"]
+    assert models[0]["name"] == "demo" and {"llava-1.5-7b", "llava-1.5-13b"} <= {m["name"] for m in models}
+    assert "llava-hf/llava-1.5-7b-hf" in run("models").stdout
+    assert "arXiv 2508.18264" in run("methods", "mmtok").stdout
+
+
+@pytest.mark.parametrize(
+    ("budget", "words"),
+    [
+        ("0", ["--method none"]),
+        ("-3", ["'-3' is not a budget"]),
+        ("abc", ["'abc' is not a budget"]),
+        ("101%", ["'101%' is not a budget"]),
+        ("0%", ["--method none"]),
+        ("", ["not a budget"]),
+        ("1.5", ["not a budget"]),
+        ("1000000", ["more than the 36 vision tokens", "choose 1 to 36"]),
+        ("1%", ["less than one", "at least 2.78%"]),
+        ("30", ["24 vision tokens", "not padding", "1 to 24"]),
+    ],
+)
+def test_bad_budgets(budget: str, words: list[str], tiny_directory: Path, photo: Path) -> None:
+    refused(run("infer", photo, QUESTION, "-m", tiny_directory, "--budget", budget), *words)
+
+
+def test_budget_that_resizing_cannot_meet(tiny_directory: Path, photo: Path) -> None:
+    result = run("infer", photo, QUESTION, "-m", tiny_directory, "--budget", 7, "--method", "resize")
+    refused(result, "no rectangle of 7 tokens", "6 or 8")
+
+
+def test_bad_names(tiny_directory: Path, photo: Path, tmp_path: Path) -> None:
+    refused(run("infer", photo, QUESTION, "--method", "mmtk"), "no method 'mmtk'", "did you mean mmtok")
+    refused(run("compare", "--methods", "mmtok,rndom"), "did you mean random")
+    refused(run("compare", "--methods", ","), "no method was named")
+    refused(run("methods", "fastvv"), "no method 'fastvv'", "`mmtok methods`")
+    refused(run("infer", photo, QUESTION, "-m", "llava-1.5-7"), "no model", "did you mean llava-1.5-7b")
+    refused(run("infer", photo, QUESTION, "-m", "./nowhere/at/all"), "no model")
+    (tmp_path / "empty").mkdir()
+    refused(run("infer", photo, QUESTION, "-m", tmp_path / "empty"), "no config.json")
+    refused(run("infer", photo, QUESTION, "-m", photo), "is a file")
+    refused(run("infer", photo, QUESTION, "-m", tiny_directory, "--device", "tpu"), "no device 'tpu'")
+    refused(run("infer", photo, QUESTION, "-m", tiny_directory, "--dtype", "int3"), "no data type 'int3'")
+
+
+def test_broken_model_directories(tiny_directory: Path, photo: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for file in tiny_directory.iterdir():
+        (bare / file.name).write_bytes(file.read_bytes())
+    weights = bare / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    refused(run("infer", photo, QUESTION, "-m", bare), "could not be loaded")
+    weights.unlink()
+    refused(run("infer", photo, QUESTION, "-m", bare), "holds no weights")
+    weights.write_bytes(whole)
+    (bare / "config.json").write_text("{")
+    refused(run("infer", photo, QUESTION, "-m", bare), "config.json")
+    (bare / "config.json").write_text('{"model_type": "bert"}')
+    refused(run("infer", photo, QUESTION, "-m", bare), "'bert'", "supported families")
+
+
+def test_hub_id_that_cannot_be_had(photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    done = subprocess.run(
+        [sys.executable, "-m", "mmtok_cli", "infer", str(photo), QUESTION, "-m", "nobody/has-this-model"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert "error: nobody/has-this-model is not in the local cache" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("question", ["", "   ", "\n"])
+def test_empty_question(question: str, tiny_directory: Path, photo: Path) -> None:
+    refused(run("infer", photo, question, "-m", tiny_directory), "the question is empty")
+
+
+def test_bad_images(tiny_directory: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.jpg"
+    text.write_text("this is not a picture")
+    refused(run("infer", text, QUESTION, "-m", tiny_directory), "is not an image")
+    refused(run("infer", tmp_path / "gone.png", QUESTION, "-m", tiny_directory), "there is no file")
+    refused(run("infer", tmp_path, QUESTION, "-m", tiny_directory), "is a directory")
+    whole = tmp_path / "whole.jpg"
+    picture(300, 300).save(whole)
+    (tmp_path / "half.jpg").write_bytes(whole.read_bytes()[:3000])
+    refused(run("infer", tmp_path / "half.jpg", QUESTION, "-m", tiny_directory), "is damaged")
+
+
+@pytest.mark.parametrize("target", ["nowhere/kept.png", ".", "kept.xyz", "kept"])
+def test_bad_output_writes_nothing(target: str, tiny_directory: Path, photo: Path, tmp_path: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    refused(run("prune", photo, QUESTION, "-m", tiny_directory, "-b", 4, "-o", tmp_path / target), "--output")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_gain_curve_needs_gains(tiny_directory: Path, photo: Path, tmp_path: Path) -> None:
+    command = ("prune", photo, QUESTION, "-m", tiny_directory, "-b", 4, "--method", "random")
+    refused(run(*command, "-o", tmp_path / "a.png", "--gain-curve", tmp_path / "b.png"), "no gains")
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_trace_directory_that_is_a_file(tiny_directory: Path, photo: Path) -> None:
+    refused(run("profile", photo, QUESTION, "-m", tiny_directory, "-b", 4, "--trace-dir", photo), "--trace-dir")
+
+
+@pytest.mark.parametrize("command", ["", "infer", "prune", "profile", "compare", "models", "methods"])
+def test_help_does_not_import_torch(command: str) -> None:
+    code = (
+        "import sys; sys.argv = ['mmtok', *sys.argv[1:]]\n"
+        "from mmtok_cli.cli.main import main\n"
+        "try: main()\n"
+        "except SystemExit as stop: assert not stop.code\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'PIL', 'scipy', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    arguments = [*command.split(), "--help"]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "Usage" in done.stdout
+
+
+def test_installed_command_on_the_demo_model(tmp_path: Path) -> None:
+    """A real process, the real model: JSON alone on standard output."""
+    image = tmp_path / "scene.png"
+    from mmtok_cli.data.samples import demo_samples
+
+    sample = demo_samples(1)[0]
+    sample.images[0].save(image)
+    command = [str(Path(sys.executable).with_name("mmtok")), "infer", str(image), sample.question, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "NO_COLOR": "1"})
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["model"] == "demo" and result["tokens"]["kept"] == 64 and result["tokens"]["total"] == 576
+    assert sample.is_right(result["answer"])

@@ -1,0 +1,52 @@
+"""Who may import whom (see the README's tour of the house)."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import mmtok_cli
+
+PACKAGE = Path(mmtok_cli.__file__).parent
+SHARED = {"tokens", "budget", "errors"}
+ALLOWED = {
+    "methods": SHARED | {"methods"},
+    "models": SHARED | {"models", "profiles"},
+    "data": {"errors", "data", "demo"},
+    "pipeline": SHARED | {"models", "methods", "data"},
+    "bench": SHARED | {"bench", "pipeline", "data", "models", "methods"},
+    "report": {"report", "bench", "errors", "profiles"},
+    "demo": {"demo", "errors"},
+    "tokens": set(),
+    "errors": set(),
+    "budget": {"errors"},
+    "profiles": {"errors"},
+}
+
+
+def imported(path: Path) -> set[str]:
+    """Rooms of this package that a file imports from."""
+    names: list[str] = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names += [node.module] if node.module != "mmtok_cli" else [f"mmtok_cli.{a.name}" for a in node.names]
+        elif isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+    return {name.split(".")[1] for name in names if name.startswith("mmtok_cli.")}
+
+
+@pytest.mark.parametrize("room", ALLOWED)
+def test_rooms_import_only_what_they_may(room: str) -> None:
+    files = [PACKAGE / f"{room}.py"] if (PACKAGE / f"{room}.py").is_file() else sorted((PACKAGE / room).rglob("*.py"))
+    assert files
+    for path in files:
+        assert imported(path) <= ALLOWED[room], path
+
+
+def test_no_print_outside_the_report() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+        prints = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
+        assert not prints or path.parent.name == "report", path

@@ -1,0 +1,86 @@
+"""Traces as the real TensorBoard plugin reads them."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import pytest
+
+from mmtok_cli.bench.runner import Case
+from mmtok_cli.bench.traces import RUNTIME_CATEGORIES, Trace, trace_case
+from mmtok_cli.budget import Budget
+from mmtok_cli.data.samples import Sample
+from mmtok_cli.methods import make_method
+from mmtok_cli.models.llava import Llava
+from mmtok_cli.pipeline import STAGES
+
+
+@pytest.fixture(scope="module")
+def trace(tiny_sdpa: Llava, samples: list[Sample], tmp_path_factory: pytest.TempPathFactory) -> Trace:
+    case = Case("mmtok", make_method("mmtok"), Budget(count=4))
+    return trace_case(tiny_sdpa, case, samples[:1], tmp_path_factory.mktemp("traces"), max_new_tokens=3)
+
+
+def test_stages_are_ranges_of_the_trace(trace: Trace) -> None:
+    events = json.loads(trace.path.read_text())["traceEvents"]
+    ranges = [event["name"] for event in events if event.get("cat") == "user_annotation" and event["name"] in STAGES]
+    assert ranges == list(STAGES)
+    assert not any(event.get("cat") in RUNTIME_CATEGORIES for event in events)
+    assert list(trace.path.parent.iterdir()) == [trace.path]
+
+
+def test_operators_and_peaks_by_stage(trace: Trace) -> None:
+    stages = [operator.stage for operator in trace.operators]
+    assert stages == sorted(stages, key=STAGES.index) and set(stages) >= {"encode", "select", "prefill", "decode"}
+    convolutions = [operator.stage for operator in trace.operators if "convolution" in operator.name]
+    assert set(convolutions) == {"encode"}
+    assert all(operator.cpu_seconds >= 0 and operator.calls > 0 for operator in trace.operators)
+    assert trace.peaks["encode"] > 0 and trace.peaks["prefill"] > 0
+
+
+@pytest.fixture(scope="module")
+def tensorboard(trace: Trace, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(trace.path.parent.parent)]
+    server = subprocess.Popen(
+        [*command, "--host", "127.0.0.1", "--port", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "TMPDIR": str(tmp_path_factory.mktemp("plugin"))},
+    )
+    try:
+        yield f"http://127.0.0.1:{port}/data/plugin/pytorch_profiler"
+    finally:
+        server.terminate()
+        server.wait(timeout=20)
+
+
+def get(url: str) -> dict:
+    with urlopen(url, timeout=20) as answer:
+        return json.loads(answer.read())
+
+
+def test_tensorboard_plugin_opens_the_trace(tensorboard: str, trace: Trace) -> None:
+    deadline = time.monotonic() + 90
+    runs: dict = {}
+    while time.monotonic() < deadline and not (runs.get("runs") and not runs.get("loading")):
+        with suppress(URLError, ConnectionError, TimeoutError):  # it is still starting
+            runs = get(f"{tensorboard}/runs")
+        time.sleep(0.3)
+    assert runs["runs"] == [trace.path.parent.name]
+    run = f"run={runs['runs'][0]}"
+    worker = get(f"{tensorboard}/workers?{run}&view=Operator")[0]
+    span = get(f"{tensorboard}/spans?{run}&worker={worker}")[0]
+    operators = get(f"{tensorboard}/operation/table?{run}&worker={worker}&span={span}&group_by=Operation")["data"]
+    assert "aten::mm" in {row["name"] for row in operators}
