@@ -134,7 +134,6 @@ def decode(
     """
     mask, position = inputs["attention_mask"], inputs["position_ids"][:, -1:]
     ends = torch.tensor(model.eos_token_ids, device=mask.device)
-    pad = ends[0] if model.tokenizer.pad_token_id is None else model.tokenizer.pad_token_id
     token = first_logits.argmax(-1)
     tokens = [token]
     ended = torch.isin(token, ends)
@@ -149,7 +148,7 @@ def decode(
             use_cache=True,
             logits_to_keep=1,
         )
-        token = torch.where(ended, pad, out.logits[:, -1].argmax(-1))
+        token = torch.where(ended, model.tokenizer.pad_token_id, out.logits[:, -1].argmax(-1))
         tokens.append(token)
         ended = ended | torch.isin(token, ends)
     return torch.stack(tokens, dim=1)

@@ -9,6 +9,7 @@ pick. Where that loop takes minutes it is timed for a few picks, which all cost 
 
 import argparse
 import json
+import multiprocessing
 import platform
 import statistics
 import sys
@@ -83,6 +84,14 @@ def make_features(kind: str, images: int, tokens: int, dim: int, generator: torc
     return noise.mul_(0.5).add_(own).add_(torch.randn(images, 1, dim, generator=generator))
 
 
+def make_inputs(load: Workload) -> Inputs:
+    generator = torch.Generator().manual_seed(load.tokens + load.kept)
+    text = torch.randn(load.words, 4096, generator=generator)
+    projected = make_features(load.features, load.images, load.tokens, 4096, generator)
+    features = make_features(load.features, load.images, load.tokens, 1024, generator)
+    return text, projected, features
+
+
 def plain_matrix(text: Tensor, projected: Tensor, features: Tensor) -> Tensor:
     """One image's `[m + n, n]`, targets in rows."""
     words, tokens, patches = (normalize(x, dim=-1, eps=1e-8) for x in (text, projected, features))
@@ -124,8 +133,13 @@ def timed(function: Callable[[], Result]) -> tuple[float, Result]:
     return clock() - start, result
 
 
-def peak_bytes(function: Callable[[], object]) -> int:
-    """Highest resident memory during the call, above that before it."""
+def peak_memory(load: Workload) -> float:
+    """Highest resident memory of one selection above that before it, in sizes of the matrix.
+
+    For a process of its own: memory that earlier work has freed, but not given back, would spoil the figure.
+    """
+    torch.set_num_threads(1)
+    text, projected, features = make_inputs(load)
     process, peak, done = psutil.Process(), 0, threading.Event()
     before = process.memory_info().rss
 
@@ -136,10 +150,10 @@ def peak_bytes(function: Callable[[], object]) -> int:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    function()
+    coverage.select_tokens(text, projected, features, load.kept)
     done.set()
     watcher.join()
-    return peak
+    return peak / (4 * load.images * load.tokens * (load.words + load.tokens))
 
 
 def plain_side(load: Workload, inputs: Inputs, picks: int) -> tuple[float, float, list[Tensor]]:
@@ -177,20 +191,16 @@ def one_round(load: Workload, inputs: Inputs, picks: int) -> dict[str, float]:
 
 
 def measure(load: Workload, rounds: int, whole_loop: bool) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(load.tokens + load.kept)
-    text = torch.randn(load.words, 4096, generator=generator)
-    projected = make_features(load.features, load.images, load.tokens, 4096, generator)
-    features = make_features(load.features, load.images, load.tokens, 1024, generator)
+    inputs = make_inputs(load)
     picks = load.kept if whole_loop else SAMPLED_PICKS
-    inputs = text, projected, features
     one_round(load, inputs, min(picks, SAMPLED_PICKS))  # warms up
     taken = [one_round(load, inputs, picks) for _ in range(rounds)]
     greedy = statistics.median(t["plain_greedy"] / t["our_greedy"] for t in taken)
     whole = statistics.median(t["plain_whole"] / t["our_whole"] for t in taken)
     memory = None
     if load.memory is not None:
-        peak = peak_bytes(lambda: coverage.select_tokens(text, projected, features, load.kept))
-        memory = peak / (4 * load.images * load.tokens * (load.words + load.tokens))
+        with multiprocessing.get_context("spawn").Pool(1) as fresh_process:
+            memory = fresh_process.apply(peak_memory, (load,))
     return {
         **asdict(load),
         "seconds": {name: statistics.median(t[name] for t in taken) for name in taken[0] if name != "overlap"},
@@ -240,13 +250,14 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help=f"leave out the rows from {LONG} tokens")
     parser.add_argument("--all", action="store_true", help="run every plain loop to its end (an hour)")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default 1; the demands are for 1)")
+    parser.add_argument("--tokens", type=int, help="only the rows with this many tokens")
     parser.add_argument("--rounds", type=int, help="rounds per row (default 15, and 3 from 2000 tokens)")
     parser.add_argument("--json", metavar="FILE", help="write the figures here too")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     console, results = Console(), []
     for load in WORKLOADS:
-        if args.quick and load.tokens >= LONG:
+        if (args.quick and load.tokens >= LONG) or (args.tokens and args.tokens != load.tokens):
             continue
         with console.status(f"{load.images} x {load.tokens}, {load.kept} kept"):
             rounds = args.rounds or (15 if load.tokens < 2000 else 3)

@@ -70,7 +70,7 @@ def test_prune(tiny_directory: Path, photo: Path, tmp_path: Path) -> None:
     assert shown.stdout.count("■") == 4 and " 1 " in shown.stdout
 
 
-def test_compare(tiny_directory: Path) -> None:
+def test_compare(tiny_directory: Path, tmp_path: Path) -> None:
     command = ("compare", "-m", tiny_directory, "--limit", 4, "-b", "4,8", "--max-new-tokens", 2)
     result = run_json(*command, "--methods", "mmtok,random,none")
     assert result["schema"] == "mmtok.compare/1" and not result["interrupted"]
@@ -84,8 +84,9 @@ def test_compare(tiny_directory: Path) -> None:
     assert result["results"][1]["speedup"]["prefill"]["low"] <= result["results"][1]["speedup"]["prefill"]["high"]
     assert result["results"][0]["score_counts"]["asked"] == 4
 
-    shown = run(*command, "--methods", "resize:pool", "--batch-size", 2)
-    assert "4/36" in shown.stdout and "2 rounds of 2" in shown.stdout and "ceiling" not in shown.stdout
+    shown = run(*command, "--methods", "resize:pool", "--batch-size", 2, "--plot", tmp_path / "tradeoff.png")
+    assert "4/36" in shown.stdout and "2 rounds of 2" in shown.stdout and "wrote" in shown.stdout
+    assert Image.open(tmp_path / "tradeoff.png").width > 1000
 
 
 def test_profile(tiny_directory: Path, photo: Path, tmp_path: Path) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from mmtok_cli.cli.options import (
     MEASUREMENT,
+    OUTPUT,
+    PLOTS,
     REDUCTION,
     DeviceOption,
     DtypeOption,
@@ -51,6 +54,10 @@ def compare(
     dtype: DtypeOption = "auto",
     seed: SeedOption = 0,
     max_new_tokens: MaxNewTokensOption = 16,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Plot of quality against tokens and time (.png, .svg, .pdf).", rich_help_panel=OUTPUT),
+    ] = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -61,8 +68,10 @@ def compare(
     [dim]mmtok compare --methods mmtok,resize --budget 64,16[/dim]
     """
     from mmtok_cli.budget import parse_budgets
-    from mmtok_cli.cli.session import make_cases, open_model, require_methods
+    from mmtok_cli.cli.session import make_cases, open_model, require_methods, writable
 
+    if plot:
+        writable(plot, PLOTS, "--plot")
     names = list(dict.fromkeys(name.strip() for name in methods.split(",") if name.strip()))
     require_methods(names)
     chosen = parse_budgets(budget) if budget is not None else None
@@ -115,6 +124,10 @@ def compare(
         interrupted=interrupted,
         results=summarise_cases(cases, done, flops),
     )
+    if plot:
+        from mmtok_cli.report.plots import save_tradeoff
+
+        save_tradeoff(comparison, plot)
     if as_json:
         report.print_json(comparison)
         return
@@ -124,6 +137,8 @@ def compare(
     out.print(tables.speed_table(comparison))
     out.print(tables.quality_table(comparison))
     out.print(tables.environment_line(model, comparison.environment))
+    if plot:
+        out.print(f"wrote {plot}", soft_wrap=True)
     notes = report.notes_console(quiet)
     for note in [tables.ceiling(comparison.results[0]), *tables.comparison_notes(comparison)]:
         notes.print(f"• {note}")

@@ -12,6 +12,8 @@ REDUCTION = "Reduction"
 MEASUREMENT = "Measurement"
 OUTPUT = "Output"
 
+PLOTS = (".png", ".svg", ".pdf")
+
 ImageArgument = Annotated[Path, typer.Argument(help="Image file.", show_default=False)]
 QuestionArgument = Annotated[str, typer.Argument(help="Question about the image.", show_default=False)]
 

@@ -9,6 +9,7 @@ import typer
 
 from mmtok_cli.cli.options import (
     OUTPUT,
+    PLOTS,
     BudgetOption,
     DeviceOption,
     DtypeOption,
@@ -59,7 +60,7 @@ def prune(
     if output:
         writable(output, (".png", ".jpg", ".jpeg", ".webp"), "--output")
     if gain_curve:
-        writable(gain_curve, (".png", ".svg", ".pdf"), "--gain-curve")
+        writable(gain_curve, PLOTS, "--gain-curve")
     sample = sample_from_file(image, question)
     case = make_case(method, wanted, model, seed)
     vlm = open_model(model, device, dtype, quiet)
@@ -70,6 +71,7 @@ def prune(
     from mmtok_cli.report.catalogues import kept_map
     from mmtok_cli.report.overlay import overlay, save_image
 
+    reduce(vlm, case.method, [sample], case.budget)  # a first run, not timed
     clock = Clock(vlm.device)
     reduced = reduce(vlm, case.method, [sample], case.budget, stage=clock.stage)
     vision, selection, tokens = reduced.vision[0], reduced.selections[0], reduced.tokens[0]

@@ -22,10 +22,12 @@ def open_model(name: str, device: str, dtype: str, quiet: bool) -> VisionLanguag
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler would write its own diary to standard error
     with notes_console(quiet).status(f"loading {name}"):
+        from huggingface_hub.utils import logging as hub_logging
         from transformers.utils import logging
 
         from mmtok_cli.models import load_model
 
+        hub_logging.set_verbosity_error()
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         warnings.filterwarnings("ignore", category=FutureWarning)

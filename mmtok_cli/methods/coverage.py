@@ -24,6 +24,7 @@ VISION_TEMPERATURE = 0.2
 
 _FIRST_BLOCK, _LARGEST_BLOCK = 32, 256  # tokens that the lazy greedy re-evaluates at once
 _PRODUCT_BLOCK = 288  # rows of the symmetric product computed at once
+_UNIT_BLOCK = 1024  # projected tokens normalised at once
 _EXHAUSTIVE_BELOW_CPU = 257  # up to here a full sweep costs less than keeping bounds
 _EXHAUSTIVE_BELOW_GPU = 4096  # a sweep needs no answer from the device; a lazy round waits for one
 
@@ -141,7 +142,9 @@ def coverage_matrix(
     if text is not None and m:
         words = _unit_rows(text).expand(batch, -1, -1)
         for image in range(batch):  # one product per image: batched kernels round differently
-            torch.mm(words[image], _unit_rows(projected[image]).T, out=of_text[image])
+            for start in range(0, n, _UNIT_BLOCK):  # a unit-length copy of all would be a quarter of the matrix
+                block = slice(start, start + _UNIT_BLOCK)
+                torch.mm(words[image], _unit_rows(projected[image, block]).T, out=of_text[image, :, block])
         of_text = (of_text / text_temperature).softmax(-1) / m
     if features is None or alpha == 0:
         return of_text.mT.contiguous()
@@ -175,14 +178,15 @@ def greedy_lazy(matrix: Tensor, k: int, excluded: Tensor) -> tuple[Tensor, Tenso
     rows = matrix.view(batch * n, targets)
     first_row = torch.arange(0, batch * n, n, device=matrix.device).unsqueeze(1)
     best = matrix.new_zeros(batch, 1, targets)
+    buffer = matrix.new_empty(batch * min(_LARGEST_BLOCK, n), targets)
     bound = matrix.sum(-1).masked_fill_(excluded, -torch.inf)
     order, gains, evaluated = [], [], 0
     for _ in range(k):
         size = min(_FIRST_BLOCK, n)
         old, block = bound.topk(size, sorted=False)
         while True:
-            fresh = rows.index_select(0, (block + first_row).view(-1)).view(batch, size, targets)
-            fresh = fresh.sub_(best).relu_().sum(-1)
+            chosen = torch.index_select(rows, 0, (block + first_row).view(-1), out=buffer[: batch * size])
+            fresh = chosen.view(batch, size, targets).sub_(best).relu_().sum(-1)
             evaluated += batch * size
             # Bounds only go down, so picked and excluded tokens stay at minus infinity.
             bound.scatter_(1, block, torch.minimum(old, fresh))

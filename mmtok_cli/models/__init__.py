@@ -36,12 +36,14 @@ def load_model(name: str = "demo", *, device: str = "auto", dtype: str = "auto")
 
     try:
         model = AutoModelForImageTextToText.from_pretrained(source, dtype=choose_dtype(dtype, where))
-        processor = AutoProcessor.from_pretrained(source)
+        processor = AutoProcessor.from_pretrained(source, backend="pil")
     except Exception as error:
         # transformers raises OSError, ValueError, RuntimeError, SafetensorError and more for files that are not right.
         raise MMTokError(
             f"{name} could not be loaded: {_first_line(error)}", "check or download its files again"
         ) from error
+    if not processor.chat_template:
+        raise MMTokError(f"{name} has no chat template", "download chat_template.jinja or chat_template.json as well")
     return family(name, model.to(where).eval(), processor)
 
 

@@ -47,6 +47,8 @@ class VisionLanguageModel(ABC):
         self.model = model
         self.processor = processor
         self.tokenizer = processor.tokenizer
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
 
     @property
     def device(self) -> torch.device:
@@ -131,12 +133,11 @@ class VisionLanguageModel(ABC):
         length = int(live.sum(1).max())
         columns = live.int().argsort(dim=1, stable=True)[:, -length:]
         mask = live.gather(1, columns)
-        pad = self.tokenizer.pad_token_id
         rows = [
             v.projected[s.indices] if s.tokens is None else s.tokens for v, s in zip(vision, selections, strict=True)
         ]
         return {
-            "input_ids": prompt.input_ids.gather(1, columns).masked_fill(~mask, 0 if pad is None else pad),
+            "input_ids": prompt.input_ids.gather(1, columns).masked_fill(~mask, self.tokenizer.pad_token_id),
             "attention_mask": mask.long(),
             "position_ids": (mask.long().cumsum(1) - 1).clamp(min=0),
             "mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=rows)},

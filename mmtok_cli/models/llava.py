@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image as PILImage
@@ -15,11 +15,22 @@ from mmtok_cli.models.base import Prompt, VisionLanguageModel
 from mmtok_cli.models.padding import padding_mask
 from mmtok_cli.tokens import VisionTokens
 
+LONGEST_SIDE = 8192  # a line of a hundred thousand pixels is small, but the square around it is not
+
 
 class Llava(VisionLanguageModel):
-    """`LlavaForConditionalGeneration` with a CLIP tower."""
+    """`LlavaForConditionalGeneration` with a CLIP tower. Raises MMTokError for one with another encoder."""
 
     family: ClassVar[str] = "llava"
+
+    def __init__(self, name: str, model: Any, processor: Any) -> None:
+        super().__init__(name, model, processor)
+        tower, strategy = model.config.vision_config.model_type, model.config.vision_feature_select_strategy
+        if tower != "clip_vision_model" or strategy != "default":
+            raise MMTokError(
+                f"{name} has a {tower!r} encoder with the feature strategy {strategy!r}, which is not supported",
+                "LLaVA models with a CLIP encoder whose class token is dropped are",
+            )
 
     @property
     def patch_size(self) -> int:
@@ -114,6 +125,9 @@ class Llava(VisionLanguageModel):
         transformers' processors crop the middle of an oblong image instead, unless their checkpoint says otherwise.
         """
         processor = self.processor.image_processor
+        if max(image.size) > LONGEST_SIDE:
+            shrink = LONGEST_SIDE / max(image.size)
+            image = image.resize((max(1, round(image.width * shrink)), max(1, round(image.height * shrink))))
         side = max(image.size)
         square = PILImage.new("RGB", (side, side), tuple(int(channel * 255) for channel in processor.image_mean))
         square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
@@ -124,8 +138,7 @@ class Llava(VisionLanguageModel):
         """What the projector saw, [images, tokens, vision dim]."""
         layers = self.model.config.vision_feature_layer
         layers = [layers] if isinstance(layers, int) else layers
-        features = torch.cat([hidden_states[layer] for layer in layers], dim=-1)
-        return features[:, 1:] if self.model.config.vision_feature_select_strategy == "default" else features
+        return torch.cat([hidden_states[layer][:, 1:] for layer in layers], dim=-1)
 
     def _eligible(self, image: Image, grid: tuple[int, int]) -> torch.Tensor:
         if grid != self.grid(image):

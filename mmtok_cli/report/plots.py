@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from mmtok_cli.bench.results import CaseResult, Comparison
 
 
 def save_gain_curve(gains: Sequence[float], path: Path, title: str) -> None:
     """What each pick added to the coverage, and the coverage reached: where the curve is flat, tokens are spare."""
-    from itertools import accumulate
-
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -22,6 +28,57 @@ def save_gain_curve(gains: Sequence[float], path: Path, title: str) -> None:
     gain.set(ylabel="gain of the pick", ylim=(0, None))
     reached.yaxis.label.set_color("tab:blue")
     gain.yaxis.label.set_color("tab:orange")
+    _save(figure, path)
+
+
+def save_tradeoff(comparison: Comparison, path: Path) -> None:
+    """Quality against tokens kept and against total time; quality is the score, or top-1 agreement without answers."""
+    from matplotlib.figure import Figure
+
+    baseline, *results = comparison.results
+    scored = baseline.score is not None
+    methods: dict[str, list[CaseResult]] = defaultdict(list)
+    for result in results:
+        methods[result.method].append(result)
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    by_tokens, by_time = figure.subplots(1, 2, sharey=True)
+    for name, cases in methods.items():
+        cases.sort(key=lambda case: case.tokens.kept)
+        quality = [100 * _quality(case, scored) for case in cases]
+        style = {"marker": "o", "markersize": 4, "label": name}
+        by_tokens.plot([case.tokens.kept for case in cases], quality, **style)
+        by_time.plot([case.seconds["total"].median * 1e3 for case in cases], quality, **style)
+    full = 100 * _quality(baseline, scored)
+    by_tokens.axhline(
+        full, color="black", linestyle="--", linewidth=1, label=f"full ({baseline.tokens.total:.0f} tokens)"
+    )
+    by_time.plot(baseline.seconds["total"].median * 1e3, full, "k*", markersize=11)
+    by_tokens.set_xscale("symlog", base=2, linthresh=1)
+    by_tokens.set_xlim(left=-0.5)
+    by_tokens.minorticks_off()
+    ticks = sorted({round(case.tokens.kept) for case in results})
+    by_tokens.set_xticks(ticks, [str(tick) for tick in ticks])
+    asked = baseline.score_counts.asked if baseline.score_counts else comparison.schedule.samples
+    by_tokens.set(
+        xlabel="vision tokens kept per image", ylabel="right answers [%]" if scored else "top-1 agreement [%]"
+    )
+    by_time.set(xlabel="total time per batch, median [ms]")
+    by_tokens.set_title(f"{comparison.model}, {asked} questions", loc="left")
+    by_tokens.legend(fontsize="small")
+    for axes in (by_tokens, by_time):
+        axes.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def _quality(case: CaseResult, scored: bool) -> float:
+    if scored:
+        return case.score or 0.0
+    return case.fidelity.top1 if case.fidelity else 1.0
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """Write a picture whole or not at all."""
     part = path.with_name(f".{path.name}.part")
     try:
         figure.savefig(part, format=path.suffix.lstrip(".").lower(), dpi=150)
