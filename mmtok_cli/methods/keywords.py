@@ -6,55 +6,11 @@ The paper (arXiv 2508.18264) only hints at this step, in figure 2; the list and 
 import re
 
 STOP_WORDS = frozenset(
-    [
-        "a",
-        "an",
-        "the",
-        "is",
-        "are",
-        "was",
-        "were",
-        "be",
-        "been",
-        "being",
-        "have",
-        "has",
-        "had",
-        "do",
-        "does",
-        "did",
-        "it",
-        "they",
-        "he",
-        "she",
-        "we",
-        "you",
-        "i",
-        "what",
-        "where",
-        "when",
-        "why",
-        "how",
-        "who",
-        "which",
-        "and",
-        "or",
-        "but",
-        "so",
-        "if",
-        "then",
-        "question",
-        "answer",
-        "to",
-        "for",
-        "with",
-        "by",
-        "from",
-        "at",
-        "into",
-        "onto",
-        "upon",
-    ]
+    (
+        "a an the is are was were be been being have has had do does did it they he she we you i "
+        "what where when why how who which and or but so if then question answer "
+        "to for with by from at into onto upon"
+    ).split()
 )
 INSTRUCTIONS = (
     "Answer the question using a single word or phrase.",
