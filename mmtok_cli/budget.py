@@ -21,9 +21,9 @@ class Budget:
         """Read "64" or "10%". Raises MMTokError for anything that is not a positive budget."""
         text = text.strip()
         hint = "give the number of vision tokens to keep, as in 64, or a share of them, as in 10%"
-        if re.fullmatch(r"\d+", text) and int(text) > 0:
+        if re.fullmatch(r"[0-9]{1,9}", text) and int(text) > 0:
             return Budget(count=int(text))
-        if re.fullmatch(r"\d+(\.\d+)?\s*%", text) and 0 < float(text.rstrip("% ")) <= 100:
+        if re.fullmatch(r"[0-9]{1,9}(\.[0-9]+)?\s*%", text) and 0 < float(text.rstrip("% ")) <= 100:
             return Budget(percent=float(text.rstrip("% ")))
         if re.fullmatch(r"0+(\.0+)?\s*%?", text):
             raise MMTokError("a budget of 0 keeps no vision token", "the method for that is `none`: --method none")
@@ -51,7 +51,7 @@ class Budget:
         return kept
 
     def __str__(self) -> str:
-        return str(self.count) if self.count is not None else f"{self.percent:g}%"
+        return str(self.count) if self.count is not None else f"{self.percent:.12g}%"
 
 
 def parse_budgets(text: str) -> list[Budget]:
@@ -61,11 +61,11 @@ def parse_budgets(text: str) -> list[Budget]:
 
 
 def rectangle(budget: int, grid: tuple[int, int], aspect: float) -> tuple[int, int]:
-    """The (rows, columns) with exactly `budget` cells that distort `grid` least.
+    """The (rows, columns) with exactly `budget` cells, within `grid`, that distort the image least.
 
-    Between two shapes of equal distortion (8x16 and 16x8 of a square grid) the one nearer to the image's `aspect`,
-    its height over its width, is taken. A side may be stretched against the other by a factor of two at most, so
-    64, 128 and 192 of 24x24 tokens exist (8x8, 8x16, 12x16) and prime numbers mostly do not.
+    aspect: the image's height over its width; beyond 2:1 it counts as 2:1. A side may be stretched against the other
+    by a factor of two at most, so 64, 128 and 192 of 24x24 tokens exist (8x8, 8x16, 12x16 for a square image) and
+    prime numbers mostly do not. Ties go to the squarer shape.
 
     Raises MMTokError naming the nearest budgets that can be met.
     """
@@ -77,7 +77,7 @@ def rectangle(budget: int, grid: tuple[int, int], aspect: float) -> tuple[int, i
         above = min((n for n in feasible if n > budget), default=None)
         nearest = " or ".join(str(n) for n in (below, above) if n is not None)
         raise MMTokError(
-            f"no rectangle of {budget} tokens fits a grid of {rows}x{columns} without distorting it more than 2:1",
+            f"no rectangle of {budget} tokens fits into {rows}x{columns} without distorting the image more than 2:1",
             f"the nearest budgets that resizing can meet exactly are {nearest}",
         )
     return best
@@ -85,7 +85,8 @@ def rectangle(budget: int, grid: tuple[int, int], aspect: float) -> tuple[int, i
 
 def _best_rectangle(budget: int, grid: tuple[int, int], aspect: float) -> tuple[int, int] | None:
     rows, columns = grid
+    wanted = min(max(aspect, 0.5), 2.0)
     shapes = [(h, budget // h) for h in range(1, rows + 1) if budget % h == 0 and budget // h <= columns]
-    distortions = {(h, w): round(abs(math.log((h / w) / (rows / columns))), 9) for h, w in shapes}
+    distortions = {(h, w): abs(math.log(h / w / wanted)) for h, w in shapes}
     allowed = [shape for shape, distortion in distortions.items() if distortion <= math.log(2) + 1e-9]
-    return min(allowed, key=lambda s: (distortions[s], abs(math.log((s[0] / s[1]) / aspect))), default=None)
+    return min(allowed, key=lambda s: (round(distortions[s], 9), abs(math.log(s[0] / s[1]))), default=None)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mmtok_cli.budget import Budget
 from mmtok_cli.data.samples import Sample
+from mmtok_cli.errors import MMTokError
 from mmtok_cli.methods.base import Method
 from mmtok_cli.models.base import Prompt, VisionLanguageModel
 from mmtok_cli.tokens import Selection, VisionTokens
@@ -52,8 +53,8 @@ class Reduced:
 class Answers:
     """What the model said to a batch of samples.
 
-    texts: one for each sample. token_ids: [batch, new tokens]. first_logits: [batch, vocabulary], those of the first
-    new token. kv_cache_bytes: the keys and values of all layers after the last token.
+    texts: one for each sample. token_ids: [batch, steps], padded after the end of each answer. first_logits: [batch,
+    vocabulary], those of the first new token. kv_cache_bytes: the keys and values of all layers after the last token.
     """
 
     texts: list[str]
@@ -108,8 +109,18 @@ def answer(
     max_new_tokens: int = 32,
     stage: Stage = unwatched,
 ) -> Answers:
-    """Answer a batch of questions greedily from reduced images."""
+    """Answer a batch of questions greedily from reduced images.
+
+    Raises MMTokError where a budget cannot be met or the prompt is longer than the model can read.
+    """
     reduced = reduce(model, method, samples, budget, stage=stage)
+    length = reduced.inputs["input_ids"].shape[1]
+    if length + max_new_tokens > model.context_length:
+        raise MMTokError(
+            f"the prompt of {length} tokens and an answer of up to {max_new_tokens} do not fit into the "
+            f"{model.context_length} tokens that {model.name} can read",
+            "shorten the question, or lower --budget or --max-new-tokens",
+        )
     with stage("prefill"):
         first_logits, cache = prefill(model, reduced.inputs)
     with stage("decode"):

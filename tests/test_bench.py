@@ -71,10 +71,23 @@ def test_speedup_of_noise_is_inconclusive_and_of_a_gain_is_not() -> None:
 
 
 def test_few_or_equal_rounds() -> None:
-    few = paired_speedup([2, 2], [1, 1])
+    few = paired_speedup([2] * 5, [1] * 5)
     assert few.median == 2 and few.low is None and not few.conclusive
-    assert paired_speedup([2, 2, 2], [1, 1, 1]).conclusive
-    assert not paired_speedup([1, 1, 1], [1, 1, 1]).conclusive
+    assert paired_speedup([2] * 6, [1] * 6).conclusive
+    assert not paired_speedup([1] * 6, [1] * 6).conclusive
+
+
+@pytest.mark.parametrize("rounds", [6, 7, 12, 30])
+def test_interval_covers_the_true_speedup(rounds: int) -> None:
+    """A true ratio of 1.3 under heavy-tailed noise lies in the interval as often as promised, give or take."""
+    rng = np.random.default_rng(rounds)
+    covered = 0
+    for _ in range(200):
+        noise = np.exp(0.2 * rng.standard_t(3, (2, rounds)))
+        speedup = paired_speedup(1.3 * noise[0], noise[1])
+        assert speedup.low is not None and speedup.high is not None
+        covered += speedup.low <= 1.3 <= speedup.high
+    assert covered >= 184
 
 
 @pytest.fixture()
@@ -114,6 +127,7 @@ def test_rounds_and_their_summary(tiny_sdpa: Llava, samples: list[Sample], cases
     assert full.score_counts.by_kind == {"a": (2, 2), "b": (1, 1)}
     assert full.speedup == {} and full.retention is None and full.fidelity is None
     assert mmtok.tokens.kept == mmtok.tokens.layer_average == 4 and none.tokens.kept == 0
+    assert full.tokens.new == 2 and full.seconds["ttft"].median < full.seconds["total"].median
     assert mmtok.fidelity and mmtok.fidelity.kl > 0 and 0 <= mmtok.fidelity.top1 <= 1
     assert mmtok.retention == mmtok.score
     assert full.memory.kv_cache > mmtok.memory.kv_cache > none.memory.kv_cache
@@ -122,7 +136,9 @@ def test_rounds_and_their_summary(tiny_sdpa: Llava, samples: list[Sample], cases
     comparison = Comparison(
         model="tiny",
         environment=environment_of(tiny_sdpa),
-        schedule=Schedule(seed=0, samples=3, batch_size=1, rounds=4, warmup=0, order=order),
+        schedule=Schedule(
+            data="demo", max_new_tokens=2, seed=0, samples=3, batch_size=1, rounds=4, warmup=0, order=order
+        ),
         interrupted=False,
         results=results,
     )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +36,8 @@ def refused(result: Result, *words: str) -> None:
     """Exit status 2, nothing on standard output, one line that names the fault, no traceback."""
     assert result.exit_code == 2, result.output
     assert result.stdout == ""
-    first = result.stderr.splitlines()[0]
-    assert first.startswith("error: ")
+    first, *rest = result.stderr.splitlines()
+    assert first.startswith("error: ") and len(rest) <= 1 and all(line.startswith("hint: ") for line in rest)
     for word in words:
         assert word in result.stderr
     assert "Traceback" not in result.stderr
@@ -46,7 +48,7 @@ def test_infer(tiny_directory: Path, photo: Path) -> None:
     assert result["schema"] == "mmtok.infer/1"
     assert (result["method"], result["budget"]) == ("mmtok", "4")
     assert result["tokens"]["kept"] == 4 and result["tokens"]["total"] == 36
-    assert set(result["seconds"]) == {"prepare", "encode", "select", "prefill", "decode", "total"}
+    assert set(result["seconds"]) == {"prepare", "encode", "select", "prefill", "decode", "ttft", "total"}
     assert result["memory"]["kv_cache"] < result["baseline"]["memory"]["kv_cache"]
     assert result["baseline"]["tokens"]["kept"] == 36
 
@@ -71,21 +73,21 @@ def test_prune(tiny_directory: Path, photo: Path, tmp_path: Path) -> None:
 
 
 def test_compare(tiny_directory: Path, tmp_path: Path) -> None:
-    command = ("compare", "-m", tiny_directory, "--limit", 4, "-b", "4,8", "--max-new-tokens", 2)
+    command = ("compare", "-m", tiny_directory, "--limit", 6, "-b", "4,8", "--max-new-tokens", 2)
     result = run_json(*command, "--methods", "mmtok,random,none")
     assert result["schema"] == "mmtok.compare/1" and not result["interrupted"]
     cases = [(case["method"], case["budget"]) for case in result["results"]]
     assert cases == [("full", None), ("mmtok", "4"), ("mmtok", "8"), ("random", "4"), ("random", "8"), ("none", None)]
     order = result["schedule"]["order"]
-    assert len(order) == 4 and all(sorted(round_) == list(range(6)) for round_ in order)
+    assert len(order) == 6 and all(sorted(round_) == list(range(6)) for round_ in order)
     for case in result["results"]:
-        assert len(case["seconds"]["prefill"]["values"]) == 4
+        assert len(case["seconds"]["prefill"]["values"]) == 6
         assert case["tokens"]["kept"] == (36 if case["method"] == "full" else int(case["budget"] or 0))
     assert result["results"][1]["speedup"]["prefill"]["low"] <= result["results"][1]["speedup"]["prefill"]["high"]
-    assert result["results"][0]["score_counts"]["asked"] == 4
+    assert result["results"][0]["score_counts"]["asked"] == 6
 
     shown = run(*command, "--methods", "resize:pool", "--batch-size", 2, "--plot", tmp_path / "tradeoff.png")
-    assert "4/36" in shown.stdout and "2 rounds of 2" in shown.stdout and "wrote" in shown.stdout
+    assert "4/36" in shown.stdout and "6 samples, batches of 2" in shown.stdout and "wrote" in shown.stderr
     assert Image.open(tmp_path / "tradeoff.png").width > 1000
 
 
@@ -122,6 +124,8 @@ def test_catalogues() -> None:
         ("0%", ["--method none"]),
         ("", ["not a budget"]),
         ("1.5", ["not a budget"]),
+        ("9" * 5000, ["not a budget"]),
+        ("٣", ["not a budget"]),
         ("1000000", ["more than the 36 vision tokens", "choose 1 to 36"]),
         ("1%", ["less than one", "at least 2.78%"]),
         ("30", ["24 vision tokens", "not padding", "1 to 24"]),
@@ -198,7 +202,63 @@ def test_bad_images(tiny_directory: Path, tmp_path: Path) -> None:
     refused(run("infer", tmp_path / "half.jpg", QUESTION, "-m", tiny_directory), "is damaged")
 
 
-@pytest.mark.parametrize("target", ["nowhere/kept.png", ".", "kept.xyz", "kept"])
+def test_partial_batches_are_left_out(tiny_directory: Path) -> None:
+    command = ("compare", "-m", tiny_directory, "-b", 4, "--max-new-tokens", 2, "--methods", "random", "--json")
+    result = run(*command, "--limit", 5, "--batch-size", 2, "--rounds", 3)
+    assert "asking 4 of 5 samples" in result.stderr
+    pairs = json.loads(result.stdout)
+    assert pairs["results"][0]["score_counts"]["asked"] == pairs["schedule"]["samples"] == 4
+    alone = json.loads(run(*command, "--limit", 4).stdout)
+    two, one = pairs["results"][1], alone["results"][1]
+    assert two["score"] == one["score"] and two["tokens"]["text"] == one["tokens"]["text"]
+    assert two["memory"]["kv_cache"] == pytest.approx(one["memory"]["kv_cache"], rel=0.1)  # per sample; padding aside
+    refused(run(*command, "--limit", 1, "--batch-size", 2), "less than one batch")
+
+
+def test_interrupting_keeps_what_was_measured(tiny_directory: Path, tmp_path: Path) -> None:
+    for command in (["profile", "--runs", "100000", "--trace-dir", str(tmp_path)], ["compare", "--rounds", "100000"]):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mmtok_cli", *command, "-m", str(tiny_directory), "-b", "4", "--json"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        time.sleep(15)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=120)
+        assert process.returncode == 0, stderr
+        result = json.loads(stdout)
+        assert result["interrupted"] and result["schedule"]["rounds"] == len(result["schedule"]["order"]) > 0
+
+
+@pytest.mark.parametrize("name", ["[red]x[/red]", "[/]", "a/[/red]"])
+def test_markup_is_text(name: str, tiny_directory: Path, photo: Path, tmp_path: Path) -> None:
+    refused(run("infer", photo, QUESTION, "-m", name), name)
+    target = tmp_path / f"{name.replace('/', '')}.png"
+    result = run("prune", photo, name, "-m", tiny_directory, "-b", 4, "-o", target)
+    assert result.exit_code == 0 and target.exists() and str(target) in result.stdout
+
+
+def test_question_longer_than_the_context(tiny_directory: Path, photo: Path) -> None:
+    refused(run("infer", photo, "word " * 3000, "-m", tiny_directory, "-b", 4), "do not fit", "2048 tokens")
+
+
+def test_nothing_is_written_over_the_image(tiny_directory: Path, photo: Path) -> None:
+    before = photo.read_bytes()
+    command = ("prune", photo, QUESTION, "-m", tiny_directory, "-b", 4)
+    refused(run(*command, "-o", photo.parent / ".." / photo.parent.name / photo.name), "over the image")
+    assert photo.read_bytes() == before
+
+
+def test_full_disk_behind_standard_output() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "mmtok_cli", "models", "--json"], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 1 and "no space left" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("target", ["nowhere/kept.png", ".", "kept.xyz", "kept", "/proc/kept.png", "x" * 300 + ".png"])
 def test_bad_output_writes_nothing(target: str, tiny_directory: Path, photo: Path, tmp_path: Path) -> None:
     before = sorted(tmp_path.rglob("*"))
     refused(run("prune", photo, QUESTION, "-m", tiny_directory, "-b", 4, "-o", tmp_path / target), "--output")
@@ -209,9 +269,13 @@ def test_gain_curve_needs_gains(tiny_directory: Path, photo: Path, tmp_path: Pat
     command = ("prune", photo, QUESTION, "-m", tiny_directory, "-b", 4, "--method", "random")
     refused(run(*command, "-o", tmp_path / "a.png", "--gain-curve", tmp_path / "b.png"), "no gains")
     assert not (tmp_path / "a.png").exists()
+    command = ("prune", photo, QUESTION, "-m", tiny_directory, "-b", "100%")
+    refused(run(*command, "--gain-curve", tmp_path / "b.png"), "everything was kept")
 
 
-def test_trace_directory_that_is_a_file(tiny_directory: Path, photo: Path) -> None:
+def test_trace_directory_that_cannot_be(tiny_directory: Path, photo: Path, tmp_path: Path) -> None:
+    refused(run("profile", photo, QUESTION, "-m", tiny_directory, "-b", 999, "--trace-dir", tmp_path / "t"), "36")
+    assert not (tmp_path / "t").exists()
     refused(run("profile", photo, QUESTION, "-m", tiny_directory, "-b", 4, "--trace-dir", photo), "--trace-dir")
 
 

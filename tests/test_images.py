@@ -50,6 +50,12 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path) -> None:
     grey = Image.fromarray(np.full((10, 20), 32768, np.uint16))
     assert near(opened(grey, tmp_path / "a.png"), (3, 3), (128, 128, 128))
     assert near(opened(grey, tmp_path / "b.tif"), (3, 3), (128, 128, 128))
+    small = Image.fromarray(np.full((10, 20), 200, np.int32))
+    assert near(opened(small, tmp_path / "c.tif"), (3, 3), (200, 200, 200))
+    with pytest.raises(MMTokError, match="more than 16 bits"):
+        opened(Image.fromarray(np.full((10, 20), 70000, np.int32)), tmp_path / "d.tif")
+    with pytest.raises(MMTokError, match="floating-point"):
+        opened(Image.fromarray(np.ones((10, 20), np.float32)), tmp_path / "e.tif")
 
 
 def test_first_frame_of_an_animation(tmp_path: Path) -> None:
@@ -69,6 +75,8 @@ def test_exif_rotation_is_applied(tmp_path: Path) -> None:
 def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MMTokError, match="there is no file"):
         open_image(tmp_path / "gone.jpg")
+    with pytest.raises(MMTokError, match="cannot be read: File name too long"):
+        open_image("x" * 5000)
     (tmp_path / "empty.png").write_bytes(b"")
     with pytest.raises(MMTokError, match="is not an image"):
         open_image(tmp_path / "empty.png")

@@ -16,13 +16,15 @@ ALLOWED = {
     "models": SHARED | {"models", "profiles"},
     "data": {"errors", "data", "demo"},
     "pipeline": SHARED | {"models", "methods", "data"},
-    "bench": SHARED | {"bench", "pipeline", "data", "models", "methods"},
-    "report": {"report", "bench", "errors", "profiles"},
+    "bench": SHARED | {"bench", "pipeline", "data", "models", "methods", "files"},
+    "report": {"report", "bench", "errors", "files", "profiles"},
     "demo": {"demo", "errors"},
     "tokens": set(),
     "errors": set(),
     "budget": {"errors"},
     "profiles": {"errors"},
+    "files": {"errors"},
+    "environment": {"__version__", "bench", "models"},
 }
 
 

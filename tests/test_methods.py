@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 
+from mmtok_cli.data.samples import Sample
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.methods import accepted, make_method, method_class, method_names
+from mmtok_cli.methods.full import Full
+from mmtok_cli.models.llava import Llava
+from mmtok_cli.pipeline import reduce
 from mmtok_cli.tokens import Selection, TextTokens, VisionTokens
 
 PACKAGE = '''
@@ -66,6 +72,15 @@ def test_method_of_another_package() -> None:
     image = vision()
     kept = method.select(image, TEXT, 3).indices
     assert set(kept.tolist()) == set(image.projected.abs().sum(1).topk(3).indices.tolist())
+
+
+def test_signal_that_nobody_offers_is_refused(tiny_sdpa: Llava, samples: list[Sample]) -> None:
+    @dataclass(frozen=True)
+    class Curious(Full):
+        signals: ClassVar[tuple[str, ...]] = ("heartbeat",)
+
+    with pytest.raises(MMTokError, match="does not offer heartbeat"):
+        reduce(tiny_sdpa, Curious(), samples, None)
 
 
 def test_unknown_names_are_refused() -> None:

@@ -69,6 +69,7 @@ def test_several_images_in_one_question(tiny: Llava) -> None:
 def test_the_encoder_is_spared_by_resize(tiny_sdpa: Llava, samples: list[Sample]) -> None:
     reduced = reduce(tiny_sdpa, make_method("resize"), samples, Budget(count=8))
     assert [v.grid for v in reduced.vision] == [(2, 4), (2, 4), (4, 2)]  # the long side follows the image's
+    assert all(bool(v.eligible.all()) for v in reduced.vision)  # no padding: the image fills the smaller grid
     assert [tuple(p.shape) for p in reduced.prompt.pixel_values] == [(3, 28, 56), (3, 28, 56), (3, 56, 28)]
 
 

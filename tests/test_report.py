@@ -39,7 +39,8 @@ def test_kept_map() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(2e-6, "2 µs"), (0.0123, "12.3 ms"), (0.4567, "457 ms"), (1.234, "1.23 s"), (456.7, "457 s")]
+    ("value", "text"),
+    [(2e-6, "2 µs"), (0.0123, "12.3 ms"), (0.4567, "457 ms"), (1.234, "1.23 s"), (456.7, "457 s"), (0.99996, "1 s")],
 )
 def test_seconds(value: float, text: str) -> None:
     assert seconds(value) == text
@@ -49,4 +50,5 @@ def test_units() -> None:
     assert spread(0.0154, 0.0106, 0.0177) == "15.4 ms (10.6–17.7)"
     assert (size(None), size(512), size(2.5 * 2**20), size(3 * 2**40)) == ("–", "512 B", "2.5 MiB", "3072 GiB")
     assert (count(950), count(2.05e6), count(8.45e12)) == ("950", "2.05 M", "8.45 T")
+    assert (count(999.7e6), size(999.7 * 1024)) == ("1 G", "0.976 MiB")
     assert (number(64.0), number(57.25)) == ("64", "57.2")

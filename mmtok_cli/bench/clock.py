@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,12 +26,13 @@ class Clock:
         self._marks.append((name, start, self._now()))
 
     def seconds(self) -> dict[str, float]:
-        """Seconds by stage, and their sum as `total`."""
+        """Seconds by stage, their sum as `total`, and as `ttft` what passes before the first token."""
         synchronise(self._device)
         seconds: dict[str, float] = defaultdict(float)
         for name, start, end in self._marks:
             seconds[name] += start.elapsed_time(end) / 1000 if self._device.type == "cuda" else end - start
-        return {**seconds, "total": sum(seconds.values())}
+        total = sum(seconds.values())
+        return {**seconds, "ttft": total - seconds.get("decode", 0.0), "total": total}
 
     def _now(self) -> Any:
         if self._device.type == "cuda":
@@ -44,6 +45,7 @@ class Clock:
 
 def synchronise(device: torch.device) -> None:
     """Wait until the device has done what it was told to."""
-    wait: dict[str, Callable[[], None]] = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}
-    if device.type in wait:
-        wait[device.type]()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

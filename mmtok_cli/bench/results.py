@@ -30,16 +30,19 @@ class Speedup(Record):
 
 
 class Tokens(Record):
-    """Vision tokens per image, averaged over samples: before reduction, into the language model, per decoder layer."""
+    """Per sample, on average: vision tokens before reduction, into the language model and per decoder layer; text
+    tokens of the prompt; tokens decoded, those of the longest answer of a batch."""
 
     total: float
     kept: float
     text: float
     layer_average: float
+    new: float
 
 
 class Memory(Record):
-    """Bytes: peak above the weights (None where the device does not count it), KV cache, resident on the host."""
+    """Bytes: peak of a batch above the weights (None where the device does not count it), KV cache per sample, and
+    what the whole process held resident on the host, which is the same story for every case."""
 
     peak: int | None
     kv_cache: int
@@ -66,7 +69,7 @@ class Score(Record):
 
 
 class CaseResult(Record):
-    """One method at one budget."""
+    """One method at one budget. FLOPs are per sample, by stage, counted on the first batch."""
 
     method: str
     parameters: dict[str, Any]
@@ -104,9 +107,11 @@ class Environment(Record):
 
 
 class Schedule(Record):
-    """How the runs were ordered: order[round] lists the cases in the order in which they ran."""
+    """What was asked and in which order: order[round] lists the cases in the order in which they ran."""
 
+    data: str
     seed: int
+    max_new_tokens: int
     samples: int
     batch_size: int
     rounds: int
@@ -137,13 +142,14 @@ class Operator(Record):
 
 
 class Profile(Record):
-    """What `mmtok profile --json` prints."""
+    """What `mmtok profile --json` prints. stage_peaks: bytes by case and stage, from the traces."""
 
     schema_: Literal["mmtok.profile/1"] = Field(default="mmtok.profile/1", alias="schema")
     model: str
     parameters: int
     environment: Environment
     schedule: Schedule
+    interrupted: bool
     cases: list[CaseResult]
     stage_peaks: dict[str, dict[str, int]]
     operators: list[Operator]

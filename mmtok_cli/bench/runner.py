@@ -30,13 +30,17 @@ class Case:
 
 @dataclass(frozen=True)
 class Run:
-    """One repetition of one case on one batch of samples. kl and top1 hold one value for each sample."""
+    """One repetition of one case on one batch of samples.
+
+    steps: tokens decoded for the longest answer. kl, top1: one value for each sample. Bytes are those of the batch.
+    """
 
     case: int
     samples: tuple[Sample, ...]
     seconds: dict[str, float]
     tokens: list[TokenCounts]
     answers: list[str]
+    steps: int
     kv_cache: int
     peak: int | None
     host: int
@@ -58,6 +62,7 @@ def run_case(
         seconds=seconds,
         tokens=said.reduced.tokens,
         answers=said.texts,
+        steps=said.token_ids.shape[1],
         kv_cache=said.kv_cache_bytes,
         peak=peak.bytes,
         host=host_memory(),

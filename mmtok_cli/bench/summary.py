@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from statistics import fmean, median
+from statistics import fmean
 
 from mmtok_cli.bench.results import CaseResult, Fidelity, Memory, Score, Tokens
 from mmtok_cli.bench.runner import Case, Run
@@ -20,12 +20,13 @@ def summarise_cases(
     rounds: for each round the runs of all cases, in the order of cases. flops: for each case, by stage.
     """
     columns = [[runs[i] for runs in rounds] for i in range(len(cases))]
-    baseline = _score(columns[0])
+    baseline = _score(_first_of_each_batch(columns[0]))
     results = []
     for i, (case, runs) in enumerate(zip(cases, columns, strict=True)):
-        score = _score(runs)
+        once = _first_of_each_batch(runs)
+        score = _score(once)
         seconds = {stage: [run.seconds[stage] for run in runs] for stage in runs[0].seconds}
-        counts = [tokens for run in runs for tokens in run.tokens]
+        counts = [tokens for run in once for tokens in run.tokens]
         kept = fmean(c.kept for c in counts)
         results.append(
             CaseResult(
@@ -38,6 +39,7 @@ def summarise_cases(
                     kept=kept,
                     text=fmean(c.text for c in counts),
                     layer_average=kept,
+                    new=fmean(run.steps for run in once),
                 ),
                 seconds={stage: summarise(values) for stage, values in seconds.items()},
                 speedup={
@@ -47,35 +49,36 @@ def summarise_cases(
                 },
                 memory=Memory(
                     peak=max((run.peak for run in runs if run.peak is not None), default=None),
-                    kv_cache=int(median(run.kv_cache for run in runs)),
+                    kv_cache=int(fmean(run.kv_cache / len(run.samples) for run in once)),
                     host=max(run.host for run in runs),
                 ),
                 flops=dict(flops[i]),
                 score=score.share if score else None,
                 score_counts=score,
                 retention=score.share / baseline.share if i > 0 and score and baseline and baseline.right else None,
-                fidelity=_fidelity(runs) if i > 0 else None,
+                fidelity=_fidelity(once) if i > 0 else None,
             )
         )
     return results
 
 
+def _first_of_each_batch(runs: Sequence[Run]) -> list[Run]:
+    """Answers do not change from round to round, so each sample counts once however often it was timed."""
+    return list({id(run.samples[0]): run for run in reversed(runs)}.values())[::-1]
+
+
 def _score(runs: Sequence[Run]) -> Score | None:
-    """Each sample counts once, however many rounds it took part in."""
-    right: dict[int, bool] = {}
-    kinds: dict[int, str | None] = {}
+    right: list[bool] = []
+    by_kind: dict[str, list[bool]] = defaultdict(list)
     for run in runs:
         for sample, answer in zip(run.samples, run.answers, strict=True):
             if sample.answer is not None:
-                right.setdefault(id(sample), sample.is_right(answer))
-                kinds[id(sample)] = sample.kind
+                right.append(sample.is_right(answer))
+                by_kind[sample.kind or "other"].append(right[-1])
     if not right:
         return None
-    by_kind: dict[str, list[bool]] = defaultdict(list)
-    for key, was_right in right.items():
-        by_kind[kinds[key] or "other"].append(was_right)
     return Score(
-        right=sum(right.values()),
+        right=sum(right),
         asked=len(right),
         by_kind={kind: (sum(values), len(values)) for kind, values in sorted(by_kind.items())},
     )

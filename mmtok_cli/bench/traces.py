@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from mmtok_cli.bench.results import Operator
 from mmtok_cli.bench.runner import Case
 from mmtok_cli.data.samples import Sample
-from mmtok_cli.errors import MMTokError
+from mmtok_cli.files import write_whole
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.pipeline import STAGES, answer
 
@@ -34,16 +34,6 @@ class Trace:
     path: Path
     operators: list[Operator]
     peaks: dict[str, int]
-
-
-def trace_directory(path: Path) -> Path:
-    """Make sure that traces can be written there. Raises MMTokError if not."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            return path
-    except OSError as error:
-        raise MMTokError(f"nothing can be written to {path}: {error.strerror}", "choose another --trace-dir") from error
 
 
 def trace_case(
@@ -62,8 +52,7 @@ def trace_case(
         / _file_name(case)
         / f"{socket.gethostname()}_{os.getpid()}.{time.time_ns() // 1_000_000}.pt.trace.json"
     )
-    path.parent.mkdir(exist_ok=True)
-    _write(events, path)
+    write_whole(path, lambda part: part.write_text(json.dumps(events), encoding="utf-8"))
     spans = {
         event["name"]: (event["ts"], event["ts"] + event["dur"])
         for event in events["traceEvents"]
@@ -85,12 +74,6 @@ def _export(profiler: Any) -> dict[str, Any]:
         if event.get("cat") in RUNTIME_CATEGORIES:
             event["cat"] = "Runtime"
     return trace
-
-
-def _write(trace: dict[str, Any], path: Path) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(trace), encoding="utf-8")
-    part.replace(path)
 
 
 def _operators(profiler: Any, case: Case) -> list[Operator]:
@@ -118,16 +101,16 @@ def _operators(profiler: Any, case: Case) -> list[Operator]:
 
 def _peaks(trace: dict[str, Any], spans: dict[str, tuple[float, float]], device: torch.device) -> dict[str, int]:
     kind = torch.autograd.DeviceType.CUDA if device.type == "cuda" else torch.autograd.DeviceType.CPU
-    level = [
-        (event["ts"], event["args"]["Total Allocated"])
+    levels = sorted(
+        (event["ts"], event["args"]["Total Allocated"], event["args"]["Bytes"])
         for event in trace["traceEvents"]
         if event.get("name") == "[memory]" and event["args"]["Device Type"] == kind.value
-    ]
-    if not level:
+    )
+    if not levels:
         return {}
-    level.sort()
-    start = level[0][1]
+    start = levels[0][1] - levels[0][2]  # before the first allocation
     return {
-        stage: max((total - start for ts, total in level if begin <= ts < end), default=0)
+        stage: max((total - start for ts, total, _ in levels if begin <= ts < end), default=0)
         for stage, (begin, end) in spans.items()
+        if stage != "prepare"  # the processor's memory is NumPy's, which the profiler does not see
     }

@@ -68,10 +68,14 @@ def compare(
     [dim]mmtok compare --methods mmtok,resize --budget 64,16[/dim]
     """
     from mmtok_cli.budget import parse_budgets
-    from mmtok_cli.cli.session import make_cases, open_model, require_methods, writable
+    from mmtok_cli.cli.session import make_cases, open_model, require_methods
+    from mmtok_cli.errors import MMTokError
+    from mmtok_cli.files import require_writable
 
     if plot:
-        writable(plot, PLOTS, "--plot")
+        require_writable(plot, PLOTS, "--plot")
+    if batch_size > limit:
+        raise MMTokError(f"--limit {limit} is less than one batch of {batch_size}", "raise it, or lower --batch-size")
     names = list(dict.fromkeys(name.strip() for name in methods.split(",") if name.strip()))
     require_methods(names)
     chosen = parse_budgets(budget) if budget is not None else None
@@ -88,7 +92,11 @@ def compare(
     from mmtok_cli.report import console as report
     from mmtok_cli.report import tables
 
-    groups = list(batches(demo_samples(limit), batch_size))
+    notes = report.notes_console(quiet)
+    whole = limit - limit % batch_size
+    if whole < limit:
+        notes.print(f"asking {whole} of {limit} samples: whole batches of {batch_size}, so that all runs are alike")
+    groups = list(batches(demo_samples(whole), batch_size))
     order = interleaved(len(cases), rounds or len(groups), seed)
     done = []
     interrupted = False
@@ -114,7 +122,9 @@ def compare(
         model=model,
         environment=environment_of(vlm),
         schedule=Schedule(
+            data="demo",
             seed=seed,
+            max_new_tokens=max_new_tokens,
             samples=sum(len(group) for group in groups[: len(done)]),
             batch_size=batch_size,
             rounds=len(done),
@@ -124,21 +134,22 @@ def compare(
         interrupted=interrupted,
         results=summarise_cases(cases, done, flops),
     )
+    if as_json:
+        report.print_json(comparison)
+    else:
+        out = report.results_console()
+        out.print(
+            f"{report.printable(model)}: {comparison.schedule.samples} samples, batches of {batch_size}, seed {seed}"
+        )
+        out.print(tables.speed_table(comparison))
+        out.print(tables.quality_table(comparison))
+        if kinds := tables.kind_table(comparison):
+            out.print(kinds)
+        out.print(tables.environment_line(model, comparison.environment))
+        for note in [tables.ceiling(comparison.results[0]), *tables.comparison_notes(comparison)]:
+            notes.print(f"• {note}")
     if plot:
         from mmtok_cli.report.plots import save_tradeoff
 
         save_tradeoff(comparison, plot)
-    if as_json:
-        report.print_json(comparison)
-        return
-    out = report.results_console()
-    schedule = comparison.schedule
-    out.print(f"{model}: {schedule.samples} samples, {schedule.rounds} rounds of {batch_size}")
-    out.print(tables.speed_table(comparison))
-    out.print(tables.quality_table(comparison))
-    out.print(tables.environment_line(model, comparison.environment))
-    if plot:
-        out.print(f"wrote {plot}", soft_wrap=True)
-    notes = report.notes_console(quiet)
-    for note in [tables.ceiling(comparison.results[0]), *tables.comparison_notes(comparison)]:
-        notes.print(f"• {note}")
+        notes.print(f"wrote {report.printable(plot)}", soft_wrap=True)

@@ -82,7 +82,7 @@ def _as_json(run: Run) -> dict[str, Any]:
     tokens = run.tokens[0]
     return {
         "answer": run.answers[0],
-        "tokens": {"total": tokens.total, "kept": tokens.kept, "text": tokens.text},
+        "tokens": {"total": tokens.total, "kept": tokens.kept, "text": tokens.text, "new": run.steps},
         "seconds": run.seconds,
         "memory": {"peak": run.peak, "kv_cache": run.kv_cache, "host": run.host},
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Annotated, Any
 
 import typer
@@ -23,6 +24,11 @@ class Commands(TyperGroup):
 
             print_error(error)
             raise typer.Exit(2) from error
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            typer.echo("error: there is no space left to write to", err=True)
+            raise typer.Exit(1) from error
 
 
 app = typer.Typer(

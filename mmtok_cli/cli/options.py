@@ -30,9 +30,7 @@ BudgetOption = Annotated[
     str,
     typer.Option("--budget", "-b", help="Vision tokens kept per image: 64, or 10% of them.", rich_help_panel=REDUCTION),
 ]
-SeedOption = Annotated[
-    int, typer.Option(min=0, help="Seed of random draws and of the order.", rich_help_panel=REDUCTION)
-]
+SeedOption = Annotated[int, typer.Option(min=0, help="Seed of random draws.", rich_help_panel=REDUCTION)]
 
 MaxNewTokensOption = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.", rich_help_panel=MEASUREMENT)]
 WarmupOption = Annotated[

@@ -27,7 +27,9 @@ def profile(
     image: Annotated[
         Path | None, typer.Argument(help="Image file. Default: a drawn scene.", show_default=False)
     ] = None,
-    question: Annotated[str, typer.Argument(help="Question about the image.")] = "What is in the image?",
+    question: Annotated[
+        str, typer.Argument(help="Question about the image. Default: one about the scene.", show_default=False)
+    ] = "What is in the image?",
     model: ModelOption = "demo",
     method: MethodOption = "mmtok",
     budget: BudgetOption = "64",
@@ -53,14 +55,13 @@ def profile(
     from mmtok_cli.budget import Budget
     from mmtok_cli.cli.session import make_cases, open_model, require_methods
     from mmtok_cli.data.samples import demo_samples, sample_from_file
+    from mmtok_cli.files import require_writable_directory
 
     require_methods([method])
     cases = make_cases([method], [Budget.parse(budget)], model, seed)
     sample = demo_samples(1)[0] if image is None else sample_from_file(image, question)
 
-    from mmtok_cli.bench.traces import trace_case, trace_directory
-
-    trace_directory(trace_dir)
+    require_writable_directory(trace_dir, "--trace-dir")
     vlm = open_model(model, device, dtype, quiet)
 
     from mmtok_cli.bench.flops import count_flops
@@ -68,6 +69,7 @@ def profile(
     from mmtok_cli.bench.runner import run_case, run_rounds
     from mmtok_cli.bench.schedule import interleaved
     from mmtok_cli.bench.summary import summarise_cases
+    from mmtok_cli.bench.traces import trace_case
     from mmtok_cli.environment import environment_of
     from mmtok_cli.report import console as report
     from mmtok_cli.report import tables
@@ -81,9 +83,15 @@ def profile(
                 progress.advance(task)
         progress.update(task, description="timing", total=runs, completed=0)
         rounds = []
-        for done in run_rounds(vlm, cases, [[sample]], order, max_new_tokens=max_new_tokens):
-            rounds.append(done)
-            progress.advance(task)
+        interrupted = False
+        try:
+            for done in run_rounds(vlm, cases, [[sample]], order, max_new_tokens=max_new_tokens):
+                rounds.append(done)
+                progress.advance(task)
+        except KeyboardInterrupt:
+            if not rounds:
+                raise
+            interrupted = True
         progress.update(task, description="tracing", total=len(cases), completed=0)
         flops = []
         traces = []
@@ -96,7 +104,17 @@ def profile(
         model=model,
         parameters=vlm.parameter_count,
         environment=environment_of(vlm),
-        schedule=Schedule(seed=seed, samples=1, batch_size=1, rounds=runs, warmup=warmup, order=order),
+        schedule=Schedule(
+            data="demo" if image is None else str(image),
+            seed=seed,
+            max_new_tokens=max_new_tokens,
+            samples=1,
+            batch_size=1,
+            rounds=len(rounds),
+            warmup=warmup,
+            order=order[: len(rounds)],
+        ),
+        interrupted=interrupted,
         cases=summarise_cases(cases, rounds, flops),
         stage_peaks={str(case): trace.peaks for case, trace in zip(cases, traces, strict=True)},
         operators=[operator for trace in traces for operator in trace.operators],
@@ -111,9 +129,13 @@ def profile(
     for trace in traces:
         out.print(tables.operator_table(trace.operators, top))
     out.print(tables.environment_line(model, result.environment))
-    notes = report.notes_console(quiet)
-    notes.print(f"• {tables.ceiling(result.cases[0])}")
-    notes.print(f"• open the traces with `tensorboard --logdir {trace_dir}`, tab PyTorch Profiler,")
-    notes.print("  or drop one of the files on https://ui.perfetto.dev")
     for trace in traces:
-        out.print(f"wrote {trace.path}", soft_wrap=True)
+        out.print(f"wrote {report.printable(trace.path)}", soft_wrap=True)
+    notes = report.notes_console(quiet)
+    baseline, *others = result.cases
+    for note in [tables.ceiling(baseline), *tables.inconclusive_notes(others, tables.COMPARED)]:
+        notes.print(f"• {note}")
+    if interrupted:
+        notes.print(f"• interrupted: {len(rounds)} of {runs} runs were timed")
+    notes.print(f"• open the traces with `tensorboard --logdir {report.printable(trace_dir)}`, tab PyTorch Profiler,")
+    notes.print("  or drop one of the files on https://ui.perfetto.dev")

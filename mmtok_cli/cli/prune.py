@@ -39,7 +39,7 @@ def prune(
             help="Plot of the coverage reached against tokens kept (.png, .svg, .pdf).", rich_help_panel=OUTPUT
         ),
     ] = None,
-    mark: Annotated[int, typer.Option(min=0, help="First picks to number.", rich_help_panel=OUTPUT)] = 8,
+    mark: Annotated[int, typer.Option(min=0, max=99, help="First picks to number.", rich_help_panel=OUTPUT)] = 8,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     seed: SeedOption = 0,
@@ -51,16 +51,20 @@ def prune(
     [dim]mmtok prune img.jpg "What color is the car?" --budget 64 --output kept.png[/dim]
     """
     from mmtok_cli.budget import Budget
-    from mmtok_cli.cli.session import make_case, open_model, require_methods, writable
+    from mmtok_cli.cli.session import make_case, open_model, require_methods
     from mmtok_cli.data.samples import sample_from_file
     from mmtok_cli.errors import MMTokError
+    from mmtok_cli.files import require_writable
 
     require_methods([method])
     wanted = Budget.parse(budget)
     if output:
-        writable(output, (".png", ".jpg", ".jpeg", ".webp"), "--output")
+        require_writable(output, (".png", ".jpg", ".jpeg", ".webp"), "--output")
     if gain_curve:
-        writable(gain_curve, PLOTS, "--gain-curve")
+        require_writable(gain_curve, PLOTS, "--gain-curve")
+    written = [path.resolve() for path in (image, output, gain_curve) if path]
+    if len(set(written)) < len(written):
+        raise MMTokError("one file would be written over another, or over the image", "give each a name of its own")
     sample = sample_from_file(image, question)
     case = make_case(method, wanted, model, seed)
     vlm = open_model(model, device, dtype, quiet)
@@ -79,6 +83,8 @@ def prune(
     order = None if selection.order is None else selection.order.tolist()
     gains = None if selection.gains is None else selection.gains.tolist()
     if gain_curve and gains is None:
+        if tokens.kept == tokens.total:
+            raise MMTokError("everything was kept, so there are no gains to plot", "choose a smaller --budget")
         raise MMTokError(f"{method} has no gains to plot", "use --method mmtok, or leave --gain-curve out")
 
     picture = sample.images[0]
@@ -106,7 +112,9 @@ def prune(
         report.print_json(head | {"images": [entry], "seconds": seconds})
         return
     out = report.results_console()
-    out.print(f"{tokens.kept} of {tokens.total} vision tokens kept by {case} ({vision.grid[0]}x{vision.grid[1]} grid)")
-    out.print(kept_map(vision.grid, indices, order, mark, vision.eligible.tolist()))
+    how = "kept" if selection.tokens is None else "left, averages of all,"
+    out.print(f"{tokens.kept} of {tokens.total} vision tokens {how} by {case} ({vision.grid[0]}x{vision.grid[1]} grid)")
+    if out.width >= 3 * vision.grid[1]:
+        out.print(kept_map(vision.grid, indices, order, mark, vision.eligible.tolist()))
     for path in filter(None, (output, gain_curve)):
-        out.print(f"wrote {path}", soft_wrap=True)
+        out.print(f"wrote {report.printable(path)}", soft_wrap=True)

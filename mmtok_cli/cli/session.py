@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmtok_cli.errors import MMTokError
@@ -18,10 +17,12 @@ if TYPE_CHECKING:
 
 def open_model(name: str, device: str, dtype: str, quiet: bool) -> VisionLanguageModel:
     """Load a model with a sign of life, and without transformers' own chatter."""
-    from mmtok_cli.report.console import notes_console
+    from rich.text import Text
+
+    from mmtok_cli.report.console import notes_console, printable
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler would write its own diary to standard error
-    with notes_console(quiet).status(f"loading {name}"):
+    with notes_console(quiet).status(Text(f"loading {printable(name)}")):
         from huggingface_hub.utils import logging as hub_logging
         from transformers.utils import logging
 
@@ -71,15 +72,3 @@ def require_methods(names: Sequence[str]) -> None:
         raise MMTokError("no method was named", "name some of those that `mmtok methods` lists")
     for name in names:
         method_class(name)
-
-
-def writable(path: Path, suffixes: Sequence[str], option: str) -> Path:
-    """A file that can be written, checked before the work starts. Raises MMTokError if not."""
-    if path.suffix.lower() not in suffixes:
-        raise MMTokError(f"{option} {path} must end in {', '.join(suffixes)}", "choose one of these formats")
-    if path.is_dir() or not path.parent.is_dir():
-        problem = "is a directory" if path.is_dir() else f"cannot be written: there is no directory {path.parent}"
-        raise MMTokError(f"{option} {path} {problem}", "name a file in a directory that exists")
-    if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
-        raise MMTokError(f"{option} {path} may not be written", "choose another place")
-    return path

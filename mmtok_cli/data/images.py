@@ -12,6 +12,8 @@ from PIL.Image import Image
 
 from mmtok_cli.errors import MMTokError
 
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP")
+
 
 def open_image(path: Path | str) -> Image:
     """Read an image as a person sees it: turned upright, transparency over white, the first frame, 8-bit RGB.
@@ -19,15 +21,15 @@ def open_image(path: Path | str) -> Image:
     Raises MMTokError when there is no such file, or it is not an image, or it is damaged or absurdly large.
     """
     path = Path(path)
-    if path.is_dir():
-        raise MMTokError(f"{path} is a directory, not an image", "name one image file")
     try:
+        if path.is_dir():
+            raise MMTokError(f"{path} is a directory, not an image", "name one image file")
         with warnings.catch_warnings():
             warnings.simplefilter("error", PILImage.DecompressionBombWarning)
-            with PILImage.open(path) as image:
+            with PILImage.open(path, formats=FORMATS) as image:
                 image.load()
                 return _as_seen(image)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise MMTokError(f"there is no file {path}", "check the spelling of the path") from error
     except PermissionError as error:
         raise MMTokError(f"{path} may not be read", "check the file's permissions") from error
@@ -38,20 +40,29 @@ def open_image(path: Path | str) -> Image:
             f"{path} unfolds to more than {PILImage.MAX_IMAGE_PIXELS or 0:,} pixels", "scale it down first"
         ) from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise MMTokError(f"{path} cannot be read: {error.strerror}", "check the path") from error
         raise MMTokError(f"{path} is damaged: {error}", "save or download it again") from error
 
 
 def _as_seen(image: Image) -> Image:
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16") or image.mode == "I":
-        # Pillow would clip 16-bit values at 255 instead of scaling them.
-        return PILImage.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)).convert(
-            "RGB"
-        )
+    if image.mode.startswith("I"):
+        return _from_integers(np.asarray(image))
     if image.mode == "F":
-        raise ValueError("floating-point pixels have no agreed range")
+        raise MMTokError("images of floating-point pixels have no agreed range", "save it with 8 bits per channel")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         white = PILImage.new("RGBA", rgba.size, "white")
         return PILImage.alpha_composite(white, rgba).convert("RGB")
     return image.convert("RGB")
+
+
+def _from_integers(values: np.ndarray) -> Image:
+    """Grey values of more than 8 bits, scaled (Pillow would clip them at 255 instead)."""
+    highest = int(values.max(initial=0))
+    if int(values.min(initial=0)) < 0 or highest > 65535:
+        raise MMTokError("images of more than 16 bits per channel are not supported", "save it with 8 bits per channel")
+    if values.dtype.itemsize == 2 or highest > 255:
+        values = values.astype(np.uint32) >> 8
+    return PILImage.fromarray(values.astype(np.uint8)).convert("RGB")

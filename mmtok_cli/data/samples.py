@@ -41,7 +41,11 @@ def sample_from_file(path: Path | str, question: str) -> Sample:
     """One image file and a question. Raises MMTokError for an unreadable image and for an empty question."""
     if not question.strip():
         raise MMTokError("the question is empty", 'ask something, as in "What is in the image?"')
-    return Sample((open_image(path),), question, (str(path),))
+    try:
+        question.encode()
+    except UnicodeEncodeError as error:
+        raise MMTokError("the question is not valid UTF-8", "type it anew") from error
+    return Sample((open_image(path),), question, (Path(path).name,))
 
 
 def demo_samples(limit: int) -> list[Sample]:

@@ -14,7 +14,7 @@ from mmtok_cli.tokens import Selection, TextTokens, VisionTokens
 class Random(Method):
     """Draws the budget uniformly without replacement from the tokens that are not padding.
 
-    The draw depends on the seed and on the image alone, so it is the same in any order, batch and device.
+    The draw depends on the seed and on the image's name alone, so it is the same in any order, batch and device.
     """
 
     summary: ClassVar[str] = "tokens drawn at random: the control"
@@ -25,7 +25,8 @@ class Random(Method):
         if budget == vision.total:
             return Selection.everything(vision)
         require_eligible(vision, budget)
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed}:{vision.image_id}".encode()))
+        key = f"{self.seed}:{vision.image_id}".encode(errors="surrogateescape")
+        generator = torch.Generator().manual_seed(zlib.crc32(key))
         candidates = vision.eligible.nonzero().squeeze(1)
         drawn = torch.randperm(candidates.shape[0], generator=generator)[:budget].to(candidates.device)
         order = candidates[drawn]

@@ -32,13 +32,16 @@ def load_model(name: str = "demo", *, device: str = "auto", dtype: str = "auto")
     source = _source(name)
     family = _family(name, source)
 
+    import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     try:
         model = AutoModelForImageTextToText.from_pretrained(source, dtype=choose_dtype(dtype, where))
         processor = AutoProcessor.from_pretrained(source, backend="pil")
-    except Exception as error:
-        # transformers raises OSError, ValueError, RuntimeError, SafetensorError and more for files that are not right.
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise MMTokError(
             f"{name} could not be loaded: {_first_line(error)}", "check or download its files again"
         ) from error
@@ -88,6 +91,8 @@ def _source(name: str) -> str:
     profile = known_profiles().get(name)
     if profile:
         return profile.source
+    if not name.strip():
+        raise MMTokError("no model was named", "`mmtok models` lists those that are known by name")
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():

@@ -63,13 +63,14 @@ class VisionLanguageModel(ABC):
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     @property
-    def weight_bytes(self) -> int:
-        return sum(parameter.nbytes for parameter in self.model.parameters())
-
-    @property
     def attention(self) -> str:
         """The attention kernel in use: sdpa, eager, flash_attention_2."""
         return self.model.config._attn_implementation
+
+    @property
+    def context_length(self) -> int:
+        """The longest sequence that the language model was made for, in tokens."""
+        return self.model.config.text_config.max_position_embeddings
 
     @property
     def image_token_id(self) -> int:
@@ -96,7 +97,10 @@ class VisionLanguageModel(ABC):
 
     @abstractmethod
     def encode(self, prompt: Prompt, signals: Sequence[str] = ()) -> list[VisionTokens]:
-        """Run the vision encoder and the projector: the vision tokens of each image."""
+        """Run the vision encoder and the projector: the vision tokens of each image.
+
+        Raises MMTokError for a signal that the family does not offer.
+        """
 
     @abstractmethod
     def patch_boxes(self, image: Image, grid: tuple[int, int]) -> list[tuple[float, float, float, float]]:

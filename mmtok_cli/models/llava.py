@@ -15,6 +15,7 @@ from mmtok_cli.models.base import Prompt, VisionLanguageModel
 from mmtok_cli.models.padding import padding_mask
 from mmtok_cli.tokens import VisionTokens
 
+CHECK_CONFIG = "compare its config.json with the original"
 LONGEST_SIDE = 8192  # a line of a hundred thousand pixels is small, but the square around it is not
 
 
@@ -31,6 +32,11 @@ class Llava(VisionLanguageModel):
                 f"{name} has a {tower!r} encoder with the feature strategy {strategy!r}, which is not supported",
                 "LLaVA models with a CLIP encoder whose class token is dropped are",
             )
+        depth = model.config.vision_config.num_hidden_layers + 1
+        if not all(-depth <= layer < depth for layer in self._layers()):
+            raise MMTokError(f"{name} takes its features from a layer that its encoder does not have", CHECK_CONFIG)
+        if not 0 <= self.image_token_id < model.config.text_config.vocab_size:
+            raise MMTokError(f"{name} has an image token outside its vocabulary", CHECK_CONFIG)
 
     @property
     def patch_size(self) -> int:
@@ -82,6 +88,8 @@ class Llava(VisionLanguageModel):
         )
 
     def encode(self, prompt: Prompt, signals: Sequence[str] = ()) -> list[VisionTokens]:
+        if signals:
+            raise MMTokError(f"the {self.family} family does not offer {', '.join(signals)}", "use another method")
         by_size: dict[tuple[int, int], list[int]] = defaultdict(list)
         for i, grid in enumerate(prompt.grids):
             by_size[grid].append(i)
@@ -104,10 +112,14 @@ class Llava(VisionLanguageModel):
         return [tokens[i] for i in range(len(prompt.images))]
 
     def patch_boxes(self, image: Image, grid: tuple[int, int]) -> list[tuple[float, float, float, float]]:
-        side = max(image.size)
-        left, top = (side - image.width) // 2, (side - image.height) // 2
         rows, columns = grid
-        height, width = side / rows, side / columns
+        if grid == self.grid(image):
+            side = max(image.size)
+            left, top = (side - image.width) // 2, (side - image.height) // 2
+            height, width = side / rows, side / columns
+        else:
+            left, top = 0, 0
+            height, width = image.height / rows, image.width / columns
         return [
             (c * width - left, r * height - top, (c + 1) * width - left, (r + 1) * height - top)
             for r in range(rows)
@@ -123,22 +135,27 @@ class Llava(VisionLanguageModel):
         """Pad to a square with the mean colour, as LLaVA-1.5 was trained, and scale: [3, height, width].
 
         transformers' processors crop the middle of an oblong image instead, unless their checkpoint says otherwise.
+        An image that is encoded at a smaller grid fills it: none of the budget goes to padding.
         """
         processor = self.processor.image_processor
+        size = {"height": grid[0] * self.patch_size, "width": grid[1] * self.patch_size}
+        if grid != self.grid(image):
+            return processor(image, size=size, crop_size=size, return_tensors="pt")["pixel_values"][0]
         if max(image.size) > LONGEST_SIDE:
             shrink = LONGEST_SIDE / max(image.size)
             image = image.resize((max(1, round(image.width * shrink)), max(1, round(image.height * shrink))))
         side = max(image.size)
         square = PILImage.new("RGB", (side, side), tuple(int(channel * 255) for channel in processor.image_mean))
         square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-        size = {"height": grid[0] * self.patch_size, "width": grid[1] * self.patch_size}
         return processor(square, size=size, crop_size=size, return_tensors="pt")["pixel_values"][0]
 
     def _selected_layers(self, hidden_states: Sequence[torch.Tensor]) -> torch.Tensor:
         """What the projector saw, [images, tokens, vision dim]."""
+        return torch.cat([hidden_states[layer][:, 1:] for layer in self._layers()], dim=-1)
+
+    def _layers(self) -> list[int]:
         layers = self.model.config.vision_feature_layer
-        layers = [layers] if isinstance(layers, int) else layers
-        return torch.cat([hidden_states[layer][:, 1:] for layer in layers], dim=-1)
+        return [layers] if isinstance(layers, int) else list(layers)
 
     def _eligible(self, image: Image, grid: tuple[int, int]) -> torch.Tensor:
         if grid != self.grid(image):

@@ -25,7 +25,9 @@ def models_table(profiles: Sequence[Profile]) -> Table:
     for profile in profiles:
         where = "this package" if profile.location.startswith("package:") else profile.location
         budgets = " ".join(profile.budgets)
-        table.add_row(profile.name, count(profile.parameters), str(profile.vision_tokens), budgets, where)
+        table.add_row(
+            profile.name, count(profile.parameters).replace(" G", " B"), str(profile.vision_tokens), budgets, where
+        )
     return table
 
 

@@ -15,12 +15,12 @@ from mmtok_cli.errors import MMTokError
 
 def results_console() -> Console:
     """Standard output: results and nothing else."""
-    return Console(highlight=False)
+    return Console(highlight=False, markup=False)
 
 
 def notes_console(quiet: bool = False) -> Console:
     """Standard error: progress, warnings, hints."""
-    return Console(stderr=True, highlight=False, quiet=quiet)
+    return Console(stderr=True, highlight=False, markup=False, quiet=quiet)
 
 
 def print_json(result: BaseModel | dict[str, Any]) -> None:
@@ -35,13 +35,18 @@ def print_json(result: BaseModel | dict[str, Any]) -> None:
 
 def print_error(error: MMTokError) -> None:
     console = notes_console()
-    console.print(Text.assemble(("error: ", "bold red"), error.message), soft_wrap=True)
+    console.print(Text.assemble(("error: ", "bold red"), printable(error.message)), soft_wrap=True)
     if error.hint:
-        console.print(Text.assemble(("hint: ", "bold"), error.hint), soft_wrap=True)
+        console.print(Text.assemble(("hint: ", "bold"), printable(error.hint)), soft_wrap=True)
+
+
+def printable(text: object) -> str:
+    """Text whose undecodable bytes, which file names may hold, are escaped."""
+    return str(text).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def progress_bar(quiet: bool) -> Progress:
-    """A bar on standard error that leaves no trace when it is done."""
+    """A bar on standard error that leaves no trace when it is done, and none at all where nobody is looking."""
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -49,4 +54,5 @@ def progress_bar(quiet: bool) -> Progress:
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    return Progress(*columns, console=notes_console(quiet), transient=True, disable=quiet)
+    console = notes_console(quiet)
+    return Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal)

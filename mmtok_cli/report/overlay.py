@@ -9,6 +9,8 @@ from PIL import Image as PILImage
 from PIL import ImageDraw, ImageEnhance, ImageFont
 from PIL.Image import Image
 
+from mmtok_cli.files import write_whole
+
 FRAME = (255, 196, 0)
 FIRST_FRAME = (230, 30, 60)
 Box = tuple[float, float, float, float]
@@ -42,13 +44,9 @@ def overlay(
 
 
 def save_image(image: Image, path: Path) -> None:
-    """Write a picture whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        image.save(part, format=PILImage.registered_extensions()[path.suffix.lower()])
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    """Write a picture in the format of its suffix."""
+    kind = PILImage.registered_extensions()[path.suffix.lower()]
+    write_whole(path, lambda part: image.save(part, format=kind))
 
 
 def _clip(box: Box, scale: int, image: Image) -> tuple[int, int, int, int] | None:

@@ -8,6 +8,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mmtok_cli.files import write_whole
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -32,7 +34,10 @@ def save_gain_curve(gains: Sequence[float], path: Path, title: str) -> None:
 
 
 def save_tradeoff(comparison: Comparison, path: Path) -> None:
-    """Quality against tokens kept and against total time; quality is the score, or top-1 agreement without answers."""
+    """Quality against tokens kept and against time to first token.
+
+    Quality is the score, or top-1 agreement with the unreduced model where no answers are known.
+    """
     from matplotlib.figure import Figure
 
     baseline, *results = comparison.results
@@ -48,12 +53,12 @@ def save_tradeoff(comparison: Comparison, path: Path) -> None:
         quality = [100 * _quality(case, scored) for case in cases]
         style = {"marker": "o", "markersize": 4, "label": name}
         by_tokens.plot([case.tokens.kept for case in cases], quality, **style)
-        by_time.plot([case.seconds["total"].median * 1e3 for case in cases], quality, **style)
+        by_time.plot([case.seconds["ttft"].median * 1e3 for case in cases], quality, **style)
     full = 100 * _quality(baseline, scored)
     by_tokens.axhline(
         full, color="black", linestyle="--", linewidth=1, label=f"full ({baseline.tokens.total:.0f} tokens)"
     )
-    by_time.plot(baseline.seconds["total"].median * 1e3, full, "k*", markersize=11)
+    by_time.plot(baseline.seconds["ttft"].median * 1e3, full, "k*", markersize=11)
     by_tokens.set_xscale("symlog", base=2, linthresh=1)
     by_tokens.set_xlim(left=-0.5)
     by_tokens.minorticks_off()
@@ -63,7 +68,7 @@ def save_tradeoff(comparison: Comparison, path: Path) -> None:
     by_tokens.set(
         xlabel="vision tokens kept per image", ylabel="right answers [%]" if scored else "top-1 agreement [%]"
     )
-    by_time.set(xlabel="total time per batch, median [ms]")
+    by_time.set(xlabel="time to first token, median [ms]")
     by_tokens.set_title(f"{comparison.model}, {asked} questions", loc="left")
     by_tokens.legend(fontsize="small")
     for axes in (by_tokens, by_time):
@@ -78,10 +83,5 @@ def _quality(case: CaseResult, scored: bool) -> float:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    """Write a picture whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        figure.savefig(part, format=path.suffix.lstrip(".").lower(), dpi=150)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    kind = path.suffix.lstrip(".").lower()
+    write_whole(path, lambda part: figure.savefig(part, format=kind, dpi=150))

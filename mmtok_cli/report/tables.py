@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from mmtok_cli.bench.results import CaseResult, Comparison, Environment, Operator, Profile, Speedup, Times
     from mmtok_cli.bench.runner import Run
 
-STAGE_NAMES = ("prepare", "encode", "select", "prefill", "decode", "total")
+STAGE_NAMES = ("prepare", "encode", "select", "prefill", "ttft", "decode", "total")
+COMPARED = tuple(stage for stage in STAGE_NAMES if stage != "select")  # the baseline has nothing to select
+SUMS = {"ttft": "first token", "total": "total"}
 Column = tuple[str, Callable[["CaseResult"], "str | Text"]]
 
 
@@ -47,9 +49,9 @@ def speed_table(comparison: Comparison) -> Table:
         [
             ("select", lambda r: seconds(r.seconds["select"].median)),
             ("prefill", lambda r: seconds(r.seconds["prefill"].median)),
-            ("speedup", lambda r: speedup_text(r.speedup.get("prefill"))),
-            ("total", lambda r: seconds(r.seconds["total"].median)),
-            ("speedup", lambda r: speedup_text(r.speedup.get("total"))),
+            ("speedup (prefill)", lambda r: speedup_text(r.speedup.get("prefill"))),
+            ("TTFT", lambda r: seconds(r.seconds["ttft"].median)),
+            ("speedup (TTFT)", lambda r: speedup_text(r.speedup.get("ttft"))),
         ],
     )
 
@@ -70,20 +72,48 @@ def quality_table(comparison: Comparison) -> Table:
     return _case_table("Quality, memory, operations", results, columns)
 
 
+def kind_table(comparison: Comparison) -> Table | None:
+    """Score by kind of question, where there are kinds."""
+    results = comparison.results
+    counts = results[0].score_counts
+    if counts is None or len(counts.by_kind) < 2:
+        return None
+    columns: list[Column] = [(f"{kind} ({asked})", _kind_cell(kind)) for kind, (_, asked) in counts.by_kind.items()]
+    return _case_table("Score by kind of question (number asked)", results, columns)
+
+
+def _kind_cell(kind: str) -> Callable[[CaseResult], str]:
+    def cell(result: CaseResult) -> str:
+        right, asked = result.score_counts.by_kind[kind] if result.score_counts else (0, 1)
+        return share(right / asked)
+
+    return cell
+
+
 def comparison_notes(comparison: Comparison) -> list[str]:
     """How to read the tables, and what to do where they do not settle the matter."""
     first, *others = comparison.results
-    shown = ("prefill", "total")
-    notes = ["times are medians; speedups are paired within rounds, with a 95 % interval"]
-    if any(not r.speedup[stage].conclusive for r in others for stage in shown if stage in r.speedup):
-        notes.append("? marks an inconclusive speedup: its interval contains 1. Raise --rounds, or quieten the machine")
+    notes = [
+        "times are medians over rounds, of a whole batch; speedups are paired within rounds, with a 95 % interval",
+        "TTFT, the time to the first token: prepare, encode, select and prefill. KV cache and FLOPs are per sample",
+    ]
+    notes += inconclusive_notes(others, ("prefill", "ttft"))
     if first.score_counts and first.score_counts.asked < 200:
-        notes.append(
-            f"scores of {first.score_counts.asked} questions vary by several points. Raise --limit to rank methods"
-        )
+        notes.append(f"scores of so few questions ({first.score_counts.asked}) vary by several points: raise --limit")
     if comparison.interrupted:
         notes.append(f"interrupted: {comparison.schedule.rounds} whole rounds were measured")
     return notes
+
+
+def inconclusive_notes(results: Sequence[CaseResult], stages: Sequence[str]) -> list[str]:
+    """What a question mark behind a speedup means, if there is one."""
+    doubtful = [r.speedup[stage] for r in results for stage in stages if stage in r.speedup]
+    doubtful = [speedup for speedup in doubtful if not speedup.conclusive]
+    if not doubtful:
+        return []
+    if doubtful[0].low is None:
+        return ["? marks an inconclusive speedup: fewer than six rounds say nothing. Measure more of them"]
+    return ["? marks an inconclusive speedup: its interval contains 1. Measure more rounds, or quieten the machine"]
 
 
 def ceiling(baseline: CaseResult) -> str:
@@ -111,20 +141,23 @@ def stage_table(profile: Profile) -> Table:
     """Stages x cases: median seconds, their spread, and speedup over the baseline."""
     table = plain_table("Seconds per stage: median (p10–p90)")
     baseline, *others = profile.cases
-    table.add_column("stage")
+    table.add_column("stage", no_wrap=True)
     table.add_column(str(baseline), justify="right", no_wrap=True)
     table.add_column("share", justify="right", no_wrap=True)
     for case in others:
         table.add_column(str(case), justify="right", no_wrap=True)
-        table.add_column("speedup", justify="right")
+        table.add_column("speedup of stage", justify="right")
     for stage in STAGE_NAMES:
         times = baseline.seconds[stage]
-        row: list[str | Text] = [stage, _spread(times), share(times.median / baseline.seconds["total"].median)]
+        row: list[str | Text] = [
+            SUMS.get(stage, stage),
+            _spread(times),
+            share(times.median / baseline.seconds["total"].median),
+        ]
         for case in others:
-            # Choosing tokens is a cost that the baseline does not have, so a speedup of it would say nothing.
-            gain = None if stage == "select" else case.speedup.get(stage)
+            gain = case.speedup.get(stage) if stage in COMPARED else None
             row += [_spread(case.seconds[stage]), speedup_text(gain)]
-        table.add_row(*row, style="bold" if stage == "total" else "")
+        table.add_row(*row, style="bold" if stage in SUMS else "")
     return table
 
 
@@ -132,11 +165,12 @@ def cost_table(profile: Profile) -> Table:
     """Tokens, memory and operations of each case."""
     cases = profile.cases
     table = plain_table("Tokens, memory, operations")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for case in cases:
         table.add_column(str(case), justify="right")
     table.add_row("vision tokens kept", *(_tokens(case) for case in cases))
     table.add_row("text tokens", *(number(case.tokens.text) for case in cases))
+    table.add_row("new tokens", *(number(case.tokens.new) for case in cases))
     table.add_row("KV cache", *(size(case.memory.kv_cache) for case in cases))
     if any(case.memory.peak is not None for case in cases):
         table.add_row("peak above weights", *(size(case.memory.peak) for case in cases))
@@ -144,7 +178,6 @@ def cost_table(profile: Profile) -> Table:
         if any(stage in peaks for peaks in profile.stage_peaks.values()):
             peaks = (profile.stage_peaks[str(case)].get(stage) for case in cases)
             table.add_row(f"peak in {stage} (trace)", *(size(peak) for peak in peaks))
-    table.add_row("resident host memory", *(size(case.memory.host) for case in cases))
     for stage in ("encode", "select", "prefill"):
         table.add_row(f"FLOPs in {stage}", *(count(case.flops[stage]) for case in cases))
     return table
@@ -153,7 +186,7 @@ def cost_table(profile: Profile) -> Table:
 def operator_table(operators: Sequence[Operator], top: int) -> Table:
     """The operators of one case that take longest themselves, by stage."""
     table = plain_table(f"Top operators of {operators[0].method} (from the trace)")
-    table.add_column("stage")
+    table.add_column("stage", no_wrap=True)
     table.add_column("operator")
     for heading in ("calls", "CPU", "device"):
         table.add_column(heading, justify="right")
@@ -168,12 +201,15 @@ def operator_table(operators: Sequence[Operator], top: int) -> Table:
 def answer_table(names: Sequence[str], runs: Sequence[Run]) -> Table:
     """Tokens and seconds of each stage, a column for each case."""
     table = plain_table()
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for name in names:
         table.add_column(name, justify="right")
     table.add_row("vision tokens kept", *(f"{r.tokens[0].kept}/{r.tokens[0].total}" for r in runs))
+    table.add_row("text tokens", *(str(run.tokens[0].text) for run in runs))
+    table.add_row("new tokens", *(str(run.steps) for run in runs))
     for stage in STAGE_NAMES:
-        table.add_row(stage, *(seconds(run.seconds[stage]) for run in runs), style="bold" if stage == "total" else "")
+        style = "bold" if stage in SUMS else ""
+        table.add_row(SUMS.get(stage, stage), *(seconds(run.seconds[stage]) for run in runs), style=style)
     if any(run.peak is not None for run in runs):
         table.add_row("peak above weights", *(size(run.peak) for run in runs))
     table.add_row("KV cache", *(size(run.kv_cache) for run in runs))
@@ -182,10 +218,10 @@ def answer_table(names: Sequence[str], runs: Sequence[Run]) -> Table:
 
 def _case_table(title: str, results: Sequence[CaseResult], columns: Sequence[Column]) -> Table:
     table = plain_table(title)
-    table.add_column("method")
+    table.add_column("method", no_wrap=True)
     table.add_column("kept", justify="right", no_wrap=True)
     for heading, _ in columns:
-        table.add_column(heading, justify="right", no_wrap=heading != "speedup")
+        table.add_column(heading, justify="right", no_wrap=not heading.startswith("speedup"))
     for result in results:
         style = "bold" if result is results[0] else ""
         table.add_row(result.method, _tokens(result), *(cell(result) for _, cell in columns), style=style)

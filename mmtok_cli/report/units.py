@@ -14,33 +14,33 @@ def spread(median: float, low: float, high: float) -> str:
 
 
 def _unit_of(value: float) -> tuple[float, str]:
-    if value >= 1:
+    if value >= 0.9995:
         return 1, "s"
-    return (1e3, "ms") if value >= 1e-3 else (1e6, "µs")
+    return (1e3, "ms") if value >= 0.9995e-3 else (1e6, "µs")
 
 
 def _digits(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{value:.0f}" if abs(value) >= 99.95 else f"{value:.3g}"
 
 
 def size(value: float | None) -> str:
     """Bytes in human units; a dash for what was not counted."""
     if value is None:
         return "–"
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(value) < 1024 or unit == "GiB":
-            return f"{value:.3g} {unit}" if abs(value) < 1000 else f"{value:.0f} {unit}"
+    units = ["B", "KiB", "MiB", "GiB"]
+    while len(units) > 1 and abs(value) >= 999.5:
         value /= 1024
-    raise AssertionError("unreachable")
+        units.pop(0)
+    return f"{_digits(value)} {units[0]}"
 
 
 def count(value: float) -> str:
     """A number with an SI suffix: 2.05 M, 8.45 T."""
-    for suffix in ("", " k", " M", " G"):
-        if abs(value) < 1000:
-            return f"{value:.3g}{suffix}"
+    suffixes = ["", " k", " M", " G", " T"]
+    while len(suffixes) > 1 and abs(value) >= 999.5:
         value /= 1000
-    return f"{value:.3g} T"
+        suffixes.pop(0)
+    return f"{_digits(value)}{suffixes[0]}"
 
 
 def number(value: float) -> str:
