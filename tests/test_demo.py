@@ -234,3 +234,22 @@ def test_shipped_weights_are_small() -> None:
     from mmtok_cli.demo.evaluate import WEIGHTS
 
     assert sum(path.stat().st_size for path in WEIGHTS.iterdir()) < 10_000_000
+
+
+def test_reduced_pictures_of_the_last_stage() -> None:
+    """The tokens that are shown: as many for every picture, ascending, in compositions that vary."""
+    import torch
+
+    from mmtok_cli.demo.batches import make_batch
+    from mmtok_cli.demo.train import SETTINGS, shown_tokens
+
+    batch = make_batch(1, 8, 24, ("sparse", "dense"), 2)
+    rng = torch.Generator().manual_seed(0)
+    assert all(shown_tokens(stage, batch, rng) is None for stage in SETTINGS.stages[:-1])
+    drawn = [shown_tokens(SETTINGS.stages[-1], batch, rng) for _ in range(20)]
+    kept = [tokens for tokens in drawn if tokens is not None]
+    assert 0 < len(kept) < 20
+    for tokens in kept:
+        assert 40 <= tokens.shape[1] <= 518 and bool((tokens[:, 1:] > tokens[:, :-1]).all())
+    shares = torch.cat([(batch.colours.gather(1, tokens) > 0).float().mean(1) for tokens in kept])
+    assert shares.min() < 0.15 and shares.max() > 0.5

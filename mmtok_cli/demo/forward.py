@@ -87,8 +87,11 @@ def encode(vision: CLIPVisionModel, pixels: torch.Tensor, positions: torch.Tenso
     return states
 
 
-def forward(model: LlavaForConditionalGeneration, batch: Batch) -> Outputs:
-    """Encodes the pictures and reads the two tokens after every question."""
+def forward(model: LlavaForConditionalGeneration, batch: Batch, kept: torch.Tensor | None = None) -> Outputs:
+    """Encodes the pictures and reads the two tokens after every question.
+
+    `kept` [batch, m], ascending: the vision tokens that the language model is shown, all of them if None.
+    """
     dtype = model.lm_head.weight.dtype
     states = encode(model.model.vision_tower, batch.pixels.to(dtype), batch.positions)
     features, last = states[-2], states[-1]
@@ -96,8 +99,9 @@ def forward(model: LlavaForConditionalGeneration, batch: Batch) -> Outputs:
 
     embed = model.get_input_embeddings()
     opening = embed(_opening()).expand(len(projected), -1, -1)
-    inputs = torch.cat([opening, projected, embed(batch.text)], dim=1)
-    prefix = opening.shape[1] + projected.shape[1]
+    shown = projected if kept is None else projected.gather(1, kept[..., None].expand(-1, -1, projected.shape[-1]))
+    inputs = torch.cat([opening, shown, embed(batch.text)], dim=1)
+    prefix = opening.shape[1] + shown.shape[1]
     index = torch.arange(inputs.shape[1])
     hidden = model.model.language_model(
         inputs_embeds=inputs,
