@@ -27,6 +27,8 @@ Item = TypeVar("Item")
 KINDS: tuple[Kind, ...] = ("existence", "colour", "shape", "count", "digit")
 NEGATIVES = ("random", "popular", "adversarial")
 
+LARGEST_COUNT = 3
+
 # The first phrase of each kind is the one that evaluation uses; training uses all of them.
 PHRASES: dict[Kind, tuple[str, ...]] = {
     "existence": (
@@ -169,11 +171,15 @@ def ask_shape(scene: Scene, rng: np.random.Generator) -> Asked:
 
 
 def ask_count(scene: Scene, rng: np.random.Generator) -> Asked:
-    """A count of a shape or of a colour. Each count that the scene offers is equally likely, zero included."""
+    """A count of a shape or of a colour. Each count that the scene offers is equally likely, zero included.
+
+    Held-out scenes are asked for counts up to `LARGEST_COUNT`: beyond it the model guesses.
+    """
     by_shape = rng.random() < 0.67
     found = Counter(item.shape if by_shape else item.colour for item in scene.objects)
     names = SHAPES if by_shape else COLOURS
-    count = _choose(sorted({found[name] for name in names}), rng)
+    largest = LARGEST_COUNT if scene.split == "eval" else len(scene.objects)
+    count = _choose(sorted({found[name] for name in names if found[name] <= largest}), rng)
     name = _choose([name for name in names if found[name] == count], rng)
     things = SHAPES[name] if by_shape else f"{name} objects"
     return {"things": things}, str(count), "shape" if by_shape else "colour"
