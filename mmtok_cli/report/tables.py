@@ -78,8 +78,9 @@ def kind_table(comparison: Comparison) -> Table | None:
     counts = results[0].score_counts
     if counts is None or len(counts.by_kind) < 2:
         return None
-    columns: list[Column] = [(f"{kind} ({asked})", _kind_cell(kind)) for kind, (_, asked) in counts.by_kind.items()]
-    return _case_table("Score by kind of question (number asked)", results, columns)
+    columns: list[Column] = [(kind, _kind_cell(kind)) for kind in counts.by_kind]
+    asked = ", ".join(f"{total} {kind}" for kind, (_, total) in counts.by_kind.items())
+    return _case_table(f"Score by kind of question ({asked})", results, columns)
 
 
 def _kind_cell(kind: str) -> Callable[[CaseResult], str]:
