@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -222,10 +223,15 @@ def test_interrupting_keeps_what_was_measured(tiny_directory: Path, tmp_path: Pa
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            # A shell's background jobs ignore the signal, and so would what they start.
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         )
-        time.sleep(15)
-        process.send_signal(signal.SIGINT)
-        stdout, stderr = process.communicate(timeout=120)
+        try:
+            time.sleep(15)
+            process.send_signal(signal.SIGINT)
+            stdout, stderr = process.communicate(timeout=120)
+        finally:
+            process.kill()
         assert process.returncode == 0, stderr
         result = json.loads(stdout)
         assert result["interrupted"] and result["schedule"]["rounds"] == len(result["schedule"]["order"]) > 0
