@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -13,39 +15,41 @@ from torch import Tensor
 from mmtok_cli.budget import Budget
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.errors import MMTokError
-from mmtok_cli.methods.base import Method
-from mmtok_cli.models.base import Prompt, VisionLanguageModel
-from mmtok_cli.tokens import Selection, VisionTokens
+from mmtok_cli.methods.base import Method, require_eligible
+from mmtok_cli.models.base import Prompt, Stage, VisionLanguageModel, unwatched
+from mmtok_cli.models.inside import CutImage, Inside
+from mmtok_cli.rules import Positions, Rules
+from mmtok_cli.tokens import Cut, Selection, VisionTokens
 
 STAGES = ("prepare", "encode", "select", "prefill", "decode")
-Stage = Callable[[str], AbstractContextManager[Any]]
-
-
-def unwatched(name: str) -> AbstractContextManager[Any]:
-    """The stage context of somebody who only wants the answer."""
-    return nullcontext()
+RELEASED = Rules()
 
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """Vision tokens that the images had and that entered the language model, and the text tokens beside them."""
+    """Vision tokens of a sample's images: before reduction, behind the last one, and on average over the decoder
+    layers; and the text tokens beside them."""
 
     total: int
     kept: int
     text: int
+    layer_average: float
 
 
 @dataclass(frozen=True)
 class Reduced:
     """A prompt on its way into the language model.
 
-    inputs: arguments of the model's forward. vision, selections: one for each image. tokens: one for each sample.
+    inputs: arguments of the model's forward. vision, selections: one for each image, `selections` before any cut
+    inside the language model. cuts: the images that are to be cut there. tokens: one for each sample.
     """
 
     prompt: Prompt
     vision: list[VisionTokens]
     selections: list[Selection]
     inputs: dict[str, Any]
+    cuts: list[CutImage]
+    positions: Positions
     tokens: list[TokenCounts]
 
 
@@ -55,12 +59,14 @@ class Answers:
 
     texts: one for each sample. token_ids: [batch, steps], padded after the end of each answer. first_logits: [batch,
     vocabulary], those of the first new token. kv_cache_bytes: the keys and values of all layers after the last token.
+    selections: what was kept of each image behind the last reduction.
     """
 
     texts: list[str]
     token_ids: Tensor
     first_logits: Tensor
     kv_cache_bytes: int
+    selections: list[Selection]
     reduced: Reduced
 
 
@@ -71,17 +77,24 @@ def reduce(
     samples: Sequence[Sample],
     budget: Budget | None,
     *,
+    rules: Rules = RELEASED,
     stage: Stage = unwatched,
 ) -> Reduced:
-    """Encode the samples' images and keep the vision tokens that the method chooses.
+    """Encode the samples' images and keep the vision tokens that the method chooses before the language model.
 
-    `budget` may be None for methods that take none. Raises MMTokError where a budget cannot be met.
+    `budget` may be None for methods that take none. What a method drops inside the language model is dropped by the
+    forward pass within `inside`. Raises MMTokError where a budget cannot be met.
     """
     images = [image for sample in samples for image in sample.images]
+    harmonised = rules.track == "harmonised"
+    positions = rules.positions or (model.positions if harmonised else method.positions)
     with stage("prepare"):
         grids = [model.grid(image) for image in images]
         totals = [rows * columns for rows, columns in grids]
-        keep = [total if budget is None else budget.resolve(total) for total in totals]
+        keep = [
+            total if budget is None else _final_count(method, budget.resolve(total), total, model.layer_count, rules)
+            for total in totals
+        ]
         sizes = [
             method.resize(grid, kept, image.height / image.width)
             for grid, kept, image in zip(grids, keep, images, strict=True)
@@ -90,13 +103,30 @@ def reduce(
             [s.question for s in samples], [s.images for s in samples], [s.image_ids for s in samples], sizes
         )
     with stage("encode"):
-        vision = model.encode(prompt, method.signals)
+        vision = model.encode(prompt, method.signals, stage=stage)
     with stage("select"):
         # A method that acts before the encoder has met the budget by now.
         left = [min(kept, v.total) for kept, v in zip(keep, vision, strict=True)]
-        selections = method.select_batch(vision, model.text_tokens(prompt), left)
-        inputs = model.assemble(prompt, vision, selections)
-    return Reduced(prompt, vision, selections, inputs, _count_tokens(prompt, totals, selections, inputs))
+        seen = [_as_seen(v, method, harmonised) for v in vision]
+        selections = method.select_batch(seen, model.text_tokens(prompt), left)
+        inputs = model.assemble(prompt, vision, selections, positions)
+        cuts = [method.cuts(s.kept, kept, model.layer_count) for s, kept in zip(selections, keep, strict=True)]
+        plans = _cut_images(model, method, seen, selections, cuts, inputs) if any(cuts) else []
+    counts = _count_tokens(prompt, totals, selections, cuts, inputs, model.layer_count)
+    return Reduced(prompt, vision, selections, inputs, plans, positions, counts)
+
+
+def inside(
+    model: VisionLanguageModel, reduced: Reduced, *, stage: Stage = unwatched
+) -> AbstractContextManager[Inside | None]:
+    """The context within which the prompt is to be read and answered, by forward passes or by `generate`.
+
+    Time spent on choosing tokens inside the language model is spent in `stage("select")`. None where the method makes
+    no cut there.
+    """
+    if not reduced.cuts:
+        return nullcontext()
+    return model.inside(reduced.inputs["attention_mask"], reduced.cuts, reduced.positions, stage)
 
 
 @torch.inference_mode()
@@ -106,6 +136,7 @@ def answer(
     samples: Sequence[Sample],
     budget: Budget | None,
     *,
+    rules: Rules = RELEASED,
     max_new_tokens: int = 32,
     stage: Stage = unwatched,
 ) -> Answers:
@@ -113,7 +144,7 @@ def answer(
 
     Raises MMTokError where a budget cannot be met or the prompt is longer than the model can read.
     """
-    reduced = reduce(model, method, samples, budget, stage=stage)
+    reduced = reduce(model, method, samples, budget, rules=rules, stage=stage)
     length = reduced.inputs["input_ids"].shape[1]
     if length + max_new_tokens > model.context_length:
         raise MMTokError(
@@ -121,12 +152,14 @@ def answer(
             f"{model.context_length} tokens that {model.name} can read",
             "shorten the question, or lower --budget or --max-new-tokens",
         )
-    with stage("prefill"):
-        first_logits, cache = prefill(model, reduced.inputs)
-    with stage("decode"):
-        token_ids = decode(model, reduced.inputs, first_logits, cache, max_new_tokens)
+    with inside(model, reduced, stage=stage) as cut:
+        with stage("prefill"):
+            first_logits, cache = prefill(model, reduced.inputs)
+        with stage("decode"):
+            token_ids = decode(model, reduced.inputs, first_logits, cache, max_new_tokens)
     texts = [text.strip() for text in model.tokenizer.batch_decode(token_ids, skip_special_tokens=True)]
-    return Answers(texts, token_ids, first_logits, cache_bytes(cache), reduced)
+    selections = cut.selections if cut else reduced.selections
+    return Answers(texts, token_ids, first_logits, cache_bytes(cache), selections, reduced)
 
 
 def prefill(model: VisionLanguageModel, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
@@ -170,13 +203,78 @@ def cache_bytes(cache: Any) -> int:
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.keys is not None)
 
 
+def layer_average(total: int, cuts: Sequence[Cut], layers: int) -> float:
+    """Vision tokens of an image on average over the decoder layers; it enters them with `total`."""
+    starts = [0, *(cut.before for cut in cuts), layers]
+    counts = [total, *(cut.keep for cut in cuts)]
+    return sum(n * (end - start) for n, start, end in zip(counts, starts, starts[1:], strict=False)) / layers
+
+
+@lru_cache(maxsize=1024)
+def _final_count(method: Method, wanted: int, total: int, layers: int, rules: Rules) -> int:
+    """The budget behind the last cut; where budgets mean layer averages, the one that comes nearest to it.
+
+    Raises MMTokError with the range where the layers before the first cut alone are too many.
+    """
+    if rules.budget_means == "final" or not method.cuts(total, 1, layers):
+        return wanted
+    averages = {n: layer_average(total, method.cuts(total, n, layers), layers) for n in range(1, total + 1)}
+    lowest = min(averages.values())
+    if wanted < lowest:
+        raise MMTokError(
+            f"a layer average of {wanted} vision tokens cannot be reached: one token behind the cut still makes "
+            f"{lowest:.1f}",
+            f"choose {math.ceil(lowest)} to {total}, cut in an earlier layer, or count with --budget-means final",
+        )
+    return min(averages, key=lambda n: abs(averages[n] - wanted))
+
+
+def _as_seen(vision: VisionTokens, method: Method, harmonised: bool) -> VisionTokens:
+    """The vision tokens as the track shows them to the method."""
+    if harmonised:
+        signals = {name: signal.float() for name, signal in vision.signals.items()}
+        return replace(vision, projected=vision.projected.float(), features=vision.features.float(), signals=signals)
+    if method.keeps_padding:
+        return replace(vision, eligible=torch.ones_like(vision.eligible))
+    return vision
+
+
+def _cut_images(
+    model: VisionLanguageModel,
+    method: Method,
+    vision: Sequence[VisionTokens],
+    selections: Sequence[Selection],
+    cuts: Sequence[tuple[Cut, ...]],
+    inputs: dict[str, Any],
+) -> list[CutImage]:
+    for v, cut in zip(vision, cuts, strict=True):
+        if cut:
+            require_eligible(v, cut[-1].keep)
+    starts = model.image_starts(inputs["input_ids"], [s.kept for s in selections])
+    return [
+        CutImage(row, start, v.eligible[s.indices], v.image_id, cut, method.queries, method.choose)
+        for (row, start), v, s, cut in zip(starts, vision, selections, cuts, strict=True)
+    ]
+
+
 def _count_tokens(
-    prompt: Prompt, totals: Sequence[int], selections: Sequence[Selection], inputs: dict[str, Any]
+    prompt: Prompt,
+    totals: Sequence[int],
+    selections: Sequence[Selection],
+    cuts: Sequence[tuple[Cut, ...]],
+    inputs: dict[str, Any],
+    layers: int,
 ) -> list[TokenCounts]:
     lengths = inputs["attention_mask"].sum(1).tolist()
     counts = []
     for row, length in enumerate(lengths):
         mine = [i for i, owner in enumerate(prompt.owners) if owner == row]
-        kept = sum(selections[i].kept for i in mine)
-        counts.append(TokenCounts(sum(totals[i] for i in mine), kept, length - kept))
+        counts.append(
+            TokenCounts(
+                total=sum(totals[i] for i in mine),
+                kept=sum(cuts[i][-1].keep if cuts[i] else selections[i].kept for i in mine),
+                text=length - sum(selections[i].kept for i in mine),
+                layer_average=sum(layer_average(selections[i].kept, cuts[i], layers) for i in mine),
+            )
+        )
     return counts

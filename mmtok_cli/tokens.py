@@ -16,9 +16,10 @@ class VisionTokens:
     projected: [tokens, dim], what would enter the language model.
     features: [tokens, vision_dim], the same tokens before the projector.
     grid: (rows, columns); token i lies in row i // columns, column i % columns.
-    eligible: [tokens], False where a patch shows nothing but padding.
+    eligible: [tokens], False where a patch shows nothing but padding that must not be kept.
     image_id: names the image in the same way in every run; seeded methods draw from it.
-    signals: what else the method asked to see of the encoder.
+    project: the projector, from `features` [rows, vision_dim] to `projected` [rows, dim], for methods that merge.
+    signals: what else the method asked to see of the encoder, by name (see the family's `SIGNALS`).
     """
 
     projected: Tensor
@@ -26,6 +27,7 @@ class VisionTokens:
     grid: tuple[int, int]
     eligible: Tensor
     image_id: str
+    project: Callable[[Tensor], Tensor]
     signals: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -48,7 +50,9 @@ class TextTokens:
 class Selection:
     """What a method keeps of one image.
 
-    indices: [kept], ascending; the places in the image that the kept tokens stand for.
+    indices: [kept], the places in the image that the kept tokens stand for, in the order in which the tokens enter
+        the language model. They ascend, but for methods that put merged tokens last; -1 is a class token, which
+        stands for no place.
     order: [kept], the same indices in the order in which they were picked, where there is one.
     gains: [kept], what each pick added to the method's objective, in the order of the picks.
     tokens: [kept, dim], rows that stand in for `projected[indices]` where the method merges or pools.
@@ -63,6 +67,45 @@ class Selection:
     def kept(self) -> int:
         return self.indices.shape[0]
 
+    @property
+    def places(self) -> Tensor:
+        """The places in the image that anything was kept of, ascending."""
+        return self.indices[self.indices >= 0].sort().values
+
     @staticmethod
     def everything(vision: VisionTokens) -> Selection:
         return Selection(torch.arange(vision.total, device=vision.projected.device))
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A place between two decoder layers at which vision tokens of an image leave the sequence.
+
+    before: index of the first decoder layer that sees the shorter sequence.
+    keep: vision tokens of the image from there on; those that arise by merging count.
+    reads: index of the decoder layer whose attention the choice is made from, `before - 1` (it has just run) or
+        `before` (it is about to run). None asks for no attention, and none is computed.
+    """
+
+    before: int
+    keep: int
+    reads: int | None = None
+
+
+@dataclass(frozen=True)
+class LayerTokens:
+    """The vision tokens of one image at a cut.
+
+    hidden: [tokens, dim], on their way into the layer `cut.before`.
+    attention: [heads, queries, tokens], probabilities (softmax in float32 over the whole sequence) with which the
+        method's queries attend to them in the layer `cut.reads`; None where the cut reads none.
+    rotary_response: gives [queries, tokens], what the layer's attention logits would be if every query and key
+        were a vector of ones, so that rotary position alone decides.
+    eligible: [tokens], as in VisionTokens. image_id: as in VisionTokens.
+    """
+
+    hidden: Tensor
+    attention: Tensor | None
+    rotary_response: Callable[[], Tensor]
+    eligible: Tensor
+    image_id: str

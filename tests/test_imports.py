@@ -10,7 +10,7 @@ import pytest
 import mmtok_cli
 
 PACKAGE = Path(mmtok_cli.__file__).parent
-SHARED = {"tokens", "budget", "errors"}
+SHARED = {"tokens", "budget", "errors", "rules"}
 ALLOWED = {
     "methods": SHARED | {"methods"},
     "models": SHARED | {"models", "profiles"},
@@ -22,6 +22,7 @@ ALLOWED = {
     "tokens": set(),
     "errors": set(),
     "budget": {"errors"},
+    "rules": {"errors"},
     "profiles": {"errors"},
     "files": {"errors"},
     "environment": {"__version__", "bench", "models"},

@@ -59,7 +59,7 @@ def vision(rows: int = 4, columns: int = 6, eligible: list[int] | None = None) -
         mask = torch.zeros(n, dtype=torch.bool).index_fill(0, torch.tensor(eligible), True)
     generator = torch.Generator().manual_seed(0)
     projected, features = torch.randn(n, 8, generator=generator), torch.randn(n, 5, generator=generator)
-    return VisionTokens(projected, features, (rows, columns), mask, "image")
+    return VisionTokens(projected, features, (rows, columns), mask, "image", lambda rows: rows)
 
 
 TEXT = TextTokens("Is there a cat?", lambda words: torch.ones(len(words), 8))

@@ -27,18 +27,16 @@ def summarise_cases(
         score = _score(once)
         seconds = {stage: [run.seconds[stage] for run in runs] for stage in runs[0].seconds}
         counts = [tokens for run in once for tokens in run.tokens]
-        kept = fmean(c.kept for c in counts)
         results.append(
             CaseResult(
                 method=case.name,
                 parameters=asdict(case.method),
                 budget=None if case.budget is None else str(case.budget),
-                # Reduced before the language model, so that every decoder layer sees the same tokens.
                 tokens=Tokens(
                     total=fmean(c.total for c in counts),
-                    kept=kept,
+                    kept=fmean(c.kept for c in counts),
                     text=fmean(c.text for c in counts),
-                    layer_average=kept,
+                    layer_average=fmean(c.layer_average for c in counts),
                     new=fmean(run.steps for run in once),
                 ),
                 seconds={stage: summarise(values) for stage, values in seconds.items()},

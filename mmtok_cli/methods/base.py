@@ -6,24 +6,37 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+from torch import Tensor
+
 from mmtok_cli.errors import MMTokError
-from mmtok_cli.tokens import Selection, TextTokens, VisionTokens
+from mmtok_cli.rules import Positions
+from mmtok_cli.tokens import Cut, LayerTokens, Selection, TextTokens, VisionTokens
 
 
 @dataclass(frozen=True)
 class Method:
     """One way to reduce vision tokens. Override the hook at which the method acts; the others keep everything.
 
-    The class attributes are what `mmtok methods` prints; `signals` names what the method must see of the encoder
-    beside the tokens themselves, and nothing is computed that no method asked for.
+    Before the encoder that is `resize`, behind it `select`, and inside the language model `cuts` with `choose`.
+
+    The class attributes are what `mmtok methods` prints, and what the released track has to know:
+    multi_turn: what is dropped does not depend on the question, so that a second one finds what it needs.
+    signals: what the method must see of the encoder beside the tokens; nothing is computed that no method asked for.
+    positions: whether the authors' code leaves kept tokens at their positions or counts anew.
+    keeps_padding: the authors' code lets padding compete for the budget.
     """
 
     summary: ClassVar[str]
     source: ClassVar[str] = ""
     acts: ClassVar[str] = "between encoder and language model"
     reads_question: ClassVar[bool] = False
+    training_free: ClassVar[bool] = True
+    multi_turn: ClassVar[bool] = True
     takes_budget: ClassVar[bool] = True
     signals: ClassVar[tuple[str, ...]] = ()
+    positions: ClassVar[Positions] = "renumber"
+    keeps_padding: ClassVar[bool] = False
 
     def resize(self, grid: tuple[int, int], budget: int, aspect: float) -> tuple[int, int]:
         """The (rows, columns) of vision tokens at which the image is to be encoded.
@@ -41,6 +54,25 @@ class Method:
     ) -> list[Selection]:
         """`select` for each image; override it where a batch can be done in one go. Results must not differ."""
         return [self.select(v, t, budget) for v, t, budget in zip(vision, text, budgets, strict=True)]
+
+    def cuts(self, total: int, budget: int, layers: int) -> tuple[Cut, ...]:
+        """Where inside the language model an image of `total` vision tokens is cut down to `budget`.
+
+        layers: how many decoder layers the model has. The cuts' layers ascend; no cut leaves the image whole.
+        Raises MMTokError where the model has too few layers for the method's parameters.
+        """
+        return ()
+
+    def queries(self, vision: Tensor, text: Tensor) -> Tensor:
+        """Which tokens behind the image ask for it: [queries] indices into `text`. Default: the last alone.
+
+        vision: [tokens, dim], text: [text tokens, dim], embeddings as they enter the first decoder layer.
+        """
+        return torch.tensor([len(text) - 1], device=text.device)
+
+    def choose(self, tokens: LayerTokens, cut: Cut) -> Selection:
+        """Which of the image's vision tokens go on at a cut, `cut.keep` of them; indices count those at the cut."""
+        raise NotImplementedError(f"{type(self).__name__} cuts inside the language model but does not choose")
 
 
 def require_eligible(vision: VisionTokens, budget: int) -> None:

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, ClassVar
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from mmtok_cli.errors import MMTokError
+from mmtok_cli.models.inside import CutImage, Inside
+from mmtok_cli.rules import Positions
 from mmtok_cli.tokens import Selection, TextTokens, VisionTokens
+
+Stage = Callable[[str], AbstractContextManager[Any]]
+
+
+def unwatched(name: str) -> AbstractContextManager[Any]:
+    """The stage context of somebody who only wants the answer."""
+    return nullcontext()
 
 
 @dataclass(frozen=True)
@@ -41,6 +53,7 @@ class VisionLanguageModel(ABC):
     """
 
     family: ClassVar[str]
+    positions: ClassVar[Positions] = "renumber"  # of all methods on the harmonised track
 
     def __init__(self, name: str, model: Any, processor: Any) -> None:
         self.name = name
@@ -73,6 +86,11 @@ class VisionLanguageModel(ABC):
         return self.model.config.text_config.max_position_embeddings
 
     @property
+    def layer_count(self) -> int:
+        """Decoder layers of the language model."""
+        return self.model.config.text_config.num_hidden_layers
+
+    @property
     def image_token_id(self) -> int:
         return self.model.config.image_token_id
 
@@ -96,10 +114,11 @@ class VisionLanguageModel(ABC):
         """Turn questions and their images into a prompt whose images are encoded at `grids` (one for each image)."""
 
     @abstractmethod
-    def encode(self, prompt: Prompt, signals: Sequence[str] = ()) -> list[VisionTokens]:
+    def encode(self, prompt: Prompt, signals: Sequence[str] = (), *, stage: Stage = unwatched) -> list[VisionTokens]:
         """Run the vision encoder and the projector: the vision tokens of each image.
 
-        Raises MMTokError for a signal that the family does not offer.
+        What the signals cost beyond that is spent in `stage("select")`. Raises MMTokError for a signal that the
+        family does not offer.
         """
 
     @abstractmethod
@@ -118,31 +137,62 @@ class VisionLanguageModel(ABC):
         return self.model.get_input_embeddings()(torch.tensor(ids, device=self.device))
 
     def assemble(
-        self, prompt: Prompt, vision: Sequence[VisionTokens], selections: Sequence[Selection]
+        self,
+        prompt: Prompt,
+        vision: Sequence[VisionTokens],
+        selections: Sequence[Selection],
+        positions: Positions = "renumber",
     ) -> dict[str, Any]:
         """Arguments of the model's forward for a prompt that holds the selected vision tokens alone.
 
-        A pure function: placeholders of dropped tokens leave the sequence, rows are aligned to the right again, and
-        positions are counted anew, as the LLaVA family's methods do.
+        A pure function: placeholders of dropped tokens leave the sequence and rows are aligned to the right again.
+        Positions are counted anew, or those of the places that the kept tokens stand for in the whole prompt.
         """
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-        device = prompt.input_ids.device
         live = prompt.attention_mask.bool()
-        keep = [torch.zeros(v.total, dtype=torch.bool, device=device) for v in vision]
-        for flags, selection in zip(keep, selections, strict=True):
-            flags[selection.indices] = True
-        live[prompt.input_ids == self.image_token_id] = torch.cat(keep)
+        places = live.long().cumsum(1) - 1
+        starts = self.image_starts(prompt.input_ids, [v.total for v in vision])
+        for (row, start), tokens, selection in zip(starts, vision, selections, strict=True):
+            end = start + selection.kept  # the first placeholders of the image serve, whichever places they stand for
+            live[row, end : start + tokens.total] = False
+            places[row, start:end] = places[row, start] + selection.indices.clamp(min=0)
 
         length = int(live.sum(1).max())
         columns = live.int().argsort(dim=1, stable=True)[:, -length:]
         mask = live.gather(1, columns)
+        kept = places.gather(1, columns) if positions == "keep" else mask.long().cumsum(1) - 1
         rows = [
-            v.projected[s.indices] if s.tokens is None else s.tokens for v, s in zip(vision, selections, strict=True)
+            v.projected[s.indices] if s.tokens is None else s.tokens.to(v.projected.dtype)
+            for v, s in zip(vision, selections, strict=True)
         ]
         return {
             "input_ids": prompt.input_ids.gather(1, columns).masked_fill(~mask, self.tokenizer.pad_token_id),
             "attention_mask": mask.long(),
-            "position_ids": (mask.long().cumsum(1) - 1).clamp(min=0),
+            "position_ids": kept.masked_fill(~mask, 0),
             "mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=rows)},
         }
+
+    def inside(
+        self, attention_mask: Tensor, images: Sequence[CutImage], positions: Positions, stage: Stage = unwatched
+    ) -> Inside:
+        """A context within which prefill and decoding cut images down between decoder layers.
+
+        attention_mask: [batch, length], of the prompt that will be read. Raises MMTokError for an attention kernel
+        under which a shorter sequence would be misread.
+        """
+        if self.attention not in ("sdpa", "eager"):
+            raise MMTokError(
+                f"methods inside the language model do not run under {self.attention!r} attention",
+                "load the model with sdpa attention",
+            )
+        return Inside(self.model.model.language_model, attention_mask, images, positions, stage)
+
+    def image_starts(self, input_ids: Tensor, totals: Sequence[int]) -> list[tuple[int, int]]:
+        """(row, column) of each image's first placeholder; the `totals` placeholders of an image stand side by side.
+
+        An image without any has no place: (-1, -1).
+        """
+        found = (input_ids == self.image_token_id).nonzero().tolist()
+        starts = accumulate(totals, initial=0)
+        return [tuple(found[start]) if n else (-1, -1) for start, n in zip(starts, totals, strict=False)]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -11,10 +12,18 @@ from PIL import Image as PILImage
 from PIL.Image import Image
 
 from mmtok_cli.errors import MMTokError
-from mmtok_cli.models.base import Prompt, VisionLanguageModel
+from mmtok_cli.models.base import Prompt, Stage, VisionLanguageModel, unwatched
+from mmtok_cli.models.clip_signals import class_attention, inputs_of, mean_keys
 from mmtok_cli.models.padding import padding_mask
 from mmtok_cli.tokens import VisionTokens
 
+# What methods may ask to see of the encoder: functions of the attention module inside the layer that the features come
+# from, of what it was called with, and of that layer's output; both [images, 1 + tokens, dim], the class token first.
+SIGNALS: dict[str, Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "class_attention": lambda attention, seen, hidden: class_attention(attention, seen),  # [heads, tokens]
+    "mean_keys": lambda attention, seen, hidden: mean_keys(attention, seen),  # [tokens, head dim]
+    "class_feature": lambda attention, seen, hidden: hidden[:, 0],  # [vision dim]
+}
 CHECK_CONFIG = "compare its config.json with the original"
 LONGEST_SIDE = 8192  # a line of a hundred thousand pixels is small, but the square around it is not
 
@@ -87,27 +96,34 @@ class Llava(VisionLanguageModel):
             questions=tuple(questions),
         )
 
-    def encode(self, prompt: Prompt, signals: Sequence[str] = ()) -> list[VisionTokens]:
-        if signals:
-            raise MMTokError(f"the {self.family} family does not offer {', '.join(signals)}", "use another method")
+    def encode(self, prompt: Prompt, signals: Sequence[str] = (), *, stage: Stage = unwatched) -> list[VisionTokens]:
+        attention = self._signal_layer(signals)
         by_size: dict[tuple[int, int], list[int]] = defaultdict(list)
         for i, grid in enumerate(prompt.grids):
             by_size[grid].append(i)
         tokens: dict[int, VisionTokens] = {}
         for grid, members in by_size.items():
-            out = self.model.model.get_image_features(
-                pixel_values=torch.stack([prompt.pixel_values[i] for i in members]),
-                interpolate_pos_encoding=grid != self.grid(prompt.images[members[0]]),
-                return_dict=True,
-            )
-            features = self._selected_layers(out.hidden_states)
+            watched: AbstractContextManager[list[torch.Tensor]] = inputs_of(attention) if attention else nullcontext([])
+            with watched as seen:
+                out = self.model.model.get_image_features(
+                    pixel_values=torch.stack([prompt.pixel_values[i] for i in members]),
+                    interpolate_pos_encoding=grid != self.grid(prompt.images[members[0]]),
+                    return_dict=True,
+                )
+            hidden = torch.cat([out.hidden_states[layer] for layer in self._layers()], dim=-1)
+            found: dict[str, torch.Tensor] = {}
+            if signals:
+                with stage("select"):
+                    found = {name: SIGNALS[name](attention, seen[0], hidden) for name in signals}
             for row, i in enumerate(members):
                 tokens[i] = VisionTokens(
                     projected=out.pooler_output[row],
-                    features=features[row],
+                    features=hidden[row, 1:],
                     grid=grid,
                     eligible=self._eligible(prompt.images[i], grid),
                     image_id=prompt.image_ids[i],
+                    project=self._project,
+                    signals={name: value[row] for name, value in found.items()},
                 )
         return [tokens[i] for i in range(len(prompt.images))]
 
@@ -149,9 +165,24 @@ class Llava(VisionLanguageModel):
         square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         return processor(square, size=size, crop_size=size, return_tensors="pt")["pixel_values"][0]
 
-    def _selected_layers(self, hidden_states: Sequence[torch.Tensor]) -> torch.Tensor:
-        """What the projector saw, [images, tokens, vision dim]."""
-        return torch.cat([hidden_states[layer][:, 1:] for layer in self._layers()], dim=-1)
+    def _project(self, features: torch.Tensor) -> torch.Tensor:
+        return self.model.model.multi_modal_projector(features.to(self.dtype))
+
+    def _signal_layer(self, signals: Sequence[str]) -> torch.nn.Module | None:
+        """The attention module inside the layer that the features come from, if any signal was asked for."""
+        unknown = [name for name in signals if name not in SIGNALS]
+        if unknown:
+            raise MMTokError(f"the {self.family} family does not offer {', '.join(unknown)}", "use another method")
+        if not signals:
+            return None
+        (layer, *others), depth = self._layers(), self.model.config.vision_config.num_hidden_layers
+        index = layer if layer < 0 else layer - 1  # hidden state i is what layer i - 1 gave
+        if others or not -depth <= index < depth:
+            raise MMTokError(
+                f"{self.name} does not take its features from one layer of its encoder, so it has no attention to read",
+                "use a method that reads none of the encoder's attention",
+            )
+        return self.model.model.vision_tower.encoder.layers[index].self_attn
 
     def _layers(self) -> list[int]:
         layers = self.model.config.vision_feature_layer

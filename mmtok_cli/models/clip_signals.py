@@ -1,0 +1,44 @@
+"""What methods ask to see of a CLIP encoder, computed beside the stock forward pass and only when asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@contextmanager
+def inputs_of(module: torch.nn.Module) -> Iterator[list[Tensor]]:
+    """Collects the hidden states [batch, tokens, dim] with which a module is called while the context is open."""
+    seen: list[Tensor] = []
+
+    def remember(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(args[0] if args else kwargs["hidden_states"])
+
+    handle = module.register_forward_pre_hook(remember, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def class_attention(attention: Any, hidden: Tensor) -> Tensor:
+    """Probabilities with which the class token attends to each patch: [batch, heads, patches], softmax in float32.
+
+    hidden: [batch, 1 + patches, dim], what the attention module was called with. The class token's own share stays in
+    the softmax, so that rows add up to less than one.
+    """
+    heads = (hidden.shape[0], -1, attention.num_heads, attention.head_dim)
+    query = attention.q_proj(hidden[:, :1]).view(heads).transpose(1, 2)
+    keys = attention.k_proj(hidden).view(heads).transpose(1, 2)
+    logits = (query @ keys.transpose(2, 3)).float() * attention.scale
+    return logits.softmax(-1)[:, :, 0, 1:]
+
+
+def mean_keys(attention: Any, hidden: Tensor) -> Tensor:
+    """Keys of each patch, averaged over the heads: [batch, patches, head dim]. hidden: as in `class_attention`."""
+    batch, tokens, _ = hidden.shape
+    return attention.k_proj(hidden[:, 1:]).view(batch, tokens - 1, attention.num_heads, attention.head_dim).mean(2)

@@ -1,0 +1,381 @@
+"""Reduction inside the language model: hooks on the decoder layers that drop or merge vision tokens on the way.
+
+Layers behind a cut see a shorter sequence and cache no more than that, so the KV cache becomes ragged. Nothing of the
+model is changed, and no attention matrix is built: what a method reads of the attention is computed for its few
+queries alone. Written for decoder layers such as those of transformers' Llama, Mistral and Qwen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from mmtok_cli.errors import MMTokError
+from mmtok_cli.models.attention_rows import Rotary, attention_rows, rotary_response
+from mmtok_cli.rules import Positions
+from mmtok_cli.tokens import Cut, LayerTokens, Selection
+
+
+@dataclass(frozen=True)
+class CutImage:
+    """One image of a prompt, and how a method cuts it down.
+
+    row, start: where in the prompt its vision tokens stand, side by side. eligible: [total], those that may be kept.
+    queries, choose: the method's (see methods/base.py).
+    """
+
+    row: int
+    start: int
+    eligible: Tensor
+    image_id: str
+    cuts: tuple[Cut, ...]
+    queries: Callable[[Tensor, Tensor], Tensor]
+    choose: Callable[[LayerTokens, Cut], Selection]
+
+
+@dataclass(frozen=True)
+class _Image:
+    """An image's tokens in a sequence: where they start in the row, what they stand for, which of them may be kept.
+
+    queries: which text tokens behind the image ask for it.
+    """
+
+    plan: CutImage
+    start: int
+    places: Tensor
+    eligible: Tensor
+    queries: Tensor | None = None
+
+    @property
+    def end(self) -> int:
+        return self.start + self.places.shape[0]
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One row of a batch: its live tokens, padding left out."""
+
+    length: int
+    images: tuple[_Image, ...]
+
+    def text_behind(self, image: _Image, device: torch.device) -> Tensor:
+        """The text tokens behind an image."""
+        text = torch.ones(self.length, dtype=torch.bool, device=device)
+        text[: image.end] = False
+        for other in self.images:
+            text[other.start : other.end] = False
+        return text.nonzero().squeeze(1)
+
+
+@dataclass(frozen=True)
+class _Sequence:
+    """What the decoder layers between two cuts are called with; rows stand at the right end of `width` slots.
+
+    live: [batch, width], None where every slot is. removed: [batch], tokens fewer than in the prompt.
+    """
+
+    rows: list[_Row]
+    width: int
+    live: Tensor | None
+    removed: Tensor
+    mask: Tensor | None
+    position_ids: Tensor | None
+    rotary: Rotary
+
+
+class Inside:
+    """Context within which a prompt's images are cut down between decoder layers.
+
+    It serves plain forward passes, greedy decoding, sampling and beams, with and without a KV cache, on prompts
+    padded on the left. Every forward pass with an empty cache is a prefill and chooses anew. Kept tokens stay at
+    their positions (`keep`), or each shorter sequence is counted anew and decoding goes on from its end (`renumber`).
+    On leaving, the hooks are gone and the model is as it was.
+
+    selections: after a prefill, for each image the places in it whose tokens went through the last layer.
+
+    Raises MMTokError for padding on the right, a cache other than the default one, and a prompt read in pieces.
+    """
+
+    def __init__(
+        self,
+        language_model: Any,
+        attention_mask: Tensor,
+        images: Sequence[CutImage],
+        positions: Positions,
+        stage: Callable[[str], AbstractContextManager[Any]],
+    ) -> None:
+        self.selections: list[Selection] = []
+        self._model = language_model
+        self._images = images
+        self._positions = positions
+        self._stage = stage
+        self._lengths: list[int] = attention_mask.sum(1).tolist()
+        self._width = attention_mask.shape[1]
+        if not bool((attention_mask.diff(dim=1) >= 0).all()):
+            raise MMTokError(
+                "methods inside the language model need prompts that are padded on the left",
+                "set the tokenizer's padding_side to left",
+            )
+        self._cut_layers = {cut.before for image in images for cut in image.cuts}
+        self._read_layers = {cut.reads for image in images for cut in image.cuts}
+        self._handles: list[Any] = []
+        self._prefilling = False
+        self._whole: _Sequence  # before any cut
+        self._now: _Sequence  # at the layer that a prefill has reached
+        self._behind: dict[int, _Sequence] = {}  # behind the cut before each layer
+        self._read: dict[int | None, Tensor] = {}  # what the layers that are read from were called with
+        self._generated = 0  # tokens behind the prompt at a step of decoding, and the arguments of that step
+        self._step: dict[int, dict[str, Any]] = {}
+
+    def __enter__(self) -> Inside:
+        for index, layer in enumerate(self._model.layers):
+            self._handles.append(layer.register_forward_pre_hook(partial(self._enter_layer, index), with_kwargs=True))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _enter_layer(self, index: int, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        hidden, *others = args
+        if index == 0:
+            self._begin(hidden, kwargs)
+        if not self._prefilling:
+            return args, kwargs | self._step_arguments(index, hidden, kwargs)
+        if index in self._cut_layers:
+            with self._stage("select"):
+                hidden = self._cut(index, hidden, kwargs.get("past_key_values"))
+        if index in self._read_layers:
+            self._read[index] = hidden
+        if self._now is self._whole:
+            return None
+        now = self._now
+        shorter = {"attention_mask": now.mask, "position_ids": now.position_ids, "position_embeddings": now.rotary}
+        return (hidden, *others), kwargs | shorter
+
+    def _begin(self, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+        """Tell a prefill from a step of decoding, and refuse what is neither."""
+        from transformers.cache_utils import DynamicCache, DynamicLayer
+
+        cache = kwargs.get("past_key_values")
+        if cache is not None and not (
+            type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
+        ):
+            raise MMTokError(
+                f"methods inside the language model cannot use a {type(cache).__name__}, since their layers cache "
+                "different lengths",
+                "use the default cache, without cache_implementation or a sliding window",
+            )
+        cached = 0 if cache is None else cache.get_seq_length()
+        batch, width, _ = hidden.shape
+        self._prefilling = cached == 0
+        if not self._prefilling and width == 1:
+            self._generated = cached + 1 - self._whole.width
+            self._step.clear()
+        elif self._prefilling and width >= self._width and batch % len(self._lengths) == 0:
+            self._behind.clear()
+            self._whole = self._now = self._start(hidden, kwargs)
+        else:
+            raise MMTokError(
+                f"{width} tokens were read where the prompt has {self._width}: methods inside the language model need "
+                "it in one piece, and decode token by token",
+                "leave prefill_chunk_size and assistant models out",
+            )
+
+    def _start(self, hidden: Tensor, kwargs: dict[str, Any]) -> _Sequence:
+        """The sequence before any cut. Beams repeat rows; without a cache, generated tokens stand behind the prompt."""
+        batch, width, _ = hidden.shape
+        copies = batch // len(self._lengths)
+        rows = []
+        for number, prompt in enumerate(self._lengths):
+            row = _Row(
+                length=prompt + width - self._width,
+                images=tuple(
+                    _Image(
+                        plan=plan,
+                        start=plan.start - (self._width - prompt),
+                        places=torch.arange(len(plan.eligible), device=hidden.device),
+                        eligible=plan.eligible,
+                    )
+                    for plan in self._images
+                    if plan.row == number
+                ),
+            )
+            if any(self._read_layers - {None}):
+                with self._stage("select"):
+                    row = self._with_queries(row, hidden[number * copies, width - row.length :])
+            rows += [row] * copies
+        if self._positions == "renumber" and kwargs.get("position_ids") is None:
+            raise MMTokError("this model's positions cannot be counted anew", "use --positions keep")
+        return _Sequence(
+            rows=rows,
+            width=width,
+            live=None,
+            removed=torch.zeros(batch, dtype=torch.long, device=hidden.device),
+            mask=kwargs.get("attention_mask"),
+            position_ids=kwargs.get("position_ids"),
+            rotary=kwargs["position_embeddings"],
+        )
+
+    def _with_queries(self, row: _Row, hidden: Tensor) -> _Row:
+        images = []
+        for image in row.images:
+            text = hidden[row.text_behind(image, hidden.device)]
+            images.append(replace(image, queries=image.plan.queries(hidden[image.start : image.end], text)))
+        return replace(row, images=tuple(images))
+
+    def _cut(self, layer: int, hidden: Tensor, cache: Any) -> Tensor:
+        """Make the cuts before a layer: the hidden states that remain, [batch, shorter width, dim]."""
+        now, batch = self._now, hidden.shape[0]
+        rows, slots, states = [], [], []
+        for number, row in enumerate(now.rows):
+            offset = now.width - row.length
+            shorter, row_slots, row_states = self._cut_row(layer, row, number, offset, hidden[number, offset:], cache)
+            rows.append(shorter)
+            slots.append(row_slots + offset)
+            states.append(row_states)
+        lengths = [row.length for row in rows]
+        width = max(lengths)
+        index = torch.stack([pad(s, (width - len(s), 0)) for s in slots])
+        live = None
+        if min(lengths) < width:
+            missing = torch.tensor([width - length for length in lengths], device=hidden.device)
+            live = torch.arange(width, device=hidden.device) >= missing[:, None]
+        position_ids, rotary = now.position_ids, now.rotary
+        removed = [self._whole.rows[i].length - length for i, length in enumerate(lengths)]
+        remaining = torch.stack([pad(s, (0, 0, width - len(s), 0)) for s in states])
+        if self._positions == "keep":
+            rotary = (_gather(rotary[0], index), _gather(rotary[1], index))
+            if position_ids is not None:
+                position_ids = position_ids.expand(batch, -1).gather(1, index)
+        else:
+            counted = torch.arange(width, device=hidden.device)
+            position_ids = torch.stack([(counted - (width - length)).clamp(min=0) for length in lengths])
+            rotary = self._model.rotary_emb(remaining, position_ids)
+        self._now = self._behind[layer] = _Sequence(
+            rows=rows,
+            width=width,
+            live=live,
+            removed=torch.tensor(removed, device=hidden.device),
+            mask=_shorter_mask(now.mask, index, live),
+            position_ids=position_ids,
+            rotary=rotary,
+        )
+        copies = batch // len(self._lengths)
+        images = {id(image.plan): image for row in rows[::copies] for image in row.images}
+        self.selections = [Selection(images[id(plan)].places) for plan in self._images]
+        return remaining
+
+    def _cut_row(
+        self, layer: int, row: _Row, number: int, offset: int, hidden: Tensor, cache: Any
+    ) -> tuple[_Row, Tensor, Tensor]:
+        """Cut the images of one row: the row, its slots among the [length] of before, and its states."""
+        slots = torch.arange(row.length, device=hidden.device)
+        images, kept_slots, kept_states = [], [], []
+        end = length = 0
+        for image in row.images:
+            cut = next((cut for cut in image.plan.cuts if cut.before == layer), None)
+            kept_slots.append(slots[end : image.start])
+            kept_states.append(hidden[end : image.start])
+            length += image.start - end
+            if cut is None:
+                images.append(replace(image, start=length))
+                kept_slots.append(slots[image.start : image.end])
+                kept_states.append(hidden[image.start : image.end])
+            else:
+                tokens = self._tokens(cut, row, image, number, offset, hidden, cache)
+                chosen = image.plan.choose(tokens, cut)
+                if chosen.kept != cut.keep:
+                    raise MMTokError(
+                        f"the method kept {chosen.kept} of {image.plan.image_id} where its cut promised {cut.keep}",
+                        "this is a defect of the method: its `choose` must keep what `cuts` said",
+                    )
+                places = image.places[chosen.indices]
+                images.append(replace(image, start=length, places=places, eligible=image.eligible[chosen.indices]))
+                kept_slots.append(image.start + chosen.indices)
+                kept_states.append(tokens.hidden[chosen.indices] if chosen.tokens is None else chosen.tokens.to(hidden))
+            length += len(images[-1].places)
+            end = image.end
+        row = _Row(length + row.length - end, tuple(images))
+        return row, torch.cat([*kept_slots, slots[end:]]), torch.cat([*kept_states, hidden[end:]])
+
+    def _tokens(
+        self, cut: Cut, row: _Row, image: _Image, number: int, offset: int, hidden: Tensor, cache: Any
+    ) -> LayerTokens:
+        """What the method sees of an image at a cut."""
+        queries = row.text_behind(image, hidden.device)
+        queries = queries if image.queries is None else queries[image.queries]
+        cos, sin = (part.expand(len(self._now.rows), -1, -1)[number, offset:] for part in self._now.rotary)
+        attention = None
+        if cut.reads is not None:
+            layer, seen, keys = self._model.layers[cut.reads], hidden, None
+            if cut.reads < cut.before:
+                seen = self._read[cut.reads][number, offset:]
+                keys = None if cache is None else cache.layers[cut.reads].keys[number, :, offset:]
+            attention = attention_rows(layer, seen, (cos, sin), queries, keys)[:, :, image.start : image.end]
+        places = torch.arange(image.start, image.end, device=hidden.device)
+        return LayerTokens(
+            hidden=hidden[image.start : image.end],
+            attention=attention,
+            rotary_response=partial(rotary_response, self._model.layers[cut.before], (cos, sin), queries, places),
+            eligible=image.eligible,
+            image_id=image.plan.image_id,
+        )
+
+    def _step_arguments(self, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """What a layer is called with at a step of decoding, where that differs from what the model would pass."""
+        behind = max((layer for layer in self._behind if layer <= index), default=None)
+        if behind is None:
+            return {}
+        if behind not in self._step:
+            sequence = self._behind[behind]
+            arguments: dict[str, Any] = {"attention_mask": None}
+            if sequence.live is not None and sequence.mask is not None:
+                visible = pad(sequence.live, (0, self._generated), value=True)[:, None, None]
+                arguments["attention_mask"] = _as_mask(visible, sequence.mask.dtype)
+            if self._positions == "renumber":
+                position_ids = kwargs["position_ids"] - sequence.removed[:, None]
+                arguments["position_ids"] = position_ids
+                arguments["position_embeddings"] = self._model.rotary_emb(hidden, position_ids)
+            self._step[behind] = arguments
+        return self._step[behind]
+
+
+def _gather(rows: Tensor, index: Tensor) -> Tensor:
+    """rows [batch or 1, slots, dim] at index [batch, fewer slots]."""
+    return rows.expand(len(index), -1, -1).gather(1, index[:, :, None].expand(-1, -1, rows.shape[-1]))
+
+
+def _shorter_mask(mask: Tensor | None, index: Tensor, live: Tensor | None) -> Tensor | None:
+    """The attention mask [batch, 1, slots, slots] among the slots that remain; None is plain causal attention.
+
+    Dead slots are hidden from all others and see themselves, lest their softmax be over nothing.
+    """
+    if mask is None and live is None:
+        return None
+    batch, width = index.shape
+    if mask is None:
+        visible = torch.ones(width, width, dtype=torch.bool, device=index.device).tril().expand(batch, 1, -1, -1)
+    else:
+        rows = torch.arange(batch, device=index.device)[:, None, None]
+        remaining = mask[:, 0].expand(batch, -1, -1)[rows, index[:, :, None], index[:, None, :]][:, None]
+        visible = remaining if remaining.dtype == torch.bool else remaining == 0
+    if live is not None:
+        itself = torch.eye(width, dtype=torch.bool, device=index.device)
+        visible = (visible & live[:, None, None, :]) | itself
+    return _as_mask(visible, torch.bool if mask is None else mask.dtype)
+
+
+def _as_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask in the form of the attention kernel: bool, True where visible, or numbers to add to the logits."""
+    if dtype == torch.bool:
+        return visible
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, torch.finfo(dtype).min)
