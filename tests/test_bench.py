@@ -106,7 +106,7 @@ def test_flops_equal_the_formula(tiny_sdpa: Llava, samples: list[Sample], cases:
     d, kv, mlp, layers, vocabulary = 48, 24, 64, 3, len(tiny_sdpa.tokenizer)
     per_layer = 2 * s * (2 * d * d + 2 * d * kv + 3 * d * mlp) + 2 * 2 * s * s * d
     expected = layers * per_layer + 2 * d * vocabulary
-    flops = count_flops(tiny_sdpa, cases[1].method, samples[:1], cases[1].budget, 1)
+    flops = count_flops(tiny_sdpa, cases[1], samples[:1], 1)
     assert flops["prefill"] == pytest.approx(expected, rel=0.01)
     assert flops["total"] == sum(value for stage, value in flops.items() if stage != "total")
 
@@ -121,7 +121,7 @@ def test_rounds_and_their_summary(tiny_sdpa: Llava, samples: list[Sample], cases
     rounds = list(run_rounds(tiny_sdpa, cases, groups, order, max_new_tokens=2))
     assert [[run.case for run in runs] for runs in rounds] == [[0, 1, 2]] * 4
     assert rounds[3][0].samples == rounds[0][0].samples  # more rounds than samples: from the start again
-    flops = [count_flops(tiny_sdpa, case.method, groups[0], case.budget, 2) for case in cases]
+    flops = [count_flops(tiny_sdpa, case, groups[0], 2) for case in cases]
     full, mmtok, none = results = summarise_cases(cases, rounds, flops)
     assert full.score == 1 and full.score_counts and full.score_counts.asked == 3
     assert full.score_counts.by_kind == {"a": (2, 2), "b": (1, 1)}

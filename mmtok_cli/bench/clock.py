@@ -4,11 +4,36 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
+
+Mark = TypeVar("Mark")
+
+
+class Stages(Generic[Mark]):
+    """Splits what passes among stages. A stage entered within another interrupts it, so that nothing counts twice."""
+
+    def __init__(self, read: Callable[[], Mark]) -> None:
+        self.spans: list[tuple[str, Mark, Mark]] = []
+        self._read = read
+        self._open: tuple[str, Mark] | None = None
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        outer = self._open
+        start = self._read()
+        if outer:
+            self.spans.append((*outer, start))
+        self._open = (name, start)
+        try:
+            yield
+        finally:
+            end = self._read()
+            self.spans.append((*self._open, end))
+            self._open = (outer[0], end) if outer else None
 
 
 class Clock:
@@ -16,20 +41,15 @@ class Clock:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._marks: list[tuple[str, Any, Any]] = []
+        self._stages = Stages(self._now)
+        self.stage = self._stages.stage
         synchronise(device)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        start = self._now()
-        yield
-        self._marks.append((name, start, self._now()))
 
     def seconds(self) -> dict[str, float]:
         """Seconds by stage, their sum as `total`, and as `ttft` what passes before the first token."""
         synchronise(self._device)
         seconds: dict[str, float] = defaultdict(float)
-        for name, start, end in self._marks:
+        for name, start, end in self._stages.spans:
             seconds[name] += start.elapsed_time(end) / 1000 if self._device.type == "cuda" else end - start
         total = sum(seconds.values())
         return {**seconds, "ttft": total - seconds.get("decode", 0.0), "total": total}

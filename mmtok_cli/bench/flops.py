@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from mmtok_cli.budget import Budget
+from mmtok_cli.bench.clock import Stages
+from mmtok_cli.bench.runner import Case
 from mmtok_cli.data.samples import Sample
-from mmtok_cli.methods.base import Method
 from mmtok_cli.models.base import VisionLanguageModel
-from mmtok_cli.pipeline import answer
+from mmtok_cli.pipeline import STAGES, answer
 
 
 def _attention_on_cpu(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
@@ -25,7 +24,7 @@ CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _at
 
 
 def count_flops(
-    model: VisionLanguageModel, method: Method, samples: Sequence[Sample], budget: Budget | None, max_new_tokens: int
+    model: VisionLanguageModel, case: Case, samples: Sequence[Sample], max_new_tokens: int
 ) -> dict[str, float]:
     """FLOPs per sample by stage, and their sum as `total`.
 
@@ -33,14 +32,18 @@ def count_flops(
     element-wise (softmax, normalisation, MMTok's greedy loop) counts as nothing.
     """
     counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
-    flops: dict[str, float] = {}
-
-    @contextmanager
-    def stage(name: str) -> Iterator[None]:
-        before = counter.get_total_flops()
-        yield
-        flops[name] = (counter.get_total_flops() - before) / len(samples)
-
+    stages = Stages(counter.get_total_flops)
     with counter:
-        answer(model, method, samples, budget, max_new_tokens=max_new_tokens, stage=stage)
+        answer(
+            model,
+            case.method,
+            samples,
+            case.budget,
+            rules=case.rules,
+            max_new_tokens=max_new_tokens,
+            stage=stages.stage,
+        )
+    flops: dict[str, float] = dict.fromkeys(STAGES, 0.0)
+    for name, start, end in stages.spans:
+        flops[name] += (end - start) / len(samples)
     return {**flops, "total": sum(flops.values())}

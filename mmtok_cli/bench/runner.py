@@ -13,16 +13,18 @@ from mmtok_cli.budget import Budget
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.methods.base import Method
 from mmtok_cli.models.base import VisionLanguageModel
-from mmtok_cli.pipeline import TokenCounts, answer
+from mmtok_cli.pipeline import RELEASED, TokenCounts, answer
+from mmtok_cli.rules import Rules
 
 
 @dataclass(frozen=True)
 class Case:
-    """A method at a budget; `name` is what the user called the method."""
+    """A method at a budget, under the rules of the comparison; `name` is what the user called the method."""
 
     name: str
     method: Method
     budget: Budget | None
+    rules: Rules = RELEASED
 
     def __str__(self) -> str:
         return self.name if self.budget is None else f"{self.name} @ {self.budget}"
@@ -54,7 +56,15 @@ def run_case(
     """Answer one batch under the clock. Returns the run and the logits of the first new token, [batch, vocabulary]."""
     with peak_memory(model.device) as peak:
         clock = Clock(model.device)
-        said = answer(model, case.method, samples, case.budget, max_new_tokens=max_new_tokens, stage=clock.stage)
+        said = answer(
+            model,
+            case.method,
+            samples,
+            case.budget,
+            rules=case.rules,
+            max_new_tokens=max_new_tokens,
+            stage=clock.stage,
+        )
         seconds = clock.seconds()
     run = Run(
         case=index,

@@ -45,7 +45,15 @@ def trace_case(
     """
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (model.device.type == "cuda")
     with profile(activities=activities, profile_memory=True) as profiler:
-        answer(model, case.method, samples, case.budget, max_new_tokens=max_new_tokens, stage=record_function)
+        answer(
+            model,
+            case.method,
+            samples,
+            case.budget,
+            rules=case.rules,
+            max_new_tokens=max_new_tokens,
+            stage=record_function,
+        )
     events = _export(profiler)
     path = (
         directory
@@ -53,11 +61,11 @@ def trace_case(
         / f"{socket.gethostname()}_{os.getpid()}.{time.time_ns() // 1_000_000}.pt.trace.json"
     )
     write_whole(path, lambda part: part.write_text(json.dumps(events), encoding="utf-8"))
-    spans = {
-        event["name"]: (event["ts"], event["ts"] + event["dur"])
+    spans = [
+        (event["name"], event["ts"], event["ts"] + event["dur"])
         for event in events["traceEvents"]
         if event.get("cat") == "user_annotation" and event["name"] in STAGES
-    }
+    ]
     return Trace(path, _operators(profiler, case), _peaks(events, spans, model.device))
 
 
@@ -82,6 +90,7 @@ def _operators(profiler: Any, case: Case) -> list[Operator]:
     spans = [
         (e.name, e.time_range.start, e.time_range.end) for e in events if e.name in STAGES and e.is_user_annotation
     ]
+    spans.sort(key=lambda span: span[2] - span[1])  # of nested stages the inner one counts
     totals: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0, 0.0, 0.0])
     for event in events:
         if event.is_user_annotation or event.device_type != torch.autograd.DeviceType.CPU or event.name == "[memory]":
@@ -99,7 +108,7 @@ def _operators(profiler: Any, case: Case) -> list[Operator]:
     return sorted(operators, key=lambda o: (STAGES.index(o.stage), -(o.device_seconds or o.cpu_seconds)))
 
 
-def _peaks(trace: dict[str, Any], spans: dict[str, tuple[float, float]], device: torch.device) -> dict[str, int]:
+def _peaks(trace: dict[str, Any], spans: list[tuple[str, float, float]], device: torch.device) -> dict[str, int]:
     kind = torch.autograd.DeviceType.CUDA if device.type == "cuda" else torch.autograd.DeviceType.CPU
     levels = sorted(
         (event["ts"], event["args"]["Total Allocated"], event["args"]["Bytes"])
@@ -109,8 +118,8 @@ def _peaks(trace: dict[str, Any], spans: dict[str, tuple[float, float]], device:
     if not levels:
         return {}
     start = levels[0][1] - levels[0][2]  # before the first allocation
-    return {
-        stage: max((total - start for ts, total, _ in levels if begin <= ts < end), default=0)
-        for stage, (begin, end) in spans.items()
-        if stage != "prepare"  # the processor's memory is NumPy's, which the profiler does not see
-    }
+    peaks: dict[str, int] = defaultdict(int)
+    for stage, begin, end in spans:
+        if stage != "prepare":  # the processor's memory is NumPy's, which the profiler does not see
+            peaks[stage] = max(peaks[stage], *(total - start for ts, total, _ in levels if begin <= ts < end), 0)
+    return dict(peaks)

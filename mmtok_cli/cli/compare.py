@@ -104,7 +104,7 @@ def compare(
         task = progress.add_task("warming up", total=len(cases))
         flops = []
         for case in cases:
-            flops.append(count_flops(vlm, case.method, groups[0], case.budget, max_new_tokens))
+            flops.append(count_flops(vlm, case, groups[0], max_new_tokens))
             for _ in range(warmup):
                 run_case(vlm, case, groups[0], max_new_tokens)
             progress.advance(task)

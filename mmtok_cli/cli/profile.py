@@ -96,7 +96,7 @@ def profile(
         flops = []
         traces = []
         for case in cases:
-            flops.append(count_flops(vlm, case.method, [sample], case.budget, max_new_tokens))
+            flops.append(count_flops(vlm, case, [sample], max_new_tokens))
             traces.append(trace_case(vlm, case, [sample], trace_dir, max_new_tokens))
             progress.advance(task)
 

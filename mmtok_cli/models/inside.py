@@ -135,7 +135,10 @@ class Inside:
         self._step: dict[int, dict[str, Any]] = {}
 
     def __enter__(self) -> Inside:
-        for index, layer in enumerate(self._model.layers):
+        layers = list(self._model.layers)
+        if len(layers) in self._cut_layers:
+            layers.append(self._model.norm)  # a cut behind the last layer comes before the final norm
+        for index, layer in enumerate(layers):
             self._handles.append(layer.register_forward_pre_hook(partial(self._enter_layer, index), with_kwargs=True))
         return self
 
@@ -146,20 +149,24 @@ class Inside:
 
     def _enter_layer(self, index: int, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         hidden, *others = args
+        behind_last = index == len(self._model.layers)
         if index == 0:
             self._begin(hidden, kwargs)
         if not self._prefilling:
-            return args, kwargs | self._step_arguments(index, hidden, kwargs)
+            return args, kwargs if behind_last else kwargs | self._step_arguments(index, hidden, kwargs)
         if index in self._cut_layers:
             with self._stage("select"):
                 hidden = self._cut(index, hidden, kwargs.get("past_key_values"))
         if index in self._read_layers:
             self._read[index] = hidden
-        if self._now is self._whole:
-            return None
         now = self._now
-        shorter = {"attention_mask": now.mask, "position_ids": now.position_ids, "position_embeddings": now.rotary}
-        return (hidden, *others), kwargs | shorter
+        if now is not self._whole and not behind_last:
+            kwargs = kwargs | {
+                "attention_mask": now.mask,
+                "position_ids": now.position_ids,
+                "position_embeddings": now.rotary,
+            }
+        return (hidden, *others), kwargs
 
     def _begin(self, hidden: Tensor, kwargs: dict[str, Any]) -> None:
         """Tell a prefill from a step of decoding, and refuse what is neither."""
@@ -265,7 +272,7 @@ class Inside:
             width=width,
             live=live,
             removed=torch.tensor(removed, device=hidden.device),
-            mask=_shorter_mask(now.mask, index, live),
+            mask=_causal_mask(width, live, self._whole.mask),
             position_ids=position_ids,
             rotary=rotary,
         )
@@ -325,7 +332,7 @@ class Inside:
         return LayerTokens(
             hidden=hidden[image.start : image.end],
             attention=attention,
-            rotary_response=partial(rotary_response, self._model.layers[cut.before], (cos, sin), queries, places),
+            rotary_response=partial(rotary_response, self._model.layers[0], (cos, sin), queries, places),
             eligible=image.eligible,
             image_id=image.plan.image_id,
         )
@@ -354,24 +361,20 @@ def _gather(rows: Tensor, index: Tensor) -> Tensor:
     return rows.expand(len(index), -1, -1).gather(1, index[:, :, None].expand(-1, -1, rows.shape[-1]))
 
 
-def _shorter_mask(mask: Tensor | None, index: Tensor, live: Tensor | None) -> Tensor | None:
-    """The attention mask [batch, 1, slots, slots] among the slots that remain; None is plain causal attention.
+def _causal_mask(width: int, live: Tensor | None, like: Tensor | None) -> Tensor | None:
+    """The attention mask [batch or 1, 1, width, width] of a sequence that remains, in the form of the mask `like`; None
+    is plain causal attention to a fused kernel.
 
     Dead slots are hidden from all others and see themselves, lest their softmax be over nothing.
     """
-    if mask is None and live is None:
+    additive = like is not None and like.dtype != torch.bool
+    if live is None and not additive:
         return None
-    batch, width = index.shape
-    if mask is None:
-        visible = torch.ones(width, width, dtype=torch.bool, device=index.device).tril().expand(batch, 1, -1, -1)
-    else:
-        rows = torch.arange(batch, device=index.device)[:, None, None]
-        remaining = mask[:, 0].expand(batch, -1, -1)[rows, index[:, :, None], index[:, None, :]][:, None]
-        visible = remaining if remaining.dtype == torch.bool else remaining == 0
+    device = live.device if live is not None else like.device if like is not None else None
+    visible = torch.ones(1, 1, width, width, dtype=torch.bool, device=device).tril()
     if live is not None:
-        itself = torch.eye(width, dtype=torch.bool, device=index.device)
-        visible = (visible & live[:, None, None, :]) | itself
-    return _as_mask(visible, torch.bool if mask is None else mask.dtype)
+        visible = (visible & live[:, None, None]) | torch.eye(width, dtype=torch.bool, device=device)
+    return _as_mask(visible, like.dtype if like is not None else torch.bool)
 
 
 def _as_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
