@@ -87,3 +87,22 @@ def require_eligible(vision: VisionTokens, budget: int) -> None:
             "that are not padding",
             f"choose 1 to {eligible}, or all {vision.total}",
         )
+
+
+def require_layers(parameter: str, before: Sequence[int], layers: int) -> None:
+    """Refuse cuts where a model of so many decoder layers has none: each needs a layer before and one behind it.
+
+    Raises MMTokError with the range of the parameter.
+    """
+    if not before or sorted(set(before)) != list(before) or not 1 <= before[0] <= before[-1] < layers:
+        shown = ",".join(map(str, before))
+        raise MMTokError(
+            f"{parameter}={shown} does not fit a language model of {layers} layers",
+            f"choose from 1 to {layers - 1}, ascending: --set {parameter}=1",
+        )
+
+
+def highest(scores: Tensor, eligible: Tensor, keep: int) -> Selection:
+    """The `keep` tokens of the highest scores [tokens], those that are not eligible only when all others are taken."""
+    order = scores.float().masked_fill(~eligible, float("-inf")).topk(keep).indices
+    return Selection(order.sort().values, order=order)

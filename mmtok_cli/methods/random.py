@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
-from mmtok_cli.methods.base import Method, require_eligible
-from mmtok_cli.tokens import Selection, TextTokens, VisionTokens
+from mmtok_cli.methods.base import Method, highest, require_eligible, require_layers
+from mmtok_cli.rules import Positions
+from mmtok_cli.tokens import Cut, LayerTokens, Selection, TextTokens, VisionTokens
 
 
 @dataclass(frozen=True)
@@ -25,9 +27,33 @@ class Random(Method):
         if budget == vision.total:
             return Selection.everything(vision)
         require_eligible(vision, budget)
-        key = f"{self.seed}:{vision.image_id}".encode(errors="surrogateescape")
-        generator = torch.Generator().manual_seed(zlib.crc32(key))
-        candidates = vision.eligible.nonzero().squeeze(1)
-        drawn = torch.randperm(candidates.shape[0], generator=generator)[:budget].to(candidates.device)
-        order = candidates[drawn]
-        return Selection(order.sort().values, order=order)
+        scores = _draw(self.seed, vision.image_id, vision.total).to(vision.projected.device)
+        return highest(scores, vision.eligible, budget)
+
+
+@dataclass(frozen=True)
+class RandomInside(Method):
+    """Draws as `random` does, but after `layer` decoder layers have seen every token: the control for FastV, at the
+    same place and with the same bookkeeping.
+    """
+
+    summary: ClassVar[str] = "tokens drawn at random after a few layers: FastV's control"
+    acts: ClassVar[str] = "inside the language model"
+    positions: ClassVar[Positions] = "keep"
+
+    layer: int = 2
+    seed: int = 0
+
+    def cuts(self, total: int, budget: int, layers: int) -> tuple[Cut, ...]:
+        require_layers("random:inside.layer", (self.layer,), layers)
+        return (Cut(self.layer, budget),) if budget < total else ()
+
+    def choose(self, tokens: LayerTokens, cut: Cut) -> Selection:
+        scores = _draw(self.seed, tokens.image_id, len(tokens.eligible)).to(tokens.hidden.device)
+        return highest(scores, tokens.eligible, cut.keep)
+
+
+def _draw(seed: int, image_id: str, count: int) -> Tensor:
+    """Random scores [count] that depend on the seed and the image's name alone, drawn on the CPU."""
+    key = f"{seed}:{image_id}".encode(errors="surrogateescape")
+    return torch.rand(count, generator=torch.Generator().manual_seed(zlib.crc32(key)))

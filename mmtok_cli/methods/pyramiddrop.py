@@ -1,0 +1,43 @@
+"""PyramidDrop: vision tokens leave in steps, the deeper the fewer (arXiv 2410.17247)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from mmtok_cli.methods.base import Method, highest, require_layers
+from mmtok_cli.tokens import Cut, LayerTokens, Selection
+
+
+@dataclass(frozen=True)
+class PyramidDrop(Method):
+    """Before each of `layers` keeps the vision tokens to which the last token of the prompt would attend most in that
+    layer, on average over the heads. Every step keeps the same share, so that the last one leaves the budget: 72 of
+    576 tokens give the authors' schedule of a half, a quarter and an eighth.
+
+    As released: the attention is that of the layer about to run (its norm, queries, keys and positions on the states
+    that enter it), each shorter sequence is counted anew, decoding goes on from its end, and padding competes. Not as
+    released: budgets other than an eighth, and batches. The authors also train with it; this is inference alone.
+    """
+
+    summary: ClassVar[str] = "what the last token attends to, fewer tokens at every step"
+    source: ClassVar[str] = "arXiv 2410.17247"
+    acts: ClassVar[str] = "inside the language model"
+    reads_question: ClassVar[bool] = True
+    multi_turn: ClassVar[bool] = False
+    keeps_padding: ClassVar[bool] = True
+
+    layers: tuple[int, ...] = (8, 16, 24)
+
+    def cuts(self, total: int, budget: int, layers: int) -> tuple[Cut, ...]:
+        require_layers("pyramiddrop.layers", self.layers, layers)
+        if budget == total:
+            return ()
+        step = (budget / total) ** (1 / len(self.layers))
+        counts = [*(round(total * step**i) for i in range(1, len(self.layers))), budget]
+        return tuple(Cut(layer, keep, reads=layer) for layer, keep in zip(self.layers, counts, strict=True))
+
+    def choose(self, tokens: LayerTokens, cut: Cut) -> Selection:
+        if tokens.attention is None:
+            raise ValueError("PyramidDrop chooses from the attention of a layer, and its cut read none")
+        return highest(tokens.attention.mean((0, 1)), tokens.eligible, cut.keep)
