@@ -1,0 +1,97 @@
+"""VisPruner: tokens the class token attends to, and diverse ones of the rest (arXiv 2412.01818, ICCV 2025)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from mmtok_cli.errors import MMTokError
+from mmtok_cli.methods.base import Method, require_eligible
+from mmtok_cli.tokens import Selection, TextTokens, VisionTokens
+
+IMPORTANT_RATIO = 0.5
+_DROPPED_AT_ONCE = 8  # the released code's step
+
+
+@dataclass(frozen=True)
+class VisPruner(Method):
+    """Keeps the patches that the class token attends to most, and of the others those that repeat each other least.
+
+    As in the authors' code: attention is averaged over the heads, half of the budget (rounded down) is important
+    tokens, the rest is thinned out round by round until it fits, similarity is that of the features before the
+    projector, padding competes with the rest, and positions are counted anew. Corrected: the released code fails
+    where the rest is odd in number (58 of 576), or where a round would drop more than it may. Here the half that is
+    thinned takes the odd one, and no round drops more than that half holds. Scores are computed in float32 in every
+    model, and of equal scores the token first in line goes first.
+
+    important_ratio: share of the budget that goes to important tokens.
+    """
+
+    summary: ClassVar[str] = "the tokens that the class token attends to, and diverse others"
+    source: ClassVar[str] = "arXiv 2412.01818"
+    signals: ClassVar[tuple[str, ...]] = ("class_attention",)
+    keeps_padding: ClassVar[bool] = True
+
+    important_ratio: float = IMPORTANT_RATIO
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.important_ratio <= 1:
+            raise MMTokError(
+                f"an important ratio of {self.important_ratio} is no share of the budget", "choose 0 to 1; 0.5 is usual"
+            )
+
+    def select(self, vision: VisionTokens, text: TextTokens, budget: int) -> Selection:
+        if budget == vision.total:
+            return Selection.everything(vision)
+        require_eligible(vision, budget)
+        attention = vision.signals["class_attention"]
+        return Selection(
+            important_and_diverse(vision.features, attention, budget, self.important_ratio, eligible=vision.eligible)
+        )
+
+
+def important_and_diverse(
+    features: Tensor,
+    class_attention: Tensor,
+    k: int,
+    important_ratio: float = IMPORTANT_RATIO,
+    *,
+    eligible: Tensor | None = None,
+) -> Tensor:
+    """Select `k` of the n patches of one image: [k] indices, ascending.
+
+    features: [n, dim], before the projector. class_attention: [heads, n], probabilities with which the class token
+    attends to each patch. eligible: [n], False for patches never to be selected; at least `k` must be eligible.
+    """
+    scores, count = class_attention.mean(0, dtype=torch.float32), len(features)
+    if eligible is not None:
+        scores, count = scores.masked_fill(~eligible, -torch.inf), int(eligible.sum())
+    ranking = scores.argsort(descending=True, stable=True)[:count]
+    important = int(k * important_ratio)
+    diverse = _thin_out(ranking[important:], features, k - important)
+    return torch.cat([ranking[:important], diverse]).sort().values
+
+
+def _thin_out(pool: Tensor, features: Tensor, k: int) -> Tensor:
+    """The `k` tokens of the pool that are left when those that resemble others most have gone.
+
+    Of a pool in descending order of attention, every second token from the first on is compared with those between.
+    The ones most similar to any of these go, the surviving ones move to the front, most similar first, and the next
+    round begins.
+    """
+    if k == 0:
+        return pool[:0]
+    directions = normalize(features[pool].float(), dim=-1)
+    similarity = directions @ directions.T
+    line = torch.arange(len(pool), device=pool.device)  # rows of `similarity`
+    while len(line) > k:
+        thinned, compared = line[::2], line[1::2]
+        drop = min(_DROPPED_AT_ONCE, len(line) - k, len(thinned))
+        closest = similarity[thinned[:, None], compared].amax(1)
+        survivors = closest.argsort(descending=True, stable=True)[drop:]
+        line = torch.cat([thinned[survivors], compared])
+    return pool[line]
