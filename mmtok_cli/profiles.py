@@ -19,6 +19,7 @@ class Profile(BaseModel):
     location: a hub id, or `package:PATH` for what comes with mmtok.
     parameters: their number. vision_tokens: per image. budgets: those published for the model.
     methods: parameters that differ from a method's defaults on this model, by method.
+    text_tower: hub id or directory of the CLIP model that the vision encoder was taken from.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -31,6 +32,7 @@ class Profile(BaseModel):
     vision_tokens: int
     budgets: tuple[str, ...]
     methods: dict[str, dict[str, Any]] = {}
+    text_tower: str | None = None
 
     @property
     def source(self) -> str:

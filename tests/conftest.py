@@ -8,11 +8,21 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.demo.architecture import CHAT_TEMPLATE, build_tokenizer
+from mmtok_cli.models.clip_text import ClipText
 from mmtok_cli.models.llava import Llava
 
 PATCH, SIDE = 14, 6  # 36 vision tokens
@@ -42,7 +52,7 @@ def build_tiny_llava(attention: str = "sdpa") -> tuple[LlavaForConditionalGenera
             vocab_size=len(tokenizer),
             hidden_size=48,
             intermediate_size=64,
-            num_hidden_layers=3,
+            num_hidden_layers=4,
             num_attention_heads=4,
             num_key_value_heads=2,
             bos_token_id=tokenizer.bos_token_id,
@@ -69,14 +79,47 @@ def build_tiny_llava(attention: str = "sdpa") -> tuple[LlavaForConditionalGenera
     return model, processor
 
 
+def build_tiny_clip() -> CLIPModel:
+    """The CLIP model that the tiny LLaVA's encoder might have been taken from; it reads six words at a time."""
+    tokenizer = build_tokenizer()
+    config = CLIPConfig(
+        text_config=CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=24,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=8,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        ),
+        vision_config=CLIPVisionConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            image_size=SIDE * PATCH,
+            patch_size=PATCH,
+        ),
+        projection_dim=16,
+    )
+    torch.manual_seed(1)
+    return CLIPModel(config).eval()
+
+
+def tiny_text_tower(dtype: torch.dtype) -> ClipText:
+    return ClipText(build_tiny_clip().to(dtype), build_tokenizer())
+
+
 @pytest.fixture(scope="session", params=["sdpa", "eager"])
 def tiny(request: pytest.FixtureRequest) -> Llava:
-    return Llava("tiny", *build_tiny_llava(request.param))
+    return Llava("tiny", *build_tiny_llava(request.param), text_tower=tiny_text_tower)
 
 
 @pytest.fixture(scope="session")
 def tiny_sdpa() -> Llava:
-    return Llava("tiny", *build_tiny_llava())
+    return Llava("tiny", *build_tiny_llava(), text_tower=tiny_text_tower)
 
 
 @pytest.fixture(scope="session")

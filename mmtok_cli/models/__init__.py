@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +48,7 @@ def load_model(name: str = "demo", *, device: str = "auto", dtype: str = "auto")
         ) from error
     if not processor.chat_template:
         raise MMTokError(f"{name} has no chat template", "download chat_template.jinja or chat_template.json as well")
-    return family(name, model.to(where).eval(), processor)
+    return family(name, model.to(where).eval(), processor, **_text_tower(name))
 
 
 def profile_of(name: str) -> Profile | None:
@@ -109,6 +110,16 @@ def _source(name: str) -> str:
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise MMTokError(f"there is no model {name!r}", suggestion(name, known_profiles(), "mmtok models"))
     return name
+
+
+def _text_tower(name: str) -> dict[str, Any]:
+    """The constructor's argument for a model whose profile names a text tower; nothing is loaded yet."""
+    from mmtok_cli.models.clip_text import ClipText
+
+    profile = profile_of(name)
+    if profile is None or profile.text_tower is None:
+        return {}
+    return {"text_tower": partial(ClipText.load, profile.text_tower)}
 
 
 def _family(name: str, source: str) -> Any:

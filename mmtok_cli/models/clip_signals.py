@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from mmtok_cli.models.clip_text import ClipText
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What signals are computed from: images of one size behind the encoder, each with its question.
+
+    hidden: [images, 1 + tokens, dim], output of the layer that the features come from, the class token first.
+    attention, seen: the attention module inside that layer, and the hidden states [images, 1 + tokens, dim] that it
+        was called with; None and empty unless a signal reads them.
+    tower: gives the other half of CLIP.
+    """
+
+    hidden: Tensor
+    questions: Sequence[str]
+    attention: Any
+    seen: Sequence[Tensor]
+    tower: Callable[[], ClipText]
 
 
 @contextmanager
@@ -42,3 +62,20 @@ def mean_keys(attention: Any, hidden: Tensor) -> Tensor:
     """Keys of each patch, averaged over the heads: [batch, patches, head dim]. hidden: as in `class_attention`."""
     batch, tokens, _ = hidden.shape
     return attention.k_proj(hidden[:, 1:]).view(batch, tokens - 1, attention.num_heads, attention.head_dim).mean(2)
+
+
+# Each gives one tensor per image, of the shape that its comment says.
+Signal = Callable[[Encoded], Tensor | list[Tensor]]
+ATTENTION_SIGNALS: dict[str, Signal] = {
+    "class_attention": lambda e: class_attention(e.attention, e.seen[0]),  # [heads, tokens]
+    "mean_keys": lambda e: mean_keys(e.attention, e.seen[0]),  # [tokens, head dim]
+}
+TOWER_SIGNALS: dict[str, Signal] = {
+    "clip_image_embeds": lambda e: e.tower().image_embeds(e.hidden[:, 1:]),  # [tokens, clip dim]
+    "clip_text_embeds": lambda e: [e.tower().text_embeds(q) for q in e.questions],  # [pieces, clip dim]
+}
+SIGNALS: dict[str, Signal] = {
+    "class_feature": lambda e: e.hidden[:, 0],  # [dim]
+    **ATTENTION_SIGNALS,
+    **TOWER_SIGNALS,
+}

@@ -13,28 +13,36 @@ from PIL.Image import Image
 
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.models.base import Prompt, Stage, VisionLanguageModel, unwatched
-from mmtok_cli.models.clip_signals import class_attention, inputs_of, mean_keys
+from mmtok_cli.models.clip_signals import ATTENTION_SIGNALS, SIGNALS, TOWER_SIGNALS, Encoded, inputs_of
+from mmtok_cli.models.clip_text import ClipText
 from mmtok_cli.models.padding import padding_mask
+from mmtok_cli.profiles import known_profiles
 from mmtok_cli.tokens import VisionTokens
 
-# What methods may ask to see of the encoder: functions of the attention module inside the layer that the features come
-# from, of what it was called with, and of that layer's output; both [images, 1 + tokens, dim], the class token first.
-SIGNALS: dict[str, Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]] = {
-    "class_attention": lambda attention, seen, hidden: class_attention(attention, seen),  # [heads, tokens]
-    "mean_keys": lambda attention, seen, hidden: mean_keys(attention, seen),  # [tokens, head dim]
-    "class_feature": lambda attention, seen, hidden: hidden[:, 0],  # [vision dim]
-}
 CHECK_CONFIG = "compare its config.json with the original"
 LONGEST_SIDE = 8192  # a line of a hundred thousand pixels is small, but the square around it is not
 
 
 class Llava(VisionLanguageModel):
-    """`LlavaForConditionalGeneration` with a CLIP tower. Raises MMTokError for one with another encoder."""
+    """`LlavaForConditionalGeneration` with a CLIP tower. Raises MMTokError for one with another encoder.
+
+    text_tower: loads the text tower of the CLIP model that the encoder was taken from, in the data type given. It is
+        called once, when a method first asks for what the tower sees.
+    """
 
     family: ClassVar[str] = "llava"
 
-    def __init__(self, name: str, model: Any, processor: Any) -> None:
+    def __init__(
+        self,
+        name: str,
+        model: Any,
+        processor: Any,
+        *,
+        text_tower: Callable[[torch.dtype], ClipText] | None = None,
+    ) -> None:
         super().__init__(name, model, processor)
+        self._load_tower = text_tower
+        self._tower: ClipText | None = None
         tower, strategy = model.config.vision_config.model_type, model.config.vision_feature_select_strategy
         if tower != "clip_vision_model" or strategy != "default":
             raise MMTokError(
@@ -97,7 +105,8 @@ class Llava(VisionLanguageModel):
         )
 
     def encode(self, prompt: Prompt, signals: Sequence[str] = (), *, stage: Stage = unwatched) -> list[VisionTokens]:
-        attention = self._signal_layer(signals)
+        self._check_signals(signals)
+        attention = self._attention() if ATTENTION_SIGNALS.keys() & set(signals) else None
         by_size: dict[tuple[int, int], list[int]] = defaultdict(list)
         for i, grid in enumerate(prompt.grids):
             by_size[grid].append(i)
@@ -111,10 +120,12 @@ class Llava(VisionLanguageModel):
                     return_dict=True,
                 )
             hidden = torch.cat([out.hidden_states[layer] for layer in self._layers()], dim=-1)
-            found: dict[str, torch.Tensor] = {}
+            found: dict[str, Any] = {}
             if signals:
                 with stage("select"):
-                    found = {name: SIGNALS[name](attention, seen[0], hidden) for name in signals}
+                    questions = [prompt.questions[prompt.owners[i]] for i in members]
+                    encoded = Encoded(hidden, questions, attention, seen, self._text_tower)
+                    found = {name: SIGNALS[name](encoded) for name in signals}
             for row, i in enumerate(members):
                 tokens[i] = VisionTokens(
                     projected=out.pooler_output[row],
@@ -168,13 +179,29 @@ class Llava(VisionLanguageModel):
     def _project(self, features: torch.Tensor) -> torch.Tensor:
         return self.model.model.multi_modal_projector(features.to(self.dtype))
 
-    def _signal_layer(self, signals: Sequence[str]) -> torch.nn.Module | None:
-        """The attention module inside the layer that the features come from, if any signal was asked for."""
+    def _check_signals(self, signals: Sequence[str]) -> None:
         unknown = [name for name in signals if name not in SIGNALS]
         if unknown:
             raise MMTokError(f"the {self.family} family does not offer {', '.join(unknown)}", "use another method")
-        if not signals:
-            return None
+        if self._load_tower is None and TOWER_SIGNALS.keys() & set(signals):
+            having = [profile.name for profile in known_profiles().values() if profile.text_tower]
+            raise MMTokError(
+                f"the method reads the question with CLIP, and {self.name} comes without a CLIP text tower",
+                f"use another method, or one of {', '.join(having)}, which have one",
+            )
+
+    def _text_tower(self) -> ClipText:
+        """The text tower where the model is now, loaded when it is first asked for."""
+        if self._tower is None:
+            assert self._load_tower is not None
+            self._tower = self._load_tower(self.dtype)
+        weight = self._tower.text_projection.weight
+        if (weight.device, weight.dtype) != (self.device, self.dtype):
+            self._tower.to(self.device, self.dtype)
+        return self._tower
+
+    def _attention(self) -> torch.nn.Module:
+        """The attention module inside the layer that the features come from."""
         (layer, *others), depth = self._layers(), self.model.config.vision_config.num_hidden_layers
         index = layer if layer < 0 else layer - 1  # hidden state i is what layer i - 1 gave
         if others or not -depth <= index < depth:

@@ -1,0 +1,128 @@
+"""CDPruner: conditional diversity, by a determinant that the question weighs (arXiv 2506.10967, NeurIPS 2025)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from mmtok_cli.errors import MMTokError
+from mmtok_cli.methods.base import Method, require_eligible
+from mmtok_cli.methods.cosine import unit_rows
+from mmtok_cli.rules import Positions
+from mmtok_cli.tokens import Selection, TextTokens, VisionTokens
+
+RELEVANCE_FLOOR = 1e-6
+
+
+@dataclass(frozen=True)
+class CDPruner(Method):
+    """Keeps tokens that differ from each other and matter to the question, as CLIP sees it.
+
+    Needs a model that comes with its encoder's text tower. As in the authors' release, relevance is the *negated*
+    cosine, since CLIP's patch features run against its text; `relevance_sign` 1 is the plain one, for comparison.
+    Padding competes for the budget there, relevance is computed in the model's data type, and positions are counted
+    anew. Defects of it that are not reproduced: infinity for an image whose tokens are all equally relevant, and NaN
+    once rounding has made a gain negative. On the harmonised track padding is neither picked nor looked at, and
+    relevance is float32. An image is always scaled by itself, so that it is selected alike alone and in a batch.
+    """
+
+    summary: ClassVar[str] = "diverse tokens, weighed by their relevance to the question in CLIP's space"
+    source: ClassVar[str] = "arXiv 2506.10967"
+    reads_question: ClassVar[bool] = True
+    multi_turn: ClassVar[bool] = False
+    signals: ClassVar[tuple[str, ...]] = ("clip_image_embeds", "clip_text_embeds")
+    positions: ClassVar[Positions] = "renumber"
+    keeps_padding: ClassVar[bool] = True
+
+    relevance_sign: float = -1.0
+
+    def __post_init__(self) -> None:
+        if self.relevance_sign not in (-1, 1):
+            raise MMTokError(f"the relevance sign is {self.relevance_sign}", "choose -1 (as released) or 1")
+
+    def select(self, vision: VisionTokens, text: TextTokens, budget: int) -> Selection:
+        if budget == vision.total:
+            return Selection.everything(vision)
+        require_eligible(vision, budget)
+        places = vision.eligible.nonzero().squeeze(1)
+        image_embeds = vision.signals["clip_image_embeds"][places]
+        scores = relevance(image_embeds[None], vision.signals["clip_text_embeds"], self.relevance_sign)
+        order, gains = greedy_determinant(conditional_kernel(vision.projected[places][None], scores), budget)
+        picks = places[order[0]]
+        return Selection(picks.sort().values, picks, gains[0])
+
+
+@torch.no_grad()
+def relevance(image_embeds: Tensor, text_embeds: Tensor, sign: float = -1.0) -> Tensor:
+    """How relevant each vision token is to the text: `[batch, n]`, above 0 and up to about 1.
+
+    Cosines averaged over the pieces of the text and times `sign`, then shifted and scaled by the lowest and highest of
+    the whole batch, as released, with 1e-6 added to the numerator alone. Where all are equal, all are 1. Computed in
+    the data type of the embeddings.
+
+    Args:
+        image_embeds: `[batch, n, c]`, vision tokens in CLIP's shared space.
+        text_embeds: `[pieces, c]`, the text in that space.
+    """
+    score = sign * (unit_rows(image_embeds) @ unit_rows(text_embeds).T).mean(-1)
+    low, high = score.min(), score.max()
+    return torch.where(high > low, (score - low + RELEVANCE_FLOOR) / (high - low), 1)
+
+
+@torch.no_grad()
+def conditional_kernel(projected: Tensor, relevance: Tensor) -> Tensor:
+    """Cosines between tokens, each weighed by both tokens' relevance: `[batch, n, n]` float32, as released.
+
+    projected: `[batch, n, d]`, behind the projector; relevance: `[batch, n]`.
+    """
+    unit, weight = unit_rows(projected.float()), relevance.float()
+    return weight.unsqueeze(2) * (unit @ unit.mT) * weight.unsqueeze(1)
+
+
+@torch.no_grad()
+def greedy_determinant(kernel: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Pick `k` rows one by one, each time the one that enlarges the determinant of the picked rows' kernel most.
+
+    The Cholesky factor of the picked rows grows by one row per pick, so a pick costs O(n * picks so far). The lowest
+    index wins a tie, and no index comes twice.
+
+    Args:
+        kernel: `[batch, n, n]`, symmetric and positive semidefinite but for rounding.
+        k: at most n.
+
+    Returns:
+        order `[batch, k]` and gains `[batch, k]`: the factor by which each pick enlarged the determinant (its variance
+        given the earlier picks). Gains fall and are never negative; they are 0 where nothing new is left.
+
+    Raises:
+        MMTokError: `k` is out of range, or a value is not finite.
+    """
+    batch, n, _ = kernel.shape
+    if not 0 <= k <= n:
+        raise MMTokError(f"cannot keep {k} vision tokens: {n} are eligible", f"choose a number from 0 to {n}")
+    # A token that is not finite spoils its entry in every row, so one row shows them all.
+    if not bool(kernel[:, :1].isfinite().all()):
+        raise MMTokError("features or relevance hold NaN or infinity", "score in a wider dtype")
+    tiny = torch.finfo(kernel.dtype).tiny
+    left = kernel.diagonal(dim1=1, dim2=2).clamp(min=0)  # what each row would gain now
+    barred = torch.zeros_like(left)
+    factor = kernel.new_zeros(batch, k, n)
+    order = torch.zeros(batch, k, dtype=torch.int64, device=kernel.device)
+    gains = kernel.new_zeros(batch, k)
+    for i in range(k):
+        pick = (left + barred).argmax(1, keepdim=True)
+        gain = left.gather(1, pick)
+        earlier = factor[:, :i]
+        column = earlier.gather(2, pick.unsqueeze(1).expand(-1, i, -1))
+        row = kernel.gather(1, pick.unsqueeze(2).expand(-1, -1, n)) - column.mT @ earlier
+        # No entry's square can exceed what its row has left. Rounding would break that where little is left, and
+        # every later row with it.
+        bound = left.sqrt()
+        entry = (row.squeeze(1) / gain.clamp(min=tiny).sqrt()).clamp(-bound, bound)
+        left = (left - entry.square()).clamp(min=0)
+        barred.scatter_(1, pick, -torch.inf)
+        factor[:, i], order[:, i], gains[:, i] = entry, pick.squeeze(1), gain.squeeze(1)
+    return order, gains

@@ -1,0 +1,86 @@
+"""DivPrune: the most diverse tokens by farthest-point selection (arXiv 2503.02175, CVPR 2025).
+
+Written from a description of the algorithm, without the authors' code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from mmtok_cli.errors import MMTokError
+from mmtok_cli.methods.base import Method, require_eligible
+from mmtok_cli.methods.cosine import unit_rows
+from mmtok_cli.rules import Positions
+from mmtok_cli.tokens import Selection, TextTokens, VisionTokens
+
+
+@dataclass(frozen=True)
+class DivPrune(Method):
+    """Keeps tokens that lie far from each other, by cosine distance behind the projector.
+
+    As in the authors' release, padding competes for the budget, distances are computed in the model's data type,
+    kept tokens stay in the order of the image, and positions are counted anew. Two defects of it are not reproduced:
+    equal tokens being picked twice, and NaN for tokens that are all zero. On the harmonised track padding is neither
+    picked nor anybody's neighbour, and distances are float32.
+    """
+
+    summary: ClassVar[str] = "tokens far from each other"
+    source: ClassVar[str] = "arXiv 2503.02175"
+    positions: ClassVar[Positions] = "renumber"
+    keeps_padding: ClassVar[bool] = True
+
+    def select(self, vision: VisionTokens, text: TextTokens, budget: int) -> Selection:
+        if budget == vision.total:
+            return Selection.everything(vision)
+        require_eligible(vision, budget)
+        order = farthest_points(vision.projected, budget, ~vision.eligible)
+        return Selection(order.sort().values, order)
+
+
+@torch.no_grad()
+def farthest_points(features: Tensor, k: int, excluded: Tensor | None = None) -> Tensor:
+    """`k` rows that lie far from each other: their indices `[k]`, in the order of the picks.
+
+    The first is the row whose nearest neighbour is farthest, every further one the row farthest from all picked so
+    far (max-min). The lowest index wins a tie, and no index comes twice, even among equal rows.
+
+    Args:
+        features: `[n, d]`; distances are computed in its data type.
+        k: rows to pick.
+        excluded: bool `[n]`, True for rows that are treated as if they were not there.
+
+    Raises:
+        MMTokError: fewer than `k` rows are left, or a value is not finite.
+    """
+    places = torch.arange(len(features), device=features.device)
+    if excluded is not None:
+        places = places[~excluded]
+    if not 0 <= k <= len(places):
+        raise MMTokError(f"cannot keep {k} vision tokens: {len(places)} of {len(features)} are eligible")
+    if k == 0:
+        return places[:0]
+    distance = cosine_distances(features[places])
+    # A row that is not finite spoils its distance to every other one, so one row of the matrix shows them all.
+    if not bool(distance[0].isfinite().all()):
+        raise MMTokError("features hold NaN or infinity", "score in a wider dtype")
+    distance.fill_diagonal_(torch.inf)
+
+    standing_out = distance.amin(1)
+    nearest = torch.full_like(standing_out, torch.inf)  # distance to the closest row picked so far
+    picks = []
+    for _ in range(k):
+        pick = standing_out.argmax(0, keepdim=True)
+        picks.append(pick)
+        nearest = torch.minimum(nearest, distance.index_select(0, pick)[0]).index_fill_(0, pick, -torch.inf)
+        standing_out = nearest
+    return places[torch.cat(picks)]
+
+
+def cosine_distances(features: Tensor) -> Tensor:
+    """One minus the cosine between all rows of `[n, d]`: `[n, n]`. A zero row is at distance 1 from every row."""
+    unit = unit_rows(features)
+    return 1 - unit @ unit.T
