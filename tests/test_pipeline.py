@@ -43,7 +43,7 @@ def test_cache_holds_the_kept_tokens_alone(tiny_sdpa: Llava, samples: list[Sampl
         answer(tiny_sdpa, make_method(name), samples[:1], Budget(count=6), max_new_tokens=1)
         for name in ("full", "mmtok")
     )
-    per_token = 3 * 2 * 2 * 12 * 4  # layers, keys and values, KV heads, head width, bytes
+    per_token = 4 * 2 * 2 * 12 * 4  # layers, keys and values, KV heads, head width, bytes
     assert full.kv_cache_bytes - reduced.kv_cache_bytes == 30 * per_token
     assert full.reduced.tokens[0].text == reduced.reduced.tokens[0].text
 

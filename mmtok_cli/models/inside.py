@@ -216,7 +216,7 @@ class Inside:
                     if plan.row == number
                 ),
             )
-            if any(self._read_layers - {None}):
+            if self._read_layers - {None}:
                 with self._stage("select"):
                     row = self._with_queries(row, hidden[number * copies, width - row.length :])
             rows += [row] * copies
@@ -318,8 +318,8 @@ class Inside:
         self, cut: Cut, row: _Row, image: _Image, number: int, offset: int, hidden: Tensor, cache: Any
     ) -> LayerTokens:
         """What the method sees of an image at a cut."""
-        queries = row.text_behind(image, hidden.device)
-        queries = queries if image.queries is None else queries[image.queries]
+        text = row.text_behind(image, hidden.device)
+        queries = text[:0] if image.queries is None else text[image.queries]
         cos, sin = (part.expand(len(self._now.rows), -1, -1)[number, offset:] for part in self._now.rotary)
         attention = None
         if cut.reads is not None:
