@@ -17,7 +17,8 @@ from mmtok_cli.data.samples import Sample
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.methods.base import Method, require_eligible
 from mmtok_cli.models.base import Prompt, Stage, VisionLanguageModel, unwatched
-from mmtok_cli.models.inside import CutImage, Inside
+from mmtok_cli.models.inside import Inside
+from mmtok_cli.models.sequences import CutImage
 from mmtok_cli.rules import Positions, Rules
 from mmtok_cli.tokens import Cut, Selection, VisionTokens
 

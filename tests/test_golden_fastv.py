@@ -12,7 +12,8 @@ from golden_cases import golden_cases, golden_directory, golden_tensors, require
 from transformers import LlamaForCausalLM
 
 from mmtok_cli.methods.fastv import FastV
-from mmtok_cli.models.inside import CutImage, Inside
+from mmtok_cli.models.inside import Inside
+from mmtok_cli.models.sequences import CutImage
 
 CASES = golden_cases("fastv")
 

@@ -13,7 +13,8 @@ from transformers import LlamaForCausalLM
 
 from mmtok_cli.methods.base import highest
 from mmtok_cli.methods.sparsevlm import SparseVLM, SparseVLM2, cluster_and_merge, heads_by_attention, raters
-from mmtok_cli.models.inside import CutImage, Inside
+from mmtok_cli.models.inside import Inside
+from mmtok_cli.models.sequences import CutImage
 from mmtok_cli.tokens import Cut, LayerTokens, Selection
 
 

@@ -14,7 +14,8 @@ from PIL.Image import Image
 from torch import Tensor
 
 from mmtok_cli.errors import MMTokError
-from mmtok_cli.models.inside import CutImage, Inside
+from mmtok_cli.models.inside import Inside
+from mmtok_cli.models.sequences import CutImage
 from mmtok_cli.rules import Positions
 from mmtok_cli.tokens import Selection, TextTokens, VisionTokens
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,76 +18,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from mmtok_cli.errors import MMTokError
-from mmtok_cli.models.attention_rows import Rotary, attention_rows, rotary_response
+from mmtok_cli.models.attention_rows import attention_rows, rotary_response
+from mmtok_cli.models.sequences import CutImage, ImageTokens, LayerSequence, Row, as_mask, causal_mask, gather_slots
 from mmtok_cli.rules import Positions
 from mmtok_cli.tokens import Cut, LayerTokens, Selection
-
-
-@dataclass(frozen=True)
-class CutImage:
-    """One image of a prompt, and how a method cuts it down.
-
-    row, start: where in the prompt its vision tokens stand, side by side. eligible: [total], those that may be kept.
-    queries, choose: the method's (see methods/base.py).
-    """
-
-    row: int
-    start: int
-    eligible: Tensor
-    image_id: str
-    cuts: tuple[Cut, ...]
-    queries: Callable[[Tensor, Tensor], Tensor]
-    choose: Callable[[LayerTokens, Cut], Selection]
-
-
-@dataclass(frozen=True)
-class _Image:
-    """An image's tokens in a sequence: where they start in the row, what they stand for, which of them may be kept.
-
-    queries: which text tokens behind the image ask for it.
-    """
-
-    plan: CutImage
-    start: int
-    places: Tensor
-    eligible: Tensor
-    queries: Tensor | None = None
-
-    @property
-    def end(self) -> int:
-        return self.start + self.places.shape[0]
-
-
-@dataclass(frozen=True)
-class _Row:
-    """One row of a batch: its live tokens, padding left out."""
-
-    length: int
-    images: tuple[_Image, ...]
-
-    def text_behind(self, image: _Image, device: torch.device) -> Tensor:
-        """The text tokens behind an image."""
-        text = torch.ones(self.length, dtype=torch.bool, device=device)
-        text[: image.end] = False
-        for other in self.images:
-            text[other.start : other.end] = False
-        return text.nonzero().squeeze(1)
-
-
-@dataclass(frozen=True)
-class _Sequence:
-    """What the decoder layers between two cuts are called with; rows stand at the right end of `width` slots.
-
-    live: [batch, width], None where every slot is. removed: [batch], tokens fewer than in the prompt.
-    """
-
-    rows: list[_Row]
-    width: int
-    live: Tensor | None
-    removed: Tensor
-    mask: Tensor | None
-    position_ids: Tensor | None
-    rotary: Rotary
 
 
 class Inside:
@@ -126,10 +60,9 @@ class Inside:
         self._cut_layers = {cut.before for image in images for cut in image.cuts}
         self._read_layers = {cut.reads for image in images for cut in image.cuts}
         self._handles: list[Any] = []
-        self._prefilling = False
-        self._whole: _Sequence  # before any cut
-        self._now: _Sequence  # at the layer that a prefill has reached
-        self._behind: dict[int, _Sequence] = {}  # behind the cut before each layer
+        self._prefilled = 0  # tokens of the last prefill's rows, padding included
+        self._reached: LayerSequence | None = None  # at the layer that a prefill has come to
+        self._behind: dict[int, LayerSequence] = {}  # behind the cut before each layer
         self._read: dict[int | None, Tensor] = {}  # what the layers that are read from were called with
         self._generated = 0  # tokens behind the prompt at a step of decoding, and the arguments of that step
         self._step: dict[int, dict[str, Any]] = {}
@@ -152,15 +85,17 @@ class Inside:
         behind_last = index == len(self._model.layers)
         if index == 0:
             self._begin(hidden, kwargs)
-        if not self._prefilling:
+        now = self._reached
+        if now is None:
             return args, kwargs if behind_last else kwargs | self._step_arguments(index, hidden, kwargs)
         if index in self._cut_layers:
             with self._stage("select"):
-                hidden = self._cut(index, hidden, kwargs.get("past_key_values"))
+                hidden, now = self._cut(index, now, hidden, kwargs.get("past_key_values"))
+            self._reached = self._behind[index] = now
+            self._read.clear()
         if index in self._read_layers:
             self._read[index] = hidden
-        now = self._now
-        if now is not self._whole and not behind_last:
+        if self._behind and not behind_last:
             kwargs = kwargs | {
                 "attention_mask": now.mask,
                 "position_ids": now.position_ids,
@@ -183,30 +118,32 @@ class Inside:
             )
         cached = 0 if cache is None else cache.get_seq_length()
         batch, width, _ = hidden.shape
-        self._prefilling = cached == 0
-        if not self._prefilling and width == 1:
-            self._generated = cached + 1 - self._whole.width
-            self._step.clear()
-        elif self._prefilling and width >= self._width and batch % len(self._lengths) == 0:
+        if cached == 0 and width >= self._width and batch % len(self._lengths) == 0:
             self._behind.clear()
-            self._whole = self._now = self._start(hidden, kwargs)
+            self._prefilled = width
+            self._reached = self._start(hidden, kwargs)
+        elif 0 < self._prefilled <= cached and width == 1:
+            self._reached = None
+            self._generated = cached + 1 - self._prefilled
+            self._step.clear()
         else:
             raise MMTokError(
-                f"{width} tokens were read where the prompt has {self._width}: methods inside the language model need "
-                "it in one piece, and decode token by token",
-                "leave prefill_chunk_size and assistant models out",
+                f"{batch} x {width} tokens were read behind {cached} cached ones, where the reduced prompt has "
+                f"{len(self._lengths)} x {self._width}: methods inside the language model need it in one piece, and "
+                "decode token by token",
+                "leave prefill_chunk_size, assistant models and caches of other prompts out",
             )
 
-    def _start(self, hidden: Tensor, kwargs: dict[str, Any]) -> _Sequence:
+    def _start(self, hidden: Tensor, kwargs: dict[str, Any]) -> LayerSequence:
         """The sequence before any cut. Beams repeat rows; without a cache, generated tokens stand behind the prompt."""
         batch, width, _ = hidden.shape
         copies = batch // len(self._lengths)
         rows = []
         for number, prompt in enumerate(self._lengths):
-            row = _Row(
+            row = Row(
                 length=prompt + width - self._width,
                 images=tuple(
-                    _Image(
+                    ImageTokens(
                         plan=plan,
                         start=plan.start - (self._width - prompt),
                         places=torch.arange(len(plan.eligible), device=hidden.device),
@@ -222,7 +159,7 @@ class Inside:
             rows += [row] * copies
         if self._positions == "renumber" and kwargs.get("position_ids") is None:
             raise MMTokError("this model's positions cannot be counted anew", "use --positions keep")
-        return _Sequence(
+        return LayerSequence(
             rows=rows,
             width=width,
             live=None,
@@ -232,20 +169,20 @@ class Inside:
             rotary=kwargs["position_embeddings"],
         )
 
-    def _with_queries(self, row: _Row, hidden: Tensor) -> _Row:
+    def _with_queries(self, row: Row, hidden: Tensor) -> Row:
         images = []
         for image in row.images:
             text = hidden[row.text_behind(image, hidden.device)]
             images.append(replace(image, queries=image.plan.queries(hidden[image.start : image.end], text)))
         return replace(row, images=tuple(images))
 
-    def _cut(self, layer: int, hidden: Tensor, cache: Any) -> Tensor:
-        """Make the cuts before a layer: the hidden states that remain, [batch, shorter width, dim]."""
-        now, batch = self._now, hidden.shape[0]
+    def _cut(self, layer: int, now: LayerSequence, hidden: Tensor, cache: Any) -> tuple[Tensor, LayerSequence]:
+        """Make the cuts before a layer: the hidden states that remain, [batch, shorter width, dim], and their frame."""
+        batch = hidden.shape[0]
         rows, slots, states = [], [], []
         for number, row in enumerate(now.rows):
             offset = now.width - row.length
-            shorter, row_slots, row_states = self._cut_row(layer, row, number, offset, hidden[number, offset:], cache)
+            shorter, row_slots, row_states = self._cut_row(layer, now, number, hidden[number, offset:], cache)
             rows.append(shorter)
             slots.append(row_slots + offset)
             states.append(row_states)
@@ -257,34 +194,34 @@ class Inside:
             missing = torch.tensor([width - length for length in lengths], device=hidden.device)
             live = torch.arange(width, device=hidden.device) >= missing[:, None]
         position_ids, rotary = now.position_ids, now.rotary
-        removed = [self._whole.rows[i].length - length for i, length in enumerate(lengths)]
+        removed = [row.length - length for row, length in zip(now.rows, lengths, strict=True)]
         remaining = torch.stack([pad(s, (0, 0, width - len(s), 0)) for s in states])
         if self._positions == "keep":
-            rotary = (_gather(rotary[0], index), _gather(rotary[1], index))
+            rotary = (gather_slots(rotary[0], index), gather_slots(rotary[1], index))
             if position_ids is not None:
                 position_ids = position_ids.expand(batch, -1).gather(1, index)
         else:
             counted = torch.arange(width, device=hidden.device)
             position_ids = torch.stack([(counted - (width - length)).clamp(min=0) for length in lengths])
             rotary = self._model.rotary_emb(remaining, position_ids)
-        self._now = self._behind[layer] = _Sequence(
-            rows=rows,
-            width=width,
-            live=live,
-            removed=torch.tensor(removed, device=hidden.device),
-            mask=_causal_mask(width, live, self._whole.mask),
-            position_ids=position_ids,
-            rotary=rotary,
-        )
         copies = batch // len(self._lengths)
         images = {id(image.plan): image for row in rows[::copies] for image in row.images}
         self.selections = [Selection(images[id(plan)].places) for plan in self._images]
-        return remaining
+        return remaining, LayerSequence(
+            rows=rows,
+            width=width,
+            live=live,
+            removed=now.removed + torch.tensor(removed, device=hidden.device),
+            mask=causal_mask(width, live, now.mask),
+            position_ids=position_ids,
+            rotary=rotary,
+        )
 
     def _cut_row(
-        self, layer: int, row: _Row, number: int, offset: int, hidden: Tensor, cache: Any
-    ) -> tuple[_Row, Tensor, Tensor]:
+        self, layer: int, now: LayerSequence, number: int, hidden: Tensor, cache: Any
+    ) -> tuple[Row, Tensor, Tensor]:
         """Cut the images of one row: the row, its slots among the [length] of before, and its states."""
+        row = now.rows[number]
         slots = torch.arange(row.length, device=hidden.device)
         images, kept_slots, kept_states = [], [], []
         end = length = 0
@@ -298,7 +235,7 @@ class Inside:
                 kept_slots.append(slots[image.start : image.end])
                 kept_states.append(hidden[image.start : image.end])
             else:
-                tokens = self._tokens(cut, row, image, number, offset, hidden, cache)
+                tokens = self._tokens(cut, now, image, number, hidden, cache)
                 chosen = image.plan.choose(tokens, cut)
                 if chosen.kept != cut.keep:
                     raise MMTokError(
@@ -311,16 +248,18 @@ class Inside:
                 kept_states.append(tokens.hidden[chosen.indices] if chosen.tokens is None else chosen.tokens.to(hidden))
             length += len(images[-1].places)
             end = image.end
-        row = _Row(length + row.length - end, tuple(images))
+        row = Row(length + row.length - end, tuple(images))
         return row, torch.cat([*kept_slots, slots[end:]]), torch.cat([*kept_states, hidden[end:]])
 
     def _tokens(
-        self, cut: Cut, row: _Row, image: _Image, number: int, offset: int, hidden: Tensor, cache: Any
+        self, cut: Cut, now: LayerSequence, image: ImageTokens, number: int, hidden: Tensor, cache: Any
     ) -> LayerTokens:
-        """What the method sees of an image at a cut."""
+        """What the method sees of an image at a cut. hidden: [length, dim], the live tokens of its row."""
+        row = now.rows[number]
+        offset = now.width - row.length
         text = row.text_behind(image, hidden.device)
         queries = text[:0] if image.queries is None else text[image.queries]
-        cos, sin = (part.expand(len(self._now.rows), -1, -1)[number, offset:] for part in self._now.rotary)
+        cos, sin = (part.expand(len(now.rows), -1, -1)[number, offset:] for part in now.rotary)
         attention = None
         if cut.reads is not None:
             layer, seen, keys = self._model.layers[cut.reads], hidden, None
@@ -347,38 +286,10 @@ class Inside:
             arguments: dict[str, Any] = {"attention_mask": None}
             if sequence.live is not None and sequence.mask is not None:
                 visible = pad(sequence.live, (0, self._generated), value=True)[:, None, None]
-                arguments["attention_mask"] = _as_mask(visible, sequence.mask.dtype)
+                arguments["attention_mask"] = as_mask(visible, sequence.mask.dtype)
             if self._positions == "renumber":
                 position_ids = kwargs["position_ids"] - sequence.removed[:, None]
                 arguments["position_ids"] = position_ids
                 arguments["position_embeddings"] = self._model.rotary_emb(hidden, position_ids)
             self._step[behind] = arguments
         return self._step[behind]
-
-
-def _gather(rows: Tensor, index: Tensor) -> Tensor:
-    """rows [batch or 1, slots, dim] at index [batch, fewer slots]."""
-    return rows.expand(len(index), -1, -1).gather(1, index[:, :, None].expand(-1, -1, rows.shape[-1]))
-
-
-def _causal_mask(width: int, live: Tensor | None, like: Tensor | None) -> Tensor | None:
-    """The attention mask [batch or 1, 1, width, width] of a sequence that remains, in the form of the mask `like`; None
-    is plain causal attention to a fused kernel.
-
-    Dead slots are hidden from all others and see themselves, lest their softmax be over nothing.
-    """
-    additive = like is not None and like.dtype != torch.bool
-    if live is None and not additive:
-        return None
-    device = live.device if live is not None else like.device if like is not None else None
-    visible = torch.ones(1, 1, width, width, dtype=torch.bool, device=device).tril()
-    if live is not None:
-        visible = (visible & live[:, None, None]) | torch.eye(width, dtype=torch.bool, device=device)
-    return _as_mask(visible, like.dtype if like is not None else torch.bool)
-
-
-def _as_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask in the form of the attention kernel: bool, True where visible, or numbers to add to the logits."""
-    if dtype == torch.bool:
-        return visible
-    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, torch.finfo(dtype).min)

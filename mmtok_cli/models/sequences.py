@@ -1,0 +1,105 @@
+"""What decoder layers are called with when images of a batch have been cut down: rows, their images, masks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mmtok_cli.models.attention_rows import Rotary
+from mmtok_cli.tokens import Cut, LayerTokens, Selection
+
+
+@dataclass(frozen=True)
+class CutImage:
+    """One image of a prompt, and how a method cuts it down.
+
+    row, start: where in the prompt its vision tokens stand, side by side. eligible: [total], those that may be kept.
+    queries, choose: the method's (see methods/base.py).
+    """
+
+    row: int
+    start: int
+    eligible: Tensor
+    image_id: str
+    cuts: tuple[Cut, ...]
+    queries: Callable[[Tensor, Tensor], Tensor]
+    choose: Callable[[LayerTokens, Cut], Selection]
+
+
+@dataclass(frozen=True)
+class ImageTokens:
+    """An image's tokens in a sequence: where they start in the row, what they stand for, which of them may be kept.
+
+    queries: which text tokens behind the image ask for it.
+    """
+
+    plan: CutImage
+    start: int
+    places: Tensor
+    eligible: Tensor
+    queries: Tensor | None = None
+
+    @property
+    def end(self) -> int:
+        return self.start + self.places.shape[0]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a batch: its live tokens, padding left out."""
+
+    length: int
+    images: tuple[ImageTokens, ...]
+
+    def text_behind(self, image: ImageTokens, device: torch.device) -> Tensor:
+        """The text tokens behind an image."""
+        others = [other for other in self.images if other.start >= image.end]
+        starts, ends = [image.end, *(o.end for o in others)], [*(o.start for o in others), self.length]
+        return torch.cat([torch.arange(a, b, device=device) for a, b in zip(starts, ends, strict=True)])
+
+
+@dataclass(frozen=True)
+class LayerSequence:
+    """What the decoder layers between two cuts are called with; rows stand at the right end of `width` slots.
+
+    live: [batch, width], None where every slot is. removed: [batch], tokens fewer than in the prompt.
+    """
+
+    rows: list[Row]
+    width: int
+    live: Tensor | None
+    removed: Tensor
+    mask: Tensor | None
+    position_ids: Tensor | None
+    rotary: Rotary
+
+
+def gather_slots(rows: Tensor, index: Tensor) -> Tensor:
+    """rows [batch or 1, slots, dim] at index [batch, fewer slots]."""
+    return rows.expand(len(index), -1, -1).gather(1, index[:, :, None].expand(-1, -1, rows.shape[-1]))
+
+
+def causal_mask(width: int, live: Tensor | None, like: Tensor | None) -> Tensor | None:
+    """The attention mask [batch or 1, 1, width, width] of a sequence that remains, in the form of the mask `like`; None
+    is plain causal attention to a fused kernel.
+
+    Dead slots are hidden from all others and see themselves, lest their softmax be over nothing.
+    """
+    additive = like is not None and like.dtype != torch.bool
+    if live is None and not additive:
+        return None
+    device = live.device if live is not None else like.device if like is not None else None
+    visible = torch.ones(1, 1, width, width, dtype=torch.bool, device=device).tril()
+    if live is not None:
+        visible = (visible & live[:, None, None]) | torch.eye(width, dtype=torch.bool, device=device)
+    return as_mask(visible, like.dtype if like is not None else torch.bool)
+
+
+def as_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask in the form of the attention kernel: bool, True where visible, or numbers to add to the logits."""
+    if dtype == torch.bool:
+        return visible
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, torch.finfo(dtype).min)
