@@ -159,7 +159,10 @@ def answer(
         with stage("decode"):
             token_ids = decode(model, reduced.inputs, first_logits, cache, max_new_tokens)
     texts = [text.strip() for text in model.tokenizer.batch_decode(token_ids, skip_special_tokens=True)]
-    selections = cut.selections if cut else reduced.selections
+    selections = reduced.selections
+    if cut:  # counted among the tokens that entered the language model
+        pairs = zip(reduced.selections, cut.selections, strict=True)
+        selections = [Selection(entered.indices[left.indices]) for entered, left in pairs]
     return Answers(texts, token_ids, first_logits, cache_bytes(cache), selections, reduced)
 
 
@@ -253,7 +256,7 @@ def _cut_images(
             require_eligible(v, cut[-1].keep)
     starts = model.image_starts(inputs["input_ids"], [s.kept for s in selections])
     return [
-        CutImage(row, start, v.eligible[s.indices], v.image_id, cut, method.queries, method.choose)
+        CutImage(row, start, v.eligible[s.indices] | (s.indices < 0), v.image_id, cut, method.queries, method.choose)
         for (row, start), v, s, cut in zip(starts, vision, selections, cuts, strict=True)
     ]
 

@@ -20,6 +20,7 @@ from mmtok_cli.data.samples import Sample
 from mmtok_cli.environment import environment_of
 from mmtok_cli.methods import make_method
 from mmtok_cli.models.llava import Llava
+from mmtok_cli.rules import Rules
 
 
 def test_clock_against_known_sleeps() -> None:
@@ -103,7 +104,7 @@ def test_flops_equal_the_formula(tiny_sdpa: Llava, samples: list[Sample], cases:
     """Matrix products and attention of the tiny decoder, counted by hand (attention in full, as torch does)."""
     reduced, _ = run_case(tiny_sdpa, cases[1], samples[:1], 1)
     s = reduced.tokens[0].kept + reduced.tokens[0].text
-    d, kv, mlp, layers, vocabulary = 48, 24, 64, 3, len(tiny_sdpa.tokenizer)
+    d, kv, mlp, layers, vocabulary = 48, 24, 64, tiny_sdpa.layer_count, len(tiny_sdpa.tokenizer)
     per_layer = 2 * s * (2 * d * d + 2 * d * kv + 3 * d * mlp) + 2 * 2 * s * s * d
     expected = layers * per_layer + 2 * d * vocabulary
     flops = count_flops(tiny_sdpa, cases[1], samples[:1], 1)
@@ -132,9 +133,13 @@ def test_rounds_and_their_summary(tiny_sdpa: Llava, samples: list[Sample], cases
     assert mmtok.retention == mmtok.score
     assert full.memory.kv_cache > mmtok.memory.kv_cache > none.memory.kv_cache
     assert full.memory.peak is None and full.memory.host > 0
+    assert {result.positions for result in results} == {"renumber"}
+    shares = [runs[1].seconds["select"] / (runs[1].seconds["encode"] + runs[1].seconds["prefill"]) for runs in rounds]
+    assert mmtok.overhead == pytest.approx(np.median(shares))
 
     comparison = Comparison(
         model="tiny",
+        rules=Rules(),
         environment=environment_of(tiny_sdpa),
         schedule=Schedule(
             data="demo", max_new_tokens=2, seed=0, samples=3, batch_size=1, rounds=4, warmup=0, order=order
@@ -143,6 +148,18 @@ def test_rounds_and_their_summary(tiny_sdpa: Llava, samples: list[Sample], cases
         results=results,
     )
     assert Comparison.model_validate_json(comparison.model_dump_json(by_alias=True)) == comparison
+
+
+def test_results_say_the_positions_that_were_in_force(tiny_sdpa: Llava, samples: list[Sample]) -> None:
+    def positions(name: str, rules: Rules) -> str:
+        case = Case(name, make_method(name), Budget(count=4), rules)
+        runs = [run_case(tiny_sdpa, case, samples[:1], 1)[0]]
+        return summarise_cases([case], [runs], [{}])[0].positions
+
+    assert positions("fastv", Rules()) == "keep" and positions("mmtok", Rules()) == "renumber"
+    assert positions("fastv", Rules(track="harmonised")) == tiny_sdpa.positions
+    assert positions("fastv", Rules(positions="renumber")) == "renumber"
+    assert positions("mmtok", Rules(track="harmonised", positions="keep")) == "keep"
 
 
 def test_fidelity_of_the_baseline_to_itself_is_exact(

@@ -53,8 +53,8 @@ def test_infer(tiny_directory: Path, photo: Path) -> None:
     assert result["memory"]["kv_cache"] < result["baseline"]["memory"]["kv_cache"]
     assert result["baseline"]["tokens"]["kept"] == 36
 
-    shown = run("infer", photo, QUESTION, "-m", tiny_directory, "-b", "10%", "--max-new-tokens", 3, "--baseline")
-    assert "3/36" in shown.stdout and "36/36" in shown.stdout and result["answer"] in shown.stdout
+    shown = run("infer", photo, QUESTION, "-m", tiny_directory, "-b", "12%", "--max-new-tokens", 3, "--baseline")
+    assert "4/36" in shown.stdout and "36/36" in shown.stdout and result["answer"] in shown.stdout
 
 
 def test_prune(tiny_directory: Path, photo: Path, tmp_path: Path) -> None:
@@ -71,6 +71,116 @@ def test_prune(tiny_directory: Path, photo: Path, tmp_path: Path) -> None:
 
     shown = run("prune", photo, QUESTION, "-m", tiny_directory, "-b", 6, "--mark", 2)
     assert shown.stdout.count("■") == 4 and " 1 " in shown.stdout
+
+
+def test_prune_inside_the_language_model(tiny_directory: Path, photo: Path, tmp_path: Path) -> None:
+    """What is shown is what went through the last layer, and the prompt is read to find out."""
+    from mmtok_cli.budget import Budget
+    from mmtok_cli.data.samples import sample_from_file
+    from mmtok_cli.methods import make_method
+    from mmtok_cli.models import load_model
+    from mmtok_cli.pipeline import answer
+
+    drawn = tmp_path / "kept.png"
+    command = ("prune", photo, QUESTION, "-m", tiny_directory, "-b", 6, "--method", "fastv")
+    result = run_json(*command, "-o", drawn)
+    entry = result["images"][0]
+    sample = sample_from_file(photo, QUESTION)
+    model = load_model(str(tiny_directory))
+    expected = answer(model, make_method("fastv"), [sample], Budget(count=6), max_new_tokens=1).selections[0]
+    assert entry["indices"] == expected.places.tolist() and entry["kept"] == len(entry["indices"]) == 6
+    assert entry["layer_average"] == pytest.approx((2 * 36 + 2 * 6) / 4)
+    assert set(result["seconds"]) == {"prepare", "encode", "select", "prefill"}
+    assert result["positions"] == "keep" and drawn.exists()
+
+    early = run_json(*command, "--set", "fastv.layer=1", "--positions", "renumber")
+    assert early["images"][0]["layer_average"] == pytest.approx((36 + 3 * 6) / 4)
+    assert early["positions"] == early["rules"]["positions"] == "renumber"
+    shown = run(*command)
+    assert shown.stdout.startswith("6 of 36 vision tokens left by fastv @ 6, 21 on average over the decoder layers")
+
+
+def test_prune_with_tokens_that_stand_for_no_place(tiny_directory: Path, photo: Path) -> None:
+    command = ("prune", photo, QUESTION, "-m", tiny_directory, "-b", 8, "--method", "visionzip")
+    result = run_json(*command)
+    entry = result["images"][0]
+    assert entry["kept"] == 8 and len(entry["indices"]) == 7  # the class token is nowhere in the image
+    assert entry["indices"] == sorted(set(entry["indices"])) and entry["indices"][0] >= 0
+    assert "prefill" not in result["seconds"]
+    shown = run(*command)
+    assert shown.stdout.startswith("8 of 36 vision tokens left by visionzip @ 8, not all of them single patches")
+    assert shown.stdout.count("■") == 7
+
+
+def test_rules_are_followed_and_reported(tiny_directory: Path, photo: Path, tmp_path: Path) -> None:
+    rules = ("--track", "harmonised", "--positions", "keep", "--budget-means", "layer-average")
+    model = ("-m", tiny_directory, *rules, "-b", 26, "--set", "fastv.layer=2")
+    one = ("--method", "fastv")
+    runs = ("--runs", 1, "--warmup", 0, "--trace-dir", tmp_path)
+    for command in (
+        ("infer", photo, QUESTION, *model, *one, "--max-new-tokens", 2),
+        ("prune", photo, QUESTION, *model, *one),
+        ("profile", photo, QUESTION, *model, *one, *runs, "--max-new-tokens", 2),
+        ("compare", "--methods", "fastv", *model, "--limit", 1, "--max-new-tokens", 2),
+    ):
+        result = run_json(*command)
+        expected = {"track": "harmonised", "positions": "keep", "budget_means": "layer-average"}
+        assert result["rules"] == expected
+        case = result if "tokens" in result else (result.get("results") or result.get("cases") or [0, result])[1]
+        tokens = case.get("tokens") or case["images"][0]
+        assert (tokens["kept"], tokens["layer_average"], case["positions"]) == (16, 26, "keep")
+
+
+def test_rules_on_screen(tiny_directory: Path, photo: Path) -> None:
+    model = ("-m", tiny_directory, "-b", 6, "--max-new-tokens", 2)
+    compared = run("compare", *model, "--methods", "fastv,mmtok", "--limit", 1, "--track", "harmonised")
+    assert "seed 0; harmonised track" in " ".join(compared.stdout.split()) and " avg " in compared.stdout
+    notes = " ".join(compared.stderr.split())
+    assert "choosing tokens costs, as a share of encode and prefill: fastv" in notes and "layer average (avg)" in notes
+    plain = run("compare", *model, "--methods", "mmtok", "--limit", 1)
+    assert "track" not in plain.stdout and " avg " not in plain.stdout
+    assert "layer average" in run("infer", photo, QUESTION, *model, "--method", "fastv").stdout
+    assert "layer average" not in run("infer", photo, QUESTION, *model).stdout
+
+
+def test_bad_rules_and_settings(tiny_directory: Path, photo: Path, tmp_path: Path) -> None:
+    for command in (
+        ("infer", photo, QUESTION, "--method", "fastv"),
+        ("prune", photo, QUESTION, "--method", "fastv"),
+        ("profile", photo, QUESTION, "--method", "fastv", "--trace-dir", tmp_path / "t"),
+        ("compare", "--methods", "fastv", "--limit", 1),
+    ):
+        command = (*command, "-m", tiny_directory, "-b", 6)
+        refused(run(*command, "--track", "paper"), "no track 'paper'", "released or harmonised")
+        refused(run(*command, "--positions", "move"), "no position policy 'move'", "keep or renumber")
+        refused(run(*command, "--budget-means", "mean"), "'mean'", "final or layer-average")
+        refused(run(*command, "--set", "fastv.layers=2"), "no parameter 'layers'", "did you mean layer")
+        refused(run(*command, "--set", "mmtok.alpha=0"), "mmtok is not run", "fastv")
+        refused(run(*command, "--set", "fastv.layer=4"), "fastv.layer=4", "1 to 3")
+        refused(run(*command, "--budget-means", "layer-average"), "layer average of 6", "choose 19 to 36")
+    assert not (tmp_path / "t").exists()
+
+
+def test_settings_override_the_seed_and_the_profile(tiny_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mmtok_cli.profiles import known_profiles
+
+    mine = known_profiles()["demo"].model_copy(
+        update={"name": "mine", "methods": {"mmtok": {"alpha": 0.25}, "sparsevlm": {"layers": [0, 1]}}}
+    )
+    monkeypatch.setattr("mmtok_cli.models.profile_of", lambda name: mine)
+    command = ("compare", "-m", tiny_directory, "-b", 4, "--limit", 1, "--max-new-tokens", 2)
+    parameters = {
+        case["method"]: case["parameters"]
+        for case in run_json(
+            *(*command, "--methods", "mmtok,mmtok:text,random", "--seed", 5),
+            *("--set", "mmtok.alpha=0.75", "--set", "random.seed=9"),
+        )["results"]
+    }
+    assert parameters["mmtok"]["alpha"] == 0.75 and parameters["mmtok:text"]["alpha"] == 0.25
+    assert parameters["random"]["seed"] == 9
+
+    mine.methods["mmtok"]["alpa"] = 0.3
+    refused(run(*command, "--methods", "mmtok"), "profile mine", "methods.mmtok.alpa", "did you mean alpha")
 
 
 def test_compare(tiny_directory: Path, tmp_path: Path) -> None:
@@ -109,6 +219,21 @@ def test_catalogues() -> None:
     methods = run_json("methods")["methods"]
     assert [method["name"] for method in methods] == method_names()
     assert run_json("methods", "mmtok")["methods"][0]["parameters"]["alpha"] == 0.5
+    by_name = {method["name"]: method for method in methods}
+    fastv = by_name["fastv"]
+    assert (fastv["acts"], fastv["reads_question"], fastv["training_free"], fastv["multi_turn"]) == (
+        "inside the language model",
+        True,
+        True,
+        False,
+    )
+    assert fastv["positions"] == "keep" and fastv["keeps_padding"] and fastv["settings"] == {"layer": "fastv.layer=2"}
+    assert by_name["visionzip"]["signals"] == ["class_attention", "mean_keys", "class_feature"]
+    assert by_name["sparsevlm"]["parameters"] == {"layers": [2, 6, 15]}
+    assert not any(method["multi_turn"] and method["reads_question"] for method in methods)
+    listed = run("methods").stdout
+    assert all(name in listed for name in method_names()) and "turns: " in listed
+    assert "--set fastv.layer=2" in run("methods", "fastv").stdout
     models = run_json("models")["models"]
     assert models[0]["name"] == "demo" and {"llava-1.5-7b", "llava-1.5-13b"} <= {m["name"] for m in models}
     assert "llava-hf/llava-1.5-7b-hf" in run("models").stdout
@@ -299,6 +424,17 @@ def test_help_does_not_import_torch(command: str) -> None:
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "Usage" in done.stdout
+
+
+def test_budget_that_cannot_be_met_is_refused_before_measuring() -> None:
+    """A real process, the real model of four layers: two of them see all 576 tokens whatever is dropped behind."""
+    command = [str(Path(sys.executable).with_name("mmtok")), "compare", "--methods", "fastv", "--set", "fastv.layer=2"]
+    command += ["--budget-means", "layer-average", "--budget", "100"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stdout == ""
+    error, hint = done.stderr.splitlines()
+    assert error.startswith("error: a layer average of 100 vision tokens cannot be reached") and "288.5" in error
+    assert hint.startswith("hint: choose 289 to 576")
 
 
 def test_installed_command_on_the_demo_model(tmp_path: Path) -> None:

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from mmtok_cli.cli.main import app
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.methods import accepted, make_method, method_class, method_names
 from mmtok_cli.methods.full import Full
+from mmtok_cli.methods.parameters import (
+    parameter_defaults,
+    parameter_types,
+    profile_parameters,
+    read_settings,
+    setting_text,
+)
 from mmtok_cli.models.llava import Llava
 from mmtok_cli.pipeline import reduce
+from mmtok_cli.profiles import known_profiles
 from mmtok_cli.tokens import Selection, TextTokens, VisionTokens
 
 PACKAGE = '''
@@ -74,6 +85,27 @@ def test_method_of_another_package() -> None:
     assert set(kept.tolist()) == set(image.projected.abs().sum(1).topk(3).indices.tolist())
 
 
+def run_json(*arguments: object) -> dict[str, Any]:
+    result = CliRunner().invoke(app, [*map(str, arguments), "--json"])
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+@pytest.mark.usefixtures("installed_package")
+def test_method_of_another_package_on_the_command_line(tiny_directory: Path, photo: Path) -> None:
+    (described,) = run_json("methods", "largest-norm")["methods"]
+    assert described["parameters"] == {"power": 2.0} and described["acts"] == "between encoder and language model"
+    assert described["settings"] == {"power": "largest-norm.power=2.0"}
+    assert "largest-norm" in CliRunner().invoke(app, ["methods"]).stdout
+
+    options = ("-m", tiny_directory, "-b", 4, "--max-new-tokens", 2, "--set", "largest-norm.power=1")
+    said = run_json("infer", photo, "Is there a star?", "--method", "largest-norm", *options)
+    assert (said["method"], said["tokens"]["kept"]) == ("largest-norm", 4)
+    results = run_json("compare", "--methods", "largest-norm,random", *options, "--limit", 2)["results"]
+    assert [r["method"] for r in results] == ["full", "largest-norm", "random"]
+    assert results[1]["parameters"] == {"power": 1.0} and results[1]["tokens"]["kept"] == 4
+
+
 def test_signal_that_nobody_offers_is_refused(tiny_sdpa: Llava, samples: list[Sample]) -> None:
     @dataclass(frozen=True)
     class Curious(Full):
@@ -94,14 +126,99 @@ def test_only_known_parameters_are_passed_on() -> None:
     assert accepted("mmtok", {"seed": 3, "alpha": 1}) == {"alpha": 1}
 
 
+ACTS = ("before the encoder", "between encoder and language model", "inside the language model")
+
+
 def test_every_method_explains_itself() -> None:
     for name in method_names():
         method = method_class(name)
-        assert (
-            method.summary
-            and method.__doc__
-            and method.acts in ("before the encoder", "between encoder and language model")
-        )
+        assert method.summary and method.__doc__ and method.acts in ACTS
+
+
+def test_every_default_can_be_written_as_a_setting() -> None:
+    for name in method_names():
+        for parameter, value in parameter_defaults(name).items():
+            assert read_settings([setting_text(name, parameter, value)], [name]) == {name: {parameter: value}}
+
+
+def test_settings() -> None:
+    texts = ("fastv.layer=3", "sparsevlm.layers=2, 6,15", "visionzip.contextual=none", "visionzip.merge=mean")
+    assert read_settings([*texts, "fastv.layer = 1"], ["fastv", "sparsevlm", "visionzip", "full"]) == {
+        "fastv": {"layer": 1},
+        "sparsevlm": {"layers": (2, 6, 15)},
+        "visionzip": {"contextual": None, "merge": "mean"},
+    }
+    assert read_settings(["sparsevlm:v2.layers=0"], ["sparsevlm:v2"]) == {"sparsevlm:v2": {"layers": (0,)}}
+    assert read_settings(["mmtok.alpha=1e-1"], ["mmtok"]) == {"mmtok": {"alpha": 0.1}}
+    assert read_settings([], ["mmtok"]) == {}
+
+
+@pytest.mark.parametrize("text", ["fastv", "fastv.layer", "fastv.layer=", ".layer=2", "fastv.=2", "layer=2", "=", ""])
+def test_settings_that_cannot_be_read(text: str) -> None:
+    with pytest.raises(MMTokError, match="cannot be read") as error:
+        read_settings([text], ["fastv"])
+    assert "METHOD.PARAMETER=VALUE" in error.value.hint
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "hint"),
+    [
+        ("fastvv.layer=2", "no method 'fastvv'", "did you mean fastv"),
+        ("random.seed=2", "random is not run", "methods of this run: full, fastv, mmtok, visionzip"),
+        ("mmtok.alfa=2", "mmtok has no parameter 'alfa', only alpha, text_temp", "did you mean alpha"),
+        ("full.seed=2", "full has no parameter 'seed'", "leave it out"),
+        ("fastv.layer=two", "fastv.layer cannot be 'two'", "it takes a whole number"),
+        ("fastv.layer=2.5", "fastv.layer cannot be '2.5'", "it takes a whole number"),
+        ("mmtok.alpha=nan", "mmtok.alpha cannot be 'nan'", "it takes a number"),
+        ("visionzip.merge=max", "visionzip.merge cannot be 'max'", "it takes sum or mean"),
+        ("visionzip.contextual=few", "visionzip.contextual cannot be 'few'", "it takes a whole number or none"),
+        ("fastv.summary=x", "fastv has no parameter 'summary'", "`mmtok methods fastv`"),
+    ],
+)
+def test_settings_that_cannot_be_followed(text: str, message: str, hint: str) -> None:
+    with pytest.raises(MMTokError, match=message) as error:
+        read_settings([text], ["full", "fastv", "mmtok", "visionzip"])
+    assert hint in error.value.hint
+
+
+def test_tables_of_shipped_profiles_are_valid() -> None:
+    for profile in known_profiles().values():
+        assert set(profile.methods) <= set(method_names())
+        for name in method_names():
+            values = profile_parameters(name, profile.methods, profile.name)
+            hash(make_method(name, **values))
+
+
+def test_profile_tables_go_for_variants_as_far_as_these_have_the_parameters() -> None:
+    tables = {"random": {"seed": 7, "layer": 1}, "sparsevlm": {"layers": [1, 2, 3]}}
+    assert profile_parameters("random", tables, "x") == {"seed": 7}
+    assert profile_parameters("random:inside", tables, "x") == {"seed": 7, "layer": 1}
+    assert profile_parameters("sparsevlm:v2", tables, "x") == {"layers": (1, 2, 3)}
+    assert profile_parameters("mmtok", tables, "x") == {}
+
+
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        ({"alfa": 0.5}, "the profile mine sets methods.mmtok.alfa, but mmtok has no such parameter"),
+        ({"alpha": "0.5"}, "methods.mmtok.alpha of the profile mine cannot be '0.5'"),
+        ({"alpha": True}, "methods.mmtok.alpha of the profile mine cannot be True"),
+        ({"alpha": [0.5]}, r"methods.mmtok.alpha of the profile mine cannot be \[0.5\]"),
+    ],
+)
+def test_wrong_profile_tables_are_refused(table: dict[str, Any], words: str) -> None:
+    with pytest.raises(MMTokError, match=words):
+        profile_parameters("mmtok:vision", {"mmtok": table}, "mine")
+
+
+def test_types_that_only_type_checkers_see_are_those_of_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclass(frozen=True)
+    class Hidden(Full):
+        wide: "Nowhere" = 3  # type: ignore[name-defined] # noqa: F821, UP037
+
+    monkeypatch.setattr("mmtok_cli.methods.parameters.method_class", lambda name: Hidden)
+    assert parameter_types("hidden") == {"wide": int}
+    assert read_settings(["hidden.wide=4"], ["hidden"]) == {"hidden": {"wide": 4}}
 
 
 @pytest.mark.parametrize("budget", range(1, 24))

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 from PIL import Image
+from rich.console import Console
 
-from mmtok_cli.report.catalogues import kept_map
+from mmtok_cli.bench.results import CaseResult, Comparison, Environment, Fidelity, Memory, Schedule, Times, Tokens
+from mmtok_cli.report.catalogues import kept_map, method_details, methods_table
 from mmtok_cli.report.overlay import FIRST_FRAME, FRAME, overlay
+from mmtok_cli.report.tables import comparison_notes, layer_notes, quality_table, rules_text
 from mmtok_cli.report.units import count, number, seconds, size, spread
+from mmtok_cli.rules import Rules
+
+USUAL = Rules()
 
 
 def grid_boxes(cells: int, width: int) -> list[tuple[float, float, float, float]]:
@@ -52,3 +61,90 @@ def test_units() -> None:
     assert (count(950), count(2.05e6), count(8.45e12)) == ("950", "2.05 M", "8.45 T")
     assert (count(999.7e6), size(999.7 * 1024)) == ("1 G", "0.976 MiB")
     assert (number(64.0), number(57.25)) == ("64", "57.2")
+
+
+def shown(table: Any, width: int = 84) -> str:
+    console = Console(width=width)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get()
+
+
+def result(method: str, kept: float, average: float, overhead: float = 0.02) -> CaseResult:
+    stages = ("prepare", "encode", "select", "prefill", "decode", "ttft", "total")
+    return CaseResult(
+        method=method,
+        parameters={},
+        budget=None if method == "full" else f"{kept:.0f}",
+        positions="renumber",
+        tokens=Tokens(total=576, kept=kept, text=20, layer_average=average, new=2),
+        seconds={stage: Times(median=1, p10=1, p90=1, values=[1]) for stage in stages},
+        speedup={},
+        overhead=overhead,
+        memory=Memory(peak=8 * 2**30, kv_cache=int(1.21 * 2**30), host=1),
+        flops={"total": 8.45e12},
+        score=1.0,
+        retention=1.0,
+        fidelity=Fidelity(kl=0.012, top1=1.0),
+    )
+
+
+def comparison(results: Sequence[CaseResult] = (), rules: Rules = USUAL) -> Comparison:
+    environment = dict.fromkeys(Environment.model_fields, "x") | {"git_dirty": False, "threads": 1, "command": []}
+    schedule = dict.fromkeys(Schedule.model_fields, 1) | {"data": "demo", "order": []}
+    return Comparison(
+        model="x",
+        rules=rules,
+        environment=Environment(**environment),
+        schedule=Schedule(**schedule),
+        interrupted=False,
+        results=list(results),
+    )
+
+
+def test_layer_average_is_shown_where_it_differs() -> None:
+    before = comparison([result("full", 576, 576), result("mmtok", 64, 64)])
+    assert "avg" not in shown(quality_table(before)) and not layer_notes(before.results)
+    inside = comparison([*before.results, result("random:inside", 64, 295.68), result("sparsevlm:v2", 20, 81.75)])
+    lines = shown(quality_table(inside), width=86).splitlines()
+    assert "avg" in lines[2] and "295.7" in lines[6] and "81.8" in lines[7]
+    assert not any("…" in line for line in lines)
+    assert any(note.startswith("layer average (avg)") for note in comparison_notes(inside))
+
+
+def test_overhead_is_that_of_the_costliest_budget() -> None:
+    results = [result("full", 576, 576, 0.5), result("mmtok", 64, 64, 0.04), result("mmtok", 128, 128, 0.181)]
+    notes = comparison_notes(comparison([*results, result("fastv", 64, 64, 0.02)]))
+    assert "choosing tokens costs, as a share of encode and prefill: mmtok 18.1 %, fastv 2.0 %" in notes
+
+
+def test_rules_in_words() -> None:
+    assert rules_text(comparison()) == ""
+    assert rules_text(comparison(rules=Rules("harmonised", "keep"))) == "harmonised track, positions kept"
+    said = rules_text(comparison(rules=Rules(positions="renumber", budget_means="layer-average")))
+    assert said == "positions counted anew, budgets are layer averages"
+
+
+def test_catalogue_of_methods_fits() -> None:
+    method = {
+        "name": "random:inside",
+        "summary": "tokens drawn at random after a few layers",
+        "source": "arXiv 2403.06764",
+        "acts": "inside the language model",
+        "reads_question": True,
+        "training_free": True,
+        "multi_turn": False,
+        "positions": "keep",
+        "keeps_padding": True,
+        "signals": ["class_attention"],
+        "parameters": {"layer": 2},
+        "expected": {"layer": "a whole number"},
+        "settings": {"layer": "random:inside.layer=2"},
+        "description": "Draws.",
+    }
+    row = shown(methods_table([method])).splitlines()[3].split()
+    assert row[0] == "random:inside" and row[-6:] == ["2403.06764", "inside", "LM", "yes", "yes", "no"]
+    details = " ".join(shown(method_details(method)).split())
+    assert "positions kept on the released track" in details and "padding competes for the budget" in details
+    assert "signals class_attention" in details
+    assert "layer a whole number; by default --set random:inside.layer=2" in details

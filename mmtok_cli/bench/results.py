@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from mmtok_cli.rules import Positions, Rules
+
 
 class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -69,14 +71,19 @@ class Score(Record):
 
 
 class CaseResult(Record):
-    """One method at one budget. FLOPs are per sample, by stage, counted on the first batch."""
+    """One method at one budget. FLOPs are per sample, by stage, counted on the first batch.
+
+    positions: whether kept tokens kept their positions. overhead: seconds of select / (encode + prefill), median.
+    """
 
     method: str
     parameters: dict[str, Any]
     budget: str | None
+    positions: Positions
     tokens: Tokens
     seconds: dict[str, Times]
     speedup: dict[str, Speedup]
+    overhead: float
     memory: Memory
     flops: dict[str, float]
     score: float | None = None
@@ -124,6 +131,7 @@ class Comparison(Record):
 
     schema_: Literal["mmtok.compare/1"] = Field(default="mmtok.compare/1", alias="schema")
     model: str
+    rules: Rules
     environment: Environment
     schedule: Schedule
     interrupted: bool
@@ -147,6 +155,7 @@ class Profile(Record):
     schema_: Literal["mmtok.profile/1"] = Field(default="mmtok.profile/1", alias="schema")
     model: str
     parameters: int
+    rules: Rules
     environment: Environment
     schedule: Schedule
     interrupted: bool

@@ -14,7 +14,7 @@ from mmtok_cli.data.samples import Sample
 from mmtok_cli.methods.base import Method
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.pipeline import RELEASED, TokenCounts, answer
-from mmtok_cli.rules import Rules
+from mmtok_cli.rules import Positions, Rules
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Run:
     samples: tuple[Sample, ...]
     seconds: dict[str, float]
     tokens: list[TokenCounts]
+    positions: Positions
     answers: list[str]
     steps: int
     kv_cache: int
@@ -71,6 +72,7 @@ def run_case(
         samples=tuple(samples),
         seconds=seconds,
         tokens=said.reduced.tokens,
+        positions=said.reduced.positions,
         answers=said.texts,
         steps=said.token_ids.shape[1],
         kv_cache=said.kv_cache_bytes,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from statistics import fmean
+from statistics import fmean, median
 
 from mmtok_cli.bench.results import CaseResult, Fidelity, Memory, Score, Tokens
 from mmtok_cli.bench.runner import Case, Run
@@ -32,6 +32,7 @@ def summarise_cases(
                 method=case.name,
                 parameters=asdict(case.method),
                 budget=None if case.budget is None else str(case.budget),
+                positions=runs[0].positions,
                 tokens=Tokens(
                     total=fmean(c.total for c in counts),
                     kept=fmean(c.kept for c in counts),
@@ -45,6 +46,7 @@ def summarise_cases(
                     for stage, values in seconds.items()
                     if i > 0 and min(values) > 0
                 },
+                overhead=median(map(_overhead, runs)),
                 memory=Memory(
                     peak=max((run.peak for run in runs if run.peak is not None), default=None),
                     kv_cache=int(fmean(run.kv_cache / len(run.samples) for run in once)),
@@ -63,6 +65,11 @@ def summarise_cases(
 def _first_of_each_batch(runs: Sequence[Run]) -> list[Run]:
     """Answers do not change from round to round, so each sample counts once however often it was timed."""
     return list({id(run.samples[0]): run for run in reversed(runs)}.values())[::-1]
+
+
+def _overhead(run: Run) -> float:
+    """What choosing tokens costs, as a share of the work that it is to save."""
+    return run.seconds["select"] / (run.seconds["encode"] + run.seconds["prefill"])
 
 
 def _score(runs: Sequence[Run]) -> Score | None:

@@ -12,13 +12,17 @@ from mmtok_cli.cli.options import (
     OUTPUT,
     PLOTS,
     REDUCTION,
+    BudgetMeansOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
     MaxNewTokensOption,
     ModelOption,
+    PositionsOption,
     QuietOption,
     SeedOption,
+    SetOption,
+    TrackOption,
     WarmupOption,
 )
 
@@ -52,6 +56,10 @@ def compare(
     warmup: WarmupOption = 1,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    track: TrackOption = "released",
+    positions: PositionsOption = None,
+    budget_means: BudgetMeansOption = "final",
+    settings: SetOption = None,
     seed: SeedOption = 0,
     max_new_tokens: MaxNewTokensOption = 16,
     plot: Annotated[
@@ -68,7 +76,7 @@ def compare(
     [dim]mmtok compare --methods mmtok,resize --budget 64,16[/dim]
     """
     from mmtok_cli.budget import parse_budgets
-    from mmtok_cli.cli.session import make_cases, open_model, require_methods
+    from mmtok_cli.cli.session import make_cases, make_setup, open_model
     from mmtok_cli.errors import MMTokError
     from mmtok_cli.files import require_writable
 
@@ -77,9 +85,17 @@ def compare(
     if batch_size > limit:
         raise MMTokError(f"--limit {limit} is less than one batch of {batch_size}", "raise it, or lower --batch-size")
     names = list(dict.fromkeys(name.strip() for name in methods.split(",") if name.strip()))
-    require_methods(names)
+    setup = make_setup(
+        names,
+        model,
+        seed,
+        track=track,
+        positions=positions,
+        budget_means=budget_means,
+        settings=settings,
+    )
     chosen = parse_budgets(budget) if budget is not None else None
-    cases = make_cases(names, chosen, model, seed)
+    cases = make_cases(names, chosen, setup)
     vlm = open_model(model, device, dtype, quiet)
 
     from mmtok_cli.bench.flops import count_flops
@@ -120,6 +136,7 @@ def compare(
 
     comparison = Comparison(
         model=model,
+        rules=setup.rules,
         environment=environment_of(vlm),
         schedule=Schedule(
             data="demo",
@@ -138,8 +155,10 @@ def compare(
         report.print_json(comparison)
     else:
         out = report.results_console()
+        rules = tables.rules_text(comparison)
         out.print(
             f"{report.printable(model)}: {comparison.schedule.samples} samples, batches of {batch_size}, seed {seed}"
+            + (f"; {rules}" if rules else "")
         )
         out.print(tables.speed_table(comparison))
         out.print(tables.quality_table(comparison))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mmtok_cli.cli.options import (
     MEASUREMENT,
+    BudgetMeansOption,
     BudgetOption,
     DeviceOption,
     DtypeOption,
@@ -16,9 +18,12 @@ from mmtok_cli.cli.options import (
     MaxNewTokensOption,
     MethodOption,
     ModelOption,
+    PositionsOption,
     QuestionArgument,
     QuietOption,
     SeedOption,
+    SetOption,
+    TrackOption,
 )
 
 if TYPE_CHECKING:
@@ -36,6 +41,10 @@ def infer(
     ] = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    track: TrackOption = "released",
+    positions: PositionsOption = None,
+    budget_means: BudgetMeansOption = "final",
+    settings: SetOption = None,
     seed: SeedOption = 0,
     max_new_tokens: MaxNewTokensOption = 64,
     as_json: JsonOption = False,
@@ -46,14 +55,22 @@ def infer(
     [dim]mmtok infer img.jpg "What color is the car?" --budget 64 --baseline[/dim]
     """
     from mmtok_cli.budget import Budget
-    from mmtok_cli.cli.session import make_case, open_model, require_methods
+    from mmtok_cli.cli.session import make_case, make_setup, open_model
     from mmtok_cli.data.samples import sample_from_file
 
-    require_methods([method])
+    setup = make_setup(
+        [method],
+        model,
+        seed,
+        track=track,
+        positions=positions,
+        budget_means=budget_means,
+        settings=settings,
+    )
     wanted = Budget.parse(budget)
     sample = sample_from_file(image, question)
-    case = make_case(method, wanted, model, seed)
-    cases = [case, make_case("full", None, model, seed)] if baseline else [case]
+    case = make_case(method, wanted, setup)
+    cases = [case, make_case("full", None, setup)] if baseline else [case]
     vlm = open_model(model, device, dtype, quiet)
 
     from rich.text import Text
@@ -70,7 +87,8 @@ def infer(
         first, *rest = (_as_json(run) for run in runs)
         shown = None if case.budget is None else str(case.budget)
         head = {"schema": "mmtok.infer/1", "model": model, "method": method, "budget": shown}
-        print_json(head | first | ({"baseline": rest[0]} if rest else {}))
+        rules = {"rules": asdict(setup.rules)}
+        print_json(head | rules | first | ({"baseline": rest[0]} if rest else {}))
         return
     out = results_console()
     for each, run in zip(cases, runs, strict=True):
@@ -82,7 +100,8 @@ def _as_json(run: Run) -> dict[str, Any]:
     tokens = run.tokens[0]
     return {
         "answer": run.answers[0],
-        "tokens": {"total": tokens.total, "kept": tokens.kept, "text": tokens.text, "new": run.steps},
+        "tokens": {**asdict(tokens), "new": run.steps},
+        "positions": run.positions,
         "seconds": run.seconds,
         "memory": {"peak": run.peak, "kv_cache": run.kv_cache, "host": run.host},
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from inspect import cleandoc
 from typing import Annotated, Any
 
 import typer
@@ -16,7 +16,7 @@ def methods(
 ) -> None:
     """List the reduction methods, or show one with its parameters and their defaults."""
     from mmtok_cli.methods import method_names
-    from mmtok_cli.report.catalogues import method_details, methods_table
+    from mmtok_cli.report.catalogues import METHODS_LEGEND, method_details, methods_table
     from mmtok_cli.report.console import print_json, results_console
 
     listed = [_describe(each) for each in ([name] if name else method_names())]
@@ -26,18 +26,34 @@ def methods(
         results_console().print(method_details(listed[0]))
     else:
         results_console().print(methods_table(listed))
+        results_console().print(METHODS_LEGEND, style="dim")
 
 
 def _describe(name: str) -> dict[str, Any]:
     from mmtok_cli.methods import method_class
+    from mmtok_cli.methods.parameters import expected, parameter_defaults, parameter_types, setting_text
 
     method = method_class(name)
+    defaults = parameter_defaults(name)
     return {
         "name": name,
         "summary": method.summary,
         "source": method.source,
         "acts": method.acts,
         "reads_question": method.reads_question,
-        "parameters": {field.name: field.default for field in fields(method)},
-        "description": " ".join((method.__doc__ or "").split()),
+        "training_free": method.training_free,
+        "multi_turn": method.multi_turn and not method.reads_question,
+        "takes_budget": method.takes_budget,
+        "positions": method.positions,
+        "keeps_padding": method.keeps_padding,
+        "signals": list(method.signals),
+        "parameters": defaults,
+        "expected": {parameter: expected(kind) for parameter, kind in parameter_types(name).items()},
+        "settings": {parameter: setting_text(name, parameter, value) for parameter, value in defaults.items()},
+        "description": _paragraphs(method.__doc__ or ""),
     }
+
+
+def _paragraphs(text: str) -> str:
+    """Text without its line breaks, but for those between paragraphs."""
+    return "\n\n".join(" ".join(part.split()) for part in cleandoc(text).split("\n\n"))

@@ -30,6 +30,41 @@ BudgetOption = Annotated[
     str,
     typer.Option("--budget", "-b", help="Vision tokens kept per image: 64, or 10% of them.", rich_help_panel=REDUCTION),
 ]
+TrackOption = Annotated[
+    str,
+    typer.Option(
+        help="released: every method as its authors released it. harmonised: the same rules for all.",
+        metavar="released|harmonised",
+        rich_help_panel=REDUCTION,
+    ),
+]
+PositionsOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Whether kept tokens keep their positions or are counted anew. Default: as the track says.",
+        metavar="keep|renumber",
+        show_default=False,
+        rich_help_panel=REDUCTION,
+    ),
+]
+BudgetMeansOption = Annotated[
+    str,
+    typer.Option(
+        help="Whether a budget is what the last layer sees, or the mean over all decoder layers.",
+        metavar="final|layer-average",
+        rich_help_panel=REDUCTION,
+    ),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="Parameter of a method, as in fastv.layer=3 (see `mmtok methods NAME`). Repeatable.",
+        metavar="METHOD.PARAM=VALUE",
+        show_default=False,
+        rich_help_panel=REDUCTION,
+    ),
+]
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of random draws.", rich_help_panel=REDUCTION)]
 
 MaxNewTokensOption = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.", rich_help_panel=MEASUREMENT)]

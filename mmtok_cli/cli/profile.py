@@ -10,6 +10,7 @@ import typer
 from mmtok_cli.cli.options import (
     MEASUREMENT,
     OUTPUT,
+    BudgetMeansOption,
     BudgetOption,
     DeviceOption,
     DtypeOption,
@@ -17,8 +18,11 @@ from mmtok_cli.cli.options import (
     MaxNewTokensOption,
     MethodOption,
     ModelOption,
+    PositionsOption,
     QuietOption,
     SeedOption,
+    SetOption,
+    TrackOption,
     WarmupOption,
 )
 
@@ -42,6 +46,10 @@ def profile(
     ] = Path("traces"),
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    track: TrackOption = "released",
+    positions: PositionsOption = None,
+    budget_means: BudgetMeansOption = "final",
+    settings: SetOption = None,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -53,12 +61,20 @@ def profile(
     [dim]mmtok profile --method mmtok --budget 64[/dim]
     """
     from mmtok_cli.budget import Budget
-    from mmtok_cli.cli.session import make_cases, open_model, require_methods
+    from mmtok_cli.cli.session import make_cases, make_setup, open_model
     from mmtok_cli.data.samples import demo_samples, sample_from_file
     from mmtok_cli.files import require_writable_directory
 
-    require_methods([method])
-    cases = make_cases([method], [Budget.parse(budget)], model, seed)
+    setup = make_setup(
+        [method],
+        model,
+        seed,
+        track=track,
+        positions=positions,
+        budget_means=budget_means,
+        settings=settings,
+    )
+    cases = make_cases([method], [Budget.parse(budget)], setup)
     sample = demo_samples(1)[0] if image is None else sample_from_file(image, question)
 
     require_writable_directory(trace_dir, "--trace-dir")
@@ -103,6 +119,7 @@ def profile(
     result = Profile(
         model=model,
         parameters=vlm.parameter_count,
+        rules=setup.rules,
         environment=environment_of(vlm),
         schedule=Schedule(
             data="demo" if image is None else str(image),
@@ -133,7 +150,12 @@ def profile(
         out.print(f"wrote {report.printable(trace.path)}", soft_wrap=True)
     notes = report.notes_console(quiet)
     baseline, *others = result.cases
-    for note in [tables.ceiling(baseline), *tables.inconclusive_notes(others, tables.COMPARED)]:
+    for note in [
+        *filter(None, [tables.rules_text(result)]),
+        tables.ceiling(baseline),
+        *tables.layer_notes(result.cases),
+        *tables.inconclusive_notes(others, tables.COMPARED),
+    ]:
         notes.print(f"• {note}")
     if interrupted:
         notes.print(f"• interrupted: {len(rounds)} of {runs} runs were timed")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mmtok_cli.cli.options import (
     OUTPUT,
     PLOTS,
+    BudgetMeansOption,
     BudgetOption,
     DeviceOption,
     DtypeOption,
@@ -17,10 +19,22 @@ from mmtok_cli.cli.options import (
     JsonOption,
     MethodOption,
     ModelOption,
+    PositionsOption,
     QuestionArgument,
     QuietOption,
     SeedOption,
+    SetOption,
+    TrackOption,
 )
+
+if TYPE_CHECKING:
+    from mmtok_cli.bench.runner import Case
+    from mmtok_cli.data.samples import Sample
+    from mmtok_cli.models.base import VisionLanguageModel
+    from mmtok_cli.pipeline import Reduced
+    from mmtok_cli.tokens import Selection
+
+TIMED = ("prepare", "encode", "select", "prefill")
 
 
 def prune(
@@ -42,6 +56,10 @@ def prune(
     mark: Annotated[int, typer.Option(min=0, max=99, help="First picks to number.", rich_help_panel=OUTPUT)] = 8,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    track: TrackOption = "released",
+    positions: PositionsOption = None,
+    budget_means: BudgetMeansOption = "final",
+    settings: SetOption = None,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -51,12 +69,20 @@ def prune(
     [dim]mmtok prune img.jpg "What color is the car?" --budget 64 --output kept.png[/dim]
     """
     from mmtok_cli.budget import Budget
-    from mmtok_cli.cli.session import make_case, open_model, require_methods
+    from mmtok_cli.cli.session import make_case, make_setup, open_model
     from mmtok_cli.data.samples import sample_from_file
     from mmtok_cli.errors import MMTokError
     from mmtok_cli.files import require_writable
 
-    require_methods([method])
+    setup = make_setup(
+        [method],
+        model,
+        seed,
+        track=track,
+        positions=positions,
+        budget_means=budget_means,
+        settings=settings,
+    )
     wanted = Budget.parse(budget)
     if output:
         require_writable(output, (".png", ".jpg", ".jpeg", ".webp"), "--output")
@@ -66,21 +92,17 @@ def prune(
     if len(set(written)) < len(written):
         raise MMTokError("one file would be written over another, or over the image", "give each a name of its own")
     sample = sample_from_file(image, question)
-    case = make_case(method, wanted, model, seed)
+    case = make_case(method, wanted, setup)
     vlm = open_model(model, device, dtype, quiet)
 
-    from mmtok_cli.bench.clock import Clock
-    from mmtok_cli.pipeline import reduce
     from mmtok_cli.report import console as report
     from mmtok_cli.report.catalogues import kept_map
     from mmtok_cli.report.overlay import overlay, save_image
 
-    reduce(vlm, case.method, [sample], case.budget)  # a first run, not timed
-    clock = Clock(vlm.device)
-    reduced = reduce(vlm, case.method, [sample], case.budget, stage=clock.stage)
-    vision, selection, tokens = reduced.vision[0], reduced.selections[0], reduced.tokens[0]
-    indices = selection.indices.tolist()
-    order = None if selection.order is None else selection.order.tolist()
+    reduced, selection, seconds = _reduce(vlm, case, sample)
+    vision, tokens = reduced.vision[0], reduced.tokens[0]
+    indices = selection.places.tolist()
+    order = None if selection.order is None else [place for place in selection.order.tolist() if place >= 0]
     gains = None if selection.gains is None else selection.gains.tolist()
     if gain_curve and gains is None:
         if tokens.kept == tokens.total:
@@ -94,7 +116,6 @@ def prune(
         from mmtok_cli.report.plots import save_gain_curve
 
         save_gain_curve(gains, gain_curve, f"{case}, {tokens.kept} of {tokens.total} tokens")
-    seconds = {stage: value for stage, value in clock.seconds().items() if stage != "total"}
     if as_json:
         entry = {
             "path": str(image),
@@ -103,18 +124,55 @@ def prune(
             "grid": list(vision.grid),
             "total": tokens.total,
             "kept": tokens.kept,
+            "layer_average": tokens.layer_average,
             "indices": indices,
         }
         entry |= {"order": order} if order is not None else {}
         entry |= {"gains": gains} if gains is not None else {}
         shown = None if case.budget is None else str(case.budget)
         head = {"schema": "mmtok.prune/1", "model": model, "method": method, "budget": shown}
-        report.print_json(head | {"images": [entry], "seconds": seconds})
+        rules = {"rules": asdict(setup.rules), "positions": reduced.positions}
+        report.print_json(head | rules | {"images": [entry], "seconds": seconds})
         return
     out = report.results_console()
-    how = "kept" if selection.tokens is None else "left, averages of all,"
-    out.print(f"{tokens.kept} of {tokens.total} vision tokens {how} by {case} ({vision.grid[0]}x{vision.grid[1]} grid)")
+    out.print(_sentence(case, reduced, selection), soft_wrap=True)
     if out.width >= 3 * vision.grid[1]:
         out.print(kept_map(vision.grid, indices, order, mark, vision.eligible.tolist()))
     for path in filter(None, (output, gain_curve)):
         out.print(f"wrote {report.printable(path)}", soft_wrap=True)
+
+
+def _reduce(vlm: VisionLanguageModel, case: Case, sample: Sample) -> tuple[Reduced, Selection, dict[str, float]]:
+    """The sample's image reduced, what is left of it, and the seconds of each stage in a run after a first one.
+
+    What a method drops inside the language model is known only when the prompt has been read.
+    """
+    from mmtok_cli.bench.clock import Clock
+    from mmtok_cli.pipeline import answer, reduce
+
+    asked = (vlm, case.method, [sample], case.budget)
+    inside = bool(reduce(*asked, rules=case.rules).cuts)
+    if inside:
+        answer(*asked, rules=case.rules, max_new_tokens=1)
+    clock = Clock(vlm.device)
+    if inside:
+        said = answer(*asked, rules=case.rules, max_new_tokens=1, stage=clock.stage)
+        reduced, selections = said.reduced, said.selections
+    else:
+        reduced = reduce(*asked, rules=case.rules, stage=clock.stage)
+        selections = reduced.selections
+    seconds = {stage: value for stage, value in clock.seconds().items() if stage in TIMED}
+    return reduced, selections[0], seconds
+
+
+def _sentence(case: Case, reduced: Reduced, selection: Selection) -> str:
+    """How many tokens are left, in words that hold for methods that merge too."""
+    from mmtok_cli.report.units import number
+
+    tokens, (rows, columns) = reduced.tokens[0], reduced.vision[0].grid
+    how, more = "kept", ""
+    if selection.tokens is not None:
+        how, more = "left", ", not all of them single patches"
+    elif reduced.cuts:
+        how, more = "left", f", {number(round(tokens.layer_average, 1))} on average over the decoder layers"
+    return f"{tokens.kept} of {tokens.total} vision tokens {how} by {case}{more} ({rows}x{columns} grid)"

@@ -4,15 +4,48 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
 
 from mmtok_cli.errors import MMTokError
+from mmtok_cli.rules import BudgetMeaning, Positions, Rules, Track
 
 if TYPE_CHECKING:
     from mmtok_cli.bench.runner import Case
     from mmtok_cli.budget import Budget
     from mmtok_cli.models.base import VisionLanguageModel
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all cases of a command have in common. settings: by method, what `--set` says of its parameters."""
+
+    model: str
+    seed: int
+    rules: Rules
+    settings: Mapping[str, Mapping[str, Any]]
+
+
+def make_setup(
+    names: Sequence[str],
+    model: str,
+    seed: int,
+    *,
+    track: str,
+    positions: str | None,
+    budget_means: str,
+    settings: Sequence[str] | None,
+) -> Setup:
+    """Read the options that say how the methods called `names` are run, before anything slow happens.
+
+    Raises MMTokError for one that cannot be followed.
+    """
+    from mmtok_cli.methods.parameters import read_settings
+
+    require_methods(names)
+    rules = Rules(cast(Track, track), cast(Positions | None, positions), cast(BudgetMeaning, budget_means))
+    return Setup(model, seed, rules, read_settings(settings or [], names))
 
 
 def open_model(name: str, device: str, dtype: str, quiet: bool) -> VisionLanguageModel:
@@ -35,19 +68,25 @@ def open_model(name: str, device: str, dtype: str, quiet: bool) -> VisionLanguag
         return load_model(name, device=device, dtype=dtype)
 
 
-def make_case(name: str, budget: Budget | None, model: str, seed: int) -> Case:
-    """A method with the parameters that the model's profile gives it, at a budget if it takes one."""
+def make_case(name: str, budget: Budget | None, setup: Setup) -> Case:
+    """A method with the seed, then what the model's profile says, then what the user set; at a budget if it takes one.
+
+    Raises MMTokError for a profile that says what the method cannot follow.
+    """
     from mmtok_cli.bench.runner import Case
     from mmtok_cli.methods import accepted, make_method
+    from mmtok_cli.methods.parameters import profile_parameters
     from mmtok_cli.models import profile_of
 
-    known = profile_of(model)
-    parameters = {"seed": seed, **(known.methods.get(name.partition(":")[0], {}) if known else {})}
-    method = make_method(name, **accepted(name, parameters))
-    return Case(name, method, budget if method.takes_budget else None)
+    known = profile_of(setup.model)
+    parameters = accepted(name, {"seed": setup.seed})
+    if known:
+        parameters |= profile_parameters(name, known.methods, known.name)
+    method = make_method(name, **parameters | dict(setup.settings.get(name, {})))
+    return Case(name, method, budget if method.takes_budget else None, setup.rules)
 
 
-def make_cases(names: Sequence[str], budgets: Sequence[Budget] | None, model: str, seed: int) -> list[Case]:
+def make_cases(names: Sequence[str], budgets: Sequence[Budget] | None, setup: Setup) -> list[Case]:
     """The unreduced baseline, then every method at every budget (once, if it takes none).
 
     budgets: None stands for those of the model's profile.
@@ -56,11 +95,11 @@ def make_cases(names: Sequence[str], budgets: Sequence[Budget] | None, model: st
     from mmtok_cli.models import profile_of
 
     if budgets is None:
-        known = profile_of(model)
+        known = profile_of(setup.model)
         budgets = [Budget.parse(text) for text in (known.budgets if known else ("192", "128", "64"))]
-    cases = [make_case("full", None, model, seed)]
+    cases = [make_case("full", None, setup)]
     for name in names:
-        cases += [make_case(name, budget, model, seed) for budget in budgets]
+        cases += [make_case(name, budget, setup) for budget in budgets]
     return list(dict.fromkeys(cases))
 
 

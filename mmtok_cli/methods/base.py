@@ -89,16 +89,19 @@ def require_eligible(vision: VisionTokens, budget: int) -> None:
         )
 
 
-def require_layers(parameter: str, before: Sequence[int], layers: int) -> None:
-    """Refuse cuts where a model of so many decoder layers has none: each needs a layer before and one behind it.
+def require_layers(parameter: str, given: Sequence[int], layers: int, first: int = 1) -> None:
+    """Refuse the places of cuts that a model of so many decoder layers does not have.
 
-    Raises MMTokError with the range of the parameter.
+    parameter: as the user sets it. given: its value, ascending. first: the lowest that it may hold; the highest leaves
+    one layer behind the last cut. Raises MMTokError with the range.
     """
-    if not before or sorted(set(before)) != list(before) or not 1 <= before[0] <= before[-1] < layers:
-        shown = ",".join(map(str, before))
+    last = layers - 2 + first
+    if not given or sorted(set(given)) != list(given) or not first <= given[0] <= given[-1] <= last:
+        example = ",".join(str(first + i) for i in range(len(given)))
+        what = f"choose from {first} to {last}, ascending, as in --set {parameter}={example}"
         raise MMTokError(
-            f"{parameter}={shown} does not fit a language model of {layers} layers",
-            f"choose from 1 to {layers - 1}, ascending: --set {parameter}=1",
+            f"{parameter}={','.join(map(str, given))} does not fit a language model of {layers} layers",
+            what if given and first + len(given) - 1 <= last else "use another method on this model",
         )
 
 

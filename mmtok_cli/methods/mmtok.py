@@ -29,6 +29,7 @@ class MMTok(Method):
     summary: ClassVar[str] = "coverage of the question's words and of the image"
     source: ClassVar[str] = "arXiv 2508.18264"
     reads_question: ClassVar[bool] = True
+    multi_turn: ClassVar[bool] = False
 
     alpha: float = 0.5
     text_temperature: float = 0.02
@@ -92,6 +93,7 @@ class VisionCoverage(MMTok):
 
     summary: ClassVar[str] = "MMTok's coverage of the image alone"
     reads_question: ClassVar[bool] = False
+    multi_turn: ClassVar[bool] = True
 
     def _words(self, text: Sequence[TextTokens]) -> tuple[Tensor | None, Tensor | None]:
         return None, None

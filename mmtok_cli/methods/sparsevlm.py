@@ -40,18 +40,18 @@ class SparseVLM2(Method):
     multi_turn: ClassVar[bool] = False
     positions: ClassVar[Positions] = "keep"
     keeps_padding: ClassVar[bool] = True
+    parameter: ClassVar[str] = "sparsevlm:v2.layers"
 
     layers: tuple[int, ...] = (2, 6, 15)
 
     def cuts(self, total: int, budget: int, layers: int) -> tuple[Cut, ...]:
-        before = tuple(layer + 1 for layer in self.layers)
-        if len(before) != 3:
-            raise MMTokError("sparsevlm.layers needs three layers", "such as --set sparsevlm.layers=2,6,15")
-        require_layers("sparsevlm.layers (counted from 1)", before, layers)
+        if len(self.layers) != 3:
+            raise MMTokError(f"{self.parameter} needs three layers", f"as in --set {self.parameter}=2,6,15")
+        require_layers(self.parameter, self.layers, layers, first=0)
         if budget == total:
             return ()
         counts = self._counts(total, budget)
-        return tuple(Cut(layer, keep, reads=layer - 1) for layer, keep in zip(before, counts, strict=True))
+        return tuple(Cut(layer + 1, keep, reads=layer) for layer, keep in zip(self.layers, counts, strict=True))
 
     def queries(self, vision: Tensor, text: Tensor) -> Tensor:
         return raters(vision, text)
@@ -82,6 +82,7 @@ class SparseVLM(SparseVLM2):
 
     summary: ClassVar[str] = "what words close to the image attend to; dropped tokens recycled"
     positions: ClassVar[Positions] = "renumber"
+    parameter: ClassVar[str] = "sparsevlm.layers"
 
     def choose(self, tokens: LayerTokens, cut: Cut) -> Selection:
         scores, total = self._scores(tokens), len(tokens.eligible)

@@ -32,7 +32,7 @@ class Inside:
     their positions (`keep`), or each shorter sequence is counted anew and decoding goes on from its end (`renumber`).
     On leaving, the hooks are gone and the model is as it was.
 
-    selections: after a prefill, for each image the places in it whose tokens went through the last layer.
+    selections: after a prefill, for each image which of the tokens that entered went through the last layer.
 
     Raises MMTokError for padding on the right, a cache other than the default one, and a prompt read in pieces.
     """

@@ -14,6 +14,17 @@ from mmtok_cli.report.units import count
 if TYPE_CHECKING:
     from mmtok_cli.profiles import Profile
 
+PLACES = {  # where methods act, for a narrow column
+    "before the encoder": "before encoder",
+    "between encoder and language model": "before LM",
+    "inside the language model": "inside LM",
+}
+METHODS_LEGEND = (
+    "paper: number on arXiv. LM: the language model. asks: reads the question. free: needs no training.\n"
+    "turns: what is dropped does not depend on the question, so that a second one finds what it needs.\n"
+    "`mmtok methods NAME` tells more, with the parameters."
+)
+
 
 def models_table(profiles: Sequence[Profile]) -> Table:
     """Known models, one line each."""
@@ -32,13 +43,20 @@ def models_table(profiles: Sequence[Profile]) -> Table:
 
 
 def methods_table(methods: Sequence[dict[str, Any]]) -> Table:
-    """Methods, one line each."""
+    """Methods, one line each; `METHODS_LEGEND` explains the headings."""
     table = plain_table()
-    for heading in ("name", "what it keeps", "reads question", "source"):
-        table.add_column(heading)
+    table.add_column("name", no_wrap=True)
+    table.add_column("what it keeps")
+    for heading in ("paper", "acts", "asks", "free", "turns"):
+        table.add_column(heading, no_wrap=True)
     for method in methods:
-        reads = "yes" if method["reads_question"] else "no"
-        table.add_row(method["name"], method["summary"], reads, method["source"])
+        table.add_row(
+            method["name"],
+            method["summary"],
+            method["source"].removeprefix("arXiv ") or "–",
+            PLACES.get(method["acts"], method["acts"]),
+            *(yes_or_no(method[fact]) for fact in ("reads_question", "training_free", "multi_turn")),
+        )
     return table
 
 
@@ -48,12 +66,25 @@ def method_details(method: dict[str, Any]) -> Table:
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
     table.add_row(method["name"], method["description"])
+    table.add_row("paper", method["source"] or "–")
     table.add_row("acts", method["acts"])
-    table.add_row("reads question", "yes" if method["reads_question"] else "no")
-    table.add_row("source", method["source"] or "–")
-    for name, default in method["parameters"].items():
-        table.add_row(name, f"{default} by default")
+    table.add_row("reads question", yes_or_no(method["reads_question"]))
+    table.add_row("training-free", yes_or_no(method["training_free"]))
+    table.add_row("multi-turn safe", yes_or_no(method["multi_turn"]))
+    positions = "kept" if method["positions"] == "keep" else "counted anew"
+    table.add_row("positions", f"{positions} on the released track")
+    padding = "competes for the budget on the released track" if method["keeps_padding"] else "does not compete"
+    table.add_row("padding", padding)
+    table.add_row("signals", ", ".join(method["signals"]) or "none: the vision tokens alone")
+    if not method["parameters"]:
+        table.add_row("parameters", "none")
+    for name, setting in method["settings"].items():
+        table.add_row(name, f"{method['expected'][name]}; by default --set {setting}")
     return table
+
+
+def yes_or_no(fact: bool) -> str:
+    return "yes" if fact else "no"
 
 
 def kept_map(

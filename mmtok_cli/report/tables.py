@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
@@ -60,6 +60,9 @@ def quality_table(comparison: Comparison) -> Table:
     """Methods x budgets: what is lost, and the memory and operations that are saved."""
     results = comparison.results
     columns: list[Column] = []
+    differ = _layers_differ((r.tokens.kept, r.tokens.layer_average) for r in results)
+    if differ:
+        columns.append(("avg", lambda r: number(round(r.tokens.layer_average, 1))))
     if any(r.score is not None for r in results):
         columns.append(("score", lambda r: share(r.score)))
         columns.append(("retention", lambda r: share(r.retention)))
@@ -69,7 +72,7 @@ def quality_table(comparison: Comparison) -> Table:
     if any(r.memory.peak is not None for r in results):
         columns.append(("peak", lambda r: size(r.memory.peak)))
     columns.append(("FLOPs", lambda r: count(r.flops["total"])))
-    return _case_table("Quality, memory, operations", results, columns)
+    return _case_table("Quality, memory, operations", results, columns, tight=differ)
 
 
 def kind_table(comparison: Comparison) -> Table | None:
@@ -98,12 +101,43 @@ def comparison_notes(comparison: Comparison) -> list[str]:
         "times are medians over rounds, of a whole batch; speedups are paired within rounds, with a 95 % interval",
         "TTFT, the time to the first token: prepare, encode, select and prefill. KV cache and FLOPs are per sample",
     ]
+    notes += [*overhead_notes(others), *layer_notes(others)]
     notes += inconclusive_notes(others, ("prefill", "ttft"))
     if first.score_counts and first.score_counts.asked < 200:
         notes.append(f"scores of so few questions ({first.score_counts.asked}) vary by several points: raise --limit")
     if comparison.interrupted:
         notes.append(f"interrupted: {comparison.schedule.rounds} whole rounds were measured")
     return notes
+
+
+def overhead_notes(results: Sequence[CaseResult]) -> list[str]:
+    """What each method costs, at the budget where that is most."""
+    largest: dict[str, float] = {}
+    for result in results:
+        largest[result.method] = max(result.overhead, largest.get(result.method, 0.0))
+    shares = ", ".join(f"{method} {share(value)}" for method, value in largest.items())
+    return [f"choosing tokens costs, as a share of encode and prefill: {shares}"] if shares else []
+
+
+def layer_notes(results: Sequence[CaseResult]) -> list[str]:
+    """What the layer average is, where it is shown."""
+    if not _layers_differ((r.tokens.kept, r.tokens.layer_average) for r in results):
+        return []
+    return [
+        "layer average (avg): vision tokens per decoder layer; methods inside the language model make the first layers "
+        "see all"
+    ]
+
+
+def rules_text(result: Comparison | Profile) -> str:
+    """The rules in words, as far as they are not the usual ones."""
+    rules = result.rules
+    said = [] if rules.track == "released" else [f"{rules.track} track"]
+    if rules.positions:
+        said.append("positions kept" if rules.positions == "keep" else "positions counted anew")
+    if rules.budget_means == "layer-average":
+        said.append("budgets are layer averages")
+    return ", ".join(said)
 
 
 def inconclusive_notes(results: Sequence[CaseResult], stages: Sequence[str]) -> list[str]:
@@ -170,6 +204,8 @@ def cost_table(profile: Profile) -> Table:
     for case in cases:
         table.add_column(str(case), justify="right")
     table.add_row("vision tokens kept", *(_tokens(case) for case in cases))
+    if _layers_differ((case.tokens.kept, case.tokens.layer_average) for case in cases):
+        table.add_row("layer average", *(number(round(case.tokens.layer_average, 1)) for case in cases))
     table.add_row("text tokens", *(number(case.tokens.text) for case in cases))
     table.add_row("new tokens", *(number(case.tokens.new) for case in cases))
     table.add_row("KV cache", *(size(case.memory.kv_cache) for case in cases))
@@ -206,6 +242,8 @@ def answer_table(names: Sequence[str], runs: Sequence[Run]) -> Table:
     for name in names:
         table.add_column(name, justify="right")
     table.add_row("vision tokens kept", *(f"{r.tokens[0].kept}/{r.tokens[0].total}" for r in runs))
+    if _layers_differ((run.tokens[0].kept, run.tokens[0].layer_average) for run in runs):
+        table.add_row("layer average", *(number(round(run.tokens[0].layer_average, 1)) for run in runs))
     table.add_row("text tokens", *(str(run.tokens[0].text) for run in runs))
     table.add_row("new tokens", *(str(run.steps) for run in runs))
     for stage in STAGE_NAMES:
@@ -217,8 +255,10 @@ def answer_table(names: Sequence[str], runs: Sequence[Run]) -> Table:
     return table
 
 
-def _case_table(title: str, results: Sequence[CaseResult], columns: Sequence[Column]) -> Table:
+def _case_table(title: str, results: Sequence[CaseResult], columns: Sequence[Column], *, tight: bool = False) -> Table:
+    """A row for each case; `tight` saves a space between columns."""
     table = plain_table(title)
+    table.padding = (0, 0 if tight else 1, 0, 0)
     table.add_column("method", no_wrap=True)
     table.add_column("kept", justify="right", no_wrap=True)
     for heading, _ in columns:
@@ -227,6 +267,11 @@ def _case_table(title: str, results: Sequence[CaseResult], columns: Sequence[Col
         style = "bold" if result is results[0] else ""
         table.add_row(result.method, _tokens(result), *(cell(result) for _, cell in columns), style=style)
     return table
+
+
+def _layers_differ(tokens: Iterable[tuple[float, float]]) -> bool:
+    """Whether the tokens kept and their layer average differ anywhere, so that the average says something."""
+    return any(abs(average - kept) > 0.05 for kept, average in tokens)
 
 
 def _tokens(result: CaseResult) -> str:
