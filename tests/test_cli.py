@@ -341,25 +341,29 @@ def test_partial_batches_are_left_out(tiny_directory: Path) -> None:
     refused(run(*command, "--limit", 1, "--batch-size", 2), "less than one batch")
 
 
-def test_interrupting_keeps_what_was_measured(tiny_directory: Path, tmp_path: Path) -> None:
-    for command in (["profile", "--runs", "100000", "--trace-dir", str(tmp_path)], ["compare", "--rounds", "100000"]):
+@pytest.mark.parametrize("command", [("profile", "--runs", "100000"), ("compare", "--rounds", "100000")])
+def test_interrupting_keeps_what_was_measured(command: tuple[str, ...], tiny_directory: Path, tmp_path: Path) -> None:
+    for patience in (8, 30, 120):  # seconds; a busy machine may not have measured anything by then
         process = subprocess.Popen(
             [sys.executable, "-m", "mmtok_cli", *command, "-m", str(tiny_directory), "-b", "4", "--json"],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            cwd=tmp_path,
             # A shell's background jobs ignore the signal, and so would what they start.
             preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         )
         try:
-            time.sleep(15)
+            time.sleep(patience)
             process.send_signal(signal.SIGINT)
             stdout, stderr = process.communicate(timeout=120)
         finally:
             process.kill()
-        assert process.returncode == 0, stderr
-        result = json.loads(stdout)
-        assert result["interrupted"] and result["schedule"]["rounds"] == len(result["schedule"]["order"]) > 0
+        if process.returncode != 130:
+            break
+    assert process.returncode == 0, stderr
+    result = json.loads(stdout)
+    assert result["interrupted"] and result["schedule"]["rounds"] == len(result["schedule"]["order"]) > 0
 
 
 @pytest.mark.parametrize("name", ["[red]x[/red]", "[/]", "a/[/red]"])
@@ -450,3 +454,11 @@ def test_installed_command_on_the_demo_model(tmp_path: Path) -> None:
     result = json.loads(done.stdout)
     assert result["model"] == "demo" and result["tokens"]["kept"] == 64 and result["tokens"]["total"] == 576
     assert sample.is_right(result["answer"])
+
+
+def test_catalogue_has_one_line_for_each_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = run("methods").stdout.splitlines()
+    start = next(i for i, line in enumerate(lines) if "─" in line) + 1
+    names = method_names()
+    assert [line.split()[0] for line in lines[start : start + len(names)]] == names

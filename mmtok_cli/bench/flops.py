@@ -12,7 +12,7 @@ from mmtok_cli.bench.clock import Stages
 from mmtok_cli.bench.runner import Case
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.models.base import VisionLanguageModel
-from mmtok_cli.pipeline import STAGES, answer
+from mmtok_cli.pipeline import STAGES
 
 
 def _attention_on_cpu(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
@@ -34,15 +34,7 @@ def count_flops(
     counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
     stages = Stages(counter.get_total_flops)
     with counter:
-        answer(
-            model,
-            case.method,
-            samples,
-            case.budget,
-            rules=case.rules,
-            max_new_tokens=max_new_tokens,
-            stage=stages.stage,
-        )
+        case.answer(model, samples, max_new_tokens, stages.stage)
     flops: dict[str, float] = dict.fromkeys(STAGES, 0.0)
     for name, start, end in stages.spans:
         flops[name] += (end - start) / len(samples)

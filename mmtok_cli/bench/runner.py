@@ -12,8 +12,8 @@ from mmtok_cli.bench.memory import host_memory, peak_memory
 from mmtok_cli.budget import Budget
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.methods.base import Method
-from mmtok_cli.models.base import VisionLanguageModel
-from mmtok_cli.pipeline import RELEASED, TokenCounts, answer
+from mmtok_cli.models.base import Stage, VisionLanguageModel
+from mmtok_cli.pipeline import RELEASED, Answers, TokenCounts, answer
 from mmtok_cli.rules import Positions, Rules
 
 
@@ -28,6 +28,14 @@ class Case:
 
     def __str__(self) -> str:
         return self.name if self.budget is None else f"{self.name} @ {self.budget}"
+
+    def answer(
+        self, model: VisionLanguageModel, samples: Sequence[Sample], max_new_tokens: int, stage: Stage
+    ) -> Answers:
+        """Answer one batch, with `stage` around each of the pipeline's stages."""
+        return answer(
+            model, self.method, samples, self.budget, rules=self.rules, max_new_tokens=max_new_tokens, stage=stage
+        )
 
 
 @dataclass(frozen=True)
@@ -57,15 +65,7 @@ def run_case(
     """Answer one batch under the clock. Returns the run and the logits of the first new token, [batch, vocabulary]."""
     with peak_memory(model.device) as peak:
         clock = Clock(model.device)
-        said = answer(
-            model,
-            case.method,
-            samples,
-            case.budget,
-            rules=case.rules,
-            max_new_tokens=max_new_tokens,
-            stage=clock.stage,
-        )
+        said = case.answer(model, samples, max_new_tokens, clock.stage)
         seconds = clock.seconds()
     run = Run(
         case=index,

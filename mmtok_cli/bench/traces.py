@@ -21,7 +21,7 @@ from mmtok_cli.bench.runner import Case
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.files import write_whole
 from mmtok_cli.models.base import VisionLanguageModel
-from mmtok_cli.pipeline import STAGES, answer
+from mmtok_cli.pipeline import STAGES
 
 # TensorBoard's profiler plugin knows the category "Runtime"; torch writes these names for the same thing.
 RUNTIME_CATEGORIES = ("cuda_runtime", "cuda_driver")
@@ -45,15 +45,7 @@ def trace_case(
     """
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (model.device.type == "cuda")
     with profile(activities=activities, profile_memory=True) as profiler:
-        answer(
-            model,
-            case.method,
-            samples,
-            case.budget,
-            rules=case.rules,
-            max_new_tokens=max_new_tokens,
-            stage=record_function,
-        )
+        case.answer(model, samples, max_new_tokens, record_function)
     events = _export(profiler)
     path = (
         directory

@@ -86,13 +86,7 @@ def compare(
         raise MMTokError(f"--limit {limit} is less than one batch of {batch_size}", "raise it, or lower --batch-size")
     names = list(dict.fromkeys(name.strip() for name in methods.split(",") if name.strip()))
     setup = make_setup(
-        names,
-        model,
-        seed,
-        track=track,
-        positions=positions,
-        budget_means=budget_means,
-        settings=settings,
+        names, model, seed, track=track, positions=positions, budget_means=budget_means, settings=settings
     )
     chosen = parse_budgets(budget) if budget is not None else None
     cases = make_cases(names, chosen, setup)

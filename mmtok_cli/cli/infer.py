@@ -59,13 +59,7 @@ def infer(
     from mmtok_cli.data.samples import sample_from_file
 
     setup = make_setup(
-        [method],
-        model,
-        seed,
-        track=track,
-        positions=positions,
-        budget_means=budget_means,
-        settings=settings,
+        [method], model, seed, track=track, positions=positions, budget_means=budget_means, settings=settings
     )
     wanted = Budget.parse(budget)
     sample = sample_from_file(image, question)

@@ -66,13 +66,7 @@ def profile(
     from mmtok_cli.files import require_writable_directory
 
     setup = make_setup(
-        [method],
-        model,
-        seed,
-        track=track,
-        positions=positions,
-        budget_means=budget_means,
-        settings=settings,
+        [method], model, seed, track=track, positions=positions, budget_means=budget_means, settings=settings
     )
     cases = make_cases([method], [Budget.parse(budget)], setup)
     sample = demo_samples(1)[0] if image is None else sample_from_file(image, question)

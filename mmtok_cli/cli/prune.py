@@ -75,13 +75,7 @@ def prune(
     from mmtok_cli.files import require_writable
 
     setup = make_setup(
-        [method],
-        model,
-        seed,
-        track=track,
-        positions=positions,
-        budget_means=budget_means,
-        settings=settings,
+        [method], model, seed, track=track, positions=positions, budget_means=budget_means, settings=settings
     )
     wanted = Budget.parse(budget)
     if output:

@@ -29,7 +29,7 @@ class CDPruner(Method):
     relevance is float32. An image is always scaled by itself, so that it is selected alike alone and in a batch.
     """
 
-    summary: ClassVar[str] = "diverse tokens, weighed by their relevance to the question in CLIP's space"
+    summary: ClassVar[str] = "relevant + diverse ones"
     source: ClassVar[str] = "arXiv 2506.10967"
     reads_question: ClassVar[bool] = True
     multi_turn: ClassVar[bool] = False

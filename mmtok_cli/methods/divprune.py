@@ -28,7 +28,7 @@ class DivPrune(Method):
     picked nor anybody's neighbour, and distances are float32.
     """
 
-    summary: ClassVar[str] = "tokens far from each other"
+    summary: ClassVar[str] = "mutually distant tokens"
     source: ClassVar[str] = "arXiv 2503.02175"
     positions: ClassVar[Positions] = "renumber"
     keeps_padding: ClassVar[bool] = True

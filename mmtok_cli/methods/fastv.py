@@ -21,7 +21,7 @@ class FastV(Method):
     row is computed by hand. The budget is what the layers behind see; the layer average is printed beside it.
     """
 
-    summary: ClassVar[str] = "what the last token attends to after a few layers"
+    summary: ClassVar[str] = "last token's attention"
     source: ClassVar[str] = "arXiv 2403.06764"
     acts: ClassVar[str] = "inside the language model"
     reads_question: ClassVar[bool] = True

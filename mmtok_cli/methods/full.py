@@ -10,5 +10,5 @@ from mmtok_cli.methods.base import Method
 class Full(Method):
     """Keeps every vision token: what all speedups and retentions are measured against."""
 
-    summary: ClassVar[str] = "every vision token: the baseline"
+    summary: ClassVar[str] = "every vision token"
     takes_budget: ClassVar[bool] = False

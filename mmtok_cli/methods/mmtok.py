@@ -26,7 +26,7 @@ class MMTok(Method):
     tokens all fit the budget is left alone.
     """
 
-    summary: ClassVar[str] = "coverage of the question's words and of the image"
+    summary: ClassVar[str] = "covers question + image"
     source: ClassVar[str] = "arXiv 2508.18264"
     reads_question: ClassVar[bool] = True
     multi_turn: ClassVar[bool] = False
@@ -81,7 +81,7 @@ class MMTok(Method):
 class TextCoverage(MMTok):
     """MMTok without its vision term: the T-V row of the paper's ablation (Table 6)."""
 
-    summary: ClassVar[str] = "MMTok's coverage of the question's words alone"
+    summary: ClassVar[str] = "covers the question"
 
     def _features(self, images: Sequence[VisionTokens]) -> Tensor | None:
         return None
@@ -91,7 +91,7 @@ class TextCoverage(MMTok):
 class VisionCoverage(MMTok):
     """MMTok without its text term: the V-V row of the paper's ablation (Table 6)."""
 
-    summary: ClassVar[str] = "MMTok's coverage of the image alone"
+    summary: ClassVar[str] = "covers the image"
     reads_question: ClassVar[bool] = False
     multi_turn: ClassVar[bool] = True
 

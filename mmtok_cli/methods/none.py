@@ -17,7 +17,7 @@ class NoVision(Method):
     below this floor (VisionZip at 8 tokens and fewer in MMTok's Table 21).
     """
 
-    summary: ClassVar[str] = "no vision token: what the model guesses without seeing"
+    summary: ClassVar[str] = "no vision token"
     takes_budget: ClassVar[bool] = False
 
     def select(self, vision: VisionTokens, text: TextTokens, budget: int) -> Selection:

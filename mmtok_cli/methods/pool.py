@@ -18,7 +18,7 @@ class Pool(Method):
     Padding is left out of the averages. The token at the middle of a cell is the place that the cell stands for.
     """
 
-    summary: ClassVar[str] = "average pooling of the token grid, after the encoder"
+    summary: ClassVar[str] = "averages over the grid"
 
     def select(self, vision: VisionTokens, text: TextTokens, budget: int) -> Selection:
         if budget == vision.total:

@@ -20,7 +20,7 @@ class PyramidDrop(Method):
     released: budgets other than an eighth, and batches. The authors also train with it; this is inference alone.
     """
 
-    summary: ClassVar[str] = "what the last token attends to, fewer tokens at every step"
+    summary: ClassVar[str] = "fastv in three steps"
     source: ClassVar[str] = "arXiv 2410.17247"
     acts: ClassVar[str] = "inside the language model"
     reads_question: ClassVar[bool] = True

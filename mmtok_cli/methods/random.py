@@ -19,7 +19,7 @@ class Random(Method):
     The draw depends on the seed and on the image's name alone, so it is the same in any order, batch and device.
     """
 
-    summary: ClassVar[str] = "tokens drawn at random: the control"
+    summary: ClassVar[str] = "tokens drawn at random"
 
     seed: int = 0
 
@@ -37,7 +37,7 @@ class RandomInside(Method):
     same place and with the same bookkeeping.
     """
 
-    summary: ClassVar[str] = "tokens drawn at random after a few layers: FastV's control"
+    summary: ClassVar[str] = "random, inside the LM"
     acts: ClassVar[str] = "inside the language model"
     positions: ClassVar[Positions] = "keep"
 

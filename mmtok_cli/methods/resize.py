@@ -13,7 +13,7 @@ class Resize(Method):
     its position embeddings). VTC-Bench (arXiv 2510.07143) found plain down-sampling ahead of many methods.
     """
 
-    summary: ClassVar[str] = "the image encoded at a lower resolution"
+    summary: ClassVar[str] = "a smaller image"
     source: ClassVar[str] = "arXiv 2510.07143"
     acts: ClassVar[str] = "before the encoder"
 

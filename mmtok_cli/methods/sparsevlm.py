@@ -33,7 +33,7 @@ class SparseVLM2(Method):
     authors' table (linearly between its rows). Not as released: the attention matrix is never built, and batches.
     """
 
-    summary: ClassVar[str] = "what words close to the image attend to; positions kept, some heads"
+    summary: ClassVar[str] = "key words' attention"
     source: ClassVar[str] = "arXiv 2410.04417"
     acts: ClassVar[str] = "inside the language model"
     reads_question: ClassVar[bool] = True
@@ -80,7 +80,7 @@ class SparseVLM(SparseVLM2):
     authors add noise, the attention matrix is never built, and batches are served.
     """
 
-    summary: ClassVar[str] = "what words close to the image attend to; dropped tokens recycled"
+    summary: ClassVar[str] = "v2 + recycled tokens"
     positions: ClassVar[Positions] = "renumber"
     parameter: ClassVar[str] = "sparsevlm.layers"
 

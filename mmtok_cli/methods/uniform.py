@@ -17,7 +17,7 @@ from mmtok_cli.tokens import Selection, TextTokens, VisionTokens
 class Uniform(Method):
     """Spreads the budget evenly over the rows, and over the columns of each row, leaving padding out."""
 
-    summary: ClassVar[str] = "an evenly spaced grid of tokens"
+    summary: ClassVar[str] = "an evenly spaced grid"
 
     def select(self, vision: VisionTokens, text: TextTokens, budget: int) -> Selection:
         if budget == vision.total:

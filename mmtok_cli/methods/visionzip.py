@@ -33,7 +33,7 @@ class VisionZip(Method):
         assigned to it, twice as long as any other. `mean` is the average over the target and those tokens.
     """
 
-    summary: ClassVar[str] = "the tokens that the class token attends to, the others merged"
+    summary: ClassVar[str] = "dominant + merged tokens"
     source: ClassVar[str] = "arXiv 2412.04467"
     signals: ClassVar[tuple[str, ...]] = ("class_attention", "mean_keys", "class_feature")
     keeps_padding: ClassVar[bool] = True

@@ -31,7 +31,7 @@ class VisPruner(Method):
     important_ratio: share of the budget that goes to important tokens.
     """
 
-    summary: ClassVar[str] = "the tokens that the class token attends to, and diverse others"
+    summary: ClassVar[str] = "important + diverse ones"
     source: ClassVar[str] = "arXiv 2412.01818"
     signals: ClassVar[tuple[str, ...]] = ("class_attention",)
     keeps_padding: ClassVar[bool] = True

@@ -15,14 +15,15 @@ if TYPE_CHECKING:
     from mmtok_cli.profiles import Profile
 
 PLACES = {  # where methods act, for a narrow column
-    "before the encoder": "before encoder",
-    "between encoder and language model": "before LM",
-    "inside the language model": "inside LM",
+    "before the encoder": "image",
+    "between encoder and language model": "tokens",
+    "inside the language model": "layers",
 }
 METHODS_LEGEND = (
-    "paper: number on arXiv. LM: the language model. asks: reads the question. free: needs no training.\n"
-    "turns: what is dropped does not depend on the question, so that a second one finds what it needs.\n"
-    "`mmtok methods NAME` tells more, with the parameters."
+    "paper: number on arXiv. on: the image before the encoder, the tokens between encoder and language model, or "
+    "layers of the language model. asks: reads the question. free: needs no training. turns: what is dropped does not "
+    "depend on the question, so that a second one finds what it needs. `mmtok methods NAME` tells more, with the "
+    "parameters."
 )
 
 
@@ -46,8 +47,8 @@ def methods_table(methods: Sequence[dict[str, Any]]) -> Table:
     """Methods, one line each; `METHODS_LEGEND` explains the headings."""
     table = plain_table()
     table.add_column("name", no_wrap=True)
-    table.add_column("what it keeps")
-    for heading in ("paper", "acts", "asks", "free", "turns"):
+    table.add_column("keeps")
+    for heading in ("paper", "on", "asks", "free", "turns"):
         table.add_column(heading, no_wrap=True)
     for method in methods:
         table.add_row(
