@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,25 +30,11 @@ from mmtok_cli.pipeline import reduce
 from mmtok_cli.profiles import known_profiles
 from mmtok_cli.tokens import Selection, TextTokens, VisionTokens
 
-PACKAGE = '''
-from dataclasses import dataclass
-from typing import ClassVar
-
-from mmtok_cli.methods.base import Method
-from mmtok_cli.tokens import Selection
-
-
-@dataclass(frozen=True)
-class LargestNorm(Method):
-    """Keeps the tokens of largest norm."""
-
-    summary: ClassVar[str] = "tokens of largest norm"
-    power: float = 2.0
-
-    def select(self, vision, text, budget):
-        norms = vision.projected.norm(p=self.power, dim=-1).masked_fill(~vision.eligible, -1)
-        return Selection(norms.topk(budget).indices.sort().values)
-'''
+README = Path(__file__).parents[1] / "README.md"
+# The complete method that the README shows is the one that these tests install.
+PACKAGE, ENTRY_POINT = re.search(
+    r"```python\n# largest_norm\.py\n(.*?)```.*?```toml\n.*?(largest-norm = .*?)\n```", README.read_text(), re.DOTALL
+).groups()
 
 
 @pytest.fixture()
@@ -57,7 +44,7 @@ def installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     info = tmp_path / "largest_norm-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: largest-norm\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[mmtok.methods]\nlargest-norm = largest_norm:LargestNorm\n")
+    (info / "entry_points.txt").write_text("[mmtok.methods]\n" + ENTRY_POINT.replace('"', "") + "\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     yield
     sys.modules.pop("largest_norm", None)

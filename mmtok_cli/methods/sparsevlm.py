@@ -87,7 +87,7 @@ class SparseVLM(SparseVLM2):
     def choose(self, tokens: LayerTokens, cut: Cut) -> Selection:
         scores, total = self._scores(tokens), len(tokens.eligible)
         ranked = highest(scores, tokens.eligible, total).order
-        kept = _kept_before_recycling(total, cut.keep)
+        kept = kept_before_recycling(total, cut.keep)
         if ranked is None or cut.keep == total:
             return Selection(torch.arange(total, device=scores.device))
         dropped = total - kept
@@ -100,9 +100,10 @@ class SparseVLM(SparseVLM2):
         return _attention(tokens).mean((0, 1))
 
     def _counts(self, total: int, budget: int) -> tuple[int, ...]:
-        counts = list(_on_table([_with_recycled(row) for row in V1_COUNTS], total, budget))
-        for i, before in enumerate([total, *counts[:-1]]):
-            counts[i] = max(counts[i], _clusters(before))  # recycling alone leaves so many
+        counts: list[int] = []
+        for count in _on_table([_with_recycled(row) for row in V1_COUNTS], total, budget):
+            before = counts[-1] if counts else total
+            counts.append(max(count, _clusters(before)))  # recycling alone leaves so many
         return tuple(counts)
 
 
@@ -154,7 +155,7 @@ def _clusters(dropped: int) -> int:
     return (int(dropped * 0.3) + 1) // 10 + 1 if dropped else 0
 
 
-def _kept_before_recycling(total: int, keep: int) -> int:
+def kept_before_recycling(total: int, keep: int) -> int:
     """How many of `total` tokens stay as they are when `keep` are left with the recycled ones."""
     return next(kept for kept in range(keep, -1, -1) if kept + _clusters(total - kept) == keep)
 
