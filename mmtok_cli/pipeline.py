@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from mmtok_cli.budget import Budget
@@ -90,16 +91,7 @@ def reduce(
     harmonised = rules.track == "harmonised"
     positions = rules.positions or (model.positions if harmonised else method.positions)
     with stage("prepare"):
-        grids = [model.grid(image) for image in images]
-        totals = [rows * columns for rows, columns in grids]
-        keep = [
-            total if budget is None else _final_count(method, budget.resolve(total), total, model.layer_count, rules)
-            for total in totals
-        ]
-        sizes = [
-            method.resize(grid, kept, image.height / image.width)
-            for grid, kept, image in zip(grids, keep, images, strict=True)
-        ]
+        totals, keep, sizes = _plan(model, method, images, budget, rules)
         prompt = model.prepare(
             [s.question for s in samples], [s.images for s in samples], [s.image_ids for s in samples], sizes
         )
@@ -111,10 +103,33 @@ def reduce(
         seen = [_as_seen(v, method, harmonised) for v in vision]
         selections = method.select_batch(seen, model.text_tokens(prompt), left)
         inputs = model.assemble(prompt, vision, selections, positions)
-        cuts = [method.cuts(s.kept, kept, model.layer_count) for s, kept in zip(selections, keep, strict=True)]
+        cuts = [_cuts(method, s.kept, kept, model.layer_count) for s, kept in zip(selections, keep, strict=True)]
+        if rules.budget_means == "layer-average" and any(
+            cut and s.kept < v.total for cut, s, v in zip(cuts, selections, vision, strict=True)
+        ):
+            raise MMTokError(
+                "a layer average is no budget for a method that drops tokens both before and inside the language model",
+                "use --budget-means final",
+            )
         plans = _cut_images(model, method, seen, selections, cuts, inputs) if any(cuts) else []
     counts = _count_tokens(prompt, totals, selections, cuts, inputs, model.layer_count)
     return Reduced(prompt, vision, selections, inputs, plans, positions, counts)
+
+
+def check_budget(
+    model: VisionLanguageModel,
+    method: Method,
+    samples: Sequence[Sample],
+    budget: Budget | None,
+    rules: Rules = RELEASED,
+) -> None:
+    """Refuse a budget that the method cannot meet on these samples, before anything slow happens.
+
+    What depends on the pictures themselves, such as their padding, is refused by `reduce`. Raises MMTokError.
+    """
+    images = [image for sample in samples for image in sample.images]
+    for total, kept in set(zip(*_plan(model, method, images, budget, rules)[:2], strict=True)):
+        _cuts(method, total, kept, model.layer_count)
 
 
 def inside(
@@ -123,7 +138,7 @@ def inside(
     """The context within which the prompt is to be read and answered, by forward passes or by `generate`.
 
     Time spent on choosing tokens inside the language model is spent in `stage("select")`. None where the method makes
-    no cut there.
+    no cut there. To be used within `torch.inference_mode()` or `torch.no_grad()`.
     """
     if not reduced.cuts:
         return nullcontext()
@@ -162,7 +177,7 @@ def answer(
     selections = reduced.selections
     if cut:  # counted among the tokens that entered the language model
         pairs = zip(reduced.selections, cut.selections, strict=True)
-        selections = [Selection(entered.indices[left.indices]) for entered, left in pairs]
+        selections = [Selection(entered.indices[left.indices], merged=left.merged) for entered, left in pairs]
     return Answers(texts, token_ids, first_logits, cache_bytes(cache), selections, reduced)
 
 
@@ -214,13 +229,44 @@ def layer_average(total: int, cuts: Sequence[Cut], layers: int) -> float:
     return sum(n * (end - start) for n, start, end in zip(counts, starts, starts[1:], strict=False)) / layers
 
 
+def _plan(
+    model: VisionLanguageModel, method: Method, images: Sequence[Image], budget: Budget | None, rules: Rules
+) -> tuple[list[int], list[int], list[tuple[int, int]]]:
+    """For each image its vision tokens, how many of them are to be kept, and the grid at which it is to be encoded."""
+    grids = [model.grid(image) for image in images]
+    totals = [rows * columns for rows, columns in grids]
+    keep = totals if budget is None else [budget.resolve(total) for total in totals]
+    if rules.budget_means == "layer-average" and budget is not None:
+        keep = [final_count(method, kept, n, model.layer_count) for kept, n in zip(keep, totals, strict=True)]
+    shapes = zip(grids, keep, images, strict=True)
+    return totals, keep, [method.resize(grid, kept, image.height / image.width) for grid, kept, image in shapes]
+
+
+def _cuts(method: Method, entering: int, keep: int, layers: int) -> tuple[Cut, ...]:
+    """The method's cuts of an image of which so many tokens enter the language model.
+
+    Raises MMTokError naming the method where they make no sense.
+    """
+    cuts, before, tokens = method.cuts(entering, keep, layers), 0, entering
+    for cut in cuts:
+        follows = before < cut.before < layers and 1 <= cut.keep <= tokens
+        if not follows or cut.reads not in (None, cut.before - 1, cut.before):
+            raise MMTokError(
+                f"{type(method).__name__} makes an impossible cut of {tokens} tokens among {layers} layers: {cut}",
+                "this is a defect of the method: cuts ascend, keep 1 token or more and none that has left, and read "
+                "the layer in front of them or the one behind",
+            )
+        before, tokens = cut.before, cut.keep
+    return cuts
+
+
 @lru_cache(maxsize=1024)
-def _final_count(method: Method, wanted: int, total: int, layers: int, rules: Rules) -> int:
-    """The budget behind the last cut; where budgets mean layer averages, the one that comes nearest to it.
+def final_count(method: Method, wanted: int, total: int, layers: int) -> int:
+    """How many tokens behind the last cut bring the layer average nearest to the one that is wanted.
 
     Raises MMTokError with the range where the layers before the first cut alone are too many.
     """
-    if rules.budget_means == "final" or not method.cuts(total, 1, layers):
+    if not method.cuts(total, 1, layers):
         return wanted
     averages = {n: layer_average(total, method.cuts(total, n, layers), layers) for n in range(1, total + 1)}
     lowest = min(averages.values())
@@ -251,8 +297,8 @@ def _cut_images(
     cuts: Sequence[tuple[Cut, ...]],
     inputs: dict[str, Any],
 ) -> list[CutImage]:
-    for v, cut in zip(vision, cuts, strict=True):
-        if cut:
+    for v, s, cut in zip(vision, selections, cuts, strict=True):
+        if cut and s.kept == v.total:
             require_eligible(v, cut[-1].keep)
     starts = model.image_starts(inputs["input_ids"], [s.kept for s in selections])
     return [

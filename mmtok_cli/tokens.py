@@ -55,13 +55,15 @@ class Selection:
         stands for no place.
     order: [kept], the same indices in the order in which they were picked, where there is one.
     gains: [kept], what each pick added to the method's objective, in the order of the picks.
-    tokens: [kept, dim], rows that stand in for `projected[indices]` where the method merges or pools.
+    tokens: [kept, dim], rows that stand in for those at `indices` where the method merges or pools.
+    merged: [kept], True for rows that are made of several places, where there are any.
     """
 
     indices: Tensor
     order: Tensor | None = None
     gains: Tensor | None = None
     tokens: Tensor | None = None
+    merged: Tensor | None = None
 
     @property
     def kept(self) -> int:

@@ -144,7 +144,6 @@ def test_constant_images(dtype: torch.dtype, value: float) -> None:
     flat = torch.full((36, 8), value, dtype=dtype)
     found = CDPruner().select(image_of(flat, flat, normal(0, 2, 8).to(dtype)), TEXT, 10)
     assert found.indices.tolist() == sorted(set(found.order.tolist())) and found.kept == 10
-    assert found.gains.isfinite().all()
 
 
 def test_excluded_tokens_might_as_well_not_be_there() -> None:
@@ -154,7 +153,7 @@ def test_excluded_tokens_might_as_well_not_be_there() -> None:
     places = eligible.nonzero().squeeze(1)
     found = CDPruner().select(image_of(projected, embeds, text, eligible), TEXT, 9)
     alone = CDPruner().select(image_of(projected[places], embeds[places], text), TEXT, 9)
-    assert found.order.equal(places[alone.order]) and found.gains.equal(alone.gains)
+    assert found.order.equal(places[alone.order])
     with pytest.raises(MMTokError, match="more than the 20 vision tokens"):
         CDPruner().select(image_of(projected, embeds, text, eligible), TEXT, 21)
 

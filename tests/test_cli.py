@@ -97,7 +97,7 @@ def test_prune_inside_the_language_model(tiny_directory: Path, photo: Path, tmp_
     assert early["images"][0]["layer_average"] == pytest.approx((36 + 3 * 6) / 4)
     assert early["positions"] == early["rules"]["positions"] == "renumber"
     shown = run(*command)
-    assert shown.stdout.startswith("6 of 36 vision tokens left by fastv @ 6, 21 on average over the decoder layers")
+    assert shown.stdout.startswith("6 of 36 vision tokens kept by fastv @ 6, 21 on average over the decoder layers")
 
 
 def test_prune_with_tokens_that_stand_for_no_place(tiny_directory: Path, photo: Path) -> None:
@@ -108,7 +108,9 @@ def test_prune_with_tokens_that_stand_for_no_place(tiny_directory: Path, photo: 
     assert entry["indices"] == sorted(set(entry["indices"])) and entry["indices"][0] >= 0
     assert "prefill" not in result["seconds"]
     shown = run(*command)
-    assert shown.stdout.startswith("8 of 36 vision tokens left by visionzip @ 8, not all of them single patches")
+    assert shown.stdout.startswith(
+        "8 of 36 vision tokens kept by visionzip @ 8, 1 of them merged and one the class token"
+    )
     assert shown.stdout.count("■") == 7
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import CLIPVisionModel
 
 from mmtok_cli.methods.visionzip import zip_tokens
-from mmtok_cli.models.clip_signals import class_attention, inputs_of, mean_keys
+from mmtok_cli.models.clip_signals import class_attention, inputs_of, mean_keys, patch_keys
 
 
 @cache
@@ -28,7 +28,8 @@ def encode(pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     attention = tower().encoder.layers[-2].self_attn
     with inputs_of(attention) as seen:
         hidden = tower()(pixels.float(), output_hidden_states=True).hidden_states[-2]
-    return hidden, class_attention(attention, seen[0]), mean_keys(attention, seen[0])
+    keys = patch_keys(attention, seen[0])
+    return hidden, class_attention(attention, seen[0], keys), mean_keys(keys)
 
 
 def test_cases_are_there() -> None:

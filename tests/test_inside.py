@@ -20,7 +20,7 @@ from mmtok_cli.models.attention_rows import attention_rows
 from mmtok_cli.models.llava import Llava
 from mmtok_cli.pipeline import Reduced, answer, inside, reduce
 from mmtok_cli.rules import Positions, Rules
-from mmtok_cli.tokens import Cut, LayerTokens, Selection
+from mmtok_cli.tokens import Cut, LayerTokens, Selection, TextTokens, VisionTokens
 
 BUDGET = Budget(count=8)
 STEPS = 8
@@ -258,6 +258,62 @@ def test_other_kernels_are_refused(tiny_sdpa: Llava, samples: list[Sample], monk
     monkeypatch.setattr(type(tiny_sdpa), "attention", "flash_attention_2")
     with pytest.raises(MMTokError, match="flash_attention_2"), inside(tiny_sdpa, reduced):
         pass
+
+
+def test_a_cache_of_another_prompt_is_refused(tiny_sdpa: Llava, samples: list[Sample]) -> None:
+    reduced, other = (reduce(tiny_sdpa, INSIDE["fastv"], [sample], BUDGET) for sample in samples[1:])
+    with torch.inference_mode():
+        cache = tiny_sdpa.model(**other.inputs, use_cache=True).past_key_values
+        with inside(tiny_sdpa, reduced), pytest.raises(MMTokError, match="were read behind"):
+            tiny_sdpa.model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+        longer = reduce(tiny_sdpa, INSIDE["fastv"], [samples[0]], BUDGET)
+        assert longer.inputs["input_ids"].shape[1] > other.inputs["input_ids"].shape[1]
+        with inside(tiny_sdpa, other), pytest.raises(MMTokError, match=r"need it in one piece"):
+            tiny_sdpa.model(**longer.inputs, use_cache=True)
+
+
+def test_the_context_is_not_entered_twice(tiny_sdpa: Llava, samples: list[Sample]) -> None:
+    cut = inside(tiny_sdpa, reduce(tiny_sdpa, INSIDE["fastv"], samples, BUDGET))
+    with cut, pytest.raises(RuntimeError, match="open already"), cut:
+        pass
+    assert not any(layer._forward_pre_hooks for layer in tiny_sdpa.model.model.language_model.layers)
+
+
+@pytest.mark.parametrize("cuts", [(Cut(0, 8),), (Cut(9, 8),), (Cut(2, 8), Cut(1, 4)), (Cut(1, 37),), (Cut(3, 8, 0),)])
+def test_impossible_cuts_are_named(cuts: tuple[Cut, ...], tiny_sdpa: Llava, samples: list[Sample]) -> None:
+    class Impossible(Everything):
+        def cuts(self, total: int, budget: int, layers: int) -> tuple[Cut, ...]:
+            return cuts
+
+    with pytest.raises(MMTokError, match="Impossible makes an impossible cut"):
+        reduce(tiny_sdpa, Impossible(), samples, BUDGET)
+
+
+@dataclass(frozen=True)
+class Halving(Everything):
+    """Half of the tokens before the language model, the rest inside."""
+
+    def select(self, vision: VisionTokens, text: TextTokens, budget: int) -> Selection:
+        return Selection(torch.arange(0, vision.total, 2))
+
+    def cuts(self, total: int, budget: int, layers: int) -> tuple[Cut, ...]:
+        return (Cut(2, budget),)
+
+    def choose(self, tokens: LayerTokens, cut: Cut) -> Selection:
+        return Selection(torch.arange(cut.keep) + 1)
+
+
+def test_method_that_acts_at_two_places(tiny: Llava, samples: list[Sample]) -> None:
+    said = answer(tiny, Halving(), samples, BUDGET, max_new_tokens=2)
+    assert [s.indices.tolist() for s in said.selections] == [list(range(2, 18, 2))] * 3
+    assert [(t.kept, t.layer_average) for t in said.reduced.tokens] == [(8, 13)] * 3
+    with pytest.raises(MMTokError, match="no budget for a method that drops tokens both"):
+        answer(tiny, Halving(), samples, Budget(count=20), rules=Rules(budget_means="layer-average"))
+
+
+def test_merged_tokens_are_marked(tiny: Llava, samples: list[Sample]) -> None:
+    selection = answer(tiny, INSIDE["sparsevlm"], samples[:1], BUDGET, max_new_tokens=1).selections[0]
+    assert selection.merged is not None and bool(selection.merged[-1]) and not bool(selection.merged.all())
 
 
 def test_a_method_that_breaks_its_promise_is_named(tiny_sdpa: Llava, samples: list[Sample]) -> None:

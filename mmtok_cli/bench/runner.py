@@ -11,9 +11,10 @@ from mmtok_cli.bench.clock import Clock
 from mmtok_cli.bench.memory import host_memory, peak_memory
 from mmtok_cli.budget import Budget
 from mmtok_cli.data.samples import Sample
+from mmtok_cli.errors import MMTokError
 from mmtok_cli.methods.base import Method
 from mmtok_cli.models.base import Stage, VisionLanguageModel
-from mmtok_cli.pipeline import RELEASED, Answers, TokenCounts, answer
+from mmtok_cli.pipeline import RELEASED, Answers, TokenCounts, answer, check_budget
 from mmtok_cli.rules import Positions, Rules
 
 
@@ -28,6 +29,13 @@ class Case:
 
     def __str__(self) -> str:
         return self.name if self.budget is None else f"{self.name} @ {self.budget}"
+
+    def check(self, model: VisionLanguageModel, samples: Sequence[Sample]) -> None:
+        """Refuse a budget that cannot be met. Raises MMTokError that names the case."""
+        try:
+            check_budget(model, self.method, samples, self.budget, self.rules)
+        except MMTokError as error:
+            raise MMTokError(f"{self}: {error.message}", error.hint) from error
 
     def answer(
         self, model: VisionLanguageModel, samples: Sequence[Sample], max_new_tokens: int, stage: Stage

@@ -107,6 +107,8 @@ def compare(
     if whole < limit:
         notes.print(f"asking {whole} of {limit} samples: whole batches of {batch_size}, so that all runs are alike")
     groups = list(batches(demo_samples(whole), batch_size))
+    for case in cases:
+        case.check(vlm, [sample for group in groups for sample in group])
     order = interleaved(len(cases), rounds or len(groups), seed)
     done = []
     interrupted = False
@@ -149,7 +151,7 @@ def compare(
         report.print_json(comparison)
     else:
         out = report.results_console()
-        rules = tables.rules_text(comparison)
+        rules = tables.rules_text(setup.rules, settings)
         out.print(
             f"{report.printable(model)}: {comparison.schedule.samples} samples, batches of {batch_size}, seed {seed}"
             + (f"; {rules}" if rules else "")

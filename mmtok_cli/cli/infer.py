@@ -71,7 +71,7 @@ def infer(
 
     from mmtok_cli.bench.runner import run_case
     from mmtok_cli.report.console import notes_console, print_json, results_console
-    from mmtok_cli.report.tables import answer_table
+    from mmtok_cli.report.tables import answer_table, rules_text
 
     with notes_console(quiet).status("answering"):
         for each in cases:  # kernels are chosen and memory is claimed in a first run, which is not timed
@@ -88,6 +88,8 @@ def infer(
     for each, run in zip(cases, runs, strict=True):
         out.print(Text.assemble((f"{each}: " if baseline else "", "bold"), run.answers[0]))
     out.print(answer_table([str(each) for each in cases], runs))
+    if rules_said := rules_text(setup.rules, settings):
+        out.print(rules_said, style="dim", markup=False)
 
 
 def _as_json(run: Run) -> dict[str, Any]:

@@ -145,7 +145,7 @@ def profile(
     notes = report.notes_console(quiet)
     baseline, *others = result.cases
     for note in [
-        *filter(None, [tables.rules_text(result)]),
+        *filter(None, [tables.rules_text(setup.rules, settings)]),
         tables.ceiling(baseline),
         *tables.layer_notes(result.cases),
         *tables.inconclusive_notes(others, tables.COMPARED),

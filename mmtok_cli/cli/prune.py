@@ -92,11 +92,13 @@ def prune(
     from mmtok_cli.report import console as report
     from mmtok_cli.report.catalogues import kept_map
     from mmtok_cli.report.overlay import overlay, save_image
+    from mmtok_cli.report.tables import rules_text
 
     reduced, selection, seconds = _reduce(vlm, case, sample)
     vision, tokens = reduced.vision[0], reduced.tokens[0]
     indices = selection.places.tolist()
     order = None if selection.order is None else [place for place in selection.order.tolist() if place >= 0]
+    merged = [] if selection.merged is None else selection.indices[selection.merged].tolist()
     gains = None if selection.gains is None else selection.gains.tolist()
     if gain_curve and gains is None:
         if tokens.kept == tokens.total:
@@ -105,7 +107,7 @@ def prune(
 
     picture = sample.images[0]
     if output:
-        save_image(overlay(picture, vlm.patch_boxes(picture, vision.grid), indices, order, mark), output)
+        save_image(overlay(picture, vlm.patch_boxes(picture, vision.grid), indices, order, mark, merged), output)
     if gain_curve and gains is not None:
         from mmtok_cli.report.plots import save_gain_curve
 
@@ -120,6 +122,8 @@ def prune(
             "kept": tokens.kept,
             "layer_average": tokens.layer_average,
             "indices": indices,
+            "merged": sorted(merged),
+            "class_token": bool((selection.indices < 0).any()),
         }
         entry |= {"order": order} if order is not None else {}
         entry |= {"gains": gains} if gains is not None else {}
@@ -130,8 +134,10 @@ def prune(
         return
     out = report.results_console()
     out.print(_sentence(case, reduced, selection), soft_wrap=True)
+    if rules_said := rules_text(setup.rules, settings):
+        out.print(rules_said, style="dim", markup=False)
     if out.width >= 3 * vision.grid[1]:
-        out.print(kept_map(vision.grid, indices, order, mark, vision.eligible.tolist()))
+        out.print(kept_map(vision.grid, indices, order, mark, vision.eligible.tolist(), merged))
     for path in filter(None, (output, gain_curve)):
         out.print(f"wrote {report.printable(path)}", soft_wrap=True)
 
@@ -164,9 +170,10 @@ def _sentence(case: Case, reduced: Reduced, selection: Selection) -> str:
     from mmtok_cli.report.units import number
 
     tokens, (rows, columns) = reduced.tokens[0], reduced.vision[0].grid
-    how, more = "kept", ""
-    if selection.tokens is not None:
-        how, more = "left", ", not all of them single patches"
-    elif reduced.cuts:
-        how, more = "left", f", {number(round(tokens.layer_average, 1))} on average over the decoder layers"
-    return f"{tokens.kept} of {tokens.total} vision tokens {how} by {case}{more} ({rows}x{columns} grid)"
+    more = ""
+    if selection.merged is not None and bool(selection.merged.any()):
+        merged, classes = int(selection.merged.sum()), int((selection.indices < 0).sum())
+        more += f", {merged} of them merged" + (" and one the class token" if classes else "")
+    if reduced.cuts:
+        more += f", {number(round(tokens.layer_average, 1))} on average over the decoder layers"
+    return f"{tokens.kept} of {tokens.total} vision tokens kept by {case}{more} ({rows}x{columns} grid)"

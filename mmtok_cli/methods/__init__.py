@@ -51,8 +51,10 @@ def method_class(name: str) -> type[Method]:
 
 
 def make_method(name: str, **parameters: Any) -> Method:
-    """Build the method called `name`; `parameters` are its fields. Raises MMTokError for an unknown name."""
-    return method_class(name)(**parameters)
+    """Build the method called `name`; `parameters` are its fields, lists as tuples. Raises MMTokError for an unknown
+    name."""
+    fixed = {key: tuple(value) if isinstance(value, list) else value for key, value in parameters.items()}
+    return method_class(name)(**fixed)
 
 
 def accepted(name: str, parameters: Mapping[str, Any]) -> dict[str, Any]:

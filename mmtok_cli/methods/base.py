@@ -97,15 +97,17 @@ def require_layers(parameter: str, given: Sequence[int], layers: int, first: int
     """
     last = layers - 2 + first
     if not given or sorted(set(given)) != list(given) or not first <= given[0] <= given[-1] <= last:
-        example = ",".join(str(first + i) for i in range(len(given)))
-        what = f"choose from {first} to {last}, ascending, as in --set {parameter}={example}"
+        example = ",".join(str(first + i) for i in range(min(len(given), last - first + 1)))
         raise MMTokError(
             f"{parameter}={','.join(map(str, given))} does not fit a language model of {layers} layers",
-            what if given and first + len(given) - 1 <= last else "use another method on this model",
+            f"choose from {first} to {last}, ascending, as in --set {parameter}={example}",
         )
 
 
 def highest(scores: Tensor, eligible: Tensor, keep: int) -> Selection:
-    """The `keep` tokens of the highest scores [tokens], those that are not eligible only when all others are taken."""
-    order = scores.float().masked_fill(~eligible, float("-inf")).topk(keep).indices
+    """The `keep` tokens of the highest scores [tokens], those that are not eligible only when all others are taken.
+
+    Of equal scores the first goes first, on every device.
+    """
+    order = scores.float().masked_fill(~eligible, float("-inf")).argsort(descending=True, stable=True)[:keep]
     return Selection(order.sort().values, order=order)

@@ -50,9 +50,9 @@ class CDPruner(Method):
         places = vision.eligible.nonzero().squeeze(1)
         image_embeds = vision.signals["clip_image_embeds"][places]
         scores = relevance(image_embeds[None], vision.signals["clip_text_embeds"], self.relevance_sign)
-        order, gains = greedy_determinant(conditional_kernel(vision.projected[places][None], scores), budget)
+        order, _ = greedy_determinant(conditional_kernel(vision.projected[places][None], scores), budget)
         picks = places[order[0]]
-        return Selection(picks.sort().values, picks, gains[0])
+        return Selection(picks.sort().values, picks)  # its gains are factors of a determinant, not sums
 
 
 @torch.no_grad()

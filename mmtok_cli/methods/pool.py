@@ -34,4 +34,7 @@ class Pool(Method):
         middle_row = top + (2 * torch.arange(rows) + 1) * height // (2 * rows)
         middle_column = left + (2 * torch.arange(columns) + 1) * width // (2 * columns)
         indices = (middle_row[:, None] * vision.grid[1] + middle_column).flatten()
-        return Selection(indices.to(content.device), tokens=cells.flatten(1).T.contiguous())
+        indices = indices.to(content.device)
+        return Selection(
+            indices, tokens=cells.flatten(1).T.contiguous(), merged=torch.ones_like(indices, dtype=torch.bool)
+        )

@@ -94,7 +94,9 @@ class SparseVLM(SparseVLM2):
         recycled = ranked[kept : kept + int(dropped * 0.3) + 1]
         merged, centres = cluster_and_merge(tokens.hidden[recycled], _clusters(dropped))
         places = ranked[:kept].sort().values
-        return Selection(torch.cat([places, recycled[centres]]), tokens=torch.cat([tokens.hidden[places], merged]))
+        indices = torch.cat([places, recycled[centres]])
+        is_merged = torch.arange(len(indices), device=indices.device) >= kept
+        return Selection(indices, tokens=torch.cat([tokens.hidden[places], merged]), merged=is_merged)
 
     def _scores(self, tokens: LayerTokens) -> Tensor:
         return _attention(tokens).mean((0, 1))
@@ -132,7 +134,7 @@ def cluster_and_merge(tokens: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
     centre. tokens: [tokens, dim].
     """
     points = tokens.float()
-    distance = (points[:, None] - points[None]).norm(dim=-1) / points.shape[1] ** 0.5
+    distance = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist") / points.shape[1] ** 0.5
     density = (-distance.topk(clusters, largest=False).values.square().mean(-1)).exp()
     index = torch.arange(len(tokens), device=tokens.device)
     denser = (density[None] > density[:, None]) | ((density[None] == density[:, None]) & (index[None] < index[:, None]))

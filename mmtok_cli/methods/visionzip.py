@@ -22,10 +22,11 @@ class VisionZip(Method):
     """Keeps the class token and the patches that it attends to most, and merges the others into a few tokens.
 
     The first kind is called dominant (paper, section 3.2), the second contextual (section 3.3). As in the authors'
-    code: the class token is one of the budget, it goes through the projector although LLaVA was never trained on it,
-    padding competes with the rest, and the tokens enter the language model as class token, dominant patches,
-    contextual tokens, at positions counted anew. Corrected: a budget without contextual tokens works, instead of
-    dividing by zero, and scores are computed in float32 in every model.
+    code: the class token is one of the budget, it goes through the projector although LLaVA was never trained on
+    it, padding competes with the rest, and the tokens enter the language model as class token, dominant patches,
+    contextual tokens, at positions counted anew (where positions are kept, the class token takes the image's
+    first). On the harmonised track padding is neither kept nor merged. Corrected: a budget without contextual
+    tokens works, instead of dividing by zero, and scores are computed in float32 in every model.
 
     contextual: how many tokens of the budget are contextual. None follows the authors' 5.4 : 1, rounded: 162 + 30 of
         192, 108 + 20 of 128, 54 + 10 of 64, 27 + 5 of 32, and none at all of 3 or fewer.
@@ -61,7 +62,8 @@ class VisionZip(Method):
             eligible=vision.eligible,
             merge=self.merge,
         )
-        return Selection(indices, tokens=vision.project(rows))
+        merged = torch.arange(budget, device=indices.device) >= budget - contextual
+        return Selection(indices, tokens=vision.project(rows), merged=merged)
 
     def _contextual(self, vision: VisionTokens, budget: int) -> int:
         """How many tokens of the budget are contextual. Raises MMTokError where the budget cannot be met."""

@@ -23,10 +23,10 @@ class VisPruner(Method):
 
     As in the authors' code: attention is averaged over the heads, half of the budget (rounded down) is important
     tokens, the rest is thinned out round by round until it fits, similarity is that of the features before the
-    projector, padding competes with the rest, and positions are counted anew. Corrected: the released code fails
-    where the rest is odd in number (58 of 576), or where a round would drop more than it may. Here the half that is
-    thinned takes the odd one, and no round drops more than that half holds. Scores are computed in float32 in every
-    model, and of equal scores the token first in line goes first.
+    projector, padding competes with the rest (not on the harmonised track), and positions are counted anew.
+    Corrected: the released code fails where the rest is odd in number (58 of 576), or where a round would drop more
+    than it may. Here the half that is thinned takes the odd one, and no round drops more than that half holds.
+    Scores are computed in float32 in every model, and of equal scores the token first in line goes first.
 
     important_ratio: share of the budget that goes to important tokens.
     """

@@ -16,23 +16,26 @@ def attention_rows(layer: Any, hidden: Tensor, rotary: Rotary, queries: Tensor, 
 
     layer: a decoder layer of transformers' Llama, Mistral or Qwen kind. hidden: [tokens, dim], what it is called with.
     rotary: cosine and sine of the tokens' positions, [tokens, head dim]. queries: [queries], indices of tokens.
-    keys: [KV heads, tokens, head dim], rotated, where the layer's cache holds them already. The softmax is in float32.
+    keys: [KV heads, tokens, head dim], rotated, where the layer's cache holds them already.
+
+    Logits and softmax are float32.
     """
-    attention, normed = layer.self_attn, layer.input_layernorm(hidden)
-    rows = _heads(attention.q_proj(normed[queries]), attention, "q_norm")
+    attention = layer.self_attn
+    rows = _heads(attention.q_proj(layer.input_layernorm(hidden[queries])), attention, "q_norm")
     rows = _rotate(attention, rows, (rotary[0][queries], rotary[1][queries]))
     if keys is None:
-        keys = _rotate(attention, _heads(attention.k_proj(normed), attention, "k_norm"), rotary)
-    grouped = rows.unflatten(0, (keys.shape[0], -1))  # query heads that share a key head
-    logits = (grouped @ keys.unsqueeze(1).transpose(2, 3)).flatten(0, 1).float() * attention.scaling
+        keys = _rotate(attention, _heads(attention.k_proj(layer.input_layernorm(hidden)), attention, "k_norm"), rotary)
+    grouped = rows.float().unflatten(0, (keys.shape[0], -1))  # query heads that share a key head
+    logits = (grouped @ keys.float().unsqueeze(1).transpose(2, 3)).flatten(0, 1) * attention.scaling
     ahead = torch.arange(hidden.shape[0], device=hidden.device) > queries[:, None]
     return logits.masked_fill(ahead, float("-inf")).softmax(-1)
 
 
 def rotary_response(layer: Any, rotary: Rotary, queries: Tensor, tokens: Tensor) -> Tensor:
     """Attention logits between tokens whose queries and keys are vectors of ones: [queries, tokens]."""
-    ones = torch.ones_like(rotary[0])
-    rotated = _rotate(layer.self_attn, ones[None], rotary)[0]
+    cos, sin = (part.float() for part in rotary)
+    ones = torch.ones_like(cos)
+    rotated = _rotate(layer.self_attn, ones[None], (cos, sin))[0]
     return rotated[queries] @ rotated[tokens].T / ones.shape[1] ** 0.5
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -29,6 +30,16 @@ class Encoded:
     seen: Sequence[Tensor]
     tower: Callable[[], ClipText]
 
+    @cached_property
+    def keys(self) -> Tensor:
+        """Of the attention module, for all signals that read them: [images, heads, 1 + tokens, head dim]."""
+        return patch_keys(self.attention, self.seen[0])
+
+    def text_embeds(self) -> list[Tensor]:
+        """Each image's question through the tower; images of one question share it."""
+        embeds = {question: self.tower().text_embeds(question) for question in dict.fromkeys(self.questions)}
+        return [embeds[question] for question in self.questions]
+
 
 @contextmanager
 def inputs_of(module: torch.nn.Module) -> Iterator[list[Tensor]]:
@@ -45,34 +56,36 @@ def inputs_of(module: torch.nn.Module) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def class_attention(attention: Any, hidden: Tensor) -> Tensor:
-    """Probabilities with which the class token attends to each patch: [batch, heads, patches], softmax in float32.
+def patch_keys(attention: Any, hidden: Tensor) -> Tensor:
+    """The attention module's keys: [batch, heads, 1 + patches, head dim]. hidden: what it was called with."""
+    return attention.k_proj(hidden).unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2)
 
-    hidden: [batch, 1 + patches, dim], what the attention module was called with. The class token's own share stays in
-    the softmax, so that rows add up to less than one.
+
+def class_attention(attention: Any, hidden: Tensor, keys: Tensor) -> Tensor:
+    """Probabilities with which the class token attends to each patch: [batch, heads, patches], in float32.
+
+    hidden: [batch, 1 + patches, dim], what the attention module was called with; keys: of `patch_keys`. The class
+    token's own share stays in the softmax, so that rows add up to less than one.
     """
-    heads = (hidden.shape[0], -1, attention.num_heads, attention.head_dim)
-    query = attention.q_proj(hidden[:, :1]).view(heads).transpose(1, 2)
-    keys = attention.k_proj(hidden).view(heads).transpose(1, 2)
-    logits = (query @ keys.transpose(2, 3)).float() * attention.scale
+    query = attention.q_proj(hidden[:, :1]).unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2)
+    logits = query.float() @ keys.float().transpose(2, 3) * attention.scale
     return logits.softmax(-1)[:, :, 0, 1:]
 
 
-def mean_keys(attention: Any, hidden: Tensor) -> Tensor:
-    """Keys of each patch, averaged over the heads: [batch, patches, head dim]. hidden: as in `class_attention`."""
-    batch, tokens, _ = hidden.shape
-    return attention.k_proj(hidden[:, 1:]).view(batch, tokens - 1, attention.num_heads, attention.head_dim).mean(2)
+def mean_keys(keys: Tensor) -> Tensor:
+    """Keys of each patch, averaged over the heads: [batch, patches, head dim]. keys: of `patch_keys`."""
+    return keys[:, :, 1:].mean(1)
 
 
 # Each gives one tensor per image, of the shape that its comment says.
 Signal = Callable[[Encoded], Tensor | list[Tensor]]
 ATTENTION_SIGNALS: dict[str, Signal] = {
-    "class_attention": lambda e: class_attention(e.attention, e.seen[0]),  # [heads, tokens]
-    "mean_keys": lambda e: mean_keys(e.attention, e.seen[0]),  # [tokens, head dim]
+    "class_attention": lambda e: class_attention(e.attention, e.seen[0], e.keys),  # [heads, tokens]
+    "mean_keys": lambda e: mean_keys(e.keys),  # [tokens, head dim]
 }
 TOWER_SIGNALS: dict[str, Signal] = {
     "clip_image_embeds": lambda e: e.tower().image_embeds(e.hidden[:, 1:]),  # [tokens, clip dim]
-    "clip_text_embeds": lambda e: [e.tower().text_embeds(q) for q in e.questions],  # [pieces, clip dim]
+    "clip_text_embeds": Encoded.text_embeds,  # [pieces, clip dim]
 }
 SIGNALS: dict[str, Signal] = {
     "class_feature": lambda e: e.hidden[:, 0],  # [dim]

@@ -27,10 +27,11 @@ from mmtok_cli.tokens import Cut, LayerTokens, Selection
 class Inside:
     """Context within which a prompt's images are cut down between decoder layers.
 
-    It serves plain forward passes, greedy decoding, sampling and beams, with and without a KV cache, on prompts
-    padded on the left. Every forward pass with an empty cache is a prefill and chooses anew. Kept tokens stay at
-    their positions (`keep`), or each shorter sequence is counted anew and decoding goes on from its end (`renumber`).
-    On leaving, the hooks are gone and the model is as it was.
+    It serves forward passes, greedy decoding, sampling and beams of one prompt, padded on the left, without gradients.
+    Every forward pass with an empty cache is a prefill and chooses anew; so does, without a cache, every step, from the
+    token generated last. Kept tokens stay at their positions (`keep`), or each shorter sequence is counted anew and
+    decoding goes on from its end (`renumber`). On leaving, the hooks are gone and the model is as it was; a cache that
+    was filled here must be decoded here.
 
     selections: after a prefill, for each image which of the tokens that entered went through the last layer.
 
@@ -68,6 +69,8 @@ class Inside:
         self._step: dict[int, dict[str, Any]] = {}
 
     def __enter__(self) -> Inside:
+        if self._handles:
+            raise RuntimeError("this context is open already")
         layers = list(self._model.layers)
         if len(layers) in self._cut_layers:
             layers.append(self._model.norm)  # a cut behind the last layer comes before the final norm
@@ -91,7 +94,8 @@ class Inside:
         if index in self._cut_layers:
             with self._stage("select"):
                 hidden, now = self._cut(index, now, hidden, kwargs.get("past_key_values"))
-            self._reached = self._behind[index] = now
+            self._reached = now
+            self._behind[index] = replace(now, mask=None)  # decoding builds its own
             self._read.clear()
         if index in self._read_layers:
             self._read[index] = hidden
@@ -118,7 +122,8 @@ class Inside:
             )
         cached = 0 if cache is None else cache.get_seq_length()
         batch, width, _ = hidden.shape
-        if cached == 0 and width >= self._width and batch % len(self._lengths) == 0:
+        fits = width == self._width or (cache is None and width > self._width)
+        if cached == 0 and fits and batch % len(self._lengths) == 0:
             self._behind.clear()
             self._prefilled = width
             self._reached = self._start(hidden, kwargs)
@@ -139,7 +144,8 @@ class Inside:
         batch, width, _ = hidden.shape
         copies = batch // len(self._lengths)
         rows = []
-        for number, prompt in enumerate(self._lengths):
+        for number in range(batch):
+            prompt = self._lengths[number // copies]
             row = Row(
                 length=prompt + width - self._width,
                 images=tuple(
@@ -148,15 +154,17 @@ class Inside:
                         start=plan.start - (self._width - prompt),
                         places=torch.arange(len(plan.eligible), device=hidden.device),
                         eligible=plan.eligible,
+                        merged=torch.zeros_like(plan.eligible),
                     )
                     for plan in self._images
-                    if plan.row == number
+                    if plan.row == number // copies
                 ),
             )
             if self._read_layers - {None}:
                 with self._stage("select"):
-                    row = self._with_queries(row, hidden[number * copies, width - row.length :])
-            rows += [row] * copies
+                    row = self._with_queries(row, hidden[number, width - row.length :])
+            rows.append(row)
+        mask = kwargs.get("attention_mask")
         if self._positions == "renumber" and kwargs.get("position_ids") is None:
             raise MMTokError("this model's positions cannot be counted anew", "use --positions keep")
         return LayerSequence(
@@ -164,7 +172,8 @@ class Inside:
             width=width,
             live=None,
             removed=torch.zeros(batch, dtype=torch.long, device=hidden.device),
-            mask=kwargs.get("attention_mask"),
+            mask=mask,
+            mask_dtype=torch.bool if mask is None else mask.dtype,
             position_ids=kwargs.get("position_ids"),
             rotary=kwargs["position_embeddings"],
         )
@@ -173,6 +182,11 @@ class Inside:
         images = []
         for image in row.images:
             text = hidden[row.text_behind(image, hidden.device)]
+            if not len(text):
+                raise MMTokError(
+                    f"no text follows {image.plan.image_id}, so that nothing can ask for its tokens",
+                    "put the question behind the image, or use a method that acts before the language model",
+                )
             images.append(replace(image, queries=image.plan.queries(hidden[image.start : image.end], text)))
         return replace(row, images=tuple(images))
 
@@ -206,13 +220,15 @@ class Inside:
             rotary = self._model.rotary_emb(remaining, position_ids)
         copies = batch // len(self._lengths)
         images = {id(image.plan): image for row in rows[::copies] for image in row.images}
-        self.selections = [Selection(images[id(plan)].places) for plan in self._images]
+        left = [images[id(plan)] for plan in self._images]
+        self.selections = [Selection(image.places, merged=image.merged) for image in left]
         return remaining, LayerSequence(
             rows=rows,
             width=width,
             live=live,
             removed=now.removed + torch.tensor(removed, device=hidden.device),
-            mask=causal_mask(width, live, now.mask),
+            mask=causal_mask(width, live, now.mask_dtype, hidden.device),
+            mask_dtype=now.mask_dtype,
             position_ids=position_ids,
             rotary=rotary,
         )
@@ -242,8 +258,16 @@ class Inside:
                         f"the method kept {chosen.kept} of {image.plan.image_id} where its cut promised {cut.keep}",
                         "this is a defect of the method: its `choose` must keep what `cuts` said",
                     )
-                places = image.places[chosen.indices]
-                images.append(replace(image, start=length, places=places, eligible=image.eligible[chosen.indices]))
+                merged = image.merged[chosen.indices]
+                images.append(
+                    replace(
+                        image,
+                        start=length,
+                        places=image.places[chosen.indices],
+                        eligible=image.eligible[chosen.indices],
+                        merged=merged if chosen.merged is None else merged | chosen.merged,
+                    )
+                )
                 kept_slots.append(image.start + chosen.indices)
                 kept_states.append(tokens.hidden[chosen.indices] if chosen.tokens is None else chosen.tokens.to(hidden))
             length += len(images[-1].places)
@@ -284,9 +308,9 @@ class Inside:
         if behind not in self._step:
             sequence = self._behind[behind]
             arguments: dict[str, Any] = {"attention_mask": None}
-            if sequence.live is not None and sequence.mask is not None:
+            if sequence.live is not None:
                 visible = pad(sequence.live, (0, self._generated), value=True)[:, None, None]
-                arguments["attention_mask"] = as_mask(visible, sequence.mask.dtype)
+                arguments["attention_mask"] = as_mask(visible, sequence.mask_dtype)
             if self._positions == "renumber":
                 position_ids = kwargs["position_ids"] - sequence.removed[:, None]
                 arguments["position_ids"] = position_ids

@@ -31,7 +31,8 @@ class CutImage:
 
 @dataclass(frozen=True)
 class ImageTokens:
-    """An image's tokens in a sequence: where they start in the row, what they stand for, which of them may be kept.
+    """An image's tokens in a sequence: where they start in the row, what they stand for, which of them may be kept, and
+    which are made of several.
 
     queries: which text tokens behind the image ask for it.
     """
@@ -40,6 +41,7 @@ class ImageTokens:
     start: int
     places: Tensor
     eligible: Tensor
+    merged: Tensor
     queries: Tensor | None = None
 
     @property
@@ -65,7 +67,8 @@ class Row:
 class LayerSequence:
     """What the decoder layers between two cuts are called with; rows stand at the right end of `width` slots.
 
-    live: [batch, width], None where every slot is. removed: [batch], tokens fewer than in the prompt.
+    live: [batch, width], None where every slot is. removed: [batch], tokens fewer than in the prompt. mask_dtype: bool
+    for kernels that take a mask of what is visible, a number's for those that add it to the logits.
     """
 
     rows: list[Row]
@@ -73,6 +76,7 @@ class LayerSequence:
     live: Tensor | None
     removed: Tensor
     mask: Tensor | None
+    mask_dtype: torch.dtype
     position_ids: Tensor | None
     rotary: Rotary
 
@@ -82,20 +86,19 @@ def gather_slots(rows: Tensor, index: Tensor) -> Tensor:
     return rows.expand(len(index), -1, -1).gather(1, index[:, :, None].expand(-1, -1, rows.shape[-1]))
 
 
-def causal_mask(width: int, live: Tensor | None, like: Tensor | None) -> Tensor | None:
-    """The attention mask [batch or 1, 1, width, width] of a sequence that remains, in the form of the mask `like`; None
-    is plain causal attention to a fused kernel.
+def causal_mask(width: int, live: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """The attention mask [batch or 1, 1, width, width] of a sequence that remains, in the kernel's form.
+
+    None is plain causal attention to a fused kernel.
 
     Dead slots are hidden from all others and see themselves, lest their softmax be over nothing.
     """
-    additive = like is not None and like.dtype != torch.bool
-    if live is None and not additive:
+    if live is None and dtype == torch.bool:
         return None
-    device = live.device if live is not None else like.device if like is not None else None
     visible = torch.ones(1, 1, width, width, dtype=torch.bool, device=device).tril()
     if live is not None:
         visible = (visible & live[:, None, None]) | torch.eye(width, dtype=torch.bool, device=device)
-    return as_mask(visible, like.dtype if like is not None else torch.bool)
+    return as_mask(visible, dtype)
 
 
 def as_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:

@@ -89,9 +89,15 @@ def yes_or_no(fact: bool) -> str:
 
 
 def kept_map(
-    grid: tuple[int, int], indices: Sequence[int], order: Sequence[int] | None, mark: int, eligible: Sequence[bool]
+    grid: tuple[int, int],
+    indices: Sequence[int],
+    order: Sequence[int] | None,
+    mark: int,
+    eligible: Sequence[bool],
+    merged: Sequence[int] = (),
 ) -> Text:
-    """The token grid: the first picks numbered, kept tokens as blocks, dropped ones as dots, padding left blank."""
+    """The token grid: the first picks numbered, kept tokens as blocks, merged ones as hollow blocks, dropped ones as
+    dots, padding left blank."""
     kept = set(indices)
     ranks = {index: rank for rank, index in enumerate(order[: min(mark, 99)] if order else (), start=1)}
     lines = []
@@ -101,7 +107,7 @@ def kept_map(
             if i in ranks:
                 line.append(f"{ranks[i]:>2} ", style="bold red")
             elif i in kept:
-                line.append(" ■ ", style="yellow")
+                line.append(" □ " if i in merged else " ■ ", style="yellow")
             else:
                 line.append(" · " if eligible[i] else "   ", style="dim")
         lines.append(line)

@@ -17,18 +17,24 @@ Box = tuple[float, float, float, float]
 
 
 def overlay(
-    image: Image, boxes: Sequence[Box], kept: Sequence[int], order: Sequence[int] | None, mark: int = 8
+    image: Image,
+    boxes: Sequence[Box],
+    kept: Sequence[int],
+    order: Sequence[int] | None,
+    mark: int = 8,
+    merged: Sequence[int] = (),
 ) -> Image:
     """The image with dropped patches dimmed and kept ones framed; the first `mark` picks carry their rank.
 
-    boxes: pixels of the image that each vision token covers; what lies outside the image is padding.
+    boxes: pixels of the image that each vision token covers; what lies outside the image is padding. merged: those of
+    `kept` that only stand for a token made of several patches; they are framed and stay dim.
     """
     scale = max(1, round(720 / max(image.size)))
     large = image.resize((image.width * scale, image.height * scale), PILImage.Resampling.BICUBIC)
     faded = ImageEnhance.Brightness(ImageEnhance.Color(large).enhance(0.25)).enhance(0.35)
     for index in kept:
         box = _clip(boxes[index], scale, large)
-        if box:
+        if box and index not in merged:
             faded.paste(large.crop(box), box[:2])
     draw = ImageDraw.Draw(faded)
     width = max(1, max(large.size) // 480)

@@ -14,6 +14,7 @@ from mmtok_cli.report.units import count, number, seconds, share, size, spread
 if TYPE_CHECKING:
     from mmtok_cli.bench.results import CaseResult, Comparison, Environment, Operator, Profile, Speedup, Times
     from mmtok_cli.bench.runner import Run
+    from mmtok_cli.rules import Rules
 
 STAGE_NAMES = ("prepare", "encode", "select", "prefill", "ttft", "decode", "total")
 COMPARED = tuple(stage for stage in STAGE_NAMES if stage != "select")  # the baseline has nothing to select
@@ -101,7 +102,7 @@ def comparison_notes(comparison: Comparison) -> list[str]:
         "times are medians over rounds, of a whole batch; speedups are paired within rounds, with a 95 % interval",
         "TTFT, the time to the first token: prepare, encode, select and prefill. KV cache and FLOPs are per sample",
     ]
-    notes += [*overhead_notes(others), *layer_notes(others)]
+    notes += [*overhead_notes(others), *layer_notes(others), *position_notes(others)]
     notes += inconclusive_notes(others, ("prefill", "ttft"))
     if first.score_counts and first.score_counts.asked < 200:
         notes.append(f"scores of so few questions ({first.score_counts.asked}) vary by several points: raise --limit")
@@ -129,15 +130,25 @@ def layer_notes(results: Sequence[CaseResult]) -> list[str]:
     ]
 
 
-def rules_text(result: Comparison | Profile) -> str:
-    """The rules in words, as far as they are not the usual ones."""
-    rules = result.rules
+def rules_text(rules: Rules, settings: Sequence[str] | None = None) -> str:
+    """The rules in words, as far as they are not the usual ones, and what was set of the methods' parameters."""
     said = [] if rules.track == "released" else [f"{rules.track} track"]
     if rules.positions:
         said.append("positions kept" if rules.positions == "keep" else "positions counted anew")
     if rules.budget_means == "layer-average":
         said.append("budgets are layer averages")
-    return ", ".join(said)
+    return ", ".join([*said, *(settings or ())])
+
+
+def position_notes(results: Sequence[CaseResult]) -> list[str]:
+    """A warning where methods differ in what they do with positions."""
+    keeping, counting = ({r.method: None for r in results if r.positions == policy} for policy in ("keep", "renumber"))
+    if not keeping or not counting:
+        return []
+    return [
+        f"{', '.join(keeping)} leave tokens at their positions, as released; {', '.join(counting)} count anew. "
+        "--track harmonised or --positions give all the same"
+    ]
 
 
 def inconclusive_notes(results: Sequence[CaseResult], stages: Sequence[str]) -> list[str]:
