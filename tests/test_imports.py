@@ -17,7 +17,7 @@ ALLOWED = {
     "data": {"errors", "data", "demo"},
     "pipeline": SHARED | {"models", "methods", "data"},
     "bench": SHARED | {"bench", "pipeline", "data", "models", "methods", "files"},
-    "report": {"report", "bench", "errors", "files", "profiles"},
+    "report": {"report", "bench", "errors", "files", "profiles", "rules"},
     "demo": {"demo", "errors"},
     "tokens": set(),
     "errors": set(),
