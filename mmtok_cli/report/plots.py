@@ -34,9 +34,10 @@ def save_gain_curve(gains: Sequence[float], path: Path, title: str) -> None:
 
 
 def save_tradeoff(comparison: Comparison, path: Path) -> None:
-    """Quality against tokens kept and against time to first token.
+    """Quality against vision tokens and against time to first token.
 
-    Quality is the score, or top-1 agreement with the unreduced model where no answers are known.
+    Tokens are counted per decoder layer, on average, lest methods inside the language model look cheaper than they
+    are. Quality is the score, or top-1 agreement with the unreduced model where no answers are known.
     """
     from matplotlib.figure import Figure
 
@@ -52,25 +53,27 @@ def save_tradeoff(comparison: Comparison, path: Path) -> None:
         cases.sort(key=lambda case: case.tokens.kept)
         quality = [100 * _quality(case, scored) for case in cases]
         style = {"marker": "o", "markersize": 4, "label": name}
-        by_tokens.plot([case.tokens.kept for case in cases], quality, **style)
+        by_tokens.plot([case.tokens.layer_average for case in cases], quality, **style)
         by_time.plot([case.seconds["ttft"].median * 1e3 for case in cases], quality, **style)
     full = 100 * _quality(baseline, scored)
     by_tokens.axhline(
         full, color="black", linestyle="--", linewidth=1, label=f"full ({baseline.tokens.total:.0f} tokens)"
     )
     by_time.plot(baseline.seconds["ttft"].median * 1e3, full, "k*", markersize=11)
+    seen = [case.tokens.layer_average for case in results]
     by_tokens.set_xscale("symlog", base=2, linthresh=1)
-    by_tokens.set_xlim(left=-0.5)
+    by_tokens.set_xlim(left=-0.5 if min(seen) < 1 else min(seen) / 1.3)
     by_tokens.minorticks_off()
-    ticks = sorted({round(case.tokens.kept) for case in results})
+    ticks = [0] * (min(seen) < 1) + [2**i for i in range(16) if min(seen) <= 2**i <= max(seen)]
     by_tokens.set_xticks(ticks, [str(tick) for tick in ticks])
     asked = baseline.score_counts.asked if baseline.score_counts else comparison.schedule.samples
     by_tokens.set(
-        xlabel="vision tokens kept per image", ylabel="right answers [%]" if scored else "top-1 agreement [%]"
+        xlabel="vision tokens per decoder layer", ylabel="right answers [%]" if scored else "top-1 agreement [%]"
     )
     by_time.set(xlabel="time to first token, median [ms]")
     by_tokens.set_title(f"{comparison.model}, {asked} questions", loc="left")
-    by_tokens.legend(fontsize="small")
+    handles, names = by_tokens.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=8, fontsize="small")
     for axes in (by_tokens, by_time):
         axes.grid(alpha=0.3)
     _save(figure, path)

@@ -146,7 +146,7 @@ def position_notes(results: Sequence[CaseResult]) -> list[str]:
     if not keeping or not counting:
         return []
     return [
-        f"{', '.join(keeping)} leave tokens at their positions, as released; {', '.join(counting)} count anew. "
+        f"positions are kept by {', '.join(keeping)} and counted anew by {', '.join(counting)}, as released; "
         "--track harmonised or --positions give all the same"
     ]
 
