@@ -34,6 +34,7 @@ def environment_of(model: VisionLanguageModel) -> Environment:
         platform=platform.platform(),
         processor=torch.cuda.get_device_name(model.device) if on_gpu else _processor(),
         device=str(model.device),
+        weights=model.weights,
         dtype=str(model.dtype).removeprefix("torch."),
         attention=model.attention,
         threads=torch.get_num_threads(),

@@ -19,6 +19,8 @@ class Profile(BaseModel):
     location: a hub id, or `package:PATH` for what comes with mmtok.
     parameters: their number. vision_tokens: per image. budgets: those published for the model.
     methods: parameters that differ from a method's defaults on this model, by method.
+    architecture: the whole configuration of the model, and chat_template: its prompt, for building it without any
+        download.
     text_tower: hub id or directory of the CLIP model that the vision encoder was taken from.
     """
 
@@ -33,6 +35,8 @@ class Profile(BaseModel):
     budgets: tuple[str, ...]
     methods: dict[str, dict[str, Any]] = {}
     text_tower: str | None = None
+    chat_template: str | None = None
+    architecture: dict[str, Any] | None = None
 
     @property
     def source(self) -> str:

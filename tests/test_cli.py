@@ -467,3 +467,18 @@ def test_catalogue_has_one_line_for_each_method(monkeypatch: pytest.MonkeyPatch)
     start = next(i for i, line in enumerate(lines) if "─" in line) + 1
     names = method_names()
     assert [line.split()[0] for line in lines[start : start + len(names)]] == names
+
+
+def test_random_weights_say_what_they_are(tiny_directory: Path, photo: Path, tmp_path: Path) -> None:
+    command = (photo, QUESTION, "-m", tiny_directory, "-b", 4, "--weights", "random")
+    for shown in (
+        run("infer", *command, "--max-new-tokens", 2),
+        run("prune", *command),
+        run("compare", *command[2:], "--methods", "mmtok", "--limit", 2, "--max-new-tokens", 2),
+        run("profile", *command, "--runs", 2, "--max-new-tokens", 2, "--trace-dir", tmp_path),
+    ):
+        assert shown.exit_code == 0, shown.output
+        assert "random weights: answers and scores mean nothing" in " ".join(shown.stdout.split())
+    assert run_json("infer", *command, "--max-new-tokens", 2)["weights"] == "random"
+    assert "random weights" not in run("infer", *command[:-2], "--max-new-tokens", 2).stdout
+    refused(run("infer", *command[:-1], "zero"), "no weights 'zero'", "pretrained, random")

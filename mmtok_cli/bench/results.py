@@ -107,6 +107,7 @@ class Environment(Record):
     platform: str
     processor: str
     device: str
+    weights: str
     dtype: str
     attention: str
     threads: int

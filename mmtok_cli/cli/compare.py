@@ -24,6 +24,7 @@ from mmtok_cli.cli.options import (
     SetOption,
     TrackOption,
     WarmupOption,
+    WeightsOption,
 )
 
 
@@ -56,6 +57,7 @@ def compare(
     warmup: WarmupOption = 1,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    weights: WeightsOption = "pretrained",
     track: TrackOption = "released",
     positions: PositionsOption = None,
     budget_means: BudgetMeansOption = "final",
@@ -90,7 +92,7 @@ def compare(
     )
     chosen = parse_budgets(budget) if budget is not None else None
     cases = make_cases(names, chosen, setup)
-    vlm = open_model(model, device, dtype, quiet)
+    vlm = open_model(model, device, dtype, weights, quiet)
 
     from mmtok_cli.bench.flops import count_flops
     from mmtok_cli.bench.results import Comparison, Schedule

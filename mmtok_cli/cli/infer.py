@@ -24,6 +24,7 @@ from mmtok_cli.cli.options import (
     SeedOption,
     SetOption,
     TrackOption,
+    WeightsOption,
 )
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def infer(
     ] = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    weights: WeightsOption = "pretrained",
     track: TrackOption = "released",
     positions: PositionsOption = None,
     budget_means: BudgetMeansOption = "final",
@@ -65,13 +67,13 @@ def infer(
     sample = sample_from_file(image, question)
     case = make_case(method, wanted, setup)
     cases = [case, make_case("full", None, setup)] if baseline else [case]
-    vlm = open_model(model, device, dtype, quiet)
+    vlm = open_model(model, device, dtype, weights, quiet)
 
     from rich.text import Text
 
     from mmtok_cli.bench.runner import run_case
     from mmtok_cli.report.console import notes_console, print_json, results_console
-    from mmtok_cli.report.tables import answer_table, rules_text
+    from mmtok_cli.report.tables import answer_table, rules_text, weights_text
 
     with notes_console(quiet).status("answering"):
         for each in cases:  # kernels are chosen and memory is claimed in a first run, which is not timed
@@ -80,7 +82,7 @@ def infer(
     if as_json:
         first, *rest = (_as_json(run) for run in runs)
         shown = None if case.budget is None else str(case.budget)
-        head = {"schema": "mmtok.infer/1", "model": model, "method": method, "budget": shown}
+        head = {"schema": "mmtok.infer/1", "model": model, "weights": weights, "method": method, "budget": shown}
         rules = {"rules": asdict(setup.rules)}
         print_json(head | rules | first | ({"baseline": rest[0]} if rest else {}))
         return
@@ -88,8 +90,8 @@ def infer(
     for each, run in zip(cases, runs, strict=True):
         out.print(Text.assemble((f"{each}: " if baseline else "", "bold"), run.answers[0]))
     out.print(answer_table([str(each) for each in cases], runs))
-    if rules_said := rules_text(setup.rules, settings):
-        out.print(rules_said, style="dim", markup=False)
+    for remark in filter(None, (rules_text(setup.rules, settings), weights_text(vlm.weights))):
+        out.print(remark, style="dim", markup=False)
 
 
 def _as_json(run: Run) -> dict[str, Any]:

@@ -22,6 +22,14 @@ ModelOption = Annotated[
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.", rich_help_panel=MODEL)]
 DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.", rich_help_panel=MODEL)]
+WeightsOption = Annotated[
+    str,
+    typer.Option(
+        help="random: the true architecture without its weights, for time and memory alone.",
+        metavar="pretrained|random",
+        rich_help_panel=MODEL,
+    ),
+]
 
 MethodOption = Annotated[
     str, typer.Option("--method", help="Reduction method (see `mmtok methods`).", rich_help_panel=REDUCTION)

@@ -24,6 +24,7 @@ from mmtok_cli.cli.options import (
     SetOption,
     TrackOption,
     WarmupOption,
+    WeightsOption,
 )
 
 
@@ -46,6 +47,7 @@ def profile(
     ] = Path("traces"),
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    weights: WeightsOption = "pretrained",
     track: TrackOption = "released",
     positions: PositionsOption = None,
     budget_means: BudgetMeansOption = "final",
@@ -72,7 +74,7 @@ def profile(
     sample = demo_samples(1)[0] if image is None else sample_from_file(image, question)
 
     require_writable_directory(trace_dir, "--trace-dir")
-    vlm = open_model(model, device, dtype, quiet)
+    vlm = open_model(model, device, dtype, weights, quiet)
 
     from mmtok_cli.bench.flops import count_flops
     from mmtok_cli.bench.results import Profile, Schedule

@@ -25,6 +25,7 @@ from mmtok_cli.cli.options import (
     SeedOption,
     SetOption,
     TrackOption,
+    WeightsOption,
 )
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def prune(
     mark: Annotated[int, typer.Option(min=0, max=99, help="First picks to number.", rich_help_panel=OUTPUT)] = 8,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    weights: WeightsOption = "pretrained",
     track: TrackOption = "released",
     positions: PositionsOption = None,
     budget_means: BudgetMeansOption = "final",
@@ -87,12 +89,12 @@ def prune(
         raise MMTokError("one file would be written over another, or over the image", "give each a name of its own")
     sample = sample_from_file(image, question)
     case = make_case(method, wanted, setup)
-    vlm = open_model(model, device, dtype, quiet)
+    vlm = open_model(model, device, dtype, weights, quiet)
 
     from mmtok_cli.report import console as report
     from mmtok_cli.report.catalogues import kept_map
     from mmtok_cli.report.overlay import overlay, save_image
-    from mmtok_cli.report.tables import rules_text
+    from mmtok_cli.report.tables import rules_text, weights_text
 
     reduced, selection, seconds = _reduce(vlm, case, sample)
     vision, tokens = reduced.vision[0], reduced.tokens[0]
@@ -128,14 +130,14 @@ def prune(
         entry |= {"order": order} if order is not None else {}
         entry |= {"gains": gains} if gains is not None else {}
         shown = None if case.budget is None else str(case.budget)
-        head = {"schema": "mmtok.prune/1", "model": model, "method": method, "budget": shown}
+        head = {"schema": "mmtok.prune/1", "model": model, "weights": weights, "method": method, "budget": shown}
         rules = {"rules": asdict(setup.rules), "positions": reduced.positions}
         report.print_json(head | rules | {"images": [entry], "seconds": seconds})
         return
     out = report.results_console()
     out.print(_sentence(case, reduced, selection), soft_wrap=True)
-    if rules_said := rules_text(setup.rules, settings):
-        out.print(rules_said, style="dim", markup=False)
+    for remark in filter(None, (rules_text(setup.rules, settings), weights_text(vlm.weights))):
+        out.print(remark, style="dim", markup=False)
     if out.width >= 3 * vision.grid[1]:
         out.print(kept_map(vision.grid, indices, order, mark, vision.eligible.tolist(), merged))
     for path in filter(None, (output, gain_curve)):

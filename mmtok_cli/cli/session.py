@@ -48,7 +48,7 @@ def make_setup(
     return Setup(model, seed, rules, read_settings(settings or [], names))
 
 
-def open_model(name: str, device: str, dtype: str, quiet: bool) -> VisionLanguageModel:
+def open_model(name: str, device: str, dtype: str, weights: str, quiet: bool) -> VisionLanguageModel:
     """Load a model with a sign of life, and without transformers' own chatter."""
     from rich.text import Text
 
@@ -65,7 +65,7 @@ def open_model(name: str, device: str, dtype: str, quiet: bool) -> VisionLanguag
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         warnings.filterwarnings("ignore", category=FutureWarning)
-        return load_model(name, device=device, dtype=dtype)
+        return load_model(name, device=device, dtype=dtype, weights=weights)
 
 
 def make_case(name: str, budget: Budget | None, setup: Setup) -> Case:

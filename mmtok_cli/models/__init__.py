@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from functools import partial
 from pathlib import Path
@@ -16,21 +17,36 @@ if TYPE_CHECKING:
     from mmtok_cli.models.base import VisionLanguageModel
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+WEIGHTS = ("pretrained", "random")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
-def load_model(name: str = "demo", *, device: str = "auto", dtype: str = "auto") -> VisionLanguageModel:
+def load_model(
+    name: str = "demo", *, device: str = "auto", dtype: str = "auto", weights: str = "pretrained"
+) -> VisionLanguageModel:
     """Load a model with its processor, ready for inference.
 
     name: one of `mmtok models`, a hub id, or a directory in the hub's format.
     device: `auto` takes a GPU where there is one. dtype: `auto` takes float32 on a CPU, otherwise what the weights
-    are stored in.
+    are stored in. weights: `random` builds the model's architecture without its weights; what it answers means
+    nothing, but time and memory do not depend on that.
 
     Raises MMTokError for a name, device or data type that does not exist here, a model family that is not supported,
-    and weights that are missing or damaged.
+    a model that does not fit, and weights that are missing or damaged.
     """
     where = choose_device(device)
+    if weights not in WEIGHTS:
+        raise MMTokError(f"there are no weights {weights!r}", f"choose one of {', '.join(WEIGHTS)}")
+    if weights == "random":
+        return _random_model(name, where, dtype)
     source = _source(name)
+    known, kind = profile_of(name), choose_dtype(dtype, where)
+    if known and where.type != "mps":
+        import torch
+
+        from mmtok_cli.models.room import require_room
+
+        require_room(name, known.parameters, torch.float16 if isinstance(kind, str) else kind, where)
     family = _family(name, source)
 
     import torch
@@ -38,7 +54,7 @@ def load_model(name: str = "demo", *, device: str = "auto", dtype: str = "auto")
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     try:
-        model = AutoModelForImageTextToText.from_pretrained(source, dtype=choose_dtype(dtype, where))
+        model = AutoModelForImageTextToText.from_pretrained(source, dtype=kind)
         processor = AutoProcessor.from_pretrained(source, backend="pil")
     except torch.OutOfMemoryError:
         raise
@@ -87,8 +103,36 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype | str:
     return getattr(torch, name)
 
 
-def _source(name: str) -> str:
-    """The directory or hub id that `name` stands for."""
+def _random_model(name: str, device: torch.device, dtype: str) -> VisionLanguageModel:
+    """The architecture of a model under random weights, with its own processor if that is in the local cache."""
+    import torch
+    from transformers import AutoConfig, AutoProcessor
+
+    from mmtok_cli.models.random_weights import build_random
+
+    profile, source, kind = profile_of(name), _source(name, weights=False), choose_dtype(dtype, device)
+    if profile and profile.architecture:
+        family = FAMILIES[profile.family]()
+        config = AutoConfig.for_model(profile.family, **copy.deepcopy(profile.architecture))
+    else:
+        family = _family(name, source)
+        config = AutoConfig.from_pretrained(source)
+    model = build_random(name, config, torch.bfloat16 if isinstance(kind, str) else kind, device)
+    try:
+        processor = AutoProcessor.from_pretrained(source, backend="pil", local_files_only=True)
+    except (OSError, ValueError) as error:
+        if profile is None or profile.chat_template is None:
+            raise MMTokError(
+                f"the processor of {name} is not in the local cache: {_first_line(error)}", "download its files"
+            ) from error
+        processor = family.stand_in_processor(config, profile.chat_template)
+    built = family(name, model.eval(), processor, **_text_tower(name))
+    built.weights = "random"
+    return built
+
+
+def _source(name: str, *, weights: bool = True) -> str:
+    """The directory or hub id that `name` stands for; a directory must hold a model, with its weights if asked for."""
     profile = known_profiles().get(name)
     if profile:
         return profile.source
@@ -100,7 +144,7 @@ def _source(name: str) -> str:
             raise MMTokError(
                 f"{name} holds no model: there is no config.json in it", "name a directory in the hub's format"
             )
-        if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
+        if weights and not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
             raise MMTokError(
                 f"{name} holds no weights: there is no .safetensors file in it", "copy the weights there too"
             )
@@ -125,9 +169,6 @@ def _text_tower(name: str) -> dict[str, Any]:
 def _family(name: str, source: str) -> Any:
     from transformers import AutoConfig
 
-    from mmtok_cli.models.llava import Llava
-
-    families = {"llava": Llava}
     try:
         model_type = AutoConfig.from_pretrained(source).model_type
     except (OSError, ValueError, json.JSONDecodeError) as error:
@@ -139,11 +180,20 @@ def _family(name: str, source: str) -> Any:
             f"{name} is not in the local cache and could not be fetched from the hub",
             "check the spelling and the network, or download it elsewhere and name its directory",
         ) from error
-    if model_type not in families:
+    if model_type not in FAMILIES:
         raise MMTokError(
-            f"{name} is a {model_type!r} model, which is not supported", f"supported families: {', '.join(families)}"
+            f"{name} is a {model_type!r} model, which is not supported", f"supported families: {', '.join(FAMILIES)}"
         )
-    return families[model_type]
+    return FAMILIES[model_type]()
+
+
+def _llava() -> Any:
+    from mmtok_cli.models.llava import Llava
+
+    return Llava
+
+
+FAMILIES = {"llava": _llava}  # by transformers' name of the architecture; imported when asked for
 
 
 def _first_line(error: Exception) -> str:

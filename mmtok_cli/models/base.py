@@ -55,6 +55,7 @@ class VisionLanguageModel(ABC):
 
     family: ClassVar[str]
     positions: ClassVar[Positions] = "renumber"  # of all methods on the harmonised track
+    weights: str = "pretrained"  # or "random"
 
     def __init__(self, name: str, model: Any, processor: Any) -> None:
         self.name = name
@@ -99,6 +100,11 @@ class VisionLanguageModel(ABC):
     def eos_token_ids(self) -> tuple[int, ...]:
         ids = self.model.generation_config.eos_token_id
         return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
+
+    @classmethod
+    @abstractmethod
+    def stand_in_processor(cls, config: Any, chat_template: str) -> Any:
+        """A processor for models whose own files are not at hand; see models/stand_in.py."""
 
     @abstractmethod
     def grid(self, image: Image) -> tuple[int, int]:

@@ -55,6 +55,12 @@ class Llava(VisionLanguageModel):
         if not 0 <= self.image_token_id < model.config.text_config.vocab_size:
             raise MMTokError(f"{name} has an image token outside its vocabulary", CHECK_CONFIG)
 
+    @classmethod
+    def stand_in_processor(cls, config: Any, chat_template: str) -> Any:
+        from mmtok_cli.models.stand_in import llava_processor
+
+        return llava_processor(config, chat_template)
+
     @property
     def patch_size(self) -> int:
         return self.model.config.vision_config.patch_size

@@ -140,6 +140,11 @@ def rules_text(rules: Rules, settings: Sequence[str] | None = None) -> str:
     return ", ".join([*said, *(settings or ())])
 
 
+def weights_text(weights: str) -> str:
+    """A warning about answers that mean nothing; empty for a model that has learnt something."""
+    return "random weights: answers and scores mean nothing, time and memory do" if weights == "random" else ""
+
+
 def position_notes(results: Sequence[CaseResult]) -> list[str]:
     """A warning where methods differ in what they do with positions."""
     keeping, counting = ({r.method: None for r in results if r.positions == policy} for policy in ("keep", "renumber"))
@@ -176,9 +181,10 @@ def environment_line(model: str, environment: Environment) -> Text:
     """What the figures were measured on."""
     e = environment
     commit = f", git {e.git_commit[:9]}{' (changed)' if e.git_dirty else ''}" if e.git_commit else ""
+    weights = f"; {weights_text(e.weights)}" if e.weights == "random" else ""
     return Text(
         f"{model} on {e.processor} ({e.device}, {e.dtype}, {e.attention} attention, {e.threads} threads), "
-        f"torch {e.torch}, transformers {e.transformers}, mmtok {e.mmtok}{commit}",
+        f"torch {e.torch}, transformers {e.transformers}, mmtok {e.mmtok}{commit}{weights}",
         style="dim",
     )
 

@@ -1,0 +1,100 @@
+"""Models of the true architecture without their weights, and whether they fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from mmtok_cli.budget import Budget
+from mmtok_cli.data.samples import Sample
+from mmtok_cli.errors import MMTokError
+from mmtok_cli.methods import make_method
+from mmtok_cli.models import load_model, room
+from mmtok_cli.models.llava import Llava
+from mmtok_cli.models.random_weights import build_random
+from mmtok_cli.models.room import require_room
+from mmtok_cli.models.stand_in import StandInTokenizer, llava_processor
+from mmtok_cli.pipeline import answer
+from mmtok_cli.profiles import known_profiles
+
+CPU = torch.device("cpu")
+BUILDABLE = [profile for profile in known_profiles().values() if profile.architecture]
+
+
+@pytest.mark.parametrize("profile", BUILDABLE, ids=lambda profile: profile.name)
+def test_architectures_are_the_true_ones(profile) -> None:
+    config = AutoConfig.for_model(profile.family, **profile.architecture)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(profile.parameters, rel=1e-3)
+    vision = config.vision_config
+    assert (vision.image_size // vision.patch_size) ** 2 == profile.vision_tokens
+
+
+def small_config() -> AutoConfig:
+    """LLaVA-1.5's configuration with its widths and depths cut down."""
+    architecture = {**known_profiles()["llava-1.5-7b"].architecture}
+    narrow = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+    architecture["text_config"] = {**architecture["text_config"], **narrow, "num_key_value_heads": 2}
+    architecture["vision_config"] = {**architecture["vision_config"], **narrow, "image_size": 84}
+    return AutoConfig.for_model("llava", **architecture)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_random_model_answers_without_any_download(dtype: torch.dtype, samples: list[Sample]) -> None:
+    config = small_config()
+    before = torch.random.get_rng_state()
+    model = build_random("small", config, dtype, CPU).eval()
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert all(bool(p.isfinite().all()) and p.dtype == dtype for p in model.parameters())
+    assert all(bool(b.isfinite().all()) for b in model.buffers() if b.is_floating_point())
+    vlm = Llava("small", model, llava_processor(config, known_profiles()["llava-1.5-7b"].chat_template))
+    for name, parameters in (("mmtok", {}), ("fastv", {"layer": 1}), ("visionzip", {})):
+        said = answer(vlm, make_method(name, **parameters), samples, Budget(count=8), max_new_tokens=3)
+        assert [tokens.kept for tokens in said.reduced.tokens] == [8, 8, 8]
+        assert bool(said.first_logits.isfinite().all())
+
+
+def test_the_same_random_weights_every_time() -> None:
+    first, second = (build_random("small", small_config(), torch.float32, CPU) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_random_weights_of_a_directory(tiny_directory: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for file in tiny_directory.iterdir():
+        if file.suffix != ".safetensors":
+            (bare / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(MMTokError, match="holds no weights"):
+        load_model(str(bare))
+    assert load_model(str(bare), weights="random").weights == "random"
+    assert load_model(str(tiny_directory)).weights == "pretrained"
+    with pytest.raises(MMTokError, match="no weights 'none'"):
+        load_model(str(bare), weights="none")
+
+
+def test_stand_in_tokenizer() -> None:
+    tokenizer = StandInTokenizer(32064, "<image>", 32000, 1, 2)
+    ids = tokenizer("USER: <image>\nWhat color is the car? ASSISTANT:")["input_ids"]
+    assert ids[0] == 1 and ids.count(32000) == 1
+    assert len(ids) == 15
+    assert max(ids) < 32064 and not {0, 1, 2} & set(ids[1:])
+    words = tokenizer(["red", "car"], is_split_into_words=True)["input_ids"]
+    assert words[1:] == [*tokenizer("red")["input_ids"][1:], *tokenizer("car")["input_ids"][1:]]
+    padded = tokenizer(["red car", "car"], padding=True)["attention_mask"]
+    assert padded[1][0] == 0 and padded[1][-1] == 1
+
+
+def test_models_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "free_memory", lambda device: 20 * 2**30)
+    require_room("small", 1e9, torch.float32, CPU)
+    with pytest.raises(MMTokError, match=r"7\.06 B weights take 26\.3 GiB in float32, and cpu has 20\.0 GiB") as error:
+        load_model("llava-1.5-7b", device="cpu", dtype="float32")
+    assert "--dtype bfloat16, which takes 13.2 GiB" in error.value.hint
+    with pytest.raises(MMTokError, match=r"13\.35 B weights") as error:
+        load_model("llava-1.5-13b", device="cpu", weights="random")
+    assert "smaller model" in error.value.hint
