@@ -45,6 +45,15 @@ class Profile(BaseModel):
             return str(PACKAGE / self.location.removeprefix("package:"))
         return self.location
 
+    def is_here(self) -> bool:
+        """Whether the weights can be loaded without a download."""
+        if self.location.startswith("package:"):
+            return True
+        from huggingface_hub import try_to_load_from_cache
+
+        names = ("model.safetensors", "model.safetensors.index.json")
+        return any(isinstance(try_to_load_from_cache(self.location, name), str) for name in names)
+
 
 def known_profiles() -> dict[str, Profile]:
     """All profiles by name, the demo model first. Raises MMTokError naming a file that does not parse."""

@@ -19,6 +19,7 @@ from typer.testing import CliRunner, Result
 
 from mmtok_cli.cli.main import app
 from mmtok_cli.methods import method_names
+from mmtok_cli.profiles import known_profiles
 
 QUESTION = "Is there a red circle?"
 
@@ -239,6 +240,7 @@ def test_catalogues() -> None:
     models = run_json("models")["models"]
     assert models[0]["name"] == "demo" and {"llava-1.5-7b", "llava-1.5-13b"} <= {m["name"] for m in models}
     assert "llava-hf/llava-1.5-7b-hf" in run("models").stdout
+    assert models[0]["here"] is True
     assert "arXiv 2508.18264" in run("methods", "mmtok").stdout
 
 
@@ -482,3 +484,14 @@ def test_random_weights_say_what_they_are(tiny_directory: Path, photo: Path, tmp
     assert run_json("infer", *command, "--max-new-tokens", 2)["weights"] == "random"
     assert "random weights" not in run("infer", *command[:-2], "--max-new-tokens", 2).stdout
     refused(run("infer", *command[:-1], "zero"), "no weights 'zero'", "pretrained, random")
+
+
+def test_models_in_the_cache_are_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert not known_profiles()["llava-1.5-7b"].is_here()
+    cached = tmp_path / "models--llava-hf--llava-1.5-7b-hf"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("abc")
+    (cached / "snapshots" / "abc").mkdir(parents=True)
+    (cached / "snapshots" / "abc" / "model.safetensors.index.json").write_text("{}")
+    assert known_profiles()["llava-1.5-7b"].is_here()

@@ -10,7 +10,9 @@ def models(as_json: JsonOption = False) -> None:
     from mmtok_cli.report.console import print_json, results_console
 
     profiles = list(known_profiles().values())
+    here = [profile.is_here() for profile in profiles]
     if as_json:
-        print_json({"schema": "mmtok.models/1", "models": [profile.model_dump() for profile in profiles]})
+        listed = [profile.model_dump() | {"here": is_here} for profile, is_here in zip(profiles, here, strict=True)]
+        print_json({"schema": "mmtok.models/1", "models": listed})
     else:
-        results_console().print(models_table(profiles))
+        results_console().print(models_table(profiles, here))

@@ -27,18 +27,24 @@ METHODS_LEGEND = (
 )
 
 
-def models_table(profiles: Sequence[Profile]) -> Table:
-    """Known models, one line each."""
+def models_table(profiles: Sequence[Profile], here: Sequence[bool]) -> Table:
+    """Known models, one line each; `here` says whose weights need no download."""
     table = plain_table()
     table.add_column("name")
     for heading in ("parameters", "tokens", "budgets"):
         table.add_column(heading, justify="right")
+    table.add_column("here")
     table.add_column("loaded from")
-    for profile in profiles:
+    for profile, is_here in zip(profiles, here, strict=True):
         where = "this package" if profile.location.startswith("package:") else profile.location
         budgets = " ".join(profile.budgets)
         table.add_row(
-            profile.name, count(profile.parameters).replace(" G", " B"), str(profile.vision_tokens), budgets, where
+            profile.name,
+            count(profile.parameters).replace(" G", " B"),
+            str(profile.vision_tokens),
+            budgets,
+            yes_or_no(is_here),
+            where,
         )
     return table
 
