@@ -72,7 +72,10 @@ class Method:
 
     def choose(self, tokens: LayerTokens, cut: Cut) -> Selection:
         """Which of the image's vision tokens go on at a cut, `cut.keep` of them; indices count those at the cut."""
-        raise NotImplementedError(f"{type(self).__name__} cuts inside the language model but does not choose")
+        raise MMTokError(
+            f"{type(self).__name__} cuts inside the language model, but says not what to keep there",
+            "this is a defect of the method: it must override `choose`",
+        )
 
 
 def require_eligible(vision: VisionTokens, budget: int) -> None:
