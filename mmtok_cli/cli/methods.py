@@ -42,7 +42,7 @@ def _describe(name: str) -> dict[str, Any]:
         "acts": method.acts,
         "reads_question": method.reads_question,
         "training_free": method.training_free,
-        "multi_turn": method.multi_turn and not method.reads_question,
+        "multi_turn": not method.reads_question,
         "takes_budget": method.takes_budget,
         "positions": method.positions,
         "keeps_padding": method.keeps_padding,

@@ -21,7 +21,7 @@ class Method:
     Before the encoder that is `resize`, behind it `select`, and inside the language model `cuts` with `choose`.
 
     The class attributes are what `mmtok methods` prints, and what the released track has to know:
-    multi_turn: what is dropped does not depend on the question, so that a second one finds what it needs.
+    reads_question: what is dropped depends on the question, so that a second one may not find what it needs.
     signals: what the method must see of the encoder beside the tokens; nothing is computed that no method asked for.
     positions: whether the authors' code leaves kept tokens at their positions or counts anew.
     keeps_padding: the authors' code lets padding compete for the budget.
@@ -32,7 +32,6 @@ class Method:
     acts: ClassVar[str] = "between encoder and language model"
     reads_question: ClassVar[bool] = False
     training_free: ClassVar[bool] = True
-    multi_turn: ClassVar[bool] = True
     takes_budget: ClassVar[bool] = True
     signals: ClassVar[tuple[str, ...]] = ()
     positions: ClassVar[Positions] = "renumber"
@@ -107,10 +106,22 @@ def require_layers(parameter: str, given: Sequence[int], layers: int, first: int
         )
 
 
-def highest(scores: Tensor, eligible: Tensor, keep: int) -> Selection:
-    """The `keep` tokens of the highest scores [tokens], those that are not eligible only when all others are taken.
+def attention_at(tokens: LayerTokens) -> Tensor:
+    """The attention that a cut asked for, [heads, queries, tokens]. Raises ValueError for a cut that read none."""
+    if tokens.attention is None:
+        raise ValueError("the choice is made from a layer's attention, and its cut read none")
+    return tokens.attention
+
+
+def ranking(scores: Tensor, eligible: Tensor) -> Tensor:
+    """All tokens [tokens] by descending score, those that are not eligible last.
 
     Of equal scores the first goes first, on every device.
     """
-    order = scores.float().masked_fill(~eligible, float("-inf")).argsort(descending=True, stable=True)[:keep]
+    return scores.float().masked_fill(~eligible, float("-inf")).argsort(descending=True, stable=True)
+
+
+def highest(scores: Tensor, eligible: Tensor, keep: int) -> Selection:
+    """The first `keep` tokens of the `ranking`."""
+    order = ranking(scores, eligible)[:keep]
     return Selection(order.sort().values, order=order)

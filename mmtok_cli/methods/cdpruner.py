@@ -32,7 +32,6 @@ class CDPruner(Method):
     summary: ClassVar[str] = "relevant + diverse ones"
     source: ClassVar[str] = "arXiv 2506.10967"
     reads_question: ClassVar[bool] = True
-    multi_turn: ClassVar[bool] = False
     signals: ClassVar[tuple[str, ...]] = ("clip_image_embeds", "clip_text_embeds")
     positions: ClassVar[Positions] = "renumber"
     keeps_padding: ClassVar[bool] = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mmtok_cli.methods.base import Method, highest, require_layers
+from mmtok_cli.methods.base import Method, attention_at, highest, require_layers
 from mmtok_cli.rules import Positions
 from mmtok_cli.tokens import Cut, LayerTokens, Selection
 
@@ -25,7 +25,6 @@ class FastV(Method):
     source: ClassVar[str] = "arXiv 2403.06764"
     acts: ClassVar[str] = "inside the language model"
     reads_question: ClassVar[bool] = True
-    multi_turn: ClassVar[bool] = False
     positions: ClassVar[Positions] = "keep"
     keeps_padding: ClassVar[bool] = True
 
@@ -36,6 +35,4 @@ class FastV(Method):
         return (Cut(self.layer, budget, reads=self.layer - 1),) if budget < total else ()
 
     def choose(self, tokens: LayerTokens, cut: Cut) -> Selection:
-        if tokens.attention is None:
-            raise ValueError("FastV chooses from the attention of a layer, and its cut read none")
-        return highest(tokens.attention.mean((0, 1)), tokens.eligible, cut.keep)
+        return highest(attention_at(tokens).mean((0, 1)), tokens.eligible, cut.keep)

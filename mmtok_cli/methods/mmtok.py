@@ -29,7 +29,6 @@ class MMTok(Method):
     summary: ClassVar[str] = "covers question + image"
     source: ClassVar[str] = "arXiv 2508.18264"
     reads_question: ClassVar[bool] = True
-    multi_turn: ClassVar[bool] = False
 
     alpha: float = 0.5
     text_temperature: float = 0.02
@@ -93,7 +92,6 @@ class VisionCoverage(MMTok):
 
     summary: ClassVar[str] = "covers the image"
     reads_question: ClassVar[bool] = False
-    multi_turn: ClassVar[bool] = True
 
     def _words(self, text: Sequence[TextTokens]) -> tuple[Tensor | None, Tensor | None]:
         return None, None

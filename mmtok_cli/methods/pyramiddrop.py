@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mmtok_cli.methods.base import Method, highest, require_layers
+from mmtok_cli.methods.base import Method, attention_at, highest, require_layers
 from mmtok_cli.tokens import Cut, LayerTokens, Selection
 
 
@@ -24,7 +24,6 @@ class PyramidDrop(Method):
     source: ClassVar[str] = "arXiv 2410.17247"
     acts: ClassVar[str] = "inside the language model"
     reads_question: ClassVar[bool] = True
-    multi_turn: ClassVar[bool] = False
     keeps_padding: ClassVar[bool] = True
 
     layers: tuple[int, ...] = (8, 16, 24)
@@ -38,6 +37,4 @@ class PyramidDrop(Method):
         return tuple(Cut(layer, keep, reads=layer) for layer, keep in zip(self.layers, counts, strict=True))
 
     def choose(self, tokens: LayerTokens, cut: Cut) -> Selection:
-        if tokens.attention is None:
-            raise ValueError("PyramidDrop chooses from the attention of a layer, and its cut read none")
-        return highest(tokens.attention.mean((0, 1)), tokens.eligible, cut.keep)
+        return highest(attention_at(tokens).mean((0, 1)), tokens.eligible, cut.keep)

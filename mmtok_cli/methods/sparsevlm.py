@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmtok_cli.errors import MMTokError
-from mmtok_cli.methods.base import Method, highest, require_layers
+from mmtok_cli.methods.base import Method, attention_at, highest, ranking, require_layers
 from mmtok_cli.rules import Positions
 from mmtok_cli.tokens import Cut, LayerTokens, Selection
 
@@ -37,7 +37,6 @@ class SparseVLM2(Method):
     source: ClassVar[str] = "arXiv 2410.04417"
     acts: ClassVar[str] = "inside the language model"
     reads_question: ClassVar[bool] = True
-    multi_turn: ClassVar[bool] = False
     positions: ClassVar[Positions] = "keep"
     keeps_padding: ClassVar[bool] = True
     parameter: ClassVar[str] = "sparsevlm:v2.layers"
@@ -60,7 +59,7 @@ class SparseVLM2(Method):
         return highest(self._scores(tokens), tokens.eligible, cut.keep)
 
     def _scores(self, tokens: LayerTokens) -> Tensor:
-        attention = _attention(tokens) / tokens.rotary_response().float()
+        attention = attention_at(tokens) / tokens.rotary_response().float()
         return attention[heads_by_attention(attention, V2_HEADS)].mean((0, 1))
 
     def _counts(self, total: int, budget: int) -> tuple[int, ...]:
@@ -85,11 +84,10 @@ class SparseVLM(SparseVLM2):
     parameter: ClassVar[str] = "sparsevlm.layers"
 
     def choose(self, tokens: LayerTokens, cut: Cut) -> Selection:
-        scores, total = self._scores(tokens), len(tokens.eligible)
-        ranked = highest(scores, tokens.eligible, total).order
+        ranked, total = ranking(self._scores(tokens), tokens.eligible), len(tokens.eligible)
+        if cut.keep == total:
+            return Selection(torch.arange(total, device=ranked.device))
         kept = kept_before_recycling(total, cut.keep)
-        if ranked is None or cut.keep == total:
-            return Selection(torch.arange(total, device=scores.device))
         dropped = total - kept
         recycled = ranked[kept : kept + int(dropped * 0.3) + 1]
         merged, centres = cluster_and_merge(tokens.hidden[recycled], _clusters(dropped))
@@ -99,7 +97,7 @@ class SparseVLM(SparseVLM2):
         return Selection(indices, tokens=torch.cat([tokens.hidden[places], merged]), merged=is_merged)
 
     def _scores(self, tokens: LayerTokens) -> Tensor:
-        return _attention(tokens).mean((0, 1))
+        return attention_at(tokens).mean((0, 1))
 
     def _counts(self, total: int, budget: int) -> tuple[int, ...]:
         counts: list[int] = []
@@ -144,12 +142,6 @@ def cluster_and_merge(tokens: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
     member[centres] = torch.arange(clusters, device=tokens.device)
     sums = torch.zeros(clusters, points.shape[1], device=tokens.device).index_add_(0, member, points)
     return (sums / torch.bincount(member, minlength=clusters)[:, None]).to(tokens.dtype), centres
-
-
-def _attention(tokens: LayerTokens) -> Tensor:
-    if tokens.attention is None:
-        raise ValueError("SparseVLM chooses from the attention of a layer, and its cut read none")
-    return tokens.attention
 
 
 def _clusters(dropped: int) -> int:

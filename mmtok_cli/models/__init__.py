@@ -41,7 +41,7 @@ def load_model(
         return _random_model(name, where, dtype)
     source = _source(name)
     known, kind = profile_of(name), choose_dtype(dtype, where)
-    if known and where.type != "mps":
+    if known:
         import torch
 
         from mmtok_cli.models.room import require_room
