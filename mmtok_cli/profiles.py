@@ -6,7 +6,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from mmtok_cli.errors import MMTokError
 
@@ -17,10 +17,11 @@ class Profile(BaseModel):
     """One known model.
 
     location: a hub id, or `package:PATH` for what comes with mmtok.
-    parameters: their number. vision_tokens: per image. budgets: those published for the model.
+    parameters: their number. vision_tokens: per image; where it depends on the image, that of a 640 x 480 photograph.
+    budgets: those published for the model.
     methods: parameters that differ from a method's defaults on this model, by method.
     architecture: the whole configuration of the model, and chat_template: its prompt, for building it without any
-        download.
+        download. "none" in the architecture is None, for which TOML has no word.
     text_tower: hub id or directory of the CLIP model that the vision encoder was taken from.
     """
 
@@ -37,6 +38,11 @@ class Profile(BaseModel):
     text_tower: str | None = None
     chat_template: str | None = None
     architecture: dict[str, Any] | None = None
+
+    @field_validator("architecture", mode="before")
+    @classmethod
+    def _with_none(cls, value: Any) -> Any:
+        return _with_none(value)
 
     @property
     def source(self) -> str:
@@ -56,12 +62,21 @@ class Profile(BaseModel):
 
 
 def known_profiles() -> dict[str, Profile]:
-    """All profiles by name, the demo model first. Raises MMTokError naming a file that does not parse."""
+    """All profiles by name, the demo model first, then by family and size.
+
+    Raises MMTokError naming a file that does not parse.
+    """
     installed = PACKAGE / "profiles"
     directory = installed if installed.is_dir() else PACKAGE.parent / "profiles"
     profiles = [_read(path) for path in sorted(directory.glob("*.toml"))]
-    profiles.sort(key=lambda profile: (profile.name != "demo", profile.parameters))
+    profiles.sort(key=lambda profile: (profile.name != "demo", profile.family, profile.parameters))
     return {profile.name: profile for profile in profiles}
+
+
+def _with_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_none(part) for key, part in value.items()}
+    return None if value == "none" else value
 
 
 def _read(path: Path) -> Profile:
