@@ -1,35 +1,69 @@
-"""A processor for models whose own files are not at hand: right shapes and prompt lengths, meaningless words."""
+"""Processors for models whose own files are not at hand: right shapes and prompt lengths, meaningless words."""
 
 from __future__ import annotations
 
 import re
 import zlib
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import PreTrainedTokenizer
+from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from mmtok_cli.models.qwen_processor import IMAGE_TOKEN, QwenProcessor
 
 LETTERS_PER_TOKEN = 4  # about what vocabularies of 32,000 pieces make of English
+WORDS = r"\w+|[^\w\s]"
+
+QWEN_PIECES = 151643  # the special tokens come after them
+QWEN_SPECIAL = {"<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645}
+QWEN_LETTERS_PER_TOKEN = 10  # most English words are one piece of 150,000
+QWEN_WORDS = r"\n+|\d|[^\W\d]+|[^\w\s]"  # lines end and numbers are spelled in tokens of their own
+
+QWEN_MOST_TOKENS = 16384  # per image, of all checkpoints
+QWEN_IMAGES: dict[str, tuple[int, list[float], list[float]]] = {  # fewest tokens, mean and deviation of the pixels
+    "qwen2_5_vl": (4, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
+    "qwen3_vl": (64, IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD),
+}
 
 
 class StandInTokenizer(PreTrainedTokenizer):
-    """Cuts text into pieces of a few letters and gives each an id by its hash.
+    """Cuts text into pieces of a few letters and gives each an id below `size` by its hash.
 
     Prompts come out about as long as with the real vocabulary, and equal words get equal ids. Ids cannot be turned back
     into words.
+
+    bos: begins every sequence; None where none does. pad: that of the token at the end unless given.
+    special: ids of the special tokens beside the image token, those of Llama's vocabulary unless given.
+    words, letters: the pattern of the words, and how many letters of a word make a piece.
     """
 
-    def __init__(self, size: int, image_token: str, image_token_id: int, bos: int, eos: int) -> None:
-        self._size = size
-        self._special = {"<unk>": 0, "<s>": bos, "</s>": eos, image_token: image_token_id}
+    def __init__(
+        self,
+        size: int,
+        image_token: str,
+        image_token_id: int,
+        bos: int | None,
+        eos: int,
+        *,
+        pad: int | None = None,
+        special: Mapping[str, int] | None = None,
+        words: str = WORDS,
+        letters: int = LETTERS_PER_TOKEN,
+    ) -> None:
+        self._size, self._words, self._letters = size, re.compile(words), letters
+        if special is None:
+            special = {"<unk>": 0, "</s>": eos} | ({} if bos is None else {"<s>": bos})
+        self._special = {**special, image_token: image_token_id}
         self._names = {number: piece for piece, number in self._special.items()}
-        super().__init__(
-            bos_token="<s>",
-            eos_token="</s>",
-            unk_token="<unk>",
-            pad_token="</s>",
-            padding_side="left",
-            extra_special_tokens={"image_token": image_token},
-        )
+        roles = {
+            "bos_token": None if bos is None else self._names[bos],
+            "eos_token": self._names[eos],
+            "unk_token": "<unk>" if "<unk>" in special else None,
+            "pad_token": self._names[eos if pad is None else pad],
+        }
+        more = {name.strip("<|>") + "_token": name for name in special if name not in roles.values()}
+        super().__init__(**roles, padding_side="left", extra_special_tokens={"image_token": image_token, **more})
 
     @property
     def vocab_size(self) -> int:
@@ -41,11 +75,12 @@ class StandInTokenizer(PreTrainedTokenizer):
     def build_inputs_with_special_tokens(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None
     ) -> list[int]:
-        return [self.bos_token_id, *token_ids_0, *(token_ids_1 or [])]
+        begin = [] if self.bos_token_id is None else [self.bos_token_id]
+        return [*begin, *token_ids_0, *(token_ids_1 or [])]
 
     def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
-        words = re.findall(r"\w+|[^\w\s]", text)
-        return [word[i : i + LETTERS_PER_TOKEN] for word in words for i in range(0, len(word), LETTERS_PER_TOKEN)]
+        step = self._letters
+        return [word[i : i + step] for word in self._words.findall(text) for i in range(0, len(word), step)]
 
     def _convert_token_to_id(self, token: str) -> int:
         if token in self._special:
@@ -62,14 +97,71 @@ def llava_processor(config: Any, chat_template: str) -> Any:
     from transformers import LlavaProcessor
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    side, text = config.vision_config.image_size, config.text_config
+    side = config.vision_config.image_size
     return LlavaProcessor(
         image_processor=CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}),
-        tokenizer=StandInTokenizer(
-            text.vocab_size, "<image>", config.image_token_id, text.bos_token_id, text.eos_token_id
-        ),
+        tokenizer=_llama_tokenizer(config),
         patch_size=config.vision_config.patch_size,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
         num_additional_image_tokens=1,
         chat_template=chat_template,
     )
+
+
+def llava_next_processor(config: Any, chat_template: str) -> Any:
+    """A LLaVA-NeXT processor for a configuration, with a stand-in for the vocabulary."""
+    from transformers import LlavaNextProcessor
+    from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+
+    side = config.vision_config.image_size
+    return LlavaNextProcessor(
+        image_processor=LlavaNextImageProcessorPil(
+            size={"shortest_edge": side},
+            crop_size={"height": side, "width": side},
+            image_grid_pinpoints=config.image_grid_pinpoints,
+        ),
+        tokenizer=_llama_tokenizer(config),
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        num_additional_image_tokens=1,
+        chat_template=chat_template,
+    )
+
+
+def qwen_processor(config: Any, chat_template: str) -> QwenProcessor:
+    """A processor for a configuration of Qwen2.5-VL or Qwen3-VL, with a stand-in for the vocabulary."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    vision = config.vision_config
+    fewest, mean, deviation = QWEN_IMAGES[config.model_type]
+    pixels = (vision.patch_size * vision.spatial_merge_size) ** 2  # of one token
+    image_processor = Qwen2VLImageProcessorPil(
+        size={"shortest_edge": fewest * pixels, "longest_edge": QWEN_MOST_TOKENS * pixels},
+        patch_size=vision.patch_size,
+        temporal_patch_size=vision.temporal_patch_size,
+        merge_size=vision.spatial_merge_size,
+        image_mean=mean,
+        image_std=deviation,
+    )
+    tokenizer = StandInTokenizer(
+        QWEN_PIECES,
+        IMAGE_TOKEN,
+        config.image_token_id,
+        bos=None,
+        eos=QWEN_SPECIAL["<|im_end|>"],
+        pad=QWEN_SPECIAL["<|endoftext|>"],
+        special={
+            **QWEN_SPECIAL,
+            "<|vision_start|>": config.vision_start_token_id,
+            "<|vision_end|>": config.vision_end_token_id,
+            "<|video_pad|>": config.video_token_id,
+        },
+        words=QWEN_WORDS,
+        letters=QWEN_LETTERS_PER_TOKEN,
+    )
+    return QwenProcessor(image_processor, tokenizer, chat_template)
+
+
+def _llama_tokenizer(config: Any) -> StandInTokenizer:
+    text = config.text_config
+    return StandInTokenizer(text.vocab_size, "<image>", config.image_token_id, text.bos_token_id, text.eos_token_id)
