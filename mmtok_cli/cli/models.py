@@ -6,7 +6,7 @@ from mmtok_cli.cli.options import JsonOption
 def models(as_json: JsonOption = False) -> None:
     """List the models that are known by name. Hub ids and directories of their families work as well."""
     from mmtok_cli.profiles import known_profiles
-    from mmtok_cli.report.catalogues import models_table
+    from mmtok_cli.report.catalogues import models_legend, models_table
     from mmtok_cli.report.console import print_json, results_console
 
     profiles = list(known_profiles().values())
@@ -16,3 +16,4 @@ def models(as_json: JsonOption = False) -> None:
         print_json({"schema": "mmtok.models/1", "models": listed})
     else:
         results_console().print(models_table(profiles, here))
+        results_console().print(models_legend(profiles), style="dim")

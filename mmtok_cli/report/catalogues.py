@@ -28,25 +28,30 @@ METHODS_LEGEND = (
 
 
 def models_table(profiles: Sequence[Profile], here: Sequence[bool]) -> Table:
-    """Known models, one line each; `here` says whose weights need no download."""
+    """Known models, one line each; `here` says whose weights need no download. `models_legend` explains the rest."""
     table = plain_table()
     table.add_column("name")
-    for heading in ("parameters", "tokens", "budgets"):
+    for heading in ("size", "tokens"):
         table.add_column(heading, justify="right")
     table.add_column("here")
     table.add_column("loaded from")
     for profile, is_here in zip(profiles, here, strict=True):
         where = "this package" if profile.location.startswith("package:") else profile.location
-        budgets = " ".join(profile.budgets)
-        table.add_row(
-            profile.name,
-            count(profile.parameters).replace(" G", " B"),
-            str(profile.vision_tokens),
-            budgets,
-            yes_or_no(is_here),
-            where,
-        )
+        size = count(profile.parameters).replace(" G", " B")
+        table.add_row(profile.name, size, str(profile.vision_tokens), yes_or_no(is_here), where)
     return table
+
+
+def models_legend(profiles: Sequence[Profile]) -> str:
+    """The headings of `models_table`, and the published budgets, which models of one kind share."""
+    kinds: dict[tuple[str, tuple[str, ...]], str] = {}
+    for profile in profiles:
+        kinds.setdefault((profile.family, profile.budgets), profile.name.rpartition("-")[0] or profile.name)
+    budgets = [f"{kind} {' '.join(each)}" for (_, each), kind in kinds.items()]
+    return (
+        "size: number of parameters. tokens: of one image; where they depend on it, of a photograph of 640 x 480. "
+        f"here: the weights need no download. Published budgets: {'; '.join(budgets)}."
+    )
 
 
 def methods_table(methods: Sequence[dict[str, Any]]) -> Table:
