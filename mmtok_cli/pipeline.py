@@ -17,11 +17,11 @@ from mmtok_cli.budget import Budget
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.methods.base import Method, require_eligible
-from mmtok_cli.models.base import Prompt, Stage, VisionLanguageModel, unwatched
+from mmtok_cli.models.base import Grid, Prompt, Stage, VisionLanguageModel, unwatched
 from mmtok_cli.models.inside import Inside
 from mmtok_cli.models.sequences import CutImage
-from mmtok_cli.rules import Positions, Rules
-from mmtok_cli.tokens import Cut, Selection, VisionTokens
+from mmtok_cli.rules import Positions, Rules, Track
+from mmtok_cli.tokens import Cut, Selection, TextTokens, VisionTokens
 
 STAGES = ("prepare", "encode", "select", "prefill", "decode")
 RELEASED = Rules()
@@ -88,20 +88,20 @@ def reduce(
     forward pass within `inside`. Raises MMTokError where a budget cannot be met.
     """
     images = [image for sample in samples for image in sample.images]
-    harmonised = rules.track == "harmonised"
-    positions = rules.positions or (model.positions if harmonised else method.positions)
+    positions = _positions(model, method, rules)
+    signals = method.signals if model.has_class_token else method.signals_without_class_token or method.signals
     with stage("prepare"):
         totals, keep, sizes = _plan(model, method, images, budget, rules)
         prompt = model.prepare(
             [s.question for s in samples], [s.images for s in samples], [s.image_ids for s in samples], sizes
         )
     with stage("encode"):
-        vision = model.encode(prompt, method.signals, stage=stage)
+        vision = model.encode(prompt, signals, stage=stage)
     with stage("select"):
         # A method that acts before the encoder has met the budget by now.
         left = [min(kept, v.total) for kept, v in zip(keep, vision, strict=True)]
-        seen = [_as_seen(v, method, harmonised) for v in vision]
-        selections = method.select_batch(seen, model.text_tokens(prompt), left)
+        seen = [_as_seen(v, method, rules.track) for v in vision]
+        selections = _select(method, seen, model.text_tokens(prompt, rules.track), left)
         inputs = model.assemble(prompt, vision, selections, positions)
         cuts = [_cuts(method, s.kept, kept, model.layer_count) for s, kept in zip(selections, keep, strict=True)]
         if rules.budget_means == "layer-average" and any(
@@ -195,7 +195,7 @@ def decode(
     The first token comes of the prefill's logits; each further one costs a forward pass. Answers that have ended are
     padded. Gives the same tokens as transformers' `generate`, with prefill and decode apart so that each can be timed.
     """
-    mask, position = inputs["attention_mask"], inputs["position_ids"][:, -1:]
+    mask, position = inputs["attention_mask"], inputs["position_ids"][..., -1:]
     ends = torch.tensor(model.eos_token_ids, device=mask.device)
     token = first_logits.argmax(-1)
     tokens = [token]
@@ -231,15 +231,68 @@ def layer_average(total: int, cuts: Sequence[Cut], layers: int) -> float:
 
 def _plan(
     model: VisionLanguageModel, method: Method, images: Sequence[Image], budget: Budget | None, rules: Rules
-) -> tuple[list[int], list[int], list[tuple[int, int]]]:
-    """For each image its vision tokens, how many of them are to be kept, and the grid at which it is to be encoded."""
-    grids = [model.grid(image) for image in images]
-    totals = [rows * columns for rows, columns in grids]
-    keep = totals if budget is None else [budget.resolve(total) for total in totals]
+) -> tuple[list[int], list[int], list[Grid | None]]:
+    """For each image its vision tokens, how many of them are to be kept, and the grid at which it is to be encoded
+    where it is to be made smaller."""
+    totals = [model.total(image) for image in images]
+    keep = totals if budget is None else [model.keep(image, budget, rules.track) for image in images]
     if rules.budget_means == "layer-average" and budget is not None:
         keep = [final_count(method, kept, n, model.layer_count) for kept, n in zip(keep, totals, strict=True)]
-    shapes = zip(grids, keep, images, strict=True)
-    return totals, keep, [method.resize(grid, kept, image.height / image.width) for grid, kept, image in shapes]
+    wanted = [method.resize(total, kept) for total, kept in zip(totals, keep, strict=True)]
+    return (
+        totals,
+        keep,
+        [
+            None if tokens is None else model.smaller(image, tokens)
+            for image, tokens in zip(images, wanted, strict=True)
+        ],
+    )
+
+
+def _positions(model: VisionLanguageModel, method: Method, rules: Rules) -> Positions:
+    """The position policy of a method on a model. Raises MMTokError for one that the model cannot follow."""
+    if rules.positions is None:
+        usual = model.positions[0] if rules.track == "harmonised" else method.positions
+        return usual if usual in model.positions else model.positions[0]
+    if rules.positions not in model.positions:
+        raise MMTokError(
+            f"positions of the {model.family} family cannot be counted anew: they say where in the image a token lies",
+            "use --positions keep",
+        )
+    return rules.positions
+
+
+def _select(
+    method: Method, vision: Sequence[VisionTokens], text: Sequence[TextTokens], budgets: Sequence[int]
+) -> list[Selection]:
+    """What the method keeps of each image; crop by crop where the model cuts images and the method sees crops.
+
+    Images of which everything is kept stay whole, with the ends of lines that no crop has.
+    """
+    if method.signals and not method.per_crop and any(v.crops for v in vision):
+        raise MMTokError(
+            f"{type(method).__name__} reads signals of the encoder, which this model has for each crop of an image",
+            "this is a defect of the method: it must set per_crop",
+        )
+    shares = [
+        v.crops.split(budget) if method.per_crop and v.crops and budget < v.total else None
+        for v, budget in zip(vision, budgets, strict=True)
+    ]
+    units: list[tuple[VisionTokens, TextTokens, int]] = []
+    for v, t, budget, share in zip(vision, text, budgets, shares, strict=True):
+        if share is None or v.crops is None:
+            units.append((v, t, budget))
+        else:
+            units += [(crop, t, n) for crop, n in zip(v.crops.tokens, share, strict=True) if n]
+    chosen = iter(method.select_batch(*map(list, zip(*units, strict=True))))
+    selections = []
+    for v, share in zip(vision, shares, strict=True):
+        if share is None or v.crops is None:
+            selections.append(next(chosen))
+        else:
+            nothing = Selection(torch.empty(0, dtype=torch.int64, device=v.projected.device))
+            selections.append(v.crops.join([next(chosen) if n else nothing for n in share]))
+    return selections
 
 
 def _cuts(method: Method, entering: int, keep: int, layers: int) -> tuple[Cut, ...]:
@@ -279,9 +332,14 @@ def final_count(method: Method, wanted: int, total: int, layers: int) -> int:
     return min(averages, key=lambda n: abs(averages[n] - wanted))
 
 
-def _as_seen(vision: VisionTokens, method: Method, harmonised: bool) -> VisionTokens:
+def _as_seen(vision: VisionTokens, method: Method, track: Track) -> VisionTokens:
     """The vision tokens as the track shows them to the method."""
-    if harmonised:
+    if vision.crops and method.per_crop:
+        crops = [_as_seen(crop, method, track) for crop in vision.crops.tokens]
+        if track == "released":  # no release leaves out the padding of crops
+            crops = [replace(crop, eligible=torch.ones_like(crop.eligible)) for crop in crops]
+        return replace(vision, crops=replace(vision.crops, tokens=tuple(crops)))
+    if track == "harmonised":
         signals = {name: signal.float() for name, signal in vision.signals.items()}
         return replace(vision, projected=vision.projected.float(), features=vision.features.float(), signals=signals)
     if method.keeps_padding:

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from mmtok_cli.crops import Crops
+
+CLASS_TOKEN = -1  # indices that stand for no place in the image
+PADDING = -2
 
 
 @dataclass(frozen=True)
@@ -15,11 +22,15 @@ class VisionTokens:
 
     projected: [tokens, dim], what would enter the language model.
     features: [tokens, vision_dim], the same tokens before the projector.
-    grid: (rows, columns); token i lies in row i // columns, column i % columns.
-    eligible: [tokens], False where a patch shows nothing but padding that must not be kept.
+        Rows that no patch is behind, such as the ends of lines, are zero.
+    grid: (rows, columns); token i lies in row i // columns, column i % columns. One row where the tokens form no
+        rectangle.
+    eligible: [tokens], False where a patch shows nothing but padding that must not be kept, or nothing at all.
     image_id: names the image in the same way in every run; seeded methods draw from it.
     project: the projector, from `features` [rows, vision_dim] to `projected` [rows, dim], for methods that merge.
     signals: what else the method asked to see of the encoder, by name (see the family's `SIGNALS`).
+    crops: the image's crops, each on its own, where the model cuts images into several.
+    deepstack: [tokens, dim] for each of the first decoder layers that add something of their own to vision tokens.
     """
 
     projected: Tensor
@@ -29,6 +40,8 @@ class VisionTokens:
     image_id: str
     project: Callable[[Tensor], Tensor]
     signals: Mapping[str, Tensor] = field(default_factory=dict)
+    crops: Crops | None = None
+    deepstack: tuple[Tensor, ...] = ()
 
     @property
     def total(self) -> int:
@@ -40,10 +53,12 @@ class TextTokens:
     """The question that goes with an image.
 
     embed: turns words into the language model's input embeddings, [text tokens, dim].
+    words: what the authors of MMTok cover on models of this family, where those are not the question's key words.
     """
 
     question: str
     embed: Callable[[Sequence[str]], Tensor]
+    words: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -51,8 +66,8 @@ class Selection:
     """What a method keeps of one image.
 
     indices: [kept], the places in the image that the kept tokens stand for, in the order in which the tokens enter
-        the language model. They ascend, but for methods that put merged tokens last; -1 is a class token, which
-        stands for no place.
+        the language model. They ascend, but for methods that put merged tokens last. CLASS_TOKEN and PADDING are
+        below zero and stand for no place.
     order: [kept], the same indices in the order in which they were picked, where there is one.
     gains: [kept], what each pick added to the method's objective, in the order of the picks.
     tokens: [kept, dim], rows that stand in for those at `indices` where the method merges or pools.

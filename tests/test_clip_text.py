@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build_tiny_clip, build_tiny_llava, picture, tiny_text_tower
+from conftest import picture
 from safetensors.torch import load_file, save_file
+from tiny_models import build_tiny_clip, build_tiny_llava, tiny_text_tower
 from typer.testing import CliRunner
 
 from mmtok_cli.budget import Budget

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import contextmanager
 
 import pytest
 import torch
 from conftest import picture
+from PIL import Image
+from tiny_models import FAMILIES
 
 from mmtok_cli.budget import Budget
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.methods import make_method
+from mmtok_cli.models.base import Box, VisionLanguageModel
 from mmtok_cli.models.llava import Llava
 from mmtok_cli.pipeline import STAGES, answer, reduce
 
@@ -56,6 +60,26 @@ def test_prefix_of_a_larger_budget(tiny_sdpa: Llava, samples: list[Sample]) -> N
     assert large.order[:5].equal(small.order)
 
 
+@pytest.mark.parametrize("method", ["mmtok", "divprune", "fastv"])
+def test_several_images_in_a_batch(method: str, vlm: VisionLanguageModel, samples: list[Sample]) -> None:
+    """Images of different sizes, one, two and three in a prompt, text between them: as if each prompt were alone."""
+    pictures = [picture(160, 100, 6), picture(84, 84, 5), picture(60, 140, 7)]
+    asked = [
+        Sample((pictures[0], pictures[1]), "is <image> red or <image> ?", ("a", "b")),
+        samples[0],
+        Sample(tuple(pictures), "How many stars?", ("a", "b", "c")),
+    ]
+    together = answer(vlm, make_method(method), asked, Budget(percent=30), max_new_tokens=4)
+    for row, sample in enumerate(asked):
+        alone = answer(vlm, make_method(method), [sample], Budget(percent=30), max_new_tokens=4)
+        mine = [s for s, owner in zip(together.selections, together.reduced.prompt.owners, strict=True) if owner == row]
+        assert all(a.indices.equal(b.indices) for a, b in zip(alone.selections, mine, strict=True))
+        assert together.reduced.tokens[row] == alone.reduced.tokens[0]
+        assert alone.reduced.tokens[0].kept == sum(int(vlm.total(image) * 0.3) for image in sample.images)
+        torch.testing.assert_close(together.first_logits[row], alone.first_logits[0], atol=2e-5, rtol=1e-5)
+        assert together.texts[row] == alone.texts[0]
+
+
 def test_several_images_in_one_question(tiny: Llava) -> None:
     images = (picture(84, 84, 5), picture(160, 100, 6))
     sample = Sample(images, "Is there a star?", ("a", "b"))
@@ -80,9 +104,34 @@ def test_budget_above_the_eligible_tokens_is_refused(tiny_sdpa: Llava, samples: 
         assert "1 to 24" in error.value.hint
 
 
-def test_image_placeholder_in_the_question_is_refused(tiny_sdpa: Llava, samples: list[Sample]) -> None:
-    with pytest.raises(MMTokError, match="stands for an image"):
-        reduce(tiny_sdpa, make_method("full"), [Sample(samples[0].images, "a <image>?", ("x",))], None)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_markers_say_where_images_stand(family: str) -> None:
+    vlm = FAMILIES[family]("sdpa")
+    images = (picture(84, 84, 5), picture(160, 100, 6))
+
+    prompt = vlm.prepare(["is <image> the red star <image> ?"], [images], [("a", "b")], [None, None])
+    ids, (first, second) = prompt.input_ids[0], [vlm.total(image) for image in images]
+    places = (ids == vlm.image_token_id).nonzero().squeeze(1)
+    assert len(places) == first + second
+    gaps = (places.diff() > 1).nonzero().squeeze(1).tolist()
+    assert gaps == [first - 1]
+    texts = ids[: places[0]], ids[places[first - 1] + 1 : places[first]], ids[places[-1] + 1 :]
+    before, between, behind = (vlm.tokenizer.decode(part, skip_special_tokens=True) for part in texts)
+    assert before.endswith("is") and between.split() == "the red star".split() and behind.startswith("?")
+
+
+@pytest.mark.parametrize(
+    ("family", "question", "message"),
+    [
+        ("llava", "a <image> and <image>?", "2 <image> markers for 1 image"),
+        ("qwen2_5_vl", "a <|image_pad|>?", "stands for an image"),
+    ],
+)
+def test_markers_that_make_no_sense_are_refused(
+    family: str, question: str, message: str, samples: list[Sample]
+) -> None:
+    with pytest.raises(MMTokError, match=re.escape(message)):
+        reduce(FAMILIES[family]("sdpa"), make_method("full"), [Sample(samples[0].images, question, ("x",))], None)
 
 
 @pytest.mark.parametrize("question", ["🙂🙂", "?!", "the", "é" * 300])
@@ -99,21 +148,42 @@ def test_images_of_extreme_shape_are_answered(size: tuple[int, int], tiny_sdpa: 
     )
 
 
-def test_patches_land_where_they_were_seen(tiny_sdpa: Llava) -> None:
-    """A bright patch of an oblong image must be the token that its box on the image says."""
-    for width, height in ((168, 84), (84, 168), (84, 84)):
-        dark = picture(width, height).point(lambda _: 0)
-        plain = Sample((dark,), "Is there a star?", ("x",))
-        grid = tiny_sdpa.grid(dark)
-        boxes = tiny_sdpa.patch_boxes(dark, grid)
-        baseline = tiny_sdpa.prepare([plain.question], [plain.images], [plain.image_ids], [grid]).pixel_values[0]
-        for index in (14, 21):
-            box = tuple(round(v) for v in boxes[index])
-            marked = dark.copy()
-            marked.paste((255, 255, 255), (max(box[0], 0), max(box[1], 0), box[2], box[3]))
-            pixels = tiny_sdpa.prepare([plain.question], [(marked,)], [("x",)], [grid]).pixel_values[0]
-            change = (pixels - baseline).abs().sum(0).view(6, 14, 6, 14).sum((1, 3)).flatten()
-            assert int(change.argmax()) == index
+def clipped(box: Box, size: tuple[int, int]) -> tuple[int, int, int, int] | None:
+    """The box within the image, None where that is less than half of it."""
+    left, top, right, bottom = box
+    inside = max(left, 0), max(top, 0), min(right, size[0]), min(bottom, size[1])
+    across, down = (inside[2] - inside[0]) / (right - left), (inside[3] - inside[1]) / (bottom - top)
+    return tuple(map(round, inside)) if across > 0.5 and down > 0.5 else None
+
+
+SHAPES = [(168, 84), (84, 168), (84, 84), (200, 60), (130, 100), (97, 211)]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_patches_land_where_they_were_seen(family: str) -> None:
+    """A bright patch of an image must be the token that its box says, where no token looks at another."""
+    vlm = FAMILIES[family]("sdpa")
+    for name, parameter in vlm.model.named_parameters():
+        if name.endswith(("out_proj.weight", "out_proj.bias", "attn.proj.weight", "attn.proj.bias")):
+            parameter.zero_()
+
+    def seen(image: Image.Image) -> torch.Tensor:
+        prompt = vlm.prepare(["Is there a star?"], [(image,)], [("x",)], [None])
+        return vlm.encode(prompt)[0].features
+
+    for width, height in SHAPES:
+        dark = Image.new("RGB", (4 * width, 4 * height))
+        baseline = seen(dark)
+        for panel in vlm.panels(dark, None):
+            shown = [(token, clipped(box, dark.size)) for token, box in zip(panel.tokens, panel.boxes, strict=True)]
+            inner = [(token, box) for token, box in shown if box]
+            assert len(inner) >= 4
+            for token, box in inner[:: max(1, len(inner) // 7)]:
+                marked = dark.copy()
+                marked.paste((255, 255, 255), box)
+                change = (seen(marked) - baseline).norm(dim=-1)[list(panel.tokens)]
+                assert panel.tokens[int(change.argmax())] == token, (width, height, panel.title)
 
 
 def test_random_draws_depend_on_seed_and_image_alone(tiny_sdpa: Llava, samples: list[Sample]) -> None:

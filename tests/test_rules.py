@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from conftest import build_tiny_llava
+from tiny_models import build_tiny_llava
 
 from mmtok_cli.budget import Budget
 from mmtok_cli.data.samples import Sample

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -93,8 +94,9 @@ def prune(
 
     from mmtok_cli.report import console as report
     from mmtok_cli.report.catalogues import kept_map
-    from mmtok_cli.report.overlay import overlay, save_image
+    from mmtok_cli.report.overlay import overlay, save_image, side_by_side
     from mmtok_cli.report.tables import rules_text, weights_text
+    from mmtok_cli.tokens import CLASS_TOKEN
 
     reduced, selection, seconds = _reduce(vlm, case, sample)
     vision, tokens = reduced.vision[0], reduced.tokens[0]
@@ -108,8 +110,14 @@ def prune(
         raise MMTokError(f"{method} has no gains to plot", "use --method mmtok, or leave --gain-curve out")
 
     picture = sample.images[0]
+    panels = vlm.panels(picture, reduced.prompt.grids[0])
+    cells = [{token: cell for cell, token in enumerate(panel.tokens)} for panel in panels]
+    kept = [_cells(cell, indices) for cell in cells]
+    picks = [None if order is None else _cells(cell, order) for cell in cells]
+    hollow = [_cells(cell, merged) for cell in cells]
     if output:
-        save_image(overlay(picture, vlm.patch_boxes(picture, vision.grid), indices, order, mark, merged), output)
+        drawn = zip(panels, kept, picks, hollow, strict=True)
+        save_image(side_by_side([overlay(picture, p.boxes, k, o, mark, m) for p, k, o, m in drawn]), output)
     if gain_curve and gains is not None:
         from mmtok_cli.report.plots import save_gain_curve
 
@@ -119,27 +127,33 @@ def prune(
             "path": str(image),
             "width": picture.width,
             "height": picture.height,
-            "grid": list(vision.grid),
+            "grid": list(panels[0].grid),
             "total": tokens.total,
             "kept": tokens.kept,
             "layer_average": tokens.layer_average,
             "indices": indices,
             "merged": sorted(merged),
-            "class_token": bool((selection.indices < 0).any()),
+            "class_token": bool((selection.indices == CLASS_TOKEN).any()),
         }
         entry |= {"order": order} if order is not None else {}
         entry |= {"gains": gains} if gains is not None else {}
+        if len(panels) > 1:
+            shapes = zip(panels, kept, strict=True)
+            entry["panels"] = [{"title": p.title, "grid": list(p.grid), "kept": k} for p, k in shapes]
         shown = None if case.budget is None else str(case.budget)
         head = {"schema": "mmtok.prune/1", "model": model, "weights": weights, "method": method, "budget": shown}
         rules = {"rules": asdict(setup.rules), "positions": reduced.positions}
         report.print_json(head | rules | {"images": [entry], "seconds": seconds})
         return
     out = report.results_console()
-    out.print(_sentence(case, reduced, selection), soft_wrap=True)
+    out.print(_sentence(case, reduced, selection, [panel.grid for panel in panels]), soft_wrap=True)
     for remark in filter(None, (rules_text(setup.rules, settings), weights_text(vlm.weights))):
         out.print(remark, style="dim", markup=False)
-    if out.width >= 3 * vision.grid[1]:
-        out.print(kept_map(vision.grid, indices, order, mark, vision.eligible.tolist(), merged))
+    for panel, k, o, m in zip(panels, kept, picks, hollow, strict=True):
+        if out.width >= 3 * panel.grid[1]:
+            out.print(*filter(None, [panel.title]))
+            eligible = vision.eligible[list(panel.tokens)].tolist()
+            out.print(kept_map(panel.grid, k, o, mark, eligible, m))
     for path in filter(None, (output, gain_curve)):
         out.print(f"wrote {report.printable(path)}", soft_wrap=True)
 
@@ -167,15 +181,23 @@ def _reduce(vlm: VisionLanguageModel, case: Case, sample: Sample) -> tuple[Reduc
     return reduced, selections[0], seconds
 
 
-def _sentence(case: Case, reduced: Reduced, selection: Selection) -> str:
+def _cells(cell_of: Mapping[int, int], tokens: Sequence[int]) -> list[int]:
+    """The cells of a panel that show some of the tokens, in the order of the tokens."""
+    return [cell_of[token] for token in tokens if token in cell_of]
+
+
+def _sentence(case: Case, reduced: Reduced, selection: Selection, grids: Sequence[tuple[int, int]]) -> str:
     """How many tokens are left, in words that hold for methods that merge too."""
     from mmtok_cli.report.units import number
+    from mmtok_cli.tokens import CLASS_TOKEN
 
-    tokens, (rows, columns) = reduced.tokens[0], reduced.vision[0].grid
+    tokens = reduced.tokens[0]
     more = ""
     if selection.merged is not None and bool(selection.merged.any()):
-        merged, classes = int(selection.merged.sum()), int((selection.indices < 0).sum())
-        more += f", {merged} of them merged" + (" and one the class token" if classes else "")
+        merged, classes = int(selection.merged.sum()), int((selection.indices == CLASS_TOKEN).sum())
+        tokens_of_class = "one the class token" if classes == 1 else f"{classes} class tokens"
+        more += f", {merged} of them merged" + (f" and {tokens_of_class}" if classes else "")
     if reduced.cuts:
         more += f", {number(round(tokens.layer_average, 1))} on average over the decoder layers"
-    return f"{tokens.kept} of {tokens.total} vision tokens kept by {case}{more} ({rows}x{columns} grid)"
+    shapes = " and ".join(f"{rows}x{columns}" for rows, columns in grids)
+    return f"{tokens.kept} of {tokens.total} vision tokens kept by {case}{more} ({shapes} grid{'s' * (len(grids) > 1)})"

@@ -23,6 +23,9 @@ class Method:
     The class attributes are what `mmtok methods` prints, and what the released track has to know:
     reads_question: what is dropped depends on the question, so that a second one may not find what it needs.
     signals: what the method must see of the encoder beside the tokens; nothing is computed that no method asked for.
+    signals_without_class_token: what it reads instead of an encoder that has no class token, if it can.
+    per_crop: where a model cuts an image into crops, the method chooses in each of them on its own, as authors do who
+        act on the encoder's output; otherwise in the packed sequence, ends of lines included.
     positions: whether the authors' code leaves kept tokens at their positions or counts anew.
     keeps_padding: the authors' code lets padding compete for the budget.
     """
@@ -34,15 +37,17 @@ class Method:
     training_free: ClassVar[bool] = True
     takes_budget: ClassVar[bool] = True
     signals: ClassVar[tuple[str, ...]] = ()
+    signals_without_class_token: ClassVar[tuple[str, ...]] = ()
+    per_crop: ClassVar[bool] = False
     positions: ClassVar[Positions] = "renumber"
     keeps_padding: ClassVar[bool] = False
 
-    def resize(self, grid: tuple[int, int], budget: int, aspect: float) -> tuple[int, int]:
-        """The (rows, columns) of vision tokens at which the image is to be encoded.
+    def resize(self, total: int, budget: int) -> int | None:
+        """How many vision tokens a smaller version of the image is to have when it is encoded; None leaves it as it is.
 
-        grid: what the model would encode it at; aspect: the image's height over its width.
+        total: what the image has as it is. The model makes the image smaller, with its aspect ratio in mind.
         """
-        return grid
+        return None
 
     def select(self, vision: VisionTokens, text: TextTokens, budget: int) -> Selection:
         """Choose `budget` of the image's vision tokens."""

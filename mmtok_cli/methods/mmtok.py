@@ -22,13 +22,15 @@ class MMTok(Method):
     """Keeps the tokens that together cover the words of the question and the whole of the image best.
 
     The defaults are the paper's for LLaVA (section 4.1); a model's profile may override them. As in the authors'
-    release, the words are those of the question less its stop words, padding is never kept, and an image whose
-    tokens all fit the budget is left alone.
+    release, the words are those of the question less its stop words (on Qwen all of them, behind "Question:"), padding
+    is never kept on LLaVA-1.5, an image that is cut into crops is covered crop by crop, and one whose tokens all fit
+    the budget is left alone.
     """
 
     summary: ClassVar[str] = "covers question + image"
     source: ClassVar[str] = "arXiv 2508.18264"
     reads_question: ClassVar[bool] = True
+    per_crop: ClassVar[bool] = True
 
     alpha: float = 0.5
     text_temperature: float = 0.02
@@ -68,7 +70,7 @@ class MMTok(Method):
 
     def _words(self, text: Sequence[TextTokens]) -> tuple[Tensor | None, Tensor | None]:
         """Embeddings of the questions' words, padded to [batch, words, dim], and which of them are real."""
-        rows = [t.embed(keywords(t.question)) for t in text]
+        rows = [t.embed(keywords(t.question) if t.words is None else t.words) for t in text]
         mask = pad_sequence([torch.ones(len(row), dtype=torch.bool, device=row.device) for row in rows], True)
         return pad_sequence(rows, True), mask
 

@@ -19,6 +19,7 @@ class Pool(Method):
     """
 
     summary: ClassVar[str] = "averages over the grid"
+    per_crop: ClassVar[bool] = True
 
     def select(self, vision: VisionTokens, text: TextTokens, budget: int) -> Selection:
         if budget == vision.total:

@@ -20,6 +20,7 @@ class Random(Method):
     """
 
     summary: ClassVar[str] = "tokens drawn at random"
+    per_crop: ClassVar[bool] = True
 
     seed: int = 0
 

@@ -18,6 +18,7 @@ class Uniform(Method):
     """Spreads the budget evenly over the rows, and over the columns of each row, leaving padding out."""
 
     summary: ClassVar[str] = "an evenly spaced grid"
+    per_crop: ClassVar[bool] = True
 
     def select(self, vision: VisionTokens, text: TextTokens, budget: int) -> Selection:
         if budget == vision.total:

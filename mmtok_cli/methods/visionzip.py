@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
 from mmtok_cli.errors import MMTokError
-from mmtok_cli.methods.base import Method
+from mmtok_cli.methods.base import Method, ranking, require_eligible
 from mmtok_cli.tokens import Selection, TextTokens, VisionTokens
 
 Merge = Literal["sum", "mean"]
@@ -28,6 +28,10 @@ class VisionZip(Method):
     first). On the harmonised track padding is neither kept nor merged. Corrected: a budget without contextual
     tokens works, instead of dividing by zero, and scores are computed in float32 in every model.
 
+    An encoder without a class token (Qwen) is read as in the authors' later file for Qwen2.5-VL: dominant are the
+    tokens that receive most attention in the last block, merging happens behind the projector, and a contextual token
+    takes the place of its target. That file knows other ratios than those of the papers; here it is 5.4 : 1 as well.
+
     contextual: how many tokens of the budget are contextual. None follows the authors' 5.4 : 1, rounded: 162 + 30 of
         192, 108 + 20 of 128, 54 + 10 of 64, 27 + 5 of 32, and none at all of 3 or fewer.
     merge: `sum` is the released code's: a contextual token is its target *plus* the mean of the tokens that were
@@ -37,6 +41,8 @@ class VisionZip(Method):
     summary: ClassVar[str] = "dominant + merged tokens"
     source: ClassVar[str] = "arXiv 2412.04467"
     signals: ClassVar[tuple[str, ...]] = ("class_attention", "mean_keys", "class_feature")
+    signals_without_class_token: ClassVar[tuple[str, ...]] = ("received_attention", "mean_keys")
+    per_crop: ClassVar[bool] = True
     keeps_padding: ClassVar[bool] = True
 
     merge: Merge = "sum"
@@ -51,6 +57,8 @@ class VisionZip(Method):
     def select(self, vision: VisionTokens, text: TextTokens, budget: int) -> Selection:
         if budget == vision.total:
             return Selection.everything(vision)
+        if "class_feature" not in vision.signals:
+            return self._select_without_class_token(vision, budget)
         contextual = self._contextual(vision, budget)
         rows, indices = zip_tokens(
             vision.features,
@@ -65,9 +73,33 @@ class VisionZip(Method):
         merged = torch.arange(budget, device=indices.device) >= budget - contextual
         return Selection(indices, tokens=vision.project(rows), merged=merged)
 
+    def _select_without_class_token(self, vision: VisionTokens, budget: int) -> Selection:
+        require_eligible(vision, budget)
+        contextual = self._share(budget)
+        if contextual > budget:
+            raise MMTokError(
+                f"the budget of {budget} does not hold {contextual} contextual tokens",
+                f"choose {contextual} to {vision.total}",
+            )
+        order = ranking(vision.signals["received_attention"], vision.eligible)[: int(vision.eligible.sum())]
+        dominant, others = order[: budget - contextual], order[budget - contextual :].sort().values
+        rows, targets = _merge_into_targets(
+            vision.projected[others], vision.signals["mean_keys"][others], contextual, self.merge
+        )
+        indices, places = torch.cat([dominant, others[targets]]).sort()
+        return Selection(
+            indices,
+            tokens=torch.cat([vision.projected[dominant], rows])[places],
+            merged=places >= len(dominant),
+        )
+
+    def _share(self, budget: int) -> int:
+        """Contextual tokens of a budget."""
+        return round(budget / TOKENS_PER_CONTEXTUAL) if self.contextual is None else self.contextual
+
     def _contextual(self, vision: VisionTokens, budget: int) -> int:
         """How many tokens of the budget are contextual. Raises MMTokError where the budget cannot be met."""
-        contextual = round(budget / TOKENS_PER_CONTEXTUAL) if self.contextual is None else self.contextual
+        contextual = self._share(budget)
         eligible, smallest = int(vision.eligible.sum()), 1 + (self.contextual or 0)
         if smallest > eligible + 1:
             raise MMTokError(
@@ -124,9 +156,8 @@ def zip_tokens(
             f"{count} vision tokens and a class token do not make {dominant} dominant and {contextual} contextual ones",
             f"dominant counts the class token; the two must come to no more than {count + 1}",
         )
-    scores = class_attention.sum(0, dtype=torch.float32).masked_fill(~eligible, -torch.inf)
-    ranking = scores.argsort(descending=True, stable=True)[:count]  # topk would break ties differently on a GPU
-    patches, others = ranking[: dominant - 1].sort().values, ranking[dominant - 1 :].sort().values
+    order = ranking(class_attention.sum(0, dtype=torch.float32), eligible)[:count]
+    patches, others = order[: dominant - 1].sort().values, order[dominant - 1 :].sort().values
     merged, targets = _merge_into_targets(features[others], mean_keys[others], contextual, merge)
     rows = torch.cat([class_feature.unsqueeze(0), features[patches], merged])
     return rows, torch.cat([patches.new_tensor([-1]), patches, others[targets]])

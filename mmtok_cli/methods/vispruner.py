@@ -34,6 +34,7 @@ class VisPruner(Method):
     summary: ClassVar[str] = "important + diverse ones"
     source: ClassVar[str] = "arXiv 2412.01818"
     signals: ClassVar[tuple[str, ...]] = ("class_attention",)
+    per_crop: ClassVar[bool] = True
     keeps_padding: ClassVar[bool] = True
 
     important_ratio: float = IMPORTANT_RATIO

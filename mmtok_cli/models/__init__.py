@@ -51,11 +51,11 @@ def load_model(
 
     import torch
     from safetensors import SafetensorError
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText
 
     try:
         model = AutoModelForImageTextToText.from_pretrained(source, dtype=kind)
-        processor = AutoProcessor.from_pretrained(source, backend="pil")
+        processor = family.load_processor(source)
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
@@ -106,7 +106,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype | str:
 def _random_model(name: str, device: torch.device, dtype: str) -> VisionLanguageModel:
     """The architecture of a model under random weights, with its own processor if that is in the local cache."""
     import torch
-    from transformers import AutoConfig, AutoProcessor
+    from transformers import AutoConfig
 
     from mmtok_cli.models.random_weights import build_random
 
@@ -119,7 +119,7 @@ def _random_model(name: str, device: torch.device, dtype: str) -> VisionLanguage
         config = AutoConfig.from_pretrained(source)
     model = build_random(name, config, torch.bfloat16 if isinstance(kind, str) else kind, device)
     try:
-        processor = AutoProcessor.from_pretrained(source, backend="pil", local_files_only=True)
+        processor = family.load_processor(source, local_files_only=True)
     except (OSError, ValueError) as error:
         if profile is None or profile.chat_template is None:
             raise MMTokError(
@@ -193,7 +193,26 @@ def _llava() -> Any:
     return Llava
 
 
-FAMILIES = {"llava": _llava}  # by transformers' name of the architecture; imported when asked for
+def _llava_next() -> Any:
+    from mmtok_cli.models.llava_next import LlavaNext
+
+    return LlavaNext
+
+
+def _qwen2_5_vl() -> Any:
+    from mmtok_cli.models.qwen_vl import QwenVL
+
+    return QwenVL
+
+
+def _qwen3_vl() -> Any:
+    from mmtok_cli.models.qwen_vl import Qwen3VL
+
+    return Qwen3VL
+
+
+# By transformers' name of the architecture; imported when asked for.
+FAMILIES = {"llava": _llava, "llava_next": _llava_next, "qwen2_5_vl": _qwen2_5_vl, "qwen3_vl": _qwen3_vl}
 
 
 def _first_line(error: Exception) -> str:

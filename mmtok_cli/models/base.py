@@ -13,13 +13,17 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from mmtok_cli.budget import Budget
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.models.inside import Inside
 from mmtok_cli.models.sequences import CutImage
-from mmtok_cli.rules import Positions
-from mmtok_cli.tokens import Selection, TextTokens, VisionTokens
+from mmtok_cli.rules import Positions, Track
+from mmtok_cli.tokens import PADDING, Selection, TextTokens, VisionTokens
 
 Stage = Callable[[str], AbstractContextManager[Any]]
+Grid = tuple[int, int]  # rows, columns
+Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the image
+IMAGE_MARKER = "<image>"  # says in a question where an image stands
 
 
 def unwatched(name: str) -> AbstractContextManager[Any]:
@@ -33,7 +37,8 @@ class Prompt:
 
     input_ids, attention_mask: [batch, length], left-padded, with one placeholder for each vision token.
     pixel_values: one tensor per image, since images may be encoded at different sizes.
-    images: the pictures as opened; owners[i] is the row that image i belongs to; grids are their vision tokens.
+    images: the pictures as opened; owners[i] is the row that image i belongs to; grids are those at which they are to
+        be encoded, None where that is the model's own choice.
     """
 
     input_ids: Tensor
@@ -41,9 +46,23 @@ class Prompt:
     pixel_values: tuple[Tensor, ...]
     images: tuple[Image, ...]
     image_ids: tuple[str, ...]
-    grids: tuple[tuple[int, int], ...]
+    grids: tuple[Grid | None, ...]
     owners: tuple[int, ...]
     questions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Vision tokens that form a rectangle over the image, to be drawn.
+
+    tokens: [rows * columns], which of the image's vision tokens each cell is. boxes: what each cell covers; padding
+    lies outside the image.
+    """
+
+    title: str
+    grid: Grid
+    tokens: tuple[int, ...]
+    boxes: tuple[Box, ...]
 
 
 class VisionLanguageModel(ABC):
@@ -54,7 +73,8 @@ class VisionLanguageModel(ABC):
     """
 
     family: ClassVar[str]
-    positions: ClassVar[Positions] = "renumber"  # of all methods on the harmonised track
+    positions: ClassVar[tuple[Positions, ...]] = ("renumber", "keep")  # that it can do; the first is the harmonised one
+    has_class_token: ClassVar[bool] = True  # in its vision encoder
     weights: str = "pretrained"  # or "random"
 
     def __init__(self, name: str, model: Any, processor: Any) -> None:
@@ -97,6 +117,11 @@ class VisionLanguageModel(ABC):
         return self.model.config.image_token_id
 
     @property
+    def image_text(self) -> str:
+        """What stands in a prompt for an image."""
+        return self.processor.image_token
+
+    @property
     def eos_token_ids(self) -> tuple[int, ...]:
         ids = self.model.generation_config.eos_token_id
         return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
@@ -106,19 +131,84 @@ class VisionLanguageModel(ABC):
     def stand_in_processor(cls, config: Any, chat_template: str) -> Any:
         """A processor for models whose own files are not at hand; see models/stand_in.py."""
 
-    @abstractmethod
-    def grid(self, image: Image) -> tuple[int, int]:
-        """(rows, columns) of vision tokens that the image has when nothing is reduced."""
+    @classmethod
+    def load_processor(cls, source: str, *, local_files_only: bool = False) -> Any:
+        """The processor of a directory or hub id. Raises OSError or ValueError where there is none."""
+        from transformers import AutoProcessor
+
+        return AutoProcessor.from_pretrained(source, backend="pil", local_files_only=local_files_only)
 
     @abstractmethod
+    def total(self, image: Image) -> int:
+        """Vision tokens that the image has when nothing is reduced."""
+
+    def keep(self, image: Image, budget: Budget, track: Track) -> int:
+        """Vision tokens to keep of the image. Raises MMTokError for a budget that it cannot meet."""
+        return budget.resolve(self.total(image))
+
+    @abstractmethod
+    def smaller(self, image: Image, tokens: int) -> Grid:
+        """The grid at which a smaller version of the image is encoded to so many vision tokens, or nearly so many
+        where the family cannot do better. Raises MMTokError where there is no such grid."""
+
+    @abstractmethod
+    def pixels(self, image: Image, grid: Grid | None) -> Tensor:
+        """What the encoder gets of one image, at the grid or as the model would have it, on the CPU."""
+
     def prepare(
         self,
         questions: Sequence[str],
         images: Sequence[Sequence[Image]],
         image_ids: Sequence[Sequence[str]],
-        grids: Sequence[tuple[int, int]],
+        grids: Sequence[Grid | None],
     ) -> Prompt:
-        """Turn questions and their images into a prompt whose images are encoded at `grids` (one for each image)."""
+        """Turn questions and their images into a prompt whose images are encoded at `grids` (one for each image).
+
+        Images stand in front of a question, or where it has markers: "Is <image> darker than <image>?".
+        Raises MMTokError for a question with other markers than one for each image.
+        """
+        flat = [image for group in images for image in group]
+        sizes = list(zip(flat, grids, strict=True))
+        pixels = [self.pixels(image, grid) for image, grid in sizes]
+        counts = iter(self.total(image) if grid is None else grid[0] * grid[1] for image, grid in sizes)
+        token = self.processor.image_token
+        texts = []
+        for question, group in zip(questions, images, strict=True):
+            before, *after = self._chat(question, len(group)).split(token)
+            texts.append(before + "".join(token * next(counts) + part for part in after))
+        bos = self.tokenizer.bos_token
+        encoded = self.tokenizer(
+            texts,
+            padding=True,
+            padding_side="left",
+            add_special_tokens=not (bos and texts[0].startswith(bos)),
+            return_tensors="pt",
+        ).to(self.device)
+        return Prompt(
+            input_ids=encoded["input_ids"],
+            attention_mask=encoded["attention_mask"],
+            pixel_values=tuple(p.to(self.device, self.dtype) for p in pixels),
+            images=tuple(flat),
+            image_ids=tuple(name for group in image_ids for name in group),
+            grids=tuple(grids),
+            owners=tuple(row for row, group in enumerate(images) for _ in group),
+            questions=tuple(questions),
+        )
+
+    def _chat(self, question: str, images: int) -> str:
+        """The prompt with one image token for each image."""
+        token, markers = self.processor.image_token, question.count(IMAGE_MARKER)
+        if markers not in (0, images):
+            raise MMTokError(
+                f"the question has {markers} {IMAGE_MARKER} markers for {images} image{'s' * (images != 1)}",
+                "put one where each image belongs, or none at all",
+            )
+        if token != IMAGE_MARKER and token in question:
+            raise MMTokError(f"the question contains {token}, which stands for an image", "leave it out")
+        content = [] if markers else [{"type": "image"} for _ in range(images)]
+        content.append({"type": "text", "text": question.replace(IMAGE_MARKER, self.image_text)})
+        conversation = [{"role": "user", "content": content}]
+        return self.processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
 
     @abstractmethod
     def encode(self, prompt: Prompt, signals: Sequence[str] = (), *, stage: Stage = unwatched) -> list[VisionTokens]:
@@ -129,12 +219,18 @@ class VisionLanguageModel(ABC):
         """
 
     @abstractmethod
-    def patch_boxes(self, image: Image, grid: tuple[int, int]) -> list[tuple[float, float, float, float]]:
-        """(left, top, right, bottom) in pixels of the image that each vision token covers; padding lies outside."""
+    def panels(self, image: Image, grid: Grid | None) -> list[Panel]:
+        """Where in the image its vision tokens are; `grid` as in `prepare`."""
 
-    def text_tokens(self, prompt: Prompt) -> list[TextTokens]:
+    def text_tokens(self, prompt: Prompt, track: Track) -> list[TextTokens]:
         """The question that goes with each image."""
-        return [TextTokens(prompt.questions[owner], self.embed_words) for owner in prompt.owners]
+        questions = [question.replace(IMAGE_MARKER, " ").strip() for question in prompt.questions]
+        words = [self.released_words(q) if track == "released" else None for q in questions]
+        return [TextTokens(questions[owner], self.embed_words, words[owner]) for owner in prompt.owners]
+
+    def released_words(self, question: str) -> tuple[str, ...] | None:
+        """What MMTok's release covers of a question; None for its key words."""
+        return None
 
     def embed_words(self, words: Sequence[str]) -> Tensor:
         """Input embeddings of words, [text tokens, dim], without the token that begins every sequence."""
@@ -154,21 +250,24 @@ class VisionLanguageModel(ABC):
 
         A pure function: placeholders of dropped tokens leave the sequence and rows are aligned to the right again.
         Positions are counted anew, or those of the places that the kept tokens stand for in the whole prompt.
+        Raises MMTokError where positions are to be kept of tokens that have none.
         """
-        from transformers.modeling_outputs import BaseModelOutputWithPooling
-
         live = prompt.attention_mask.bool()
-        places = live.long().cumsum(1) - 1
+        sources = torch.arange(live.shape[1], device=live.device).repeat(len(live), 1)
         starts = self.image_starts(prompt.input_ids, [v.total for v in vision])
         for (row, start), tokens, selection in zip(starts, vision, selections, strict=True):
             end = start + selection.kept  # the first placeholders of the image serve, whichever places they stand for
             live[row, end : start + tokens.total] = False
-            places[row, start:end] = places[row, start] + selection.indices.clamp(min=0)
+            sources[row, start:end] = start + selection.indices.clamp(min=0)
+            if positions == "keep" and bool((selection.indices == PADDING).any()):
+                raise MMTokError(
+                    f"padding of {tokens.image_id} was kept, which has no position in the unreduced prompt",
+                    "use --track harmonised, which keeps no padding, or --positions renumber",
+                )
 
         length = int(live.sum(1).max())
         columns = live.int().argsort(dim=1, stable=True)[:, -length:]
         mask = live.gather(1, columns)
-        kept = places.gather(1, columns) if positions == "keep" else mask.long().cumsum(1) - 1
         rows = [
             v.projected[s.indices] if s.tokens is None else s.tokens.to(v.projected.dtype)
             for v, s in zip(vision, selections, strict=True)
@@ -176,9 +275,26 @@ class VisionLanguageModel(ABC):
         return {
             "input_ids": prompt.input_ids.gather(1, columns).masked_fill(~mask, self.tokenizer.pad_token_id),
             "attention_mask": mask.long(),
-            "position_ids": kept.masked_fill(~mask, 0),
-            "mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=rows)},
+            "position_ids": self.position_ids(prompt, sources.gather(1, columns), mask, positions),
+            "mm_encoder_outputs": {"image": self.encoder_outputs(rows, vision, selections)},
         }
+
+    def position_ids(self, prompt: Prompt, sources: Tensor, mask: Tensor, positions: Positions) -> Tensor:
+        """Positions of a shorter prompt, zero where `mask` [batch, length] is False.
+
+        sources: [batch, length], the columns of the whole prompt that its tokens stand for.
+        """
+        kept = (prompt.attention_mask.cumsum(1) - 1).gather(1, sources)
+        counted = mask.long().cumsum(1) - 1
+        return (kept if positions == "keep" else counted).masked_fill(~mask, 0)
+
+    def encoder_outputs(
+        self, rows: list[Tensor], vision: Sequence[VisionTokens], selections: Sequence[Selection]
+    ) -> Any:
+        """What the model's forward takes for the output of its vision encoder. rows: [kept, dim] for each image."""
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        return BaseModelOutputWithPooling(pooler_output=rows)
 
     def inside(
         self, attention_mask: Tensor, images: Sequence[CutImage], positions: Positions, stage: Stage = unwatched
@@ -203,3 +319,14 @@ class VisionLanguageModel(ABC):
         found = (input_ids == self.image_token_id).nonzero().tolist()
         starts = accumulate(totals, initial=0)
         return [tuple(found[start]) if n else (-1, -1) for start, n in zip(starts, totals, strict=False)]
+
+
+def cells(grid: Grid, area: Box) -> tuple[Box, ...]:
+    """The boxes of a grid's cells, row by row, that share an area evenly."""
+    left, top, right, bottom = area
+    height, width = (bottom - top) / grid[0], (right - left) / grid[1]
+    return tuple(
+        (left + c * width, top + r * height, left + (c + 1) * width, top + (r + 1) * height)
+        for r in range(grid[0])
+        for c in range(grid[1])
+    )

@@ -49,6 +49,16 @@ def overlay(
     return faded
 
 
+def side_by_side(pictures: Sequence[Image]) -> Image:
+    """Pictures of one size in a row, a gap between them."""
+    width, height = pictures[0].size
+    gap = max(1, width // 60)
+    row = PILImage.new("RGB", (len(pictures) * (width + gap) - gap, height), "white")
+    for number, picture in enumerate(pictures):
+        row.paste(picture, (number * (width + gap), 0))
+    return row
+
+
 def save_image(image: Image, path: Path) -> None:
     """Write a picture in the format of its suffix."""
     kind = PILImage.registered_extensions()[path.suffix.lower()]

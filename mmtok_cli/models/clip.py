@@ -1,0 +1,165 @@
+"""What models with a CLIP encoder have in common, LLaVA-1.5 and LLaVA-NeXT among them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from mmtok_cli.budget import rectangle
+from mmtok_cli.errors import MMTokError
+from mmtok_cli.models.base import Grid, Stage, VisionLanguageModel
+from mmtok_cli.models.clip_signals import ATTENTION_SIGNALS, SIGNALS, TOWER_SIGNALS, Encoded, inputs_of
+from mmtok_cli.models.clip_text import ClipText
+from mmtok_cli.profiles import known_profiles
+from mmtok_cli.tokens import VisionTokens
+
+CHECK_CONFIG = "compare its config.json with the original"
+
+
+class ClipEncoded(VisionLanguageModel):
+    """A model whose images go through a CLIP tower of fixed size and a projector.
+
+    text_tower: loads the text tower of the CLIP model that the encoder was taken from, in the data type given. It is
+        called once, when a method first asks for what the tower sees.
+
+    Raises MMTokError for a model with another encoder.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: Any,
+        processor: Any,
+        *,
+        text_tower: Callable[[torch.dtype], ClipText] | None = None,
+    ) -> None:
+        super().__init__(name, model, processor)
+        self._load_tower = text_tower
+        self._tower: ClipText | None = None
+        tower, strategy = model.config.vision_config.model_type, model.config.vision_feature_select_strategy
+        if tower != "clip_vision_model" or strategy != "default":
+            raise MMTokError(
+                f"{name} has a {tower!r} encoder with the feature strategy {strategy!r}, which is not supported",
+                "LLaVA models with a CLIP encoder whose class token is dropped are",
+            )
+        depth = model.config.vision_config.num_hidden_layers + 1
+        if not all(-depth <= layer < depth for layer in self._layers()):
+            raise MMTokError(f"{name} takes its features from a layer that its encoder does not have", CHECK_CONFIG)
+        if not 0 <= self.image_token_id < model.config.text_config.vocab_size:
+            raise MMTokError(f"{name} has an image token outside its vocabulary", CHECK_CONFIG)
+
+    @property
+    def patch_size(self) -> int:
+        return self.model.config.vision_config.patch_size
+
+    @property
+    def image_size(self) -> int:
+        return self.model.config.vision_config.image_size
+
+    @property
+    def side(self) -> int:
+        """Patches along a side of what the encoder sees at once."""
+        return self.image_size // self.patch_size
+
+    def smaller(self, image: Image, tokens: int) -> Grid:
+        return rectangle(tokens, (self.side, self.side), image.height / image.width)
+
+    def resized_pixels(self, image: Image, grid: Grid) -> Tensor:
+        """The whole image at so many patches, [3, height, width]: none of the budget goes to padding."""
+        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+        size = {"height": grid[0] * self.patch_size, "width": grid[1] * self.patch_size}
+        own = self.processor.image_processor
+        processor = CLIPImageProcessorPil(
+            size=size, crop_size=size, resample=own.resample, image_mean=own.image_mean, image_std=own.image_std
+        )
+        return processor(image, return_tensors="pt")["pixel_values"][0]
+
+    def encode_tiles(
+        self,
+        pixels: Tensor,
+        questions: Sequence[str],
+        image_ids: Sequence[str],
+        signals: Sequence[str],
+        stage: Stage,
+    ) -> list[VisionTokens]:
+        """Vision tokens of pictures of one size, each by itself, all of them eligible.
+
+        pixels: [pictures, 3, height, width]; questions, image_ids: one for each. What the signals cost is spent in
+        `stage("select")`. Raises MMTokError for a signal that the model does not offer.
+        """
+        self._check_signals(signals)
+        attention = self._attention() if ATTENTION_SIGNALS.keys() & set(signals) else None
+        watched: AbstractContextManager[list[Tensor]] = inputs_of(attention) if attention else nullcontext([])
+        grid = pixels.shape[2] // self.patch_size, pixels.shape[3] // self.patch_size
+        with watched as seen:
+            out = self.model.model.vision_tower(
+                pixels,
+                output_hidden_states=True,
+                interpolate_pos_encoding=grid != (self.side, self.side),
+                return_dict=True,
+            )
+        hidden = torch.cat([out.hidden_states[layer] for layer in self._layers()], dim=-1)
+        projected = self.model.model.multi_modal_projector(hidden[:, 1:])
+        found: dict[str, Any] = {}
+        if signals:
+            with stage("select"):
+                encoded = Encoded(hidden, questions, attention, seen, self._text_tower)
+                found = {name: SIGNALS[name](encoded) for name in signals}
+        eligible = torch.ones(grid[0] * grid[1], dtype=torch.bool, device=pixels.device)
+        return [
+            VisionTokens(
+                projected=projected[row],
+                features=hidden[row, 1:],
+                grid=grid,
+                eligible=eligible,
+                image_id=image_id,
+                project=self._project,
+                signals={name: value[row] for name, value in found.items()},
+            )
+            for row, image_id in enumerate(image_ids)
+        ]
+
+    def _project(self, features: Tensor) -> Tensor:
+        return self.model.model.multi_modal_projector(features.to(self.dtype))
+
+    def _check_signals(self, signals: Sequence[str]) -> None:
+        unknown = [name for name in signals if name not in SIGNALS]
+        if unknown:
+            raise MMTokError(f"the {self.family} family does not offer {', '.join(unknown)}", "use another method")
+        if self._load_tower is None and TOWER_SIGNALS.keys() & set(signals):
+            having = [profile.name for profile in known_profiles().values() if profile.text_tower]
+            raise MMTokError(
+                f"the method reads the question with CLIP, and {self.name} comes without a CLIP text tower",
+                f"use another method, or one of {', '.join(having)}, which have one",
+            )
+
+    def _text_tower(self) -> ClipText:
+        """The text tower where the model is now, loaded when it is first asked for."""
+        if self._tower is None:
+            assert self._load_tower is not None
+            self._tower = self._load_tower(self.dtype)
+        weight = self._tower.text_projection.weight
+        if (weight.device, weight.dtype) != (self.device, self.dtype):
+            self._tower.to(self.device, self.dtype)
+        return self._tower
+
+    def _attention(self) -> torch.nn.Module:
+        """The attention module inside the layer that the features come from."""
+        (layer, *others), depth = self._layers(), self.model.config.vision_config.num_hidden_layers
+        index = layer if layer < 0 else layer - 1  # hidden state i is what layer i - 1 gave
+        if others or not -depth <= index < depth:
+            raise MMTokError(
+                f"{self.name} does not take its features from one layer of its encoder, so it has no attention to read",
+                "use a method that reads none of the encoder's attention",
+            )
+        return self.model.model.vision_tower.encoder.layers[index].self_attn
+
+    def _layers(self) -> list[int]:
+        layers = self.model.config.vision_feature_layer
+        return [layers] if isinstance(layers, int) else list(layers)

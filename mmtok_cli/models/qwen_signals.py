@@ -1,0 +1,69 @@
+"""What methods ask to see of an encoder without a class token (Qwen), computed beside the stock forward pass."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+QUERIES_AT_ONCE = 256
+Call = tuple[Tensor, tuple[Tensor, Tensor]]  # what the attention module was called with: hidden states and rotary
+
+
+@contextmanager
+def calls_of(attention: torch.nn.Module, *, wanted: bool) -> Iterator[list[Call]]:
+    """Collects what the attention module is called with while the context is open, if that is wanted."""
+    calls: list[Call] = []
+    if not wanted:
+        yield calls
+        return
+
+    def remember(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append((args[0] if args else kwargs["hidden_states"], kwargs["position_embeddings"]))
+
+    handle = attention.register_forward_pre_hook(remember, with_kwargs=True)
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+def received_attention(attention: Any, call: Call, lengths: Sequence[int]) -> Tensor:
+    """How much attention each patch receives from the patches of its image: [patches], in float32.
+
+    The mean over the heads, summed over the queries, as in VisionZip's code for Qwen2.5-VL. Rows of the matrix are
+    computed some at a time. lengths: patches of each image.
+    """
+    queries, keys = _rotated(attention, call)
+    received = []
+    for q, k in zip(queries.split(list(lengths), 1), keys.split(list(lengths), 1), strict=True):
+        total = torch.zeros(k.shape[1], device=k.device)
+        for rows in q.float().split(QUERIES_AT_ONCE, 1):
+            total += (rows @ k.float().mT * attention.scaling).softmax(-1).mean(0).sum(0)
+        received.append(total)
+    return torch.cat(received)
+
+
+def mean_keys(attention: Any, call: Call, lengths: Sequence[int]) -> Tensor:
+    """Keys of each patch behind the rotary embedding, averaged over the heads: [patches, head dim]."""
+    return _rotated(attention, call)[1].mean(0)
+
+
+def _rotated(attention: Any, call: Call) -> tuple[Tensor, Tensor]:
+    """Queries and keys [heads, patches, head dim], as the module itself makes them."""
+    hidden, (cos, sin) = call
+    queries, keys, _ = attention.qkv(hidden).unflatten(-1, (3, attention.num_heads, -1)).unbind(1)
+    rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb_vision
+    queries, keys = rotate(queries, keys, cos, sin)
+    return queries.transpose(0, 1), keys.transpose(0, 1)
+
+
+# Each gives one row per patch, in the order in which the encoder has them.
+SIGNALS: dict[str, Callable[[Any, Call, Sequence[int]], Tensor]] = {
+    "received_attention": received_attention,
+    "mean_keys": mean_keys,
+}

@@ -1,0 +1,230 @@
+"""Qwen2.5-VL: images at their own resolution, four patches merged into one vision token, positions in three axes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from PIL import Image as PILImage
+from PIL.Image import Image
+from torch import Tensor
+
+from mmtok_cli.errors import MMTokError
+from mmtok_cli.models.base import Grid, Panel, Prompt, Stage, VisionLanguageModel, cells, unwatched
+from mmtok_cli.models.inside import Inside
+from mmtok_cli.models.qwen_signals import SIGNALS, calls_of
+from mmtok_cli.models.sequences import CutImage
+from mmtok_cli.rules import Positions
+from mmtok_cli.tokens import Selection, VisionTokens
+
+FULLEST = 0.85  # of a budget that a smaller image takes up at least
+
+
+class QwenVL(VisionLanguageModel):
+    """`Qwen2_5_VLForConditionalGeneration`.
+
+    A vision token is what the merger makes of 2x2 patches; its features are the mean of these behind the last block,
+    as in MMTok's release, in raster order. Positions are those of the whole image (M-RoPE) whatever is dropped.
+    """
+
+    family: ClassVar[str] = "qwen2_5_vl"
+    positions: ClassVar[tuple[Positions, ...]] = ("keep",)
+    has_class_token: ClassVar[bool] = False
+
+    @classmethod
+    def stand_in_processor(cls, config: Any, chat_template: str) -> Any:
+        from mmtok_cli.models.stand_in import qwen_processor
+
+        return qwen_processor(config, chat_template)
+
+    @classmethod
+    def load_processor(cls, source: str, *, local_files_only: bool = False) -> Any:
+        from mmtok_cli.models.qwen_processor import QwenProcessor
+
+        return QwenProcessor.from_pretrained(source, local_files_only=local_files_only)
+
+    @property
+    def image_text(self) -> str:
+        return f"<|vision_start|>{self.processor.image_token}<|vision_end|>"
+
+    @property
+    def merge(self) -> int:
+        """Patches along each side of a vision token."""
+        return self.model.config.vision_config.spatial_merge_size
+
+    @property
+    def token_size(self) -> int:
+        """Pixels along each side of a vision token."""
+        return self.merge * self.model.config.vision_config.patch_size
+
+    def total(self, image: Image) -> int:
+        rows, columns = self._grid(image)
+        return rows * columns
+
+    def smaller(self, image: Image, tokens: int) -> Grid:
+        """The grid of `tokens` cells or up to 15 % fewer that distorts least, a missing cell counting a little.
+
+        The processor's own scaling rounds both sides down, and so fills small budgets to 78 % only.
+        """
+        aspect, best = image.height / image.width, None
+        for rows in range(1, tokens + 1):
+            for columns in range(math.ceil(FULLEST * tokens / rows), tokens // rows + 1):
+                cost = abs(math.log(rows / columns / aspect)) + (1 - rows * columns / tokens) / 2
+                if columns and (best is None or cost < best[0]):
+                    best = cost, (rows, columns)
+        assert best is not None  # one row of all cells is a grid
+        return best[1]
+
+    def pixels(self, image: Image, grid: Grid | None) -> Tensor:
+        """[patches, values of a patch], cells of 2x2 patches one after another."""
+        rows, columns = grid or self._grid(image)
+        side = self.token_size
+        if image.size != (columns * side, rows * side):
+            image = image.resize((columns * side, rows * side), PILImage.Resampling.BICUBIC)
+        area = rows * columns * side**2
+        size = {"shortest_edge": min(area, self._bounds[0]), "longest_edge": max(area, self._bounds[1])}
+        return self.processor.image_processor(image, size=size, return_tensors="pt")["pixel_values"]
+
+    def encode(self, prompt: Prompt, signals: Sequence[str] = (), *, stage: Stage = unwatched) -> list[VisionTokens]:
+        self._check_signals(signals)
+        grids = [grid or self._grid(image) for grid, image in zip(prompt.grids, prompt.images, strict=True)]
+        sizes = torch.tensor([[1, rows * self.merge, columns * self.merge] for rows, columns in grids])
+        sizes = sizes.to(self.device)
+        counts = [rows * columns for rows, columns in grids]
+        with calls_of(self._last_attention(), wanted=bool(signals)) as calls:
+            out = self.model.model.get_image_features(torch.cat(prompt.pixel_values), sizes, return_dict=True)
+        order = self._raster_order(sizes)
+        cells_of_patches = out.last_hidden_state.unflatten(0, (-1, self.merge**2))
+        features = cells_of_patches.mean(1)[order].split(counts)
+        found: dict[str, Sequence[Tensor]] = {}
+        if signals:
+            with stage("select"):
+                for name in signals:
+                    values = SIGNALS[name](self._last_attention(), calls[0], [n * self.merge**2 for n in counts])
+                    per_token = values.unflatten(0, (-1, self.merge**2)).mean(1)
+                    found[name] = per_token[order].split(counts)
+        deepstack = getattr(out, "deepstack_features", None) or []
+        return [
+            VisionTokens(
+                projected=out.pooler_output[i],
+                features=features[i],
+                grid=grid,
+                eligible=torch.ones(counts[i], dtype=torch.bool, device=self.device),
+                image_id=prompt.image_ids[i],
+                project=self._project,
+                signals={name: values[i] for name, values in found.items()},
+                deepstack=tuple(layer[i] for layer in deepstack),
+            )
+            for i, grid in enumerate(grids)
+        ]
+
+    def panels(self, image: Image, grid: Grid | None) -> list[Panel]:
+        grid = grid or self._grid(image)
+        return [Panel("", grid, tuple(range(grid[0] * grid[1])), cells(grid, (0, 0, *image.size)))]
+
+    def released_words(self, question: str) -> tuple[str, ...]:
+        """MMTok's code for Qwen covers all words, and the one that it puts in front of them."""
+        return tuple(f"Question: {question}".split())
+
+    def position_ids(self, prompt: Prompt, sources: Tensor, mask: Tensor, positions: Positions) -> Tensor:
+        """[4, batch, length]: a count of the tokens, and time, row and column as in the whole prompt."""
+        grids = [grid or self._grid(image) for grid, image in zip(prompt.grids, prompt.images, strict=True)]
+        sizes = torch.tensor([[1, rows * self.merge, columns * self.merge] for rows, columns in grids])
+        whole, _ = self.model.model.get_rope_index(
+            prompt.input_ids,
+            mm_token_type_ids=(prompt.input_ids == self.image_token_id).int(),
+            image_grid_thw=sizes.to(self.device),
+            attention_mask=prompt.attention_mask,
+        )
+        counted = mask.long().cumsum(1) - 1
+        return torch.cat([counted[None], whole.gather(2, sources.expand(3, -1, -1))]).masked_fill(~mask, 0)
+
+    @property
+    def _bounds(self) -> tuple[int, int]:
+        """The fewest and the most pixels at which the processor leaves an image."""
+        size = self.processor.image_processor.size
+        return size["shortest_edge"], size["longest_edge"]
+
+    def _grid(self, image: Image) -> Grid:
+        """(rows, columns) of vision tokens as the processor would have them."""
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+        try:
+            height, width = smart_resize(
+                image.height, image.width, self.token_size, min_pixels=self._bounds[0], max_pixels=self._bounds[1]
+            )
+        except ValueError as error:
+            raise MMTokError(f"{self.name} cannot see an image of {image.width}x{image.height}: {error}") from error
+        return height // self.token_size, width // self.token_size
+
+    def _raster_order(self, sizes: Tensor) -> Tensor:
+        """Where each vision token in raster order comes from in the order of the encoder's windows."""
+        from transformers.vision_utils import get_vision_window_index
+
+        config = self.model.config.vision_config
+        index, _ = get_vision_window_index(
+            sizes,
+            spatial_merge_size=config.spatial_merge_size,
+            window_size=config.window_size,
+            patch_size=config.patch_size,
+        )
+        return torch.as_tensor(index, device=self.device).argsort()
+
+    def _last_attention(self) -> Any:
+        """The attention of the last block that sees whole images."""
+        blocks = self.model.model.visual.blocks
+        return blocks[max(self.model.config.vision_config.fullatt_block_indexes)].attn
+
+    def _project(self, features: Tensor) -> Tensor:
+        raise MMTokError(
+            f"the merger of {self.name} takes four patches, not one row of features",
+            "this is a defect of the method: it must merge projected tokens where there is no class token",
+        )
+
+    def _check_signals(self, signals: Sequence[str]) -> None:
+        unknown = [name for name in signals if name not in SIGNALS]
+        if unknown:
+            raise MMTokError(
+                f"the {self.family} family does not offer {', '.join(unknown)}: its encoder has no class token and no "
+                "text tower",
+                "use another method, such as mmtok, visionzip or divprune",
+            )
+
+
+class Qwen3VL(QwenVL):
+    """`Qwen3VLForConditionalGeneration`: its first decoder layers add features of earlier encoder blocks (DeepStack)
+    to the vision tokens, whose rows follow the selection."""
+
+    family: ClassVar[str] = "qwen3_vl"
+
+    def encoder_outputs(
+        self, rows: list[Tensor], vision: Sequence[VisionTokens], selections: Sequence[Selection]
+    ) -> Any:
+        from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
+
+        pairs = list(zip(vision, selections, strict=True))
+        depth = len(vision[0].deepstack) if vision else 0
+        return BaseModelOutputWithDeepstackFeatures(
+            pooler_output=rows,
+            deepstack_features=[[v.deepstack[layer][s.indices] for v, s in pairs] for layer in range(depth)],
+        )
+
+    def inside(
+        self, attention_mask: Tensor, images: Sequence[CutImage], positions: Positions, stage: Stage = unwatched
+    ) -> Inside:
+        first = len(self.model.config.vision_config.deepstack_visual_indexes)
+        if any(cut.before < first for image in images for cut in image.cuts):
+            raise MMTokError(
+                f"the first {first} decoder layers of {self.name} add to all vision tokens (DeepStack), so none can "
+                "leave before them",
+                f"cut behind layer {first}, as in --set fastv.layer={first}",
+            )
+        return super().inside(attention_mask, images, positions, stage)
+
+    def _raster_order(self, sizes: Tensor) -> Tensor:
+        return torch.arange(int(sizes.prod(-1).sum()) // self.merge**2, device=self.device)
+
+    def _last_attention(self) -> Any:
+        return self.model.model.visual.blocks[-1].attn

@@ -1,0 +1,249 @@
+"""A tiny model of every family, built from configs; weights are scaled up so that attention is far from uniform."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextProcessor,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from mmtok_cli.data.samples import Sample
+from mmtok_cli.demo.architecture import CHAT_TEMPLATE, build_tokenizer
+from mmtok_cli.models.base import VisionLanguageModel
+from mmtok_cli.models.clip_text import ClipText
+from mmtok_cli.models.llava import Llava
+from mmtok_cli.models.llava_next import LlavaNext
+from mmtok_cli.models.qwen_processor import QwenProcessor
+from mmtok_cli.models.qwen_vl import Qwen3VL, QwenVL
+
+PATCH, SIDE = 14, 6  # 36 vision tokens
+SQUARE = SIDE * PATCH
+PINPOINTS = [[SQUARE, 2 * SQUARE], [2 * SQUARE, SQUARE], [2 * SQUARE] * 2, [3 * SQUARE, SQUARE], [SQUARE, 3 * SQUARE]]
+QWEN_TEMPLATE = CHAT_TEMPLATE.replace("<image>\n", "<|vision_start|><|image_pad|><|vision_end|>")
+LAYERS = 4  # of every language model
+
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": SQUARE,
+    "patch_size": PATCH,
+}
+TEXT = {
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+QWEN_VISION = {
+    "depth": 3,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_heads": 2,
+    "out_hidden_size": 48,
+    "patch_size": PATCH,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+}
+
+
+def scaled(model: Any) -> Any:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(3)
+    return model.eval()
+
+
+def text_config(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    return {
+        **TEXT,
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def build_tiny_llava(attention: str = "sdpa") -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    tokenizer = build_tokenizer()
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**VISION),
+        text_config=LlamaConfig(**text_config(tokenizer)),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        attn_implementation=attention,
+    )
+    torch.manual_seed(0)
+    processor = LlavaProcessor(
+        image_processor=CLIPImageProcessorPil(
+            size={"shortest_edge": SQUARE}, crop_size={"height": SQUARE, "width": SQUARE}
+        ),
+        tokenizer=tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )
+    return scaled(LlavaForConditionalGeneration(config)), processor
+
+
+def build_tiny_llava_next(attention: str = "sdpa") -> tuple[LlavaNextForConditionalGeneration, LlavaNextProcessor]:
+    tokenizer = build_tokenizer()
+    config = LlavaNextConfig(
+        vision_config=CLIPVisionConfig(**VISION),
+        text_config=LlamaConfig(**text_config(tokenizer)),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_grid_pinpoints=PINPOINTS,
+        attn_implementation=attention,
+    )
+    torch.manual_seed(0)
+    processor = LlavaNextProcessor(
+        image_processor=LlavaNextImageProcessorPil(
+            size={"shortest_edge": SQUARE},
+            crop_size={"height": SQUARE, "width": SQUARE},
+            image_grid_pinpoints=PINPOINTS,
+        ),
+        tokenizer=tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )
+    return scaled(LlavaNextForConditionalGeneration(config)), processor
+
+
+def build_tiny_qwen(attention: str = "sdpa") -> tuple[Qwen2_5_VLForConditionalGeneration, QwenProcessor]:
+    tokenizer = qwen_tokenizer()
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2]}
+    config = Qwen2_5_VLConfig(
+        vision_config={**QWEN_VISION, "fullatt_block_indexes": [0, 2], "window_size": 4 * PATCH},
+        text_config={**text_config(tokenizer), "rope_parameters": rope, "max_position_embeddings": 2048},
+        **qwen_ids(tokenizer),
+        attn_implementation=attention,
+    )
+    torch.manual_seed(0)
+    return scaled(Qwen2_5_VLForConditionalGeneration(config)), qwen_processor(tokenizer)
+
+
+def build_tiny_qwen3(attention: str = "sdpa") -> tuple[Qwen3VLForConditionalGeneration, QwenProcessor]:
+    tokenizer = qwen_tokenizer()
+    rope = {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "mrope_section": [2, 2, 2],
+        "mrope_interleaved": True,
+    }
+    text = {**text_config(tokenizer), "rope_parameters": rope, "head_dim": 12, "max_position_embeddings": 2048}
+    config = Qwen3VLConfig(
+        vision_config={**QWEN_VISION, "num_position_embeddings": 64, "deepstack_visual_indexes": [0]},
+        text_config=text,
+        **qwen_ids(tokenizer),
+        attn_implementation=attention,
+    )
+    torch.manual_seed(0)
+    return scaled(Qwen3VLForConditionalGeneration(config)), qwen_processor(tokenizer)
+
+
+def qwen_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = build_tokenizer()
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]}
+    )
+    return tokenizer
+
+
+def qwen_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
+    names = {
+        "image_token_id": "<|image_pad|>",
+        "video_token_id": "<|video_pad|>",
+        "vision_start_token_id": "<|vision_start|>",
+        "vision_end_token_id": "<|vision_end|>",
+    }
+    return {name: tokenizer.convert_tokens_to_ids(token) for name, token in names.items()}
+
+
+def qwen_processor(tokenizer: PreTrainedTokenizerFast) -> QwenProcessor:
+    """At least twelve vision tokens per image, which the samples' small pictures are scaled up to."""
+    size = {"shortest_edge": 12 * (2 * PATCH) ** 2, "longest_edge": 64 * (2 * PATCH) ** 2}
+    image_processor = Qwen2VLImageProcessorPil(size=size, patch_size=PATCH, merge_size=2, temporal_patch_size=2)
+    return QwenProcessor(image_processor=image_processor, tokenizer=tokenizer, chat_template=QWEN_TEMPLATE)
+
+
+def build_tiny_clip() -> CLIPModel:
+    """The CLIP model that the tiny LLaVA's encoder might have been taken from; it reads six words at a time."""
+    tokenizer = build_tokenizer()
+    config = CLIPConfig(
+        text_config=CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=24,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=8,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        ),
+        vision_config=CLIPVisionConfig(**VISION),
+        projection_dim=16,
+    )
+    torch.manual_seed(1)
+    return CLIPModel(config).eval()
+
+
+def tiny_text_tower(dtype: torch.dtype) -> ClipText:
+    return ClipText(build_tiny_clip().to(dtype), build_tokenizer())
+
+
+FAMILIES: dict[str, Callable[[str], VisionLanguageModel]] = {
+    "llava": lambda attention: Llava("tiny", *build_tiny_llava(attention), text_tower=tiny_text_tower),
+    "llava_next": lambda attention: LlavaNext("tiny", *build_tiny_llava_next(attention), text_tower=tiny_text_tower),
+    "qwen2_5_vl": lambda attention: QwenVL("tiny", *build_tiny_qwen(attention)),
+    "qwen3_vl": lambda attention: Qwen3VL("tiny", *build_tiny_qwen3(attention)),
+}
+
+
+def stock_inputs(model: VisionLanguageModel, sample: Sample) -> dict[str, Any]:
+    """What transformers' own forward takes for a sample, pictures and all."""
+    prompt = model.prepare([sample.question], [sample.images], [sample.image_ids], [None] * len(sample.images))
+    inputs: dict[str, Any] = {"input_ids": prompt.input_ids, "attention_mask": prompt.attention_mask}
+    if model.family == "llava":
+        return inputs | {"pixel_values": torch.stack(prompt.pixel_values)}
+    if model.family == "llava_next":
+        sizes = torch.tensor([[image.height, image.width] for image in sample.images])
+        return inputs | {"pixel_values": torch.cat(prompt.pixel_values), "image_sizes": sizes}
+    found = [model.processor.image_processor(image, return_tensors="pt") for image in sample.images]
+    return inputs | {
+        "pixel_values": torch.cat([each["pixel_values"] for each in found]),
+        "image_grid_thw": torch.cat([each["image_grid_thw"] for each in found]),
+        "mm_token_type_ids": (prompt.input_ids == model.image_token_id).int(),
+    }
+
+
+def stock_logits(model: VisionLanguageModel, sample: Sample) -> torch.Tensor:
+    """The next token's logits by transformers alone."""
+    with torch.inference_mode():
+        return model.model(**stock_inputs(model, sample), logits_to_keep=1).logits[:, -1]
