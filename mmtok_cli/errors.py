@@ -13,6 +13,11 @@ class MMTokError(Exception):
         self.hint = hint
 
 
+def first_line(error: Exception) -> str:
+    """What another library's error says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def suggestion(name: str, known: Iterable[str], command: str) -> str:
     """A hint that names what was probably meant, and the command that lists everything."""
     near = difflib.get_close_matches(name.lower(), list(known), n=3, cutoff=0.5)

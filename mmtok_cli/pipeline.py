@@ -103,7 +103,7 @@ def reduce(
         seen = [_as_seen(v, method, rules.track) for v in vision]
         selections = _select(method, seen, model.text_tokens(prompt, rules.track), left)
         inputs = model.assemble(prompt, vision, selections, positions)
-        cuts = [_cuts(method, s.kept, kept, model.layer_count) for s, kept in zip(selections, keep, strict=True)]
+        cuts = [_cuts(method, s.kept, kept, model) for s, kept in zip(selections, keep, strict=True)]
         if rules.budget_means == "layer-average" and any(
             cut and s.kept < v.total for cut, s, v in zip(cuts, selections, vision, strict=True)
         ):
@@ -129,7 +129,7 @@ def check_budget(
     """
     images = [image for sample in samples for image in sample.images]
     for total, kept in set(zip(*_plan(model, method, images, budget, rules)[:2], strict=True)):
-        _cuts(method, total, kept, model.layer_count)
+        _cuts(method, total, kept, model)
 
 
 def inside(
@@ -295,11 +295,12 @@ def _select(
     return selections
 
 
-def _cuts(method: Method, entering: int, keep: int, layers: int) -> tuple[Cut, ...]:
+def _cuts(method: Method, entering: int, keep: int, model: VisionLanguageModel) -> tuple[Cut, ...]:
     """The method's cuts of an image of which so many tokens enter the language model.
 
-    Raises MMTokError naming the method where they make no sense.
+    Raises MMTokError naming the method where they make no sense, and where they lie beyond the layers that are run.
     """
+    layers = model.layer_count
     cuts, before, tokens = method.cuts(entering, keep, layers), 0, entering
     for cut in cuts:
         follows = before < cut.before < layers and 1 <= cut.keep <= tokens
@@ -310,6 +311,12 @@ def _cuts(method: Method, entering: int, keep: int, layers: int) -> tuple[Cut, .
                 "the layer in front of them or the one behind",
             )
         before, tokens = cut.before, cut.keep
+    if before >= model.loaded_layers:
+        raise MMTokError(
+            f"{type(method).__name__} drops tokens before layer {before + 1} of {layers}, and only "
+            f"{model.loaded_layers} are run",
+            f"use --layers {before + 1} or more",
+        )
     return cuts
 
 

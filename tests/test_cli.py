@@ -144,7 +144,7 @@ def test_settings_override_the_seed_and_the_profile(tiny_directory: Path, monkey
     mine = known_profiles()["demo"].model_copy(
         update={"name": "mine", "methods": {"mmtok": {"alpha": 0.25}, "sparsevlm": {"layers": [0, 1]}}}
     )
-    monkeypatch.setattr("mmtok_cli.models.profile_of", lambda name: mine)
+    monkeypatch.setattr("mmtok_cli.models.sources.profile_of", lambda name: mine)
     command = ("compare", "-m", tiny_directory, "-b", 4, "--limit", 1, "--max-new-tokens", 2)
     parameters = {
         case["method"]: case["parameters"]

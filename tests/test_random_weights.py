@@ -17,8 +17,9 @@ from mmtok_cli.errors import MMTokError
 from mmtok_cli.methods import make_method
 from mmtok_cli.models import load_model, room
 from mmtok_cli.models.llava import Llava
-from mmtok_cli.models.random_weights import build_random
-from mmtok_cli.models.room import require_room
+from mmtok_cli.models.random_weights import fill_randomly
+from mmtok_cli.models.room import laid_out, needs_of
+from mmtok_cli.models.sources import architecture, shortened
 from mmtok_cli.models.stand_in import StandInTokenizer, llava_next_processor, llava_processor, qwen_processor
 from mmtok_cli.pipeline import answer
 from mmtok_cli.profiles import known_profiles
@@ -39,7 +40,7 @@ def small_config() -> AutoConfig:
 def test_random_model_answers_without_any_download(dtype: torch.dtype, samples: list[Sample]) -> None:
     config = small_config()
     before = torch.random.get_rng_state()
-    model = build_random("small", config, dtype, CPU).eval()
+    model = fill_randomly(laid_out(config, dtype), CPU).eval()
     assert torch.equal(torch.random.get_rng_state(), before)
     assert all(bool(p.isfinite().all()) and p.dtype == dtype for p in model.parameters())
     assert all(bool(b.isfinite().all()) for b in model.buffers() if b.is_floating_point())
@@ -51,7 +52,7 @@ def test_random_model_answers_without_any_download(dtype: torch.dtype, samples: 
 
 
 def test_the_same_random_weights_every_time() -> None:
-    first, second = (build_random("small", small_config(), torch.float32, CPU) for _ in range(2))
+    first, second = (fill_randomly(laid_out(small_config(), torch.float32), CPU) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
@@ -134,10 +135,81 @@ def test_stand_in_cuts_images_as_llava_next_does() -> None:
 
 def test_models_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "free_memory", lambda device: 20 * 2**30)
-    require_room("small", 1e9, torch.float32, CPU)
-    with pytest.raises(MMTokError, match=r"7\.06 B weights take 26\.3 GiB in float32, and cpu has 20\.0 GiB") as error:
+    with pytest.raises(
+        MMTokError, match=r"7\.06 B weights take 26\.3 GiB in float32, KV cache and .* 0\.8 GiB"
+    ) as error:
         load_model("llava-1.5-7b", device="cpu", dtype="float32")
-    assert "--dtype bfloat16, which takes 13.2 GiB" in error.value.hint
-    with pytest.raises(MMTokError, match=r"13\.35 B weights") as error:
-        load_model("llava-1.5-13b", device="cpu", weights="random")
-    assert "smaller model" in error.value.hint
+    assert "cpu has 20.0 GiB free" in error.value.message
+    assert "--dtype bfloat16, which takes 13.6 GiB" in error.value.hint
+    with pytest.raises(MMTokError, match=r"13\.35 B weights take 49\.7 GiB") as error:
+        load_model("llava-next-13b", device="cpu", weights="random")
+    layers = int(error.value.hint.partition("--layers ")[2].partition(";")[0])
+    assert f"time {layers} of its 40 decoder layers" in error.value.hint and "--dtype bfloat16" in error.value.hint
+    monkeypatch.undo()
+    config = shortened(architecture("llava-next-13b", ""), layers, "llava-next-13b")
+    within = needs_of(laid_out(config, torch.float32), torch.float32, 2340)
+    beyond = needs_of(laid_out(architecture("llava-next-13b", ""), torch.float32), torch.float32, 2340)
+    assert within.total <= 20 * 2**30 < within.total + beyond.layer + beyond.cache
+
+
+def test_needs_count_every_byte_of_weights_and_cache(tiny_sdpa: Llava, samples: list[Sample]) -> None:
+    needs = needs_of(tiny_sdpa.model, torch.float32, 36)
+    assert needs.weights == sum(p.nbytes for p in tiny_sdpa.model.parameters())
+    said = answer(tiny_sdpa, make_method("full"), samples[:1], None, max_new_tokens=1)
+    tokens = said.reduced.inputs["input_ids"].shape[1]
+    assert needs.layers * needs.cache / (36 + room.TEXT_TOKENS) == said.kv_cache_bytes / tokens
+    assert needs.layers_within(needs.total) == needs.layers == 4
+    assert needs.layers_within(needs.total - 1) == 3 and needs.layers_within(0) == 0
+    eager = needs_of(tiny_sdpa.model, torch.float32, 36, "eager")
+    assert eager.working - needs.working == 4 * 164**2 * 8
+
+
+@pytest.mark.parametrize("family", ["llava-1.5-7b", "llava-next-7b", "qwen2.5-vl-7b", "qwen3-vl-2b"])
+def test_a_part_of_a_model(family: str) -> None:
+    config = architecture(family, "")
+    depth = config.text_config.num_hidden_layers
+    model = laid_out(shortened(config, 2, family), torch.bfloat16)
+    assert len(model.model.language_model.layers) == 2 and model.config.text_config.num_hidden_layers == 2
+    with pytest.raises(MMTokError, match=f"has {depth} decoder layers, not {depth + 1}"):
+        shortened(architecture(family, ""), depth + 1, family)
+
+
+def test_layers_of_a_directory(tiny_directory: Path, samples: list[Sample]) -> None:
+    part, whole = load_model(str(tiny_directory), layers=2), load_model(str(tiny_directory))
+    assert (part.loaded_layers, part.layer_count) == (2, 4) and (whole.loaded_layers, whole.layer_count) == (4, 4)
+    for name, weight in part.model.named_parameters():
+        assert torch.equal(weight, whole.model.get_parameter(name))
+    said = answer(part, make_method("fastv", layer=1), samples[:1], Budget(count=8), max_new_tokens=1)
+    assert said.reduced.tokens[0].layer_average == (36 + 3 * 8) / 4  # of the whole model
+    with pytest.raises(MMTokError, match="before layer 4 of 4, and only 2 are run") as error:
+        answer(part, make_method("fastv", layer=3), samples[:1], Budget(count=8))
+    assert "--layers 4" in error.value.hint
+
+
+def test_parts_on_devices_of_their_own() -> None:
+    """As over several GPUs, with the CPU in the place of each; the weights are those of the model in one piece."""
+    places = {"model.vision_tower": "cpu", "model.language_model": "cpu", "model": "cpu", "lm_head": "cpu"}
+    spread = fill_randomly(laid_out(small_config(), torch.float32), CPU, places)
+    whole = fill_randomly(laid_out(small_config(), torch.float32), CPU)
+    assert all(torch.equal(a, b) for a, b in zip(spread.parameters(), whole.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(spread.buffers(), whole.buffers(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"attention": "magic"}, "no attention kernel 'magic'"),
+        ({"attention": "flash_attention_2", "device": "cpu"}, "needs a CUDA device"),
+        ({"device_map": "auto", "device": "cpu"}, "spreads a model over GPUs"),
+        ({"device_map": "balanced"}, "no device map 'balanced'"),
+        ({"layers": 0}, "has 4 decoder layers, not 0"),
+    ],
+)
+def test_loading_that_cannot_be_done_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(MMTokError, match=message):
+        load_model("demo", **options)
+
+
+def test_attention_kernel_is_the_one_that_was_asked_for(tiny_directory: Path) -> None:
+    assert load_model(str(tiny_directory), attention="eager").attention == "eager"
+    assert load_model(str(tiny_directory)).attention == "sdpa"

@@ -9,8 +9,10 @@ import typer
 
 from mmtok_cli.cli.options import (
     MEASUREMENT,
+    AttentionOption,
     BudgetMeansOption,
     BudgetOption,
+    DeviceMapOption,
     DeviceOption,
     DtypeOption,
     ImageArgument,
@@ -43,6 +45,8 @@ def infer(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     weights: WeightsOption = "pretrained",
+    attention: AttentionOption = "sdpa",
+    device_map: DeviceMapOption = None,
     track: TrackOption = "released",
     positions: PositionsOption = None,
     budget_means: BudgetMeansOption = "final",
@@ -67,7 +71,7 @@ def infer(
     sample = sample_from_file(image, question)
     case = make_case(method, wanted, setup)
     cases = [case, make_case("full", None, setup)] if baseline else [case]
-    vlm = open_model(model, device, dtype, weights, quiet)
+    vlm = open_model(model, device, dtype, weights, quiet, attention=attention, device_map=device_map)
 
     from rich.text import Text
 

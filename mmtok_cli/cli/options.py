@@ -30,6 +30,28 @@ WeightsOption = Annotated[
         rich_help_panel=MODEL,
     ),
 ]
+LayersOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Run the first so many decoder layers alone and estimate the times of the whole model.",
+        show_default=False,
+        rich_help_panel=MODEL,
+    ),
+]
+AttentionOption = Annotated[
+    str,
+    typer.Option(help="Attention kernel.", metavar="sdpa|eager|flash_attention_2", rich_help_panel=MODEL),
+]
+DeviceMapOption = Annotated[
+    str | None,
+    typer.Option(
+        help="auto: spread the model over all GPUs (with accelerate).",
+        metavar="auto",
+        show_default=False,
+        rich_help_panel=MODEL,
+    ),
+]
 
 MethodOption = Annotated[
     str, typer.Option("--method", help="Reduction method (see `mmtok methods`).", rich_help_panel=REDUCTION)

@@ -12,12 +12,15 @@ import typer
 from mmtok_cli.cli.options import (
     OUTPUT,
     PLOTS,
+    AttentionOption,
     BudgetMeansOption,
     BudgetOption,
+    DeviceMapOption,
     DeviceOption,
     DtypeOption,
     ImageArgument,
     JsonOption,
+    LayersOption,
     MethodOption,
     ModelOption,
     PositionsOption,
@@ -59,6 +62,9 @@ def prune(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     weights: WeightsOption = "pretrained",
+    layers: LayersOption = None,
+    attention: AttentionOption = "sdpa",
+    device_map: DeviceMapOption = None,
     track: TrackOption = "released",
     positions: PositionsOption = None,
     budget_means: BudgetMeansOption = "final",
@@ -90,7 +96,7 @@ def prune(
         raise MMTokError("one file would be written over another, or over the image", "give each a name of its own")
     sample = sample_from_file(image, question)
     case = make_case(method, wanted, setup)
-    vlm = open_model(model, device, dtype, weights, quiet)
+    vlm = open_model(model, device, dtype, weights, quiet, layers=layers, attention=attention, device_map=device_map)
 
     from mmtok_cli.report import console as report
     from mmtok_cli.report.catalogues import kept_map
@@ -151,7 +157,8 @@ def prune(
         out.print(remark, style="dim", markup=False)
     for panel, k, o, m in zip(panels, kept, picks, hollow, strict=True):
         if out.width >= 3 * panel.grid[1]:
-            out.print(*filter(None, [panel.title]))
+            if panel.title:
+                out.print(panel.title, style="bold")
             eligible = vision.eligible[list(panel.tokens)].tolist()
             out.print(kept_map(panel.grid, k, o, mark, eligible, m))
     for path in filter(None, (output, gain_curve)):

@@ -48,7 +48,17 @@ def make_setup(
     return Setup(model, seed, rules, read_settings(settings or [], names))
 
 
-def open_model(name: str, device: str, dtype: str, weights: str, quiet: bool) -> VisionLanguageModel:
+def open_model(
+    name: str,
+    device: str,
+    dtype: str,
+    weights: str,
+    quiet: bool,
+    *,
+    layers: int | None = None,
+    attention: str = "sdpa",
+    device_map: str | None = None,
+) -> VisionLanguageModel:
     """Load a model with a sign of life, and without transformers' own chatter."""
     from rich.text import Text
 
@@ -65,7 +75,15 @@ def open_model(name: str, device: str, dtype: str, weights: str, quiet: bool) ->
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         warnings.filterwarnings("ignore", category=FutureWarning)
-        return load_model(name, device=device, dtype=dtype, weights=weights)
+        return load_model(
+            name,
+            device=device,
+            dtype=dtype,
+            weights=weights,
+            layers=layers,
+            attention=attention,
+            device_map=device_map,
+        )
 
 
 def make_case(name: str, budget: Budget | None, setup: Setup) -> Case:
@@ -76,12 +94,10 @@ def make_case(name: str, budget: Budget | None, setup: Setup) -> Case:
     from mmtok_cli.bench.runner import Case
     from mmtok_cli.methods import accepted, make_method
     from mmtok_cli.methods.parameters import profile_parameters
-    from mmtok_cli.models import profile_of
+    from mmtok_cli.models import method_parameters
 
-    known = profile_of(setup.model)
     parameters = accepted(name, {"seed": setup.seed})
-    if known:
-        parameters |= profile_parameters(name, known.methods, known.name)
+    parameters |= profile_parameters(name, method_parameters(setup.model), setup.model)
     method = make_method(name, **parameters | dict(setup.settings.get(name, {})))
     return Case(name, method, budget if method.takes_budget else None, setup.rules)
 

@@ -2,158 +2,175 @@
 
 from __future__ import annotations
 
-import copy
-import json
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmtok_cli.errors import MMTokError, suggestion
-from mmtok_cli.profiles import Profile, known_profiles
+from mmtok_cli.errors import MMTokError, first_line
+from mmtok_cli.models.devices import choose_device, choose_dtype, require_attention
+from mmtok_cli.models.sources import architecture, configuration, method_parameters, profile_of, shortened, source_of
 
 if TYPE_CHECKING:
     import torch
 
     from mmtok_cli.models.base import VisionLanguageModel
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+__all__ = ["FAMILIES", "load_model", "method_parameters", "profile_of"]
+
 WEIGHTS = ("pretrained", "random")
-DEVICES = ("auto", "cpu", "cuda", "mps")
+DEVICE_MAPS = ("auto",)
+VISION_TOKENS = 576  # that the fit of a model is estimated for if no profile says how many an image has
 
 
 def load_model(
-    name: str = "demo", *, device: str = "auto", dtype: str = "auto", weights: str = "pretrained"
+    name: str = "demo",
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    weights: str = "pretrained",
+    layers: int | None = None,
+    attention: str = "sdpa",
+    device_map: str | None = None,
 ) -> VisionLanguageModel:
     """Load a model with its processor, ready for inference.
 
     name: one of `mmtok models`, a hub id, or a directory in the hub's format.
     device: `auto` takes a GPU where there is one. dtype: `auto` takes float32 on a CPU, otherwise what the weights
     are stored in. weights: `random` builds the model's architecture without its weights; what it answers means
-    nothing, but time and memory do not depend on that.
+    nothing, but time and memory do not depend on that. layers: the first so many decoder layers alone, to time a part
+    of a model that does not fit. attention: sdpa, eager or flash_attention_2. device_map: `auto` spreads the model
+    over all GPUs.
 
-    Raises MMTokError for a name, device or data type that does not exist here, a model family that is not supported,
-    a model that does not fit, and weights that are missing or damaged.
+    Raises MMTokError for a name, device, data type or kernel that does not exist here, a model family that is not
+    supported, a model that does not fit, and weights that are missing or damaged.
     """
+    import torch
+
     where = choose_device(device)
-    if weights not in WEIGHTS:
-        raise MMTokError(f"there are no weights {weights!r}", f"choose one of {', '.join(WEIGHTS)}")
+    kind = choose_dtype(dtype, where)
+    require_attention(attention, where, kind)
+    for what, given, known in (("weights", weights, WEIGHTS), ("device map", device_map, (None, *DEVICE_MAPS))):
+        if given not in known:
+            raise MMTokError(f"there is no {what} {given!r}", f"choose one of {', '.join(filter(None, known))}")
+    if device_map:
+        _require_gpus(where)
+
+    source, profile = source_of(name, weights=weights == "pretrained"), profile_of(name)
+    config = architecture(name, source)
+    if config.model_type not in FAMILIES:
+        raise MMTokError(
+            f"{name} is a {config.model_type!r} model, which is not supported",
+            f"supported families: {', '.join(FAMILIES)}",
+        )
+    family, depth = FAMILIES[config.model_type](), config.text_config.num_hidden_layers
+    if layers is not None:
+        config = shortened(config, layers, name)
+    vision_tokens = profile.vision_tokens if profile else VISION_TOKENS
     if weights == "random":
-        return _random_model(name, where, dtype)
-    source = _source(name)
-    known, kind = profile_of(name), choose_dtype(dtype, where)
-    if known:
-        import torch
+        model = _random(name, config, kind or torch.bfloat16, where, attention, vision_tokens, device_map)
+        processor = _processor_without_download(name, source, family, config)
+    else:
+        _check_room(name, config, kind or torch.float16, where, attention, vision_tokens, device_map)
+        model, processor = _pretrained(name, source, family, kind, where, attention, layers, device_map)
+    built = family(name, model.eval(), processor, **_text_tower(name))
+    built.weights, built.depth = weights, depth
+    return built
 
-        from mmtok_cli.models.room import require_room
 
-        require_room(name, known.parameters, torch.float16 if isinstance(kind, str) else kind, where)
-    family = _family(name, source)
+def _require_gpus(device: torch.device) -> None:
+    from importlib.util import find_spec
 
+    if device.type != "cuda":
+        raise MMTokError("--device-map spreads a model over GPUs, and there is none here", "leave it out")
+    if find_spec("accelerate") is None:
+        raise MMTokError("--device-map needs the package accelerate", "pip install accelerate")
+
+
+def _random(
+    name: str,
+    config: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    attention: str,
+    vision_tokens: int,
+    device_map: str | None,
+) -> Any:
+    """A model of this configuration with random weights. Raises MMTokError where there is no room for it."""
+    from mmtok_cli.models.random_weights import fill_randomly
+    from mmtok_cli.models.room import free_on_gpus, laid_out, needs_of, require_room
+
+    model = laid_out(config, dtype, attention)
+    gpus = free_on_gpus() if device_map else None
+    require_room(name, needs_of(model, dtype, vision_tokens, attention), dtype, device, gpus)
+    if gpus is None:
+        return fill_randomly(model, device)
+    from accelerate import dispatch_model, infer_auto_device_map
+
+    # A sixth of each GPU is left for activations and the KV cache.
+    room = {gpu: free * 5 // 6 for gpu, free in gpus.items()}
+    places = infer_auto_device_map(model, max_memory=room, no_split_module_classes=model._no_split_modules)
+    return dispatch_model(fill_randomly(model, device, places), places)
+
+
+def _check_room(
+    name: str,
+    config: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    attention: str,
+    vision_tokens: int,
+    device_map: str | None,
+) -> None:
+    from mmtok_cli.models.room import free_on_gpus, laid_out, needs_of, require_room
+
+    needs = needs_of(laid_out(config, dtype, "eager"), dtype, vision_tokens, attention)
+    require_room(name, needs, dtype, device, free_on_gpus() if device_map else None)
+
+
+def _pretrained(
+    name: str,
+    source: str,
+    family: Any,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    attention: str,
+    layers: int | None,
+    device_map: str | None,
+) -> tuple[Any, Any]:
+    """Model and processor with the weights that were trained."""
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText
 
+    config = configuration(source, name)
+    if layers is not None:
+        config = shortened(config, layers, name)
     try:
-        model = AutoModelForImageTextToText.from_pretrained(source, dtype=kind)
+        model = AutoModelForImageTextToText.from_pretrained(
+            source, config=config, dtype=dtype or "auto", attn_implementation=attention, device_map=device_map
+        )
         processor = family.load_processor(source)
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise MMTokError(
-            f"{name} could not be loaded: {_first_line(error)}", "check or download its files again"
+            f"{name} could not be loaded: {first_line(error)}", "check or download its files again"
         ) from error
     if not processor.chat_template:
         raise MMTokError(f"{name} has no chat template", "download chat_template.jinja or chat_template.json as well")
-    return family(name, model.to(where).eval(), processor, **_text_tower(name))
+    return model if device_map else model.to(device), processor
 
 
-def profile_of(name: str) -> Profile | None:
-    """The profile of a model, by its name or by its hub id."""
-    profiles = known_profiles()
-    return profiles.get(name) or next((p for p in profiles.values() if p.location == name), None)
-
-
-def choose_device(name: str) -> torch.device:
-    """The device called `name`, or the best there is for `auto`. Raises MMTokError where it is not there."""
-    import torch
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    kind = name.partition(":")[0]
-    if kind not in DEVICES:
-        raise MMTokError(f"there is no device {name!r}", f"choose one of {', '.join(DEVICES)}")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise MMTokError("no CUDA device is available", "use --device cpu, or install a CUDA build of torch")
-    if kind == "mps" and not torch.backends.mps.is_available():
-        raise MMTokError("no MPS device is available", "use --device cpu")
+def _processor_without_download(name: str, source: str, family: Any, config: Any) -> Any:
+    """The model's own processor if it is in the local cache, or one that stands in for it."""
+    profile = profile_of(name)
     try:
-        return torch.empty(0, device=name).device
-    except RuntimeError as error:
-        raise MMTokError(f"device {name!r} cannot be used: {_first_line(error)}", "use --device auto") from error
-
-
-def choose_dtype(name: str, device: torch.device) -> torch.dtype | str:
-    """The data type called `name`; `auto` is float32 on a CPU, otherwise that of the stored weights."""
-    import torch
-
-    if name not in DTYPES:
-        raise MMTokError(f"there is no data type {name!r}", f"choose one of {', '.join(DTYPES)}")
-    if name == "auto":
-        return torch.float32 if device.type == "cpu" else "auto"
-    return getattr(torch, name)
-
-
-def _random_model(name: str, device: torch.device, dtype: str) -> VisionLanguageModel:
-    """The architecture of a model under random weights, with its own processor if that is in the local cache."""
-    import torch
-    from transformers import AutoConfig
-
-    from mmtok_cli.models.random_weights import build_random
-
-    profile, source, kind = profile_of(name), _source(name, weights=False), choose_dtype(dtype, device)
-    if profile and profile.architecture:
-        family = FAMILIES[profile.family]()
-        config = AutoConfig.for_model(profile.family, **copy.deepcopy(profile.architecture))
-    else:
-        family = _family(name, source)
-        config = AutoConfig.from_pretrained(source)
-    model = build_random(name, config, torch.bfloat16 if isinstance(kind, str) else kind, device)
-    try:
-        processor = family.load_processor(source, local_files_only=True)
+        return family.load_processor(source, local_files_only=True)
     except (OSError, ValueError) as error:
         if profile is None or profile.chat_template is None:
             raise MMTokError(
-                f"the processor of {name} is not in the local cache: {_first_line(error)}", "download its files"
+                f"the processor of {name} is not in the local cache: {first_line(error)}", "download its files"
             ) from error
-        processor = family.stand_in_processor(config, profile.chat_template)
-    built = family(name, model.eval(), processor, **_text_tower(name))
-    built.weights = "random"
-    return built
-
-
-def _source(name: str, *, weights: bool = True) -> str:
-    """The directory or hub id that `name` stands for; a directory must hold a model, with its weights if asked for."""
-    profile = known_profiles().get(name)
-    if profile:
-        return profile.source
-    if not name.strip():
-        raise MMTokError("no model was named", "`mmtok models` lists those that are known by name")
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise MMTokError(
-                f"{name} holds no model: there is no config.json in it", "name a directory in the hub's format"
-            )
-        if weights and not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
-            raise MMTokError(
-                f"{name} holds no weights: there is no .safetensors file in it", "copy the weights there too"
-            )
-        return str(path)
-    if path.exists():
-        raise MMTokError(f"{name} is a file, not a model", "name a directory in the hub's format")
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise MMTokError(f"there is no model {name!r}", suggestion(name, known_profiles(), "mmtok models"))
-    return name
+        return family.stand_in_processor(config, profile.chat_template)
 
 
 def _text_tower(name: str) -> dict[str, Any]:
@@ -164,27 +181,6 @@ def _text_tower(name: str) -> dict[str, Any]:
     if profile is None or profile.text_tower is None:
         return {}
     return {"text_tower": partial(ClipText.load, profile.text_tower)}
-
-
-def _family(name: str, source: str) -> Any:
-    from transformers import AutoConfig
-
-    try:
-        model_type = AutoConfig.from_pretrained(source).model_type
-    except (OSError, ValueError, json.JSONDecodeError) as error:
-        if Path(source).is_dir():
-            raise MMTokError(
-                f"the config.json of {name} cannot be read: {_first_line(error)}", "download it again"
-            ) from error
-        raise MMTokError(
-            f"{name} is not in the local cache and could not be fetched from the hub",
-            "check the spelling and the network, or download it elsewhere and name its directory",
-        ) from error
-    if model_type not in FAMILIES:
-        raise MMTokError(
-            f"{name} is a {model_type!r} model, which is not supported", f"supported families: {', '.join(FAMILIES)}"
-        )
-    return FAMILIES[model_type]()
 
 
 def _llava() -> Any:
@@ -213,7 +209,3 @@ def _qwen3_vl() -> Any:
 
 # By transformers' name of the architecture; imported when asked for.
 FAMILIES = {"llava": _llava, "llava_next": _llava_next, "qwen2_5_vl": _qwen2_5_vl, "qwen3_vl": _qwen3_vl}
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

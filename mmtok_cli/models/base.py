@@ -76,6 +76,7 @@ class VisionLanguageModel(ABC):
     positions: ClassVar[tuple[Positions, ...]] = ("renumber", "keep")  # that it can do; the first is the harmonised one
     has_class_token: ClassVar[bool] = True  # in its vision encoder
     weights: str = "pretrained"  # or "random"
+    depth: int | None = None  # decoder layers of the whole model, where only the first of them were loaded
 
     def __init__(self, name: str, model: Any, processor: Any) -> None:
         self.name = name
@@ -109,7 +110,12 @@ class VisionLanguageModel(ABC):
 
     @property
     def layer_count(self) -> int:
-        """Decoder layers of the language model."""
+        """Decoder layers of the language model, all of them."""
+        return self.depth or self.loaded_layers
+
+    @property
+    def loaded_layers(self) -> int:
+        """Decoder layers that are run; fewer than all where a part of the model stands for the whole."""
         return self.model.config.text_config.num_hidden_layers
 
     @property

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 import torch
 
-from mmtok_cli.models.room import require_room
 
+def fill_randomly(model: Any, device: torch.device, places: Mapping[str, int | str] | None = None) -> Any:
+    """Give a laid-out model memory straight on the device, and weights from a fixed seed.
 
-def build_random(name: str, config: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    """A model of this configuration, initialised straight on the device with a fixed seed.
-
-    It is laid out without memory first, so that nothing is allocated twice or in a wider type. Raises MMTokError where
-    the device has no room for it.
+    Nothing is allocated twice or in a wider type. places: the device of each part, where it is spread over several.
     """
-    from transformers import AutoModelForImageTextToText
+    if places:
+        from accelerate.utils import set_module_tensor_to_device
 
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
-    require_room(name, sum(parameter.numel() for parameter in model.parameters()), dtype, device)
-    model.to_empty(device=device)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        for name, tensor in list(chain(model.named_parameters(), model.named_buffers())):
+            part = max((part for part in places if f"{name}.".startswith(f"{part}." if part else "")), key=len)
+            empty = torch.empty_like(tensor, device=places[part])
+            set_module_tensor_to_device(model, name, places[part], value=empty)
+    else:
+        model.to_empty(device=device)
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if device.type == "cuda" else []):
         torch.manual_seed(0)
         model.initialize_weights()
     model.tie_weights()

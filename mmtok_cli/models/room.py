@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
 import psutil
 import torch
 
@@ -9,27 +13,97 @@ from mmtok_cli.errors import MMTokError
 
 GIB = 2**30
 NARROW = (torch.bfloat16, torch.float16)
+TEXT_TOKENS = 128  # of a prompt, beside its vision tokens
 
 
-def require_room(name: str, parameters: float, dtype: torch.dtype, device: torch.device) -> None:
-    """Refuse a model whose weights alone do not fit into the device's free memory.
+@dataclass(frozen=True)
+class Needs:
+    """Bytes that a model takes to read one unreduced prompt.
 
-    Activations and the KV cache come on top, and are small beside the weights at batch 1. Raises MMTokError with the
-    numbers, and with the narrower data type if that would fit.
+    weights: all of them; layer: those of one decoder layer. working: an estimate of the KV cache of all layers and of
+    what one layer holds at a time; cache: the KV cache of one layer alone.
     """
-    free = free_memory(device)
-    needed = parameters * dtype.itemsize
-    if free is None or needed <= free:
+
+    weights: int
+    layer: int
+    working: int
+    cache: int
+    layers: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.working
+
+    def layers_within(self, free: int) -> int:
+        """How many decoder layers would fit."""
+        fixed = self.total - self.layers * (self.layer + self.cache)
+        return max(0, min(self.layers, (free - fixed) // (self.layer + self.cache)))
+
+
+def laid_out(config: Any, dtype: torch.dtype | None, attention: str = "sdpa") -> Any:
+    """The model of a configuration without memory behind it."""
+    from transformers import AutoModelForImageTextToText
+
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation=attention)
+
+
+def needs_of(model: Any, dtype: torch.dtype, vision_tokens: int, attention: str = "sdpa") -> Needs:
+    """What a laid-out model needs in a data type for one image of so many vision tokens.
+
+    A decoder layer holds at once: its input and output, queries, keys and values, two states of the MLP's width and,
+    with eager attention, the attention matrix, once more in float32.
+    """
+    text, width = model.config.text_config, dtype.itemsize
+    tokens = vision_tokens + TEXT_TOKENS
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    cache = 2 * text.num_key_value_heads * head * tokens * width
+    states = 4 * text.hidden_size + 2 * text.num_attention_heads * head + 3 * text.intermediate_size
+    matrix = text.num_attention_heads * tokens**2 * (width + 4) if attention == "eager" else 0
+    layers = model.model.language_model.layers
+    return Needs(
+        weights=sum(p.numel() for p in model.parameters()) * width,
+        layer=sum(p.numel() for p in layers[0].parameters()) * width,
+        working=len(layers) * cache + tokens * states * width + matrix,
+        cache=cache,
+        layers=len(layers),
+    )
+
+
+def require_room(
+    name: str, needs: Needs, dtype: torch.dtype, device: torch.device, others: Mapping[int, int] | None = None
+) -> None:
+    """Refuse a model that does not fit into the device's free memory.
+
+    others: free bytes of all GPUs, where the model may be spread over them. Raises MMTokError with the numbers, and
+    with what would fit.
+    """
+    free = sum(others.values()) if others else free_memory(device)
+    if free is None or needs.total <= free:
         return
     kind = str(dtype).removeprefix("torch.")
-    narrow = 2 * parameters
+    parameters = needs.weights / dtype.itemsize
+    place = f"{len(others)} GPUs have" if others else f"{device} has"
     raise MMTokError(
-        f"{name} does not fit: its {parameters / 1e9:.2f} B weights take {needed / GIB:.1f} GiB in {kind}, and "
-        f"{device} has {free / GIB:.1f} GiB free",
-        f"use --dtype bfloat16, which takes {narrow / GIB:.1f} GiB"
-        if dtype not in NARROW and narrow <= free
-        else "choose a smaller model (`mmtok models`), or a device with more memory",
+        f"{name} does not fit: its {parameters / 1e9:.2f} B weights take {needs.weights / GIB:.1f} GiB in {kind}, KV "
+        f"cache and activations about {needs.working / GIB:.1f} GiB more, and {place} {free / GIB:.1f} GiB free",
+        _what_would_fit(needs, dtype, free, device, spread=bool(others)),
     )
+
+
+def _what_would_fit(needs: Needs, dtype: torch.dtype, free: int, device: torch.device, *, spread: bool) -> str:
+    narrow = needs.total * 2 // dtype.itemsize
+    if dtype not in NARROW and narrow <= free:
+        return f"use --dtype bfloat16, which takes {narrow / GIB:.1f} GiB in all"
+    ways = []
+    gpus = {} if spread else free_on_gpus()
+    if device.type == "cuda" and len(gpus) > 1 and needs.total <= sum(gpus.values()):
+        ways.append(f"spread it over {len(gpus)} GPUs by --device-map auto")
+    if layers := needs.layers_within(free):
+        ways.append(f"time {layers} of its {needs.layers} decoder layers and estimate the rest by --layers {layers}")
+    if dtype not in NARROW:
+        ways.append(f"use --dtype bfloat16, which takes {narrow / GIB:.1f} GiB in all")
+    return "; or ".join(ways) or "choose a smaller model (`mmtok models`), or a device with more memory"
 
 
 def free_memory(device: torch.device) -> int | None:
@@ -37,3 +111,8 @@ def free_memory(device: torch.device) -> int | None:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available if device.type in ("cpu", "mps") else None
+
+
+def free_on_gpus() -> dict[int, int]:
+    """Free bytes of each GPU."""
+    return {i: torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())}

@@ -1,0 +1,63 @@
+"""Devices, data types and attention kernels by the names that users give them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mmtok_cli.errors import MMTokError, first_line
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEVICES = ("auto", "cpu", "cuda", "mps")
+ATTENTION = ("sdpa", "eager", "flash_attention_2")
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called `name`, or the best there is for `auto`. Raises MMTokError where it is not there."""
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kind = name.partition(":")[0]
+    if kind not in DEVICES:
+        raise MMTokError(f"there is no device {name!r}", f"choose one of {', '.join(DEVICES)}")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise MMTokError("no CUDA device is available", "use --device cpu, or install a CUDA build of torch")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise MMTokError("no MPS device is available", "use --device cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except RuntimeError as error:
+        raise MMTokError(f"device {name!r} cannot be used: {first_line(error)}", "use --device auto") from error
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype | None:
+    """The data type called `name`; for `auto` float32 on a CPU, otherwise None: that of the stored weights."""
+    import torch
+
+    if name not in DTYPES:
+        raise MMTokError(f"there is no data type {name!r}", f"choose one of {', '.join(DTYPES)}")
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else None
+    return getattr(torch, name)
+
+
+def require_attention(name: str, device: torch.device, dtype: torch.dtype | None) -> None:
+    """Refuse an attention kernel that does not exist, or not here. Raises MMTokError."""
+    import torch
+
+    if name not in ATTENTION:
+        raise MMTokError(f"there is no attention kernel {name!r}", f"choose one of {', '.join(ATTENTION)}")
+    if name != "flash_attention_2":
+        return
+    from transformers.utils import is_flash_attn_2_available
+
+    if device.type != "cuda" or not is_flash_attn_2_available():
+        raise MMTokError(
+            "flash_attention_2 needs a CUDA device and the package flash-attn",
+            "use --attention sdpa, whose kernels are fused as well",
+        )
+    if dtype == torch.float32:
+        raise MMTokError("flash_attention_2 does not run in float32", "use --dtype bfloat16, or --attention sdpa")

@@ -1,0 +1,94 @@
+"""What a model's name stands for: its profile, its files, its family and configuration."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+from mmtok_cli.errors import MMTokError, first_line, suggestion
+from mmtok_cli.profiles import Profile, known_profiles
+
+
+def profile_of(name: str) -> Profile | None:
+    """The profile of a model, by its name or by its hub id."""
+    profiles = known_profiles()
+    return profiles.get(name) or next((p for p in profiles.values() if p.location == name), None)
+
+
+def method_parameters(name: str) -> dict[str, dict[str, Any]]:
+    """By method, the parameters that differ from its defaults on this model, or on known ones of its family.
+
+    Raises MMTokError for a model that is not there.
+    """
+    known = profile_of(name)
+    if known:
+        return known.methods
+    family = configuration(source_of(name, weights=False), name).model_type
+    related = (p for p in known_profiles().values() if p.family == family and not p.location.startswith("package:"))
+    return next((profile.methods for profile in related), {})
+
+
+def source_of(name: str, *, weights: bool = True) -> str:
+    """The directory or hub id that `name` stands for; a directory must hold a model, with its weights if asked for."""
+    profile = known_profiles().get(name)
+    if profile:
+        return profile.source
+    if not name.strip():
+        raise MMTokError("no model was named", "`mmtok models` lists those that are known by name")
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise MMTokError(
+                f"{name} holds no model: there is no config.json in it", "name a directory in the hub's format"
+            )
+        if weights and not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
+            raise MMTokError(
+                f"{name} holds no weights: there is no .safetensors file in it", "copy the weights there too"
+            )
+        return str(path)
+    if path.exists():
+        raise MMTokError(f"{name} is a file, not a model", "name a directory in the hub's format")
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise MMTokError(f"there is no model {name!r}", suggestion(name, known_profiles(), "mmtok models"))
+    return name
+
+
+def configuration(source: str, name: str) -> Any:
+    """The configuration of a directory or hub id. Raises MMTokError where there is none."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(source)
+    except (OSError, ValueError, json.JSONDecodeError) as error:
+        if Path(source).is_dir():
+            raise MMTokError(
+                f"the config.json of {name} cannot be read: {first_line(error)}", "download it again"
+            ) from error
+        raise MMTokError(
+            f"{name} is not in the local cache and could not be fetched from the hub",
+            "check the spelling and the network, download it elsewhere and name its directory, or time a known model "
+            "with --weights random",
+        ) from error
+
+
+def architecture(name: str, source: str) -> Any:
+    """The configuration that a model has, from its profile if that knows it all, without any download then."""
+    from transformers import AutoConfig
+
+    profile = profile_of(name)
+    if profile and profile.architecture:
+        return AutoConfig.for_model(profile.family, **copy.deepcopy(profile.architecture))
+    return configuration(source, name)
+
+
+def shortened(config: Any, layers: int, name: str) -> Any:
+    """The configuration with the first `layers` decoder layers alone. Raises MMTokError for more than there are."""
+    text = config.text_config
+    if not 1 <= layers <= text.num_hidden_layers:
+        raise MMTokError(f"{name} has {text.num_hidden_layers} decoder layers, not {layers}", "choose fewer --layers")
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
+    return config
