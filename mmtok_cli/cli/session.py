@@ -94,10 +94,12 @@ def make_case(name: str, budget: Budget | None, setup: Setup) -> Case:
     from mmtok_cli.bench.runner import Case
     from mmtok_cli.methods import accepted, make_method
     from mmtok_cli.methods.parameters import profile_parameters
-    from mmtok_cli.models import method_parameters
+    from mmtok_cli.models import guiding_profile
 
+    known = guiding_profile(setup.model)
     parameters = accepted(name, {"seed": setup.seed})
-    parameters |= profile_parameters(name, method_parameters(setup.model), setup.model)
+    if known:
+        parameters |= profile_parameters(name, known.methods, known.name)
     method = make_method(name, **parameters | dict(setup.settings.get(name, {})))
     return Case(name, method, budget if method.takes_budget else None, setup.rules)
 
@@ -108,10 +110,10 @@ def make_cases(names: Sequence[str], budgets: Sequence[Budget] | None, setup: Se
     budgets: None stands for those of the model's profile.
     """
     from mmtok_cli.budget import Budget
-    from mmtok_cli.models import profile_of
+    from mmtok_cli.models import guiding_profile
 
     if budgets is None:
-        known = profile_of(setup.model)
+        known = guiding_profile(setup.model)
         budgets = [Budget.parse(text) for text in (known.budgets if known else ("192", "128", "64"))]
     cases = [make_case("full", None, setup)]
     for name in names:

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from mmtok_cli.errors import MMTokError, first_line
 from mmtok_cli.models.devices import choose_device, choose_dtype, require_attention
-from mmtok_cli.models.sources import architecture, configuration, method_parameters, profile_of, shortened, source_of
+from mmtok_cli.models.sources import architecture, configuration, guiding_profile, profile_of, shortened, source_of
 
 if TYPE_CHECKING:
     import torch
 
     from mmtok_cli.models.base import VisionLanguageModel
 
-__all__ = ["FAMILIES", "load_model", "method_parameters", "profile_of"]
+__all__ = ["FAMILIES", "guiding_profile", "load_model", "profile_of"]
 
 WEIGHTS = ("pretrained", "random")
 DEVICE_MAPS = ("auto",)

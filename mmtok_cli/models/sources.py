@@ -17,17 +17,17 @@ def profile_of(name: str) -> Profile | None:
     return profiles.get(name) or next((p for p in profiles.values() if p.location == name), None)
 
 
-def method_parameters(name: str) -> dict[str, dict[str, Any]]:
-    """By method, the parameters that differ from its defaults on this model, or on known ones of its family.
+def guiding_profile(name: str) -> Profile | None:
+    """The profile of a model, or one of its family: what it says of methods holds for this one as well.
 
     Raises MMTokError for a model that is not there.
     """
     known = profile_of(name)
     if known:
-        return known.methods
+        return known
     family = configuration(source_of(name, weights=False), name).model_type
     related = (p for p in known_profiles().values() if p.family == family and not p.location.startswith("package:"))
-    return next((profile.methods for profile in related), {})
+    return next(related, None)
 
 
 def source_of(name: str, *, weights: bool = True) -> str:
