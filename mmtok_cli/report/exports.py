@@ -49,7 +49,7 @@ def write_export(comparison: Comparison, path: Path, *, overlays: Sequence[Overl
     """
     kind = path.suffix.lower()
     if kind == ".json":
-        text = comparison.model_dump_json(by_alias=True, indent=2) + "\n"
+        text = json.dumps(comparison.model_dump(by_alias=True), indent=2, ensure_ascii=False) + "\n"
     elif kind == ".csv":
         text = csv_text(comparison)
     elif kind == ".md":
@@ -60,7 +60,7 @@ def write_export(comparison: Comparison, path: Path, *, overlays: Sequence[Overl
         text = page_text(comparison, overlays)
     else:
         raise MMTokError(f"{path} does not end in {', '.join(EXPORTS[:-1])} or {EXPORTS[-1]}", "choose one of these")
-    data = text.encode("utf-8", "backslashreplace")
+    data = text.encode("utf-8", "backslashreplace")  # the command line may hold bytes that are no text
     write_whole(path, lambda part: part.write_bytes(data))
 
 
