@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from comparisons import HOSTILE, case, comparison, overlays, usual
+from comparisons import HOSTILE, case, comparison, overlays, unmeasured, usual
 from PIL import Image
 
 from mmtok_cli.report.exports import write_export
@@ -147,6 +147,18 @@ def test_nothing_is_wider_than_the_window(page: Page, width: int) -> None:
     wide = box.evaluate("box => box.scrollWidth > box.clientWidth")
     assert wide == (width == 390)  # the table scrolls by itself where it does not fit
     assert box.evaluate("box => box.getBoundingClientRect().right") <= width
+
+
+def test_long_names_leave_room_for_figures(browser: Browser, tmp_path: Path) -> None:
+    path = tmp_path / "long.html"
+    name = "a-package-of-methods:with-a-variant-of-a-long-name"
+    write_export(comparison([case("full", 576), case(name), unmeasured(name, 8)], model="/a/path" * 20), path)
+    page = browser.new_page(viewport={"width": 390, "height": 844})
+    page.goto(path.as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    assert page.locator("tbody th").nth(1).evaluate("cell => cell.offsetWidth") < 390 / 2
+    assert page.locator("tbody th").nth(2).inner_text().split() == [name, "not", "measured"]
+    page.close()
 
 
 def test_print_shows_the_whole_table(page: Page) -> None:

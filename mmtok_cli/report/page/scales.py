@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+FINE = (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 7, 8, 9)
+
 
 @dataclass(frozen=True)
 class Scale:
@@ -54,7 +56,7 @@ def logarithmic(
 def _log_ticks(low: float, high: float, base: int, most: int) -> list[float]:
     """Round values between low and high: the finest set that is small enough, or the coarsest thinned out."""
     powers = range(math.floor(math.log(low, base)) - 1, math.ceil(math.log(high, base)) + 2)
-    multiples = ((1.0,),) if base == 2 else ((1, 1.5, 2, 3, 4, 5, 6, 8), (1, 2, 3, 5), (1, 2, 5), (1,))
+    multiples = ((1.0,),) if base == 2 else (FINE, (1, 1.5, 2, 3, 4, 5, 6, 8), (1, 2, 3, 5), (1, 2, 5), (1,))
     found: list[float] = []
     for chosen in multiples:
         found = [m * float(base) ** p for p in powers for m in chosen if low <= m * float(base) ** p <= high]
