@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from mmtok_cli.report.units import count, number, seconds, share, size, spread
+from mmtok_cli.report.units import count, number, ratio, seconds, share, size, spread
 
 if TYPE_CHECKING:
     from mmtok_cli.bench.results import CaseResult, Comparison, Environment, Operator, Profile, Speedup, Times
@@ -32,14 +32,10 @@ def speedup_text(speedup: Speedup | None) -> Text:
     """ "1.87x 1.80–1.93", dimmed with a question mark where the interval contains 1 or there is none."""
     if speedup is None:
         return Text("–", style="dim")
-    interval = "" if speedup.low is None else f" {_ratio(speedup.low)}–{_ratio(speedup.high or 0)}"
+    interval = "" if speedup.low is None else f" {ratio(speedup.low)}–{ratio(speedup.high or 0)}"
     if speedup.conclusive:
-        return Text(f"{_ratio(speedup.median)}x{interval}")
-    return Text(f"{_ratio(speedup.median)}x{interval}?", style="dim")
-
-
-def _ratio(value: float) -> str:
-    return f"{value:.2f}" if value < 10 else f"{value:.1f}"
+        return Text(f"{ratio(speedup.median)}x{interval}")
+    return Text(f"{ratio(speedup.median)}x{interval}?", style="dim")
 
 
 def speed_table(comparison: Comparison) -> Table:

@@ -51,3 +51,8 @@ def number(value: float) -> str:
 def share(value: float | None) -> str:
     """A share as a percentage; a dash where there is none."""
     return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def ratio(value: float) -> str:
+    """A speedup without its x: three digits."""
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}"

@@ -1,0 +1,144 @@
+"""A comparison as a file: JSON to compute with, CSV for a spreadsheet, Markdown to paste, an HTML page to look at."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel
+from rich.cells import cell_len
+
+from mmtok_cli.errors import MMTokError
+from mmtok_cli.files import write_whole
+from mmtok_cli.report.columns import comparison_columns, trouble
+from mmtok_cli.report.tables import environment_line, rules_text
+
+if TYPE_CHECKING:
+    from mmtok_cli.bench.results import CaseResult, Comparison
+    from mmtok_cli.report.page import OverlayGroup
+
+EXPORTS = (".json", ".csv", ".md", ".html")
+
+READING = (
+    "Times are medians; speedups are baseline / method within a round, with a 95 % interval, and a question mark where "
+    "it contains 1 or is missing. kept: vision tokens of an image that reach the end of the language model. "
+    "TTFT: time to the first token."
+)
+
+# What the columns of a part of a case are called; parts not named here carry their own name in front.
+COLUMN_NAMES = {
+    "tokens": "{}_tokens",
+    "seconds": "{}_s",
+    "memory": "{}_bytes",
+    "flops": "{}_flops",
+    "score_counts": "score_{}",
+    "fidelity": "{}",
+}
+UNITS = {"kl": "kl_nats", "overhead": "select_overhead"}
+
+
+def write_export(comparison: Comparison, path: Path, *, overlays: Sequence[OverlayGroup] = ()) -> None:
+    """Write a comparison in the format of the file's suffix, whole or not at all; only a page shows overlays.
+
+    Raises MMTokError for a suffix that is none of EXPORTS, and if the file cannot be written.
+    """
+    kind = path.suffix.lower()
+    if kind == ".json":
+        text = json.dumps(comparison.model_dump(by_alias=True), indent=2, ensure_ascii=False) + "\n"
+    elif kind == ".csv":
+        text = csv_text(comparison)
+    elif kind == ".md":
+        text = markdown_text(comparison)
+    elif kind == ".html":
+        from mmtok_cli.report.page import page_text
+
+        text = page_text(comparison, overlays)
+    else:
+        raise MMTokError(f"{path} does not end in {', '.join(EXPORTS[:-1])} or {EXPORTS[-1]}", "choose one of these")
+    data = text.encode("utf-8", "backslashreplace")  # the command line may hold bytes that are no text
+    write_whole(path, lambda part: part.write_bytes(data))
+
+
+def csv_text(comparison: Comparison) -> str:
+    """One row for each case, columns named with their units; raw values are left to JSON."""
+    context = _context(comparison)
+    rows = []
+    for case in comparison.results:
+        row = dict(_flat(case))
+        rows.append(row | {name: value for name, value in context.items() if name not in row})
+    names = dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row)
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(names), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+def _flat(case: CaseResult) -> Iterator[tuple[str, Any]]:
+    """Names and values of one case's columns. A part that is missing has none."""
+    for field, value in case:
+        if field == "parameters":
+            yield field, json.dumps(value, default=str)
+        elif field not in COLUMN_NAMES or value is not None:
+            pattern = COLUMN_NAMES.get(field, f"{field}_{{}}")
+            for path, leaf in _leaves(value):
+                name = pattern.format("_".join(path)) if path else field
+                yield UNITS.get(name, name), leaf
+
+
+def _leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """What lies in records and dictionaries, raw values aside. A pair counts right answers and questions."""
+    if isinstance(value, BaseModel | Mapping):
+        for name, inner in value.items() if isinstance(value, Mapping) else value:
+            yield from _leaves(inner, (*path, str(name)))
+    elif isinstance(value, tuple):
+        yield from (((*path, name), inner) for name, inner in zip(("right", "asked"), value, strict=True))
+    elif not isinstance(value, list):
+        yield path, value
+
+
+def _context(comparison: Comparison) -> dict[str, Any]:
+    """What all cases were measured on and under, so that the rows of several files can be put together."""
+    environment = comparison.environment.model_dump(exclude={"command", "platform", "python"})
+    schedule = comparison.schedule.model_dump(exclude={"order"})
+    rules = {"track": comparison.rules.track, "budget_means": comparison.rules.budget_means}
+    return {"model": comparison.model, **rules, **schedule, **environment}
+
+
+def markdown_text(comparison: Comparison) -> str:
+    """A table for a pull request or a paper's notes, with a line on what it was measured on and one on reading it."""
+    columns = [column for column in comparison_columns(comparison) if column.brief]
+    rows = [["method", *(column.heading for column in columns)]]
+    for case in comparison.results:
+        reason = trouble(case)
+        name = _escaped(case.method) + (f" ({_escaped(reason)})" if reason else "")
+        rows.append([name, *(_escaped(str(column.cell(case))) for column in columns)])
+    widths = [max(4, *map(cell_len, column)) for column in zip(*rows, strict=True)]
+    rule = [":" + "-" * (widths[0] - 1), *("-" * (width - 1) + ":" for width in widths[1:])]
+    lines = ["| " + " | ".join(map(_padded, row, widths, rule)) + " |" for row in (rows[0], rule, *rows[1:])]
+    return "\n".join([*lines, "", _escaped(_conditions(comparison)), "", _escaped(READING), ""])
+
+
+def _conditions(comparison: Comparison) -> str:
+    schedule = comparison.schedule
+    rules = rules_text(comparison.rules)
+    return (
+        f"{environment_line(comparison.model, comparison.environment).plain}; {schedule.samples} samples, "
+        f"{schedule.rounds} rounds, batch size {schedule.batch_size}, seed {schedule.seed}"
+        + (f"; {rules}" if rules else "")
+    )
+
+
+def _padded(text: str, width: int, rule: str) -> str:
+    space = " " * (width - cell_len(text))
+    return text + space if rule.startswith(":") else space + text
+
+
+def _escaped(text: str) -> str:
+    """Text that Markdown shows as it is, on one line."""
+    return re.sub(r"([\\`*_\[\]<>|~#&])", r"\\\1", " ".join(text.split()))

@@ -1,0 +1,158 @@
+"""A comparison as one self-contained HTML page."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from PIL.Image import Image
+
+from mmtok_cli.report import tables
+from mmtok_cli.report.columns import Column, comparison_columns, kind_columns, trouble
+from mmtok_cli.report.page import charts
+from mmtok_cli.report.page.facts import headline
+from mmtok_cli.report.quality import is_scored
+from mmtok_cli.report.units import number
+
+if TYPE_CHECKING:
+    from mmtok_cli.bench.results import CaseResult, Comparison
+
+LONGEST_SIDE = 480  # pixels of an embedded picture: sharp at its widest on a screen of twice the density
+STYLES, SHAPES = 8, 5  # colours of the style sheet, shapes of the template
+
+
+@dataclass(frozen=True)
+class Overlay:
+    """A picture of what one case kept, and what came of it."""
+
+    caption: str
+    image: Image
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class OverlayGroup:
+    """One sample's overlays, side by side."""
+
+    title: str
+    overlays: Sequence[Overlay]
+
+
+def page_text(comparison: Comparison, overlays: Sequence[OverlayGroup] = ()) -> str:
+    """The page: facts, plots, stages, sortable tables, overlays, notes and what everything was measured on.
+
+    It loads nothing from elsewhere and allows no script and no style but its own.
+    """
+    style, script = (Markup(_resource(name)) for name in ("page.css", "page.js"))
+    plots = charts.tradeoff_plots(comparison)
+    stacks, stack_scale = charts.stage_stacks(comparison)
+    columns, kinds = comparison_columns(comparison), kind_columns(comparison)
+    page = Environment(
+        loader=PackageLoader("mmtok_cli.report", "page"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return page.get_template("page.html.j2").render(
+        comparison=comparison,
+        style=style,
+        script=script,
+        style_hash=_hash(style),
+        script_hash=_hash(script),
+        subtitle=_subtitle(comparison),
+        facts=headline(comparison),
+        plots=plots,
+        numbers=charts.method_numbers(comparison),
+        styles=STYLES,
+        shapes=SHAPES,
+        frame=charts.FRAME,
+        quality="right answers" if is_scored(comparison) else "top-1 agreement",
+        stages=charts.STAGES,
+        stacks=stacks,
+        stack_scale=stack_scale,
+        columns=columns,
+        rows=_rows(comparison, columns),
+        kinds=kinds,
+        kind_rows=_rows(comparison, kinds),
+        overlays=[
+            (group.title, [(o.caption, o.note, *_picture(o.image)) for o in group.overlays]) for group in overlays
+        ],
+        ceiling="" if trouble(comparison.results[0]) else tables.ceiling(comparison.results[0]),
+        notes=tables.comparison_notes(comparison),
+        environment=_environment(comparison),
+        command=shlex.join(comparison.environment.command),
+    )
+
+
+def _rows(comparison: Comparison, columns: Sequence[Column]) -> list[dict[str, Any]]:
+    numbers = charts.method_numbers(comparison)
+    return [
+        {
+            "method": case.method,
+            "number": numbers[case.method] if i else None,
+            "trouble": trouble(case),
+            "cells": [column.cell(case) for column in columns],
+        }
+        for i, case in enumerate(comparison.results)
+    ]
+
+
+def _subtitle(comparison: Comparison) -> str:
+    schedule, environment = comparison.schedule, comparison.environment
+    others: list[CaseResult] = comparison.results[1:]
+    methods = dict.fromkeys(case.method for case in others)
+    budgets = dict.fromkeys(case.budget for case in others if case.budget)
+    said = [
+        f"{len(methods)} {'method' if len(methods) == 1 else 'methods'}"
+        + (f" at {'a budget' if len(budgets) == 1 else 'budgets'} of {', '.join(budgets)}" if budgets else ""),
+        f"{number(schedule.samples)} samples",
+        f"batches of {schedule.batch_size}",
+        f"{environment.processor} ({environment.device}, {environment.dtype})",
+        tables.rules_text(comparison.rules) or f"{comparison.rules.track} track",
+        tables.weights_text(environment.weights),
+        "interrupted" if comparison.interrupted else "",
+    ]
+    return " · ".join(filter(None, said))
+
+
+def _environment(comparison: Comparison) -> list[tuple[str, str]]:
+    e, s = comparison.environment, comparison.schedule
+    commit = f"{e.git_commit}{' (changed)' if e.git_dirty else ''}" if e.git_commit else "not from a checkout"
+    return [
+        ("processor", e.processor),
+        ("device", f"{e.device}, {e.threads} {'thread' if e.threads == 1 else 'threads'}"),
+        ("weights", f"{e.weights}, {e.dtype}, {e.attention} attention"),
+        ("data", f"{s.data}, {s.samples} samples, batches of {s.batch_size}, at most {s.max_new_tokens} new tokens"),
+        ("schedule", f"{s.rounds} rounds after {s.warmup} to warm up, in random order, seed {s.seed}"),
+        ("rules", tables.rules_text(comparison.rules) or f"{comparison.rules.track} track"),
+        ("versions", f"mmtok {e.mmtok}, torch {e.torch}, transformers {e.transformers}, Python {e.python}"),
+        ("platform", e.platform),
+        ("git commit", commit),
+    ]
+
+
+def _picture(image: Image) -> tuple[str, int, int]:
+    """A data URL of the picture, made small enough to send, and its size in pixels."""
+    small = image.convert("RGB")
+    small.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+    buffer = io.BytesIO()
+    small.save(buffer, format="WEBP", quality=80)
+    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}", small.width, small.height
+
+
+def _resource(name: str) -> str:
+    return resources.files(__name__).joinpath(name).read_text(encoding="utf-8").strip()
+
+
+def _hash(text: str) -> str:
+    """The source expression by which a content security policy allows this very text."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

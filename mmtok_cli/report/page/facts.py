@@ -1,0 +1,84 @@
+"""What a reader wants to know first, in a few figures with their conditions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mmtok_cli.report.columns import speedup_cell, stage_seconds, trouble
+from mmtok_cli.report.quality import Quality, is_scored, quality_of
+from mmtok_cli.report.units import number, seconds, share
+
+if TYPE_CHECKING:
+    from mmtok_cli.bench.results import CaseResult, Comparison
+
+ENOUGH = 0.95  # the share of the unreduced model's quality below which a saving is not called one
+
+
+Measured = list[tuple["CaseResult", Quality]]
+
+
+@dataclass(frozen=True)
+class Fact:
+    label: str
+    value: str
+    detail: str
+
+
+def headline(comparison: Comparison) -> list[Fact]:
+    """The unreduced model; the fewest tokens and the largest speedup that keep ENOUGH of its quality."""
+    baseline, *others = comparison.results
+    scored = is_scored(comparison)
+    facts = []
+    before, first = quality_of(baseline, comparison), stage_seconds(baseline, "ttft")
+    if before and first is not None:
+        tokens = f"{number(baseline.tokens.kept)} vision tokens"
+        facts.append(Fact("Unreduced, to the first token", seconds(first), f"{tokens}; {_right(before, scored)}"))
+    enough = [
+        (case, quality)
+        for case in others
+        if (quality := quality_of(case, comparison)) and quality.retained is not None and quality.retained >= ENOUGH
+    ]
+    bar = f"at ≥ {100 * ENOUGH:.0f} % {'of the score' if scored else 'agreement'}"
+    if enough:
+        facts.append(_fewest(enough, bar, scored))
+        if timed := [(case, quality) for case, quality in enough if "ttft" in case.speedup]:
+            facts.append(_earliest(timed, bar, scored))
+    elif any(trouble(case) is None for case in others):
+        facts.append(Fact(f"Cases {bar}", "none", "every reduction measured here loses more than that"))
+    return facts
+
+
+def _fewest(enough: Measured, bar: str, scored: bool) -> Fact:
+    average = min(case.tokens.layer_average for case, _ in enough)
+    best = [(case, quality) for case, quality in enough if case.tokens.layer_average == average]
+    case = best[0][0]
+    tokens = f"{number(round(average, 1))} of {number(case.tokens.total)}"
+    names = "; ".join(f"{case}, {_right(quality, scored)}" for case, quality in best)
+    return Fact(f"Fewest tokens per layer {bar}", tokens, names)
+
+
+def _earliest(timed: Measured, bar: str, scored: bool) -> Fact:
+    """The largest speedup, and whoever's interval overlaps its own."""
+    case, quality = max(timed, key=lambda pair: pair[0].speedup["ttft"].median)
+    gain = case.speedup["ttft"]
+    shown = speedup_cell(gain)
+    said = f"95 % interval {shown.interval}" if shown.interval else "too few rounds for an interval"
+    if shown.interval and gain.conclusive:
+        near = [str(other) for other, _ in timed if other is not case and _reaches(other, gain.low)]
+        said += f", overlapped by {', '.join(near)}" if near else ""
+    elif shown.interval:
+        said += ", inconclusive"
+    return Fact(f"Largest speedup (TTFT) {bar}", shown.text, f"{case}, {said}; {_right(quality, scored)}")
+
+
+def _reaches(case: CaseResult, low: float | None) -> bool:
+    high = case.speedup["ttft"].high
+    return low is not None and high is not None and high >= low
+
+
+def _right(quality: Quality, scored: bool) -> str:
+    if quality.low == quality.high:
+        return "what the others are compared with"
+    words = "right" if scored else "agreement"
+    return f"{share(quality.share)} {words} ({100 * quality.low:.1f}–{100 * quality.high:.1f})"

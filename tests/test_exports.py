@@ -1,0 +1,152 @@
+"""Comparisons written to files and read back."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import pytest
+from comparisons import case, comparison, usual
+from pydantic import BaseModel
+from rich.cells import cell_len
+
+from mmtok_cli.bench.results import Comparison, Fidelity
+from mmtok_cli.errors import MMTokError
+from mmtok_cli.report.exports import EXPORTS, markdown_text, write_export
+
+
+def written(result: Comparison, path: Path) -> str:
+    write_export(result, path)
+    assert [child.name for child in path.parent.iterdir()] == [path.name]
+    return path.read_text(encoding="utf-8")
+
+
+def rows_of(text: str) -> list[list[str]]:
+    """Cells of the first Markdown table, a backslash before a bar making it text."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [
+        [cell.strip().replace("\0", "|") for cell in line.replace("\\|", "\0").strip("|").split("|")] for line in lines
+    ]
+
+
+def test_json_is_the_schema_and_comes_back_whole(tmp_path: Path) -> None:
+    text = written(usual(), tmp_path / "results.json")
+    assert json.loads(text)["schema"] == "mmtok.compare/1"
+    assert Comparison.model_validate_json(text) == usual()
+
+
+def test_csv_has_a_row_for_each_case_and_units_in_its_names(tmp_path: Path) -> None:
+    result = usual()
+    rows = list(csv.DictReader(written(result, tmp_path / "results.CSV").splitlines()))
+    assert len(rows) == len(result.results)
+    assert [row["method"] for row in rows] == [one.method for one in result.results]
+    full, first = rows[0], rows[1]
+    expected = result.results[1]
+    assert float(first["prefill_median_s"]) == expected.seconds["prefill"].median
+    assert float(first["ttft_p90_s"]) == expected.seconds["ttft"].p90
+    assert float(first["speedup_prefill_low"]) == expected.speedup["prefill"].low
+    assert int(first["kv_cache_bytes"]) == expected.memory.kv_cache
+    assert float(first["total_flops"]) == 5e9
+    assert (first["kept_tokens"], first["layer_average_tokens"], first["total_tokens"]) == ("64.0", "64.0", "576.0")
+    assert (first["score_right"], first["score_asked"], first["kl_nats"]) == ("40", "40", "0.0123")
+    assert (first["score_by_kind_count_right"], first["score_by_kind_count_asked"]) == ("0", "8")
+    assert json.loads(first["parameters"]) == {"alpha": 0.5}
+    assert (first["model"], first["device"], first["batch_size"], first["track"]) == ("demo", "cpu", "1", "released")
+    assert (full["budget"], full["retention"], full["speedup_prefill_median"], full["kl_nats"]) == ("", "", "", "")
+    assert rows[-1]["prefill_median_s"] == "" and rows[-1]["budget"] == "4"
+    assert not any("values" in name or name in ("fidelity", "score_counts") for name in first)
+
+
+def test_csv_leaves_nothing_of_a_case_out(tmp_path: Path) -> None:
+    """Every number of the schema but the raw values is in the row, whatever its column is called."""
+
+    def numbers(value: object) -> list[float]:
+        if isinstance(value, BaseModel):
+            return [n for name, inner in value if name != "values" for n in numbers(inner)]
+        if isinstance(value, dict):
+            return [n for inner in value.values() for n in numbers(inner)]
+        if isinstance(value, tuple):
+            return [n for inner in value for n in numbers(inner)]
+        return [float(value)] if isinstance(value, int | float) else []
+
+    one = case("mmtok", parameters={})
+    row = next(csv.DictReader(written(comparison([one]), tmp_path / "one.csv").splitlines()))
+    cells = {float(cell) for cell in row.values() if re.fullmatch(r"\d+(\.\d+)?(e-\d+)?", cell)}
+    cells |= {float(cell == "True") for cell in row.values() if cell in ("True", "False")}
+    assert set(numbers(one)) <= cells
+
+
+def test_csv_quotes_what_would_break_it(tmp_path: Path) -> None:
+    rows = list(csv.DictReader((written(comparison([case('a,"b"\nc')], "x,y"), tmp_path / "x.csv")).splitlines(True)))
+    assert (rows[0]["method"], rows[0]["model"]) == ('a,"b"\nc', "x,y")
+
+
+def test_markdown_columns_line_up(tmp_path: Path) -> None:
+    text = written(usual(), tmp_path / "results.md")
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(table) == 2 + len(usual().results)
+    assert len({tuple(i for i, letter in enumerate(line) if letter == "|") for line in table}) == 1
+    heading, rule, full, first, *_ = rows_of(text)
+    assert heading == (
+        "method, kept, avg, select, prefill, speedup (prefill), TTFT, speedup (TTFT), KV cache, score, retention"
+    ).split(", ")
+    assert rule[0].startswith(":") and all(cell.endswith(":") and set(cell[:-1]) == {"-"} for cell in rule[1:])
+    assert full[:5] == ["full", "576/576", "576", "2 ms", "20 ms"] and full[5] == full[7] == full[-1] == "–"
+    assert first[:5] == ["mmtok", "64/576", "64", "2 ms", "5 ms"] and first[-2:] == ["100.0 %", "100.0 %"]
+    low, high = usual().results[1].speedup["prefill"].low, usual().results[1].speedup["prefill"].high
+    assert first[5] == f"4.00x ({low:.2f}–{high:.2f})"
+    assert rows_of(text)[7][5] == "1.01x (0.98–1.04)?"
+
+
+def test_markdown_says_what_it_was_measured_on_and_how_to_read_it() -> None:
+    after = markdown_text(usual()).split("\n\n")
+    assert len(after) == 3
+    assert "A Processor" in after[1] and "torch 2.13.0" in after[1] and "40 samples, 8 rounds" in after[1]
+    assert "95 % interval" in after[2] and "\n" not in after[1] + after[2].strip()
+
+
+def test_markdown_of_a_case_without_figures() -> None:
+    row = rows_of(markdown_text(usual()))[-1]
+    assert row[:2] == ["mmtok (not measured)", "4"] and set(row[2:]) == {"–"}
+
+
+def test_markdown_without_answers_shows_fidelity() -> None:
+    cases = [case("full", 576, right=None), case("mmtok", right=None, fidelity=Fidelity(kl=0.25, top1=0.75))]
+    heading, _, _, row = rows_of(markdown_text(comparison(cases)))
+    assert heading[-2:] == ["top-1", "KL"] and row[-2:] == ["75.0 %", "0.250"]
+    assert "score" not in heading and "avg" not in heading
+
+
+def test_markdown_names_stay_text() -> None:
+    text = markdown_text(comparison([case("full", 576), case("a|b<script>*x*\n日本")], model="<b>&amp;"))
+    row = rows_of(text)[3]
+    assert row[0] == "a|b\\<script\\>\\*x\\* 日本"
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert len({cell_len(line) for line in table}) == 1
+    assert "\\<b\\>\\&amp;" in text
+
+
+def test_unknown_suffix_names_the_four(tmp_path: Path) -> None:
+    for name in ("results.xlsx", "results"):
+        with pytest.raises(MMTokError) as error:
+            write_export(usual(), tmp_path / name)
+        assert all(suffix in error.value.message for suffix in EXPORTS) and name in error.value.message
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("suffix", EXPORTS)
+def test_a_file_stays_whole_when_it_cannot_be_replaced(suffix: str, tmp_path: Path) -> None:
+    place = tmp_path / f"results{suffix}"
+    place.mkdir()
+    with pytest.raises(MMTokError, match="could not be written"):
+        write_export(usual(), place)
+    assert list(tmp_path.iterdir()) == [place]
+
+
+@pytest.mark.parametrize("suffix", EXPORTS)
+def test_names_that_are_no_text_are_escaped(suffix: str, tmp_path: Path) -> None:
+    text = written(comparison([case("full", 576), case("mmtok")], model="a\udcffb"), tmp_path / f"results{suffix}")
+    assert "udcffb" in text
+    assert suffix != ".json" or json.loads(text)["model"] == "a\udcffb"
