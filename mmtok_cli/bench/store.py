@@ -1,0 +1,143 @@
+"""The directory of a run: its plan, and one file for everything that was measured, written whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mmtok_cli.bench.records import Counted, Failure, Plan, Run
+from mmtok_cli.bench.results import Record
+from mmtok_cli.errors import MMTokError
+from mmtok_cli.files import write_whole
+
+PLAN = "plan.json"
+Kind = TypeVar("Kind", bound=Record)
+
+
+class NotWrittenError(MMTokError):
+    """Something that was measured could not be written down."""
+
+
+class RunDirectory:
+    """What is known of a run, in memory and in its directory.
+
+    `plan.json`, `rounds/ROUND-CASE.json` for each case in each round, `cases/CASE.json` for what is counted once,
+    `failures/CASE.json`, and until a round is whole the first logits of its cases, which fidelity is computed from.
+    However the process ends, a file is there whole or not at all.
+    """
+
+    def __init__(self, path: Path, plan: Plan) -> None:
+        self.path = path
+        self.plan = plan
+        self.runs: dict[tuple[int, int], Run] = {}
+        self.counted: dict[int, Counted] = {}
+        self.failures: dict[int, Failure] = {}
+
+    @classmethod
+    def create(cls, path: Path, plan: Plan) -> RunDirectory:
+        """A new run. Raises NotWrittenError where that cannot be."""
+        _write(path / PLAN, plan)
+        return cls(path, plan)
+
+    @classmethod
+    def open(cls, path: Path) -> RunDirectory:
+        """A run that was begun. Raises MMTokError where there is none, and for a file that cannot be read."""
+        if not (path / PLAN).is_file():
+            raise MMTokError(f"{path} holds no run: there is no {PLAN} in it", "name one with --run-dir")
+        directory = cls(path, _read(path / PLAN, Plan))
+        keys = [case.key for case in directory.plan.cases]
+        for file in sorted((path / "rounds").glob("*.json")):
+            run = _read(file, Run)
+            _require_key(file, run.case, run.key, keys)
+            directory.runs[run.round, run.case] = run
+        for file in sorted((path / "cases").glob("*.json")):
+            counted = _read(file, Counted)
+            _require_key(file, counted.case, counted.key, keys)
+            directory.counted[counted.case] = counted
+        for file in sorted((path / "failures").glob("*.json")):
+            failure = _read(file, Failure)
+            _require_key(file, failure.case, failure.key, keys)
+            directory.failures[failure.case] = failure
+        return directory
+
+    def add(self, run: Run, logits: Tensor | None = None) -> None:
+        """Keep what was measured; the logits first, so that whoever has the record has them too.
+
+        Raises NotWrittenError where that cannot be; it is kept in memory nonetheless.
+        """
+        self.runs[run.round, run.case] = run
+        if logits is not None:
+            tensors = {"logits": logits.detach().cpu().contiguous()}
+            _write_whole(self._logits(run.round, run.case), lambda part: save_file(tensors, part))
+        _write(self.path / "rounds" / f"{run.round:05d}-{run.case:03d}.json", run)
+
+    def count(self, counted: Counted) -> None:
+        """Keep what is counted once. Raises NotWrittenError where that cannot be."""
+        self.counted[counted.case] = counted
+        _write(self.path / "cases" / f"{counted.case:03d}.json", counted)
+
+    def fail(self, failure: Failure) -> None:
+        """Give a case up. Raises NotWrittenError where that cannot be written."""
+        self.failures[failure.case] = failure
+        _write(self.path / "failures" / f"{failure.case:03d}.json", failure)
+
+    def logits(self, number: int, case: int) -> Tensor:
+        """The first logits of a case in a round that is not whole yet, [batch, vocabulary]."""
+        path = self._logits(number, case)
+        try:
+            return load_file(path)["logits"]
+        except (OSError, SafetensorError) as error:
+            raise MMTokError(
+                f"{path} is missing or damaged", "delete the records of this round; it will be measured again"
+            ) from error
+
+    def drop_logits(self, number: int) -> None:
+        """Forget the logits of a round that is whole."""
+        for case in range(len(self.plan.cases)):
+            self._logits(number, case).unlink(missing_ok=True)
+
+    def write_result(self, result: Record) -> None:
+        """Leave the result beside what it was made from."""
+        _write(self.path / "comparison.json", result)
+
+    def _logits(self, number: int, case: int) -> Path:
+        return self.path / "logits" / f"{number:05d}-{case:03d}.safetensors"
+
+
+def newest_run(runs: Path) -> Path:
+    """The run that was begun last. Raises MMTokError where there is none."""
+    plans = sorted(runs.glob(f"*/{PLAN}"), key=lambda plan: plan.stat().st_mtime)
+    if not plans:
+        raise MMTokError(f"there is no run to resume in {runs}", "name its directory with --run-dir")
+    return plans[-1].parent
+
+
+def _write(path: Path, record: Record) -> None:
+    _write_whole(path, lambda part: part.write_text(record.model_dump_json(by_alias=True), encoding="utf-8"))
+
+
+def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    try:
+        write_whole(path, write)
+    except (MMTokError, SafetensorError) as error:  # safetensors has errors of its own for a full disk
+        said = error.message if isinstance(error, MMTokError) else f"{path} could not be written: {error}"
+        raise NotWrittenError(said, "make room there, then go on with --resume") from error
+
+
+def _read(path: Path, kind: type[Kind]) -> Kind:
+    try:
+        return kind.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ValidationError) as error:
+        hint = "begin a new run" if path.name == PLAN else "delete this file; what it held will be measured again"
+        raise MMTokError(f"{path} cannot be read", hint) from error
+
+
+def _require_key(path: Path, case: int, key: str, keys: list[str]) -> None:
+    if not 0 <= case < len(keys) or keys[case] != key:
+        raise MMTokError(f"{path} belongs to another run than its {PLAN}", "delete this file, or begin a new run")
