@@ -112,6 +112,12 @@ def tiny_text_tower(dtype: torch.dtype) -> ClipText:
     return ClipText(build_tiny_clip().to(dtype), build_tokenizer())
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands leave runs where they are called; that is not to be the checkout."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("work"))
+
+
 @pytest.fixture(scope="session", params=["sdpa", "eager"])
 def tiny(request: pytest.FixtureRequest) -> Llava:
     return Llava("tiny", *build_tiny_llava(request.param), text_tower=tiny_text_tower)

@@ -23,7 +23,7 @@ def turns(size: int, rounds: list[list[Turn]], sizes: list[int]) -> list[list[in
     return [[turn.batch for turn in round_ if sizes[turn.case] == size] for round_ in rounds]
 
 
-@pytest.mark.parametrize("samples", [80, 81, 33])
+@pytest.mark.parametrize("samples", [80, 81, 49])
 def test_every_sample_is_asked_once_at_every_batch_size(samples: int) -> None:
     sizes = [1, 1, 8, 8, 3]
     plan = rotation(sizes, samples, None, seed=0)
@@ -50,8 +50,17 @@ def test_rounds_that_were_asked_for_hold_every_case_and_begin_again_with_the_sam
     assert plan.turns_of(0) == plan.turns_of(1) == 30
 
 
+def test_large_batches_have_the_turns_that_an_interval_takes() -> None:
+    sizes = [1, 8]
+    for samples, wanted in ((24, [0, 1, 2, 0, 1, 2]), (9, [0] * 6), (8, [0] * 6)):
+        plan = rotation(sizes, samples, None, seed=0)
+        rounds = list(islice(plan.turns(), plan.rounds))
+        assert [batch[0] for batch in turns(8, rounds, sizes) if batch] == wanted
+    assert rotation([8], 24, None, seed=0).rounds == 3
+
+
 def test_rounds_beyond_the_plan_go_on_in_the_same_rhythm() -> None:
     sizes = [1, 4]
-    plan = rotation(sizes, 12, None, seed=3)
-    beyond = list(islice(plan.turns(), 24))[12:]
-    assert [batch[0] for batch in turns(4, beyond, sizes) if batch] == [0, 1, 2]
+    plan = rotation(sizes, 32, None, seed=3)
+    beyond = list(islice(plan.turns(), 64))[32:]
+    assert [batch[0] for batch in turns(4, beyond, sizes) if batch] == list(range(8))

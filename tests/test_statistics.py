@@ -90,6 +90,7 @@ def test_outliers_stand_far_above_the_rest() -> None:
     usual[[7, 30]] = 3.0
     assert outliers(usual.tolist()) == [7, 30]
     assert outliers([1.0] * 9 + [1.05]) == [] and outliers([1.0] * 9 + [1.2]) == [9]
+    assert outliers([1.0] * 4 + [9.0]) == []
     assert outliers([1.0] * 9 + [0.1]) == []  # what went faster disturbed nobody
     assert sum(bool(outliers(rng.lognormal(0, 0.2, 40).tolist())) for _ in range(200)) <= 2
 

@@ -20,6 +20,8 @@ from mmtok_cli.data.samples import Sample
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.models.base import VisionLanguageModel
 
+QUICK = 2.0  # seconds
+
 
 @dataclass
 class Measurement:
@@ -55,20 +57,29 @@ class Measurement:
             yield case
 
     def estimate(self) -> list[float | None]:
-        """Seconds of one run of each case, the first that it is given; None where it ran out of memory."""
-        seconds: list[float | None] = []
-        for i, case in enumerate(self.cases):
-            samples = self.batches[case.batch_size][0]
+        """Seconds of one run of each case; None where it ran out of memory.
+
+        The first run of something quick is mostly a matter of getting started, so it is given a second one.
+        """
+        return [self._time(case) for case in self.cases]
+
+    def _time(self, case: Case) -> float | None:
+        taken = 0.0
+        for _ in range(2):
             start = time.perf_counter()
             try:
-                run_case(self.model, case, samples, self.store.plan.max_new_tokens, i)
+                run_case(self.model, case, self.batches[case.batch_size][0], self.store.plan.max_new_tokens)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                seconds.append(None)
-            else:
-                seconds.append(time.perf_counter() - start)
-        return seconds
+                break
+            taken = time.perf_counter() - start
+            if taken > QUICK:
+                return taken
+        else:
+            return taken
+        release_memory(self.model.device)
+        return None
 
     def rounds(self) -> Iterator[int]:
         """Measure round after round, skipping what is there; yields the number of each round that is whole."""

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
+FEWEST_TURNS = 6  # fewer have no interval
+
 
 def permutations(cases: int, seed: int) -> Iterator[list[int]]:
     """Seeded random permutations of range(cases), without end.
@@ -37,8 +39,9 @@ class Rotation:
 
     sizes: the batch size of each case. batches: by batch size, into how many batches the samples fall. rounds: how
     many rounds there are at least. every_round: all cases have a turn in each round. Otherwise a case has as many
-    turns as there are batches of its size, spread evenly over the rounds, so that every sample is asked once whatever
-    the size. All cases of one size have their turns in the same rounds and on the same samples.
+    turns as there are batches of its size, and six if the rounds allow, for the sake of intervals; they are spread
+    evenly over the rounds. So every sample is asked whatever the size, and larger batches do not take longer than that.
+    All cases of one size have their turns in the same rounds and on the same samples.
     """
 
     sizes: tuple[int, ...]
@@ -59,15 +62,18 @@ class Rotation:
 
     def turns_of(self, case: int) -> int:
         """How many turns a case has in `rounds` rounds."""
-        return self.rounds if self.every_round else self.batches[self.sizes[case]]
+        return self._turns(self.sizes[case])
 
     def first(self, rounds: int) -> list[list[int]]:
         """The cases of the first rounds, in the order in which they run."""
         return [[turn.case for turn in turns] for turns in islice(self.turns(), rounds)]
 
+    def _turns(self, size: int) -> int:
+        return self.rounds if self.every_round else min(self.rounds, max(self.batches[size], FEWEST_TURNS))
+
     def _place(self, size: int, number: int) -> int | None:
         """How many turns a size has had before a round; None if it sits this one out."""
-        turns = self.rounds if self.every_round else self.batches[size]
+        turns = self._turns(size)
         place, remainder = divmod(number * turns, self.rounds)
         return place if remainder < turns else None
 

@@ -57,8 +57,10 @@ def median_interval(values: NDArray[np.float64]) -> NDArray[np.float64]:
 def outliers(seconds: Sequence[float]) -> list[int]:
     """Which of the values are much larger than the rest: by more than 14.8 median absolute deviations.
 
-    A tenth of the median counts as the least deviation, lest a clock that ticks coarsely make outliers of everything.
+    What is less than a tenth above the median is none, however alike the rest are. Fewer than six values have none.
     """
+    if len(seconds) < FEWEST:
+        return []
     values = np.asarray(seconds, float)
     middle = float(np.median(values))
     deviation = max(float(median_abs_deviation(values)), 0.1 * middle / OUTLIER)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -101,6 +102,8 @@ class RunDirectory:
         """Forget the logits of a round that is whole."""
         for case in range(len(self.plan.cases)):
             self._logits(number, case).unlink(missing_ok=True)
+        with suppress(OSError):  # not there, or not empty
+            (self.path / "logits").rmdir()
 
     def write_result(self, result: Record) -> None:
         """Leave the result beside what it was made from."""
