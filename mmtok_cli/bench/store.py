@@ -88,15 +88,15 @@ class RunDirectory:
         self.failures[failure.case] = failure
         _write(self.path / "failures" / f"{failure.case:03d}.json", failure)
 
-    def logits(self, number: int, case: int) -> Tensor:
-        """The first logits of a case in a round that is not whole yet, [batch, vocabulary]."""
-        path = self._logits(number, case)
+    def logits(self, number: int, case: int) -> Tensor | None:
+        """The first logits of a case in a round that is not whole yet, [batch, vocabulary].
+
+        None where they are missing, as they are in a round that was whole before somebody deleted some of it.
+        """
         try:
-            return load_file(path)["logits"]
-        except (OSError, SafetensorError) as error:
-            raise MMTokError(
-                f"{path} is missing or damaged", "delete the records of this round; it will be measured again"
-            ) from error
+            return load_file(self._logits(number, case))["logits"]
+        except (OSError, SafetensorError):
+            return None
 
     def drop_logits(self, number: int) -> None:
         """Forget the logits of a round that is whole."""
