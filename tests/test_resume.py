@@ -302,6 +302,20 @@ def test_rounds_go_on_until_enough_was_measured(command: tuple[Any, ...], tmp_pa
     assert run_json("compare", "--run-dir", tmp_path / "run", "--resume") == result
 
 
+def test_two_processes_do_not_measure_into_one_directory(
+    command: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stopping_after(5, Stop(), patch)
+        with pytest.raises(Stop):
+            run(*command, "--run-dir", directory)
+    with RunDirectory.open(directory).locked():
+        refused(run("compare", "--run-dir", directory, "--resume"), "is being measured into")
+    assert len(records(directory)) == 5
+    assert not run_json("compare", "--run-dir", directory, "--resume")["interrupted"]
+
+
 def test_not_written_is_told_from_refused(tmp_path: Path) -> None:
     with pytest.raises(NotWrittenError, match="could not be written"):
         RunDirectory.create(Path("/proc/run"), Comparison.model_construct())  # type: ignore[arg-type]

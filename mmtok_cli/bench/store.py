@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -66,6 +66,26 @@ class RunDirectory:
             _require_key(file, failure.case, failure.key, keys)
             directory.failures[failure.case] = failure
         return directory
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from measuring into the same directory, where the system knows such locks.
+
+        Raises MMTokError where one does already.
+        """
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            yield
+            return
+        with (self.path / PLAN).open(encoding="utf-8") as plan:  # closing it gives the lock back, and so does dying
+            try:
+                fcntl.flock(plan, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise MMTokError(
+                    f"{self.path} is being measured into", "wait until that is done, or stop it"
+                ) from error
+            yield
 
     def add(self, run: Run, logits: Tensor | None = None) -> None:
         """Keep what was measured; the logits first, so that whoever has the record has them too.

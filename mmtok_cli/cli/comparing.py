@@ -78,7 +78,8 @@ class Session:
         measurement = self._prepare(RunDirectory.create)
         stopped = None
         try:
-            self._measure(measurement)
+            with measurement.store.locked():
+                self._measure(measurement)
         except (KeyboardInterrupt, NotWrittenError) as error:
             if not whole_rounds(measurement.store):
                 self._how_to_resume()

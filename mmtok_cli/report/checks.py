@@ -146,9 +146,9 @@ def plan_lines(plan: Estimate) -> list[str]:
 
 def duration(value: float) -> str:
     """A long time in the units that people plan with."""
-    minutes = round(value / 60)
-    if minutes < 2:
+    if value < 120:
         return seconds(value)
+    minutes = round(value / 60)
     return f"{minutes} minutes" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
