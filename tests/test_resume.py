@@ -88,7 +88,6 @@ def test_killed_and_resumed(command: tuple[Any, ...], tmp_path: Path) -> None:
     whole = run_json(*command, "--rounds", 30, "--run-dir", tmp_path / "whole")
     assert without_figures(resumed) == without_figures(whole)
     assert all(len(case["seconds"]["ttft"]["values"]) == 30 for case in resumed["results"])
-    assert not list(directory.rglob("*.safetensors"))
 
 
 @pytest.mark.parametrize("runs", [1, 2, 3, CASES, CASES + 3])
@@ -143,12 +142,10 @@ def test_interrupting_shows_whole_rounds_and_how_to_go_on(
 
 def test_a_full_disk_loses_nothing(command: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = tmp_path / "run"
-    written = Counter[str]()
     usual = Path.write_text
 
     def write_text(self: Path, *arguments: Any, **options: Any) -> int:
-        written["records"] += self.parent.name == "rounds"
-        if written["records"] > 2 * CASES * 2 + 1:  # each record is written anew when its round is whole
+        if self.name.startswith(".00002-"):
             usual(self, "{half of", encoding="utf-8")
             raise OSError(28, "No space left on device")
         return usual(self, *arguments, **options)

@@ -101,8 +101,9 @@ class Measurement:
 
             def measure(turn: Turn = turn) -> None:
                 run, logits = self._run(number, turn)
+                reference = fresh.get(self.store.plan.baseline_of(turn.case))
                 fresh[turn.case] = logits
-                self.store.add(run, logits)
+                self.store.add(run if reference is None else with_fidelity(run, logits, reference))
 
             self._attempt(turn.case, number, measure)
         self._compare(number, fresh)
@@ -123,22 +124,20 @@ class Measurement:
         return run.model_copy(update=place), logits
 
     def _compare(self, number: int, fresh: dict[int, Tensor]) -> None:
-        """Set down how close the cases of a round are to its baseline, now that all of them have run."""
+        """Set down how close to the baseline those cases are that ran before it."""
 
         def logits_of(case: int) -> Tensor:
             if case not in fresh:
-                kept = self.store.logits(number, case)
-                fresh[case] = self._answer_again(number, case) if kept is None else kept.to(self.model.device)
+                fresh[case] = self._answer_again(number, case)
             return fresh[case]
 
         for case in range(len(self.cases)):
             run, baseline = self.store.runs.get((number, case)), self.store.plan.baseline_of(case)
-            if run is not None and not run.kl and (number, baseline) in self.store.runs:
+            if run and not run.kl and case != baseline and (number, baseline) in self.store.runs:
                 self.store.add(with_fidelity(run, logits_of(case), logits_of(baseline)))
-        self.store.drop_logits(number)
 
     def _answer_again(self, number: int, case: int) -> Tensor:
-        """The first logits of what was measured earlier, for want of those of then; nothing is measured."""
+        """The first logits of what was measured before the process was stopped; they are not kept, nor timed anew."""
         samples = self.batches[self.cases[case].batch_size][self.store.runs[number, case].batch]
         return run_case(self.model, self.cases[case], samples, 1)[1]
 

@@ -25,7 +25,7 @@ class Run(Record):
     case: its place in the plan. batch: the place of the batch among those of its size. samples: what each is
     called. seconds: by stage, the median of the repetitions, all of which are in `repetitions`. steps: tokens
     decoded for the longest answer. right, kinds: one for each sample, None where no answer is known. kl, top1: one
-    value for each sample; empty until the round's baseline has run too. Bytes are those of the batch.
+    value for each sample; empty for the baseline, and until it has run too. Bytes are those of the batch.
     """
 
     case: int

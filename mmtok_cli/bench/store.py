@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
 from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from mmtok_cli.bench.records import Counted, Failure, Plan, Run
 from mmtok_cli.bench.results import Record
@@ -28,9 +25,8 @@ class NotWrittenError(MMTokError):
 class RunDirectory:
     """What is known of a run, in memory and in its directory.
 
-    `plan.json`, `rounds/ROUND-CASE.json` for each case in each round, `cases/CASE.json` for what is counted once,
-    `failures/CASE.json`, and until a round is whole the first logits of its cases, which fidelity is computed from.
-    However the process ends, a file is there whole or not at all.
+    `plan.json`, `rounds/ROUND-CASE.json` for each case in each round, `cases/CASE.json` for what is counted once, and
+    `failures/CASE.json`. However the process ends, a file is there whole or not at all.
     """
 
     def __init__(self, path: Path, plan: Plan) -> None:
@@ -87,15 +83,9 @@ class RunDirectory:
                 ) from error
             yield
 
-    def add(self, run: Run, logits: Tensor | None = None) -> None:
-        """Keep what was measured; the logits first, so that whoever has the record has them too.
-
-        Raises NotWrittenError where that cannot be; it is kept in memory nonetheless.
-        """
+    def add(self, run: Run) -> None:
+        """Keep what was measured. Raises NotWrittenError where that cannot be; it is kept in memory nonetheless."""
         self.runs[run.round, run.case] = run
-        if logits is not None:
-            tensors = {"logits": logits.detach().cpu().contiguous()}
-            _write_whole(self._logits(run.round, run.case), lambda part: save_file(tensors, part))
         _write(self.path / "rounds" / f"{run.round:05d}-{run.case:03d}.json", run)
 
     def count(self, counted: Counted) -> None:
@@ -108,29 +98,9 @@ class RunDirectory:
         self.failures[failure.case] = failure
         _write(self.path / "failures" / f"{failure.case:03d}.json", failure)
 
-    def logits(self, number: int, case: int) -> Tensor | None:
-        """The first logits of a case in a round that is not whole yet, [batch, vocabulary].
-
-        None where they are missing, as they are in a round that was whole before somebody deleted some of it.
-        """
-        try:
-            return load_file(self._logits(number, case))["logits"]
-        except (OSError, SafetensorError):
-            return None
-
-    def drop_logits(self, number: int) -> None:
-        """Forget the logits of a round that is whole."""
-        for case in range(len(self.plan.cases)):
-            self._logits(number, case).unlink(missing_ok=True)
-        with suppress(OSError):  # not there, or not empty
-            (self.path / "logits").rmdir()
-
     def write_result(self, result: Record) -> None:
         """Leave the result beside what it was made from."""
         _write(self.path / "comparison.json", result)
-
-    def _logits(self, number: int, case: int) -> Path:
-        return self.path / "logits" / f"{number:05d}-{case:03d}.safetensors"
 
 
 def newest_run(runs: Path) -> Path:
@@ -142,15 +112,10 @@ def newest_run(runs: Path) -> Path:
 
 
 def _write(path: Path, record: Record) -> None:
-    _write_whole(path, lambda part: part.write_text(record.model_dump_json(by_alias=True), encoding="utf-8"))
-
-
-def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
     try:
-        write_whole(path, write)
-    except (MMTokError, SafetensorError) as error:  # safetensors has errors of its own for a full disk
-        said = error.message if isinstance(error, MMTokError) else f"{path} could not be written: {error}"
-        raise NotWrittenError(said, "make room there, then go on with --resume") from error
+        write_whole(path, lambda part: part.write_text(record.model_dump_json(by_alias=True), encoding="utf-8"))
+    except MMTokError as error:
+        raise NotWrittenError(error.message, "make room there, then go on with --resume") from error
 
 
 def _read(path: Path, kind: type[Kind]) -> Kind:

@@ -80,8 +80,8 @@ def whole_rounds(store: RunDirectory) -> list[int]:
         for turn in turns:
             if turn.case in store.failures:
                 continue
-            run = store.runs.get((number, turn.case))
-            if run is None or (not run.kl and (number, plan.baseline_of(turn.case)) in store.runs):
+            run, baseline = store.runs.get((number, turn.case)), plan.baseline_of(turn.case)
+            if run is None or (not run.kl and turn.case != baseline and (number, baseline) in store.runs):
                 return whole
         whole.append(number)
     return whole
