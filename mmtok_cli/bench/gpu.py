@@ -75,7 +75,7 @@ class Gpu:
     def _ask(self, question: Callable[[], Any]) -> Any:
         try:
             return question()
-        except self.nvml.NVMLError:  # not every card and driver knows every answer
+        except (self.nvml.NVMLError, AttributeError):  # not every card, driver and release knows every question
             return None
 
 

@@ -173,9 +173,9 @@ def compare(
         print_error(error)
         raise typer.Exit(1) from error
     show(comparison, session.request.settings, as_json, quiet)
+    session.tell_how_to_resume(comparison)
     if plot:
         session.plot(comparison, plot)
-    session.tell_how_to_resume(comparison)
     if stopped is not None:
         print_error(stopped)
     if not judge(comparison, fail_below, fail_below_stage) or stopped is not None or not comparison.results:

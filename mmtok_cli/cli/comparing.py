@@ -85,6 +85,10 @@ class Session:
                 self._how_to_resume()
                 raise
             stopped = error if isinstance(error, NotWrittenError) else None
+        except Exception:
+            if measurement.store.runs:
+                self._how_to_resume()
+            raise
         comparison = summarise_run(measurement.store)
         try:
             measurement.store.write_result(comparison)

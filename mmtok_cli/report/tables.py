@@ -221,10 +221,11 @@ def environment_line(model: str, environment: Environment) -> Text:
     """What the figures were measured on."""
     e = environment
     commit = f", git {e.git_commit[:9]}{' (changed)' if e.git_dirty else ''}" if e.git_commit else ""
+    driver = f", driver {e.driver}" if e.driver else ""
     weights = f"; {weights_text(e.weights)}" if e.weights == "random" else ""
     return Text(
         f"{model} on {e.processor} ({e.device}, {e.dtype}, {e.attention} attention, {e.threads} threads), "
-        f"torch {e.torch}, transformers {e.transformers}, mmtok {e.mmtok}{commit}{weights}",
+        f"torch {e.torch}, transformers {e.transformers}, mmtok {e.mmtok}{commit}{driver}{weights}",
         style="dim",
     )
 
