@@ -16,13 +16,15 @@ if TYPE_CHECKING:
 
 
 def environment_of(model: VisionLanguageModel) -> Environment:
-    """Versions, device, attention kernel, threads, git commit (of a source checkout) and command line."""
+    """Versions, device, driver, attention kernel, threads, git commit (of a source checkout) and command line."""
     import torch
     import transformers
 
+    from mmtok_cli.bench.gpu import open_gpu
     from mmtok_cli.bench.results import Environment
 
     on_gpu = model.device.type == "cuda"
+    gpu = open_gpu(model.device)
     commit = _git("rev-parse", "HEAD")
     return Environment(
         mmtok=__version__,
@@ -39,6 +41,8 @@ def environment_of(model: VisionLanguageModel) -> Environment:
         attention=model.attention,
         threads=torch.get_num_threads(),
         command=[Path(sys.argv[0]).name, *sys.argv[1:]],
+        driver=gpu.driver() if gpu else None,
+        cuda=torch.version.cuda if on_gpu else None,
     )
 
 

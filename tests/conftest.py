@@ -29,6 +29,12 @@ def vlm(request: pytest.FixtureRequest) -> VisionLanguageModel:
     return FAMILIES[family](attention or "sdpa")
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands leave runs where they are called; that is not to be the checkout."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("work"))
+
+
 @pytest.fixture(scope="session", params=["sdpa", "eager"])
 def tiny(request: pytest.FixtureRequest) -> Llava:
     return FAMILIES["llava"](request.param)

@@ -1,19 +1,20 @@
-"""Clock, schedule, statistics, FLOPs, memory, summary."""
+"""Clock, FLOPs, memory, summary."""
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 
 from mmtok_cli.bench.clock import Clock
-from mmtok_cli.bench.flops import count_flops
+from mmtok_cli.bench.flops import SeenOperators, count_flops, coverage, measure_flops
+from mmtok_cli.bench.memory import is_out_of_memory
 from mmtok_cli.bench.results import Comparison, Environment, Schedule
 from mmtok_cli.bench.runner import Case, run_case, run_rounds
 from mmtok_cli.bench.schedule import interleaved
-from mmtok_cli.bench.statistics import paired_speedup, summarise
 from mmtok_cli.bench.summary import summarise_cases
 from mmtok_cli.budget import Budget
 from mmtok_cli.data.samples import Sample
@@ -45,52 +46,6 @@ def test_clock_times_the_gpu_and_not_the_launch() -> None:
     assert clock.seconds()["prefill"] > 10 * 2 * 8192**3 / 2e15
 
 
-def test_every_round_holds_every_case_in_an_order_of_its_own() -> None:
-    order = interleaved(6, 50, seed=1)
-    assert all(sorted(round_) == list(range(6)) for round_ in order)
-    assert order == interleaved(6, 50, seed=1) != interleaved(6, 50, seed=2)
-    assert len({tuple(round_) for round_ in order}) > 40
-    assert {round_[0] for round_ in order} == set(range(6))
-
-
-def test_percentiles_keep_the_raw_values() -> None:
-    times = summarise([3.0, 1.0, 2.0])
-    assert times.median == 2 and times.values == [3, 1, 2] and times.p10 < 2 < times.p90
-
-
-def test_speedup_of_noise_is_inconclusive_and_of_a_gain_is_not() -> None:
-    rng = np.random.default_rng(0)
-    noise = rng.lognormal(0, 0.3, (2, 40))
-    level = np.repeat(rng.lognormal(0, 1, 20), 2)  # what slows both sides of a pair
-    same = paired_speedup(level * noise[0], level * noise[1])
-    assert same.low is not None and same.high is not None
-    assert same.low <= 1 <= same.high and not same.conclusive
-    faster = paired_speedup(level * noise[0], level * noise[1] / 1.8)
-    assert faster.conclusive and faster.low is not None and faster.low > 1.3
-    slower = paired_speedup(level * noise[0], level * noise[1] * 1.8)
-    assert slower.conclusive and slower.high is not None and slower.high < 1
-
-
-def test_few_or_equal_rounds() -> None:
-    few = paired_speedup([2] * 5, [1] * 5)
-    assert few.median == 2 and few.low is None and not few.conclusive
-    assert paired_speedup([2] * 6, [1] * 6).conclusive
-    assert not paired_speedup([1] * 6, [1] * 6).conclusive
-
-
-@pytest.mark.parametrize("rounds", [6, 7, 12, 30])
-def test_interval_covers_the_true_speedup(rounds: int) -> None:
-    """A true ratio of 1.3 under heavy-tailed noise lies in the interval as often as promised, give or take."""
-    rng = np.random.default_rng(rounds)
-    covered = 0
-    for _ in range(200):
-        noise = np.exp(0.2 * rng.standard_t(3, (2, rounds)))
-        speedup = paired_speedup(1.3 * noise[0], noise[1])
-        assert speedup.low is not None and speedup.high is not None
-        covered += speedup.low <= 1.3 <= speedup.high
-    assert covered >= 184
-
-
 @pytest.fixture()
 def cases() -> list[Case]:
     return [
@@ -110,6 +65,39 @@ def test_flops_equal_the_formula(tiny_sdpa: Llava, samples: list[Sample], cases:
     flops = count_flops(tiny_sdpa, cases[1], samples[:1], 1)
     assert flops["prefill"] == pytest.approx(expected, rel=0.01)
     assert flops["total"] == sum(value for stage, value in flops.items() if stage != "total")
+
+
+def test_flops_say_what_they_are_made_of(tiny_sdpa: Llava, samples: list[Sample], cases: list[Case]) -> None:
+    flops = measure_flops(tiny_sdpa, cases[1], samples[:1], 2)
+    assert flops.stages == count_flops(tiny_sdpa, cases[1], samples[:1], 2)
+    seen = flops.coverage
+    assert {"mm", "addmm", "convolution"} <= seen.counted.keys() and seen.missed == {}
+    assert any("attention" in name for name in seen.counted)
+    assert 0 < sum(seen.counted.values()) < seen.calls and 0 < seen.share < 0.5
+    full = measure_flops(tiny_sdpa, cases[0], samples[:1], 2).coverage
+    assert seen.calls > full.calls  # MMTok's loop is element-wise
+
+
+def test_products_that_no_formula_counts_are_named() -> None:
+    aten = torch.ops.aten
+    calls = Counter({aten.mm: 3, aten.mv: 2, aten.add: 7, aten.cummax: 1, aten._int_mm: 4, aten.linear: 1})
+    formulas = {aten.mm: None}
+    seen = coverage(calls, formulas)
+    assert seen.calls == 18 and seen.counted == {"mm": 3} and seen.missed == {"_int_mm": 4, "mv": 2, "linear": 1}
+    with SeenOperators() as counter:
+        torch.ones(2, 2) @ torch.ones(2)
+    assert coverage(counter.calls, formulas).missed == {"mv": 1}
+
+
+def test_running_out_of_memory_has_many_faces() -> None:
+    gone = "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"
+    for error in (torch.OutOfMemoryError("CUDA out of memory."), MemoryError(), RuntimeError(gone)):
+        assert is_out_of_memory(error)
+    for error in (RuntimeError("shapes do not fit"), ValueError(gone), KeyboardInterrupt()):
+        assert not is_out_of_memory(error)
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**58, dtype=torch.uint8)
+    assert is_out_of_memory(caught.value)
 
 
 def test_rounds_and_their_summary(tiny_sdpa: Llava, samples: list[Sample], cases: list[Case]) -> None:

@@ -1,14 +1,18 @@
-"""Floating-point operations of each stage, counted by torch rather than by a formula."""
+"""Floating-point operations of each stage, counted by torch not by a formula, and what that count leaves out."""
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from mmtok_cli.bench.clock import Stages
+from mmtok_cli.bench.results import FlopCoverage, Flops
 from mmtok_cli.bench.runner import Case
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.models.base import VisionLanguageModel
@@ -22,20 +26,55 @@ def _attention_on_cpu(query: Any, key: Any, value: Any, *args: Any, **kwargs: An
 # torch has a formula for the attention kernels of GPUs only.
 CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_on_cpu}
 
+# Words in the names of operators that multiply matrices: products, convolutions, attention, recurrent cells.
+PRODUCTS = re.compile(
+    r"(^|_)([a-z0-9]*m[mv]|matmul|v?dot|linear|einsum|conv(olution|\dd)?|attention|lstm|gru|rnn)(_|$)"
+)
+
+
+class SeenOperators(TorchDispatchMode):
+    """Counts the calls of all operators by name. Stands below torch's counter, so it sees what that has decomposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[Any] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls[getattr(func, "_overloadpacket", func)] += 1
+        return func(*args, **(kwargs or {}))
+
 
 def count_flops(
     model: VisionLanguageModel, case: Case, samples: Sequence[Sample], max_new_tokens: int
 ) -> dict[str, float]:
-    """FLOPs per sample by stage, and their sum as `total`.
+    """FLOPs per sample by stage, and their sum as `total`; see `measure_flops`."""
+    return measure_flops(model, case, samples, max_new_tokens).stages
+
+
+def measure_flops(model: VisionLanguageModel, case: Case, samples: Sequence[Sample], max_new_tokens: int) -> Flops:
+    """FLOPs per sample by stage, their sum as `total`, and the operators that they are made of.
 
     torch counts matrix products, convolutions and attention, two operations for each multiply-accumulate; what is
     element-wise (softmax, normalisation, MMTok's greedy loop) counts as nothing.
     """
     counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
     stages = Stages(counter.get_total_flops)
-    with counter:
+    with SeenOperators() as seen, counter:
         case.answer(model, samples, max_new_tokens, stages.stage)
     flops: dict[str, float] = dict.fromkeys(STAGES, 0.0)
     for name, start, end in stages.spans:
         flops[name] += (end - start) / len(samples)
-    return {**flops, "total": sum(flops.values())}
+    return Flops(stages={**flops, "total": sum(flops.values())}, coverage=coverage(seen.calls, counter.flop_registry))
+
+
+def coverage(calls: Counter[Any], formulas: Any) -> FlopCoverage:
+    """Calls of operators split into those with a formula, those that should have one, and all."""
+    counted: dict[str, int] = {}
+    missed: dict[str, int] = {}
+    for operator, number in calls.most_common():
+        name = str(operator).removeprefix("aten.")
+        if operator in formulas:
+            counted[name] = number
+        elif PRODUCTS.search(name.split(".")[-1]):
+            missed[name] = number
+    return FlopCoverage(calls=calls.total(), counted=counted, missed=missed)

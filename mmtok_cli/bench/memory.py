@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,9 +13,13 @@ import torch
 
 @dataclass
 class Peak:
-    """Bytes allocated at most above what was allocated before; None where the device does not count them."""
+    """Bytes allocated at most above what was allocated before, and bytes that the allocator had reserved at most.
+
+    None where the device does not count them.
+    """
 
     bytes: int | None = None
+    reserved: int | None = None
 
 
 @contextmanager
@@ -30,8 +35,25 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
     yield peak
     torch.cuda.synchronize(device)
     peak.bytes = torch.cuda.max_memory_allocated(device) - before
+    peak.reserved = torch.cuda.max_memory_reserved(device)
 
 
 def host_memory() -> int:
     """Resident bytes of this process."""
     return psutil.Process().memory_info().rss
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on the device or on the host, where torch has no type for it."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(
+        said in str(error) for said in ("DefaultCPUAllocator: can't allocate memory", "MPS backend out of memory")
+    )
+
+
+def release_memory(device: torch.device) -> None:
+    """Give back what a run that failed has left behind."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,4 +1,8 @@
-"""The shape of what is reported: seconds and bytes, raw values kept. `--json` prints these objects."""
+"""The shape of what is reported: seconds and bytes, raw values kept. `--json` prints these objects.
+
+Each object that is printed names its `schema`. The number behind the slash goes up when a key changes its meaning or
+goes away; keys may be added without that. What is printed can be read back: `Comparison.model_validate_json(text)`.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +14,22 @@ from mmtok_cli.rules import Positions, Rules
 
 
 class Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # JSON has no word for what is not a number, which the logits of a model in half precision may be.
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
 class Times(Record):
-    """Seconds of one stage over all rounds."""
+    """Seconds of one stage over all rounds.
+
+    values: one for each round, the median of its repetitions. repetitions: all raw values by round, where a case was
+    run more than once in a round.
+    """
 
     median: float
     p10: float
     p90: float
     values: list[float]
+    repetitions: list[list[float]] = []
 
 
 class Speedup(Record):
@@ -29,6 +39,16 @@ class Speedup(Record):
     low: float | None
     high: float | None
     conclusive: bool
+
+
+class Drift(Record):
+    """A steady change of a case's seconds from the first round to the last.
+
+    change: as a share of their median, above 0 where it became slower. p: how likely chance alone is to do that.
+    """
+
+    change: float
+    p: float
 
 
 class Tokens(Record):
@@ -44,11 +64,55 @@ class Tokens(Record):
 
 class Memory(Record):
     """Bytes: peak of a batch above the weights (None where the device does not count it), KV cache per sample, and
-    what the whole process held resident on the host, which is the same story for every case."""
+    what the whole process held resident on the host, which is the same story for every case.
+
+    reserved: what the device's allocator held at most, weights and unused blocks included.
+    """
 
     peak: int | None
     kv_cache: int
     host: int
+    reserved: int | None = None
+
+
+class GpuUse(Record):
+    """What the GPU's driver said after the runs of a case; None where it does not tell.
+
+    clock, memory_clock: MHz, medians. full_clock: the highest that the card may run at. power_limit: watts. throttled:
+    by reason, in how many rounds the clock was held down. other_processes: how many at most. joules: per sample,
+    by the card's energy counter.
+    """
+
+    clock: float | None
+    memory_clock: float | None
+    full_clock: float | None
+    power_limit: float | None
+    throttled: dict[str, int]
+    other_processes: int | None
+    joules: float | None
+
+
+class FlopCoverage(Record):
+    """Which operators the FLOPs are made of.
+
+    calls: of all operators. counted: calls of those that torch has a formula for. missed: calls of those that multiply
+    matrices, by their names, and for which it has none; where there are some, the FLOPs are too few.
+    """
+
+    calls: int
+    counted: dict[str, int]
+    missed: dict[str, int]
+
+    @property
+    def share(self) -> float:
+        return sum(self.counted.values()) / self.calls if self.calls else 0.0
+
+
+class Flops(Record):
+    """FLOPs per sample by stage, and their sum as `total`."""
+
+    stages: dict[str, float]
+    coverage: FlopCoverage
 
 
 class Fidelity(Record):
@@ -71,9 +135,11 @@ class Score(Record):
 
 
 class CaseResult(Record):
-    """One method at one budget. FLOPs are per sample, by stage, counted on the first batch.
+    """One method at one budget and one batch size. FLOPs are per sample, by stage, counted on the first batch.
 
     positions: whether kept tokens kept their positions. overhead: seconds of select / (encode + prefill), median.
+    again: the baseline once more, as if it were a method: what it gains or loses is noise.
+    outliers: which of the values of `ttft` are far above the rest. drift: of `ttft`, if there is any.
     """
 
     method: str
@@ -86,17 +152,46 @@ class CaseResult(Record):
     overhead: float
     memory: Memory
     flops: dict[str, float]
+    batch_size: int = 1
+    again: bool = False
+    flop_coverage: FlopCoverage | None = None
+    gpu: GpuUse | None = None
+    outliers: list[int] = []
+    drift: Drift | None = None
     score: float | None = None
     score_counts: Score | None = None
     retention: float | None = None
     fidelity: Fidelity | None = None
 
     def __str__(self) -> str:
+        return self.title if self.budget is None else f"{self.title} @ {self.budget}"
+
+    @property
+    def title(self) -> str:
+        return f"{self.method} (again)" if self.again else self.method
+
+
+class FailedCase(Record):
+    """A case that could not be run to its end, and so has no result.
+
+    round: during which it failed, counted from 0; None while it was warming up. reason: "out of memory",
+    or "refused" where a sample was such that the case could not be run on it.
+    """
+
+    method: str
+    parameters: dict[str, Any]
+    budget: str | None
+    batch_size: int
+    round: int | None
+    reason: Literal["out of memory", "refused"]
+    message: str
+
+    def __str__(self) -> str:
         return self.method if self.budget is None else f"{self.method} @ {self.budget}"
 
 
 class Environment(Record):
-    """What the figures were measured on."""
+    """What the figures were measured on. driver and cuda: versions, where there is an NVIDIA GPU."""
 
     mmtok: str
     git_commit: str | None
@@ -112,23 +207,36 @@ class Environment(Record):
     attention: str
     threads: int
     command: list[str]
+    driver: str | None = None
+    cuda: str | None = None
 
 
 class Schedule(Record):
-    """What was asked and in which order: order[round] lists the cases in the order in which they ran."""
+    """What was asked and in which order: order[round] lists the cases in the order in which they ran.
+
+    seed: of the order, and of methods that draw, unless their parameters say otherwise. samples: how many were asked.
+    batch_size: a list where there were several, and each result names its own. rounds: those that were finished. runs:
+    repetitions of each case within a round. min_time: the seconds that rounds were to go on for, at least.
+    """
 
     data: str
     seed: int
     max_new_tokens: int
     samples: int
-    batch_size: int
+    batch_size: int | list[int]
     rounds: int
     warmup: int
     order: list[list[int]]
+    runs: int = 1
+    min_time: float | None = None
 
 
 class Comparison(Record):
-    """What `mmtok compare --json` prints."""
+    """What `mmtok compare --json` prints.
+
+    results: first the unreduced baseline, then the cases that go with it; so for each batch size, unless the baseline
+    itself is among the failures. planned_rounds: how many there were to be at least.
+    """
 
     schema_: Literal["mmtok.compare/1"] = Field(default="mmtok.compare/1", alias="schema")
     model: str
@@ -137,6 +245,9 @@ class Comparison(Record):
     schedule: Schedule
     interrupted: bool
     results: list[CaseResult]
+    failures: list[FailedCase] = []
+    planned_rounds: int | None = None
+    run_directory: str | None = None
 
 
 class Operator(Record):

@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from statistics import median
 
 from torch import Tensor
 
 from mmtok_cli.bench.clock import Clock
-from mmtok_cli.bench.memory import host_memory, peak_memory
+from mmtok_cli.bench.gpu import Gpu
+from mmtok_cli.bench.memory import Peak, host_memory, peak_memory
+from mmtok_cli.bench.records import PlannedCase, Run, parameters_of, sample_name
 from mmtok_cli.budget import Budget
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.methods.base import Method
 from mmtok_cli.models.base import Stage, VisionLanguageModel
-from mmtok_cli.pipeline import RELEASED, Answers, TokenCounts, answer, check_budget
-from mmtok_cli.rules import Positions, Rules
+from mmtok_cli.pipeline import RELEASED, Answers, answer, check_budget
+from mmtok_cli.rules import Rules
 
 
 @dataclass(frozen=True)
 class Case:
-    """A method at a budget, under the rules of the comparison; `name` is what the user called the method."""
+    """A method at a budget and a batch size, under the rules of the comparison.
+
+    name: what the user called the method. again: the baseline once more, to see what noise alone brings about.
+    """
 
     name: str
     method: Method
     budget: Budget | None
     rules: Rules = RELEASED
+    batch_size: int = 1
+    again: bool = False
 
     def __str__(self) -> str:
         return self.name if self.budget is None else f"{self.name} @ {self.budget}"
@@ -45,49 +53,64 @@ class Case:
             model, self.method, samples, self.budget, rules=self.rules, max_new_tokens=max_new_tokens, stage=stage
         )
 
-
-@dataclass(frozen=True)
-class Run:
-    """One repetition of one case on one batch of samples.
-
-    steps: tokens decoded for the longest answer. kl, top1: one value for each sample. Bytes are those of the batch.
-    """
-
-    case: int
-    samples: tuple[Sample, ...]
-    seconds: dict[str, float]
-    tokens: list[TokenCounts]
-    positions: Positions
-    answers: list[str]
-    steps: int
-    kv_cache: int
-    peak: int | None
-    host: int
-    kl: list[float]
-    top1: list[bool]
+    def planned(self) -> PlannedCase:
+        """The case as plain data."""
+        return PlannedCase(
+            method=self.name,
+            parameters=parameters_of(self.method),
+            budget=None if self.budget is None else str(self.budget),
+            rules=self.rules,
+            batch_size=self.batch_size,
+            again=self.again,
+        )
 
 
 def run_case(
-    model: VisionLanguageModel, case: Case, samples: Sequence[Sample], max_new_tokens: int, index: int = 0
+    model: VisionLanguageModel,
+    case: Case,
+    samples: Sequence[Sample],
+    max_new_tokens: int,
+    index: int = 0,
+    *,
+    runs: int = 1,
+    gpu: Gpu | None = None,
 ) -> tuple[Run, Tensor]:
-    """Answer one batch under the clock. Returns the run and the logits of the first new token, [batch, vocabulary]."""
-    with peak_memory(model.device) as peak:
-        clock = Clock(model.device)
-        said = case.answer(model, samples, max_new_tokens, clock.stage)
-        seconds = clock.seconds()
+    """Answer one batch under the clock, `runs` times over.
+
+    Returns the record, of place `index`, and the logits of the first new token, [batch, vocabulary].
+    """
+    said, peaks, repetitions = None, [], []
+    before = gpu.joules() if gpu else None
+    for _ in range(runs):
+        said = None  # the memory of the answers before is not to be held while the next are given
+        with peak_memory(model.device) as peak:
+            clock = Clock(model.device)
+            said = case.answer(model, samples, max_new_tokens, clock.stage)
+            repetitions.append(clock.seconds())
+        peaks.append(peak)
+    assert said is not None
+    after = gpu.joules() if gpu else None
+    joules = None if before is None or after is None else (after - before) / runs
+    by_stage = {stage: [seconds[stage] for seconds in repetitions] for stage in repetitions[0]}
     run = Run(
         case=index,
-        samples=tuple(samples),
-        seconds=seconds,
+        samples=[sample_name(sample) for sample in samples],
+        seconds={stage: median(values) for stage, values in by_stage.items()},
+        repetitions=by_stage,
         tokens=said.reduced.tokens,
         positions=said.reduced.positions,
         answers=said.texts,
+        right=[
+            None if sample.answer is None else sample.is_right(text)
+            for sample, text in zip(samples, said.texts, strict=True)
+        ],
+        kinds=[sample.kind for sample in samples],
         steps=said.token_ids.shape[1],
         kv_cache=said.kv_cache_bytes,
-        peak=peak.bytes,
+        peak=_largest(peaks, "bytes"),
+        reserved=_largest(peaks, "reserved"),
         host=host_memory(),
-        kl=[],
-        top1=[],
+        gpu=gpu.state(joules) if gpu else None,
     )
     return run, said.first_logits
 
@@ -106,14 +129,20 @@ def run_rounds(
     and start again when there are more of them.
     """
     for number, permutation in enumerate(order):
-        samples = groups[number % len(groups)]
-        done = {i: run_case(model, cases[i], samples, max_new_tokens, i) for i in permutation}
+        batch = number % len(groups)
+        done = {i: run_case(model, cases[i], groups[batch], max_new_tokens, i) for i in permutation}
         reference = done[0][1]
-        yield [_with_fidelity(*done[i], reference) for i in range(len(cases))]
+        runs = [with_fidelity(*done[i], reference) for i in range(len(cases))]
+        yield [run.model_copy(update={"round": number, "batch": batch}) for run in runs]
 
 
-def _with_fidelity(run: Run, logits: Tensor, reference: Tensor) -> Run:
+def with_fidelity(run: Run, logits: Tensor, reference: Tensor) -> Run:
+    """The run with its closeness to the baseline's first logits, [batch, vocabulary]."""
     expected, found = reference.float().log_softmax(-1), logits.float().log_softmax(-1)
     kl = (expected.exp() * (expected - found)).sum(-1)
     agrees = reference.argmax(-1) == logits.argmax(-1)
-    return replace(run, kl=kl.clamp(min=0).tolist(), top1=agrees.tolist())
+    return run.model_copy(update={"kl": kl.clamp(min=0).tolist(), "top1": agrees.tolist()})
+
+
+def _largest(peaks: Sequence[Peak], name: str) -> int | None:
+    return max((value for peak in peaks if (value := getattr(peak, name)) is not None), default=None)

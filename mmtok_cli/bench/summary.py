@@ -1,70 +1,182 @@
-"""From the runs of all rounds to one result for each case."""
+"""From the records of all rounds to one result for each case."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from statistics import fmean, median
 
-from mmtok_cli.bench.results import CaseResult, Fidelity, Memory, Score, Tokens
-from mmtok_cli.bench.runner import Case, Run
-from mmtok_cli.bench.statistics import paired_speedup, summarise
+from mmtok_cli.bench.gpu import summarise_states
+from mmtok_cli.bench.records import PlannedCase, Run
+from mmtok_cli.bench.results import (
+    CaseResult,
+    Comparison,
+    FailedCase,
+    Fidelity,
+    FlopCoverage,
+    Memory,
+    Schedule,
+    Score,
+    Tokens,
+)
+from mmtok_cli.bench.runner import Case
+from mmtok_cli.bench.statistics import drift, outliers, paired_speedup, summarise
+from mmtok_cli.bench.store import RunDirectory
+
+
+def summarise_run(store: RunDirectory) -> Comparison:
+    """The result of what a directory holds, of its whole rounds; nothing else is needed for it."""
+    plan = store.plan
+    rounds = whole_rounds(store)
+    columns = [[run for i in rounds if (run := store.runs.get((i, case)))] for case in range(len(plan.cases))]
+    results = []
+    for i, runs in enumerate(columns):
+        if runs and i not in store.failures:
+            first = plan.baseline_of(i)
+            baseline = None if first in store.failures else columns[first]
+            counted = store.counted[i]
+            column = Column(plan.cases[i], runs, None if first == i else baseline, counted.flops, counted.coverage)
+            results.append(column.result())
+    sizes = list(dict.fromkeys(case.batch_size for case in plan.cases))
+    asked = {(case.batch_size, run.batch) for case, runs in zip(plan.cases, columns, strict=True) for run in runs}
+    return Comparison(
+        model=plan.model,
+        rules=plan.rules,
+        environment=plan.environment,
+        schedule=Schedule(
+            data=plan.data,
+            seed=plan.seed,
+            max_new_tokens=plan.max_new_tokens,
+            samples=max(size * sum(1 for other, _ in asked if other == size) for size in sizes),
+            batch_size=sizes[0] if len(sizes) == 1 else sizes,
+            rounds=len(rounds),
+            warmup=plan.warmup,
+            order=plan.rotation().first(len(rounds)),
+            runs=plan.runs,
+            min_time=plan.min_time,
+        ),
+        interrupted=not is_finished(store),
+        results=results,
+        failures=[
+            FailedCase(
+                **plan.cases[failure.case].model_dump(include={"method", "parameters", "budget", "batch_size"}),
+                **failure.model_dump(include={"round", "reason", "message"}),
+            )
+            for _, failure in sorted(store.failures.items())
+        ],
+        planned_rounds=plan.rounds,
+        run_directory=str(store.path),
+    )
+
+
+def whole_rounds(store: RunDirectory) -> list[int]:
+    """The rounds, from the first on, in which every case that has its turn was measured and compared."""
+    plan = store.plan
+    whole: list[int] = []
+    most = max((number for number, _ in store.runs), default=-1) + 1
+    for number, turns in enumerate(islice(plan.rotation().turns(), most)):
+        for turn in turns:
+            if turn.case in store.failures:
+                continue
+            run, baseline = store.runs.get((number, turn.case)), plan.baseline_of(turn.case)
+            if run is None or (not run.kl and turn.case != baseline and (number, baseline) in store.runs):
+                return whole
+        whole.append(number)
+    return whole
+
+
+def is_finished(store: RunDirectory) -> bool:
+    """Whether nothing is left to be measured."""
+    if not all(case in store.counted or case in store.failures for case in range(len(store.plan.cases))):
+        return False
+    if len(store.failures) == len(store.plan.cases):
+        return True
+    measured = sum(sum(run.repetitions["total"]) for run in store.runs.values())
+    return len(whole_rounds(store)) >= store.plan.rounds and measured >= (store.plan.min_time or 0.0)
 
 
 def summarise_cases(
     cases: Sequence[Case], rounds: Sequence[Sequence[Run]], flops: Sequence[Mapping[str, float]]
 ) -> list[CaseResult]:
-    """Results of all cases; the first is the baseline of speedup and retention.
+    """Results of cases that all ran in each round; the first is the baseline of speedup and retention.
 
     rounds: for each round the runs of all cases, in the order of cases. flops: for each case, by stage.
     """
     columns = [[runs[i] for runs in rounds] for i in range(len(cases))]
-    baseline = _score(_first_of_each_batch(columns[0]))
-    results = []
-    for i, (case, runs) in enumerate(zip(cases, columns, strict=True)):
+    return [
+        Column(case.planned(), columns[i], columns[0] if i else None, flops[i]).result() for i, case in enumerate(cases)
+    ]
+
+
+@dataclass(frozen=True)
+class Column:
+    """All runs of one case, and those of the baseline in the same rounds; None for the baseline itself or for none."""
+
+    case: PlannedCase
+    runs: Sequence[Run]
+    baseline: Sequence[Run] | None
+    flops: Mapping[str, float]
+    coverage: FlopCoverage | None = None
+
+    def result(self) -> CaseResult:
+        case, runs = self.case, self.runs
         once = _first_of_each_batch(runs)
         score = _score(once)
+        baseline = _score(_first_of_each_batch(self.baseline)) if self.baseline else None
         seconds = {stage: [run.seconds[stage] for run in runs] for stage in runs[0].seconds}
+        repeated = any(len(run.repetitions["total"]) > 1 for run in runs)
         counts = [tokens for run in once for tokens in run.tokens]
-        results.append(
-            CaseResult(
-                method=case.name,
-                parameters=asdict(case.method),
-                budget=None if case.budget is None else str(case.budget),
-                positions=runs[0].positions,
-                tokens=Tokens(
-                    total=fmean(c.total for c in counts),
-                    kept=fmean(c.kept for c in counts),
-                    text=fmean(c.text for c in counts),
-                    layer_average=fmean(c.layer_average for c in counts),
-                    new=fmean(run.steps for run in once),
-                ),
-                seconds={stage: summarise(values) for stage, values in seconds.items()},
-                speedup={
-                    stage: paired_speedup([run.seconds[stage] for run in columns[0]], values)
-                    for stage, values in seconds.items()
-                    if i > 0 and min(values) > 0
-                },
-                overhead=median(map(_overhead, runs)),
-                memory=Memory(
-                    peak=max((run.peak for run in runs if run.peak is not None), default=None),
-                    kv_cache=int(fmean(run.kv_cache / len(run.samples) for run in once)),
-                    host=max(run.host for run in runs),
-                ),
-                flops=dict(flops[i]),
-                score=score.share if score else None,
-                score_counts=score,
-                retention=score.share / baseline.share if i > 0 and score and baseline and baseline.right else None,
-                fidelity=_fidelity(once) if i > 0 else None,
-            )
+        return CaseResult(
+            method=case.method,
+            parameters=case.parameters,
+            budget=case.budget,
+            batch_size=case.batch_size,
+            again=case.again,
+            positions=runs[0].positions,
+            tokens=Tokens(
+                total=fmean(c.total for c in counts),
+                kept=fmean(c.kept for c in counts),
+                text=fmean(c.text for c in counts),
+                layer_average=fmean(c.layer_average for c in counts),
+                new=fmean(run.steps for run in once),
+            ),
+            seconds={
+                stage: summarise(values, [run.repetitions[stage] for run in runs] if repeated else ())
+                for stage, values in seconds.items()
+            },
+            speedup={
+                stage: paired_speedup(before, values)
+                for stage, values in seconds.items()
+                if (before := [run.seconds[stage] for run in self.baseline or ()]) and min(*before, *values) > 0
+            },
+            overhead=median(map(_overhead, runs)),
+            memory=Memory(
+                peak=_most(run.peak for run in runs),
+                kv_cache=int(fmean(run.kv_cache / len(run.samples) for run in once)),
+                host=max(run.host for run in runs),
+                reserved=_most(run.reserved for run in runs),
+            ),
+            flops=dict(self.flops),
+            flop_coverage=self.coverage,
+            gpu=summarise_states([run.gpu for run in runs if run.gpu], case.batch_size),
+            outliers=outliers(seconds["ttft"]),
+            drift=drift(seconds["ttft"]),
+            score=score.share if score else None,
+            score_counts=score,
+            retention=score.share / baseline.share if score and baseline and baseline.right else None,
+            fidelity=_fidelity(once) if self.baseline else None,
         )
-    return results
 
 
 def _first_of_each_batch(runs: Sequence[Run]) -> list[Run]:
     """Answers do not change from round to round, so each sample counts once however often it was timed."""
-    return list({id(run.samples[0]): run for run in reversed(runs)}.values())[::-1]
+    return list({run.batch: run for run in reversed(runs)}.values())[::-1]
+
+
+def _most(values: Iterable[int | None]) -> int | None:
+    return max((value for value in values if value is not None), default=None)
 
 
 def _overhead(run: Run) -> float:
@@ -76,10 +188,10 @@ def _score(runs: Sequence[Run]) -> Score | None:
     right: list[bool] = []
     by_kind: dict[str, list[bool]] = defaultdict(list)
     for run in runs:
-        for sample, answer in zip(run.samples, run.answers, strict=True):
-            if sample.answer is not None:
-                right.append(sample.is_right(answer))
-                by_kind[sample.kind or "other"].append(right[-1])
+        for is_right, kind in zip(run.right, run.kinds, strict=True):
+            if is_right is not None:
+                right.append(is_right)
+                by_kind[kind or "other"].append(is_right)
     if not right:
         return None
     return Score(

@@ -1,4 +1,4 @@
-"""`mmtok compare`: methods x budgets, measured side by side."""
+"""`mmtok compare`: methods x budgets x batch sizes, measured side by side."""
 
 from __future__ import annotations
 
@@ -27,11 +27,19 @@ from mmtok_cli.cli.options import (
     WeightsOption,
 )
 
+RUN = "Run directory"
+VERDICT = "Verdict"
+
 
 def compare(
+    context: typer.Context,
     model: ModelOption = "demo",
     methods: Annotated[
-        str, typer.Option(help="Methods, separated by commas; `full` is always measured.", rich_help_panel=REDUCTION)
+        str,
+        typer.Option(
+            help="Methods, separated by commas. `full` is always measured; named here, once more, to show the noise.",
+            rich_help_panel=REDUCTION,
+        ),
     ] = "mmtok,random,uniform,resize,none",
     budget: Annotated[
         str | None,
@@ -44,7 +52,10 @@ def compare(
         ),
     ] = None,
     limit: Annotated[int, typer.Option(min=1, help="Samples to ask.", rich_help_panel=MEASUREMENT)] = 80,
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples per run.", rich_help_panel=MEASUREMENT)] = 1,
+    batch_size: Annotated[
+        str,
+        typer.Option(help="Samples per run, or several such numbers: 1,8.", rich_help_panel=MEASUREMENT),
+    ] = "1",
     rounds: Annotated[
         int | None,
         typer.Option(
@@ -54,7 +65,26 @@ def compare(
             rich_help_panel=MEASUREMENT,
         ),
     ] = None,
+    runs: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Repetitions of each case in a round; their median counts.", rich_help_panel=MEASUREMENT
+        ),
+    ] = 1,
+    min_time: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Go on with rounds until so many seconds were measured.",
+            show_default=False,
+            rich_help_panel=MEASUREMENT,
+        ),
+    ] = None,
     warmup: WarmupOption = 1,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print the plan and how long it will take.", rich_help_panel=MEASUREMENT),
+    ] = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     weights: WeightsOption = "pretrained",
@@ -64,6 +94,31 @@ def compare(
     settings: SetOption = None,
     seed: SeedOption = 0,
     max_new_tokens: MaxNewTokensOption = 16,
+    run_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where everything measured is written at once. Default: runs/TIME-MODEL.",
+            show_default=False,
+            rich_help_panel=RUN,
+        ),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with the run in --run-dir, or with the newest.", rich_help_panel=RUN),
+    ] = False,
+    fail_below: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Exit with status 1 unless every speedup is surely that large: its interval lies above.",
+            show_default=False,
+            rich_help_panel=VERDICT,
+        ),
+    ] = None,
+    fail_below_stage: Annotated[
+        str,
+        typer.Option(help="Whose speedup --fail-below looks at: prefill, ttft, total, …", rich_help_panel=VERDICT),
+    ] = "ttft",
     plot: Annotated[
         Path | None,
         typer.Option(help="Plot of quality against tokens and time (.png, .svg, .pdf).", rich_help_panel=OUTPUT),
@@ -74,99 +129,59 @@ def compare(
     """Compare methods and budgets: latency, speedup, memory and quality on held-out questions.
 
     In every round all cases run on the same samples, in random order, and speedups are paired within the round.
+    What was measured is written down at once: a run that was stopped, however that was, goes on with --resume.
 
     [dim]mmtok compare --methods mmtok,resize --budget 64,16[/dim]
     """
-    from mmtok_cli.budget import parse_budgets
-    from mmtok_cli.cli.session import make_cases, make_setup, open_model
-    from mmtok_cli.errors import MMTokError
+    from mmtok_cli.bench.store import NotWrittenError
+    from mmtok_cli.cli.comparing import Session, check_verdict, judge, show
+    from mmtok_cli.cli.request import Request
     from mmtok_cli.files import require_writable
+    from mmtok_cli.report.console import print_error
 
     if plot:
         require_writable(plot, PLOTS, "--plot")
-    if batch_size > limit:
-        raise MMTokError(f"--limit {limit} is less than one batch of {batch_size}", "raise it, or lower --batch-size")
-    names = list(dict.fromkeys(name.strip() for name in methods.split(",") if name.strip()))
-    setup = make_setup(
-        names, model, seed, track=track, positions=positions, budget_means=budget_means, settings=settings
-    )
-    chosen = parse_budgets(budget) if budget is not None else None
-    cases = make_cases(names, chosen, setup)
-    vlm = open_model(model, device, dtype, weights, quiet)
-
-    from mmtok_cli.bench.flops import count_flops
-    from mmtok_cli.bench.results import Comparison, Schedule
-    from mmtok_cli.bench.runner import run_case, run_rounds
-    from mmtok_cli.bench.schedule import interleaved
-    from mmtok_cli.bench.summary import summarise_cases
-    from mmtok_cli.data.samples import batches, demo_samples
-    from mmtok_cli.environment import environment_of
-    from mmtok_cli.report import console as report
-    from mmtok_cli.report import tables
-
-    notes = report.notes_console(quiet)
-    whole = limit - limit % batch_size
-    if whole < limit:
-        notes.print(f"asking {whole} of {limit} samples: whole batches of {batch_size}, so that all runs are alike")
-    groups = list(batches(demo_samples(whole), batch_size))
-    for case in cases:
-        case.check(vlm, [sample for group in groups for sample in group])
-    order = interleaved(len(cases), rounds or len(groups), seed)
-    done = []
-    interrupted = False
-    with report.progress_bar(quiet) as progress:
-        task = progress.add_task("warming up", total=len(cases))
-        flops = []
-        for case in cases:
-            flops.append(count_flops(vlm, case, groups[0], max_new_tokens))
-            for _ in range(warmup):
-                run_case(vlm, case, groups[0], max_new_tokens)
-            progress.advance(task)
-        progress.update(task, description="measuring", total=len(order), completed=0)
-        try:
-            for runs in run_rounds(vlm, cases, groups, order, max_new_tokens=max_new_tokens):
-                done.append(runs)
-                progress.advance(task)
-        except KeyboardInterrupt:
-            if not done:
-                raise
-            interrupted = True
-
-    comparison = Comparison(
+    request = Request(
         model=model,
-        rules=setup.rules,
-        environment=environment_of(vlm),
-        schedule=Schedule(
-            data="demo",
-            seed=seed,
-            max_new_tokens=max_new_tokens,
-            samples=sum(len(group) for group in groups[: len(done)]),
-            batch_size=batch_size,
-            rounds=len(done),
-            warmup=warmup,
-            order=order[: len(done)],
-        ),
-        interrupted=interrupted,
-        results=summarise_cases(cases, done, flops),
+        methods=methods,
+        budget=budget,
+        limit=limit,
+        batch_size=batch_size,
+        rounds=rounds,
+        runs=runs,
+        min_time=min_time,
+        warmup=warmup,
+        device=device,
+        dtype=dtype,
+        weights=weights,
+        track=track,
+        positions=positions,
+        budget_means=budget_means,
+        settings=settings or [],
+        seed=seed,
+        max_new_tokens=max_new_tokens,
     )
-    if as_json:
-        report.print_json(comparison)
-    else:
-        out = report.results_console()
-        rules = tables.rules_text(setup.rules, settings)
-        out.print(
-            f"{report.printable(model)}: {comparison.schedule.samples} samples, batches of {batch_size}, seed {seed}"
-            + (f"; {rules}" if rules else "")
-        )
-        out.print(tables.speed_table(comparison))
-        out.print(tables.quality_table(comparison))
-        if kinds := tables.kind_table(comparison):
-            out.print(kinds)
-        out.print(tables.environment_line(model, comparison.environment))
-        for note in [tables.ceiling(comparison.results[0]), *tables.comparison_notes(comparison)]:
-            notes.print(f"• {note}")
+    check_verdict(fail_below, fail_below_stage)
+    given = [name for name in Request.model_fields if _is_given(context, name)]
+    session = Session.resumed(request, given, run_dir, quiet) if resume else Session(request, run_dir, quiet)
+    if dry_run:
+        session.preview(as_json)
+        return
+    try:
+        comparison, stopped = session.measure()
+    except NotWrittenError as error:
+        print_error(error)
+        raise typer.Exit(1) from error
+    show(comparison, session.request.settings, as_json, quiet)
+    session.tell_how_to_resume(comparison)
     if plot:
-        from mmtok_cli.report.plots import save_tradeoff
+        session.plot(comparison, plot)
+    if stopped is not None:
+        print_error(stopped)
+    if not judge(comparison, fail_below, fail_below_stage) or stopped is not None or not comparison.results:
+        raise typer.Exit(1)
 
-        save_tradeoff(comparison, plot)
-        notes.print(f"wrote {report.printable(plot)}", soft_wrap=True)
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"

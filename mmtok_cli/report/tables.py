@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -38,9 +39,31 @@ def speedup_text(speedup: Speedup | None) -> Text:
     return Text(f"{ratio(speedup.median)}x{interval}?", style="dim")
 
 
+def is_baseline(result: CaseResult) -> bool:
+    """Whether a case is the unreduced one that the others are measured against."""
+    return result.method == "full" and not result.again
+
+
+def by_batch_size(comparison: Comparison) -> list[Comparison]:
+    """The comparison itself where there is one batch size, else the part of each."""
+    sizes = comparison.schedule.batch_size
+    if isinstance(sizes, int):
+        return [comparison]
+    return [
+        comparison.model_copy(
+            update={
+                "schedule": comparison.schedule.model_copy(update={"batch_size": size}),
+                "results": [result for result in comparison.results if result.batch_size == size],
+                "failures": [failed for failed in comparison.failures if failed.batch_size == size],
+            }
+        )
+        for size in sizes
+    ]
+
+
 def speed_table(comparison: Comparison) -> Table:
-    """Methods x budgets: tokens, seconds and speedups."""
-    return _case_table(
+    """Methods x budgets: tokens, seconds and speedups; and what failed."""
+    table = _case_table(
         "Speed",
         comparison.results,
         [
@@ -51,6 +74,10 @@ def speed_table(comparison: Comparison) -> Table:
             ("speedup (TTFT)", lambda r: speedup_text(r.speedup.get("ttft"))),
         ],
     )
+    for failed in comparison.failures:
+        kept = "–" if failed.budget is None else failed.budget
+        table.add_row(failed.method, kept, "–", "–", Text(failed.reason, style="red"), "–", "–")
+    return table
 
 
 def quality_table(comparison: Comparison) -> Table:
@@ -93,17 +120,23 @@ def _kind_cell(kind: str) -> Callable[[CaseResult], str]:
 
 def comparison_notes(comparison: Comparison) -> list[str]:
     """How to read the tables, and what to do where they do not settle the matter."""
-    first, *others = comparison.results
+    others = [result for result in comparison.results if not is_baseline(result)]
+    methods = [result for result in others if not result.again]
+    counts = [result.score_counts for result in comparison.results if result.score_counts]
     notes = [
         "times are medians over rounds, of a whole batch; speedups are paired within rounds, with a 95 % interval",
         "TTFT, the time to the first token: prepare, encode, select and prefill. KV cache and FLOPs are per sample",
     ]
-    notes += [*overhead_notes(others), *layer_notes(others), *position_notes(others)]
-    notes += inconclusive_notes(others, ("prefill", "ttft"))
-    if first.score_counts and first.score_counts.asked < 200:
-        notes.append(f"scores of so few questions ({first.score_counts.asked}) vary by several points: raise --limit")
+    notes += [*overhead_notes(methods), *layer_notes(methods), *position_notes(methods)]
+    for part in by_batch_size(comparison):
+        head = f"batches of {part.schedule.batch_size}: " if part is not comparison else ""
+        doubtful = [result for result in part.results if not is_baseline(result)]
+        notes += [head + note for note in inconclusive_notes(doubtful, ("prefill", "ttft"))]
+    if counts and counts[0].asked < 200:
+        notes.append(f"scores of so few questions ({counts[0].asked}) vary by several points: raise --limit")
     if comparison.interrupted:
-        notes.append(f"interrupted: {comparison.schedule.rounds} whole rounds were measured")
+        planned = f" of {comparison.planned_rounds}" if comparison.planned_rounds else ""
+        notes.append(f"interrupted: {comparison.schedule.rounds}{planned} whole rounds were measured")
     return notes
 
 
@@ -154,13 +187,20 @@ def position_notes(results: Sequence[CaseResult]) -> list[str]:
 
 def inconclusive_notes(results: Sequence[CaseResult], stages: Sequence[str]) -> list[str]:
     """What a question mark behind a speedup means, if there is one."""
-    doubtful = [r.speedup[stage] for r in results for stage in stages if stage in r.speedup]
-    doubtful = [speedup for speedup in doubtful if not speedup.conclusive]
+    found = [(str(r), stage, r.speedup[stage]) for r in results for stage in stages if stage in r.speedup]
+    doubtful = [(name, stage, speedup) for name, stage, speedup in found if not speedup.conclusive]
     if not doubtful:
         return []
-    if doubtful[0].low is None:
+    if any(speedup.low is None for _, _, speedup in doubtful):
         return ["? marks an inconclusive speedup: fewer than six rounds say nothing. Measure more of them"]
-    return ["? marks an inconclusive speedup: its interval contains 1. Measure more rounds, or quieten the machine"]
+    by_case: dict[str, list[str]] = defaultdict(list)
+    for name, stage, _ in doubtful:
+        by_case[name].append(SUMS.get(stage, stage))
+    which = "; ".join(f"{name} ({', '.join(stages)})" for name, stages in by_case.items())
+    return [
+        f"? marks an inconclusive speedup, one whose interval contains 1: {which}. Measure more rounds, or quieten the "
+        "machine"
+    ]
 
 
 def ceiling(baseline: CaseResult) -> str:
@@ -177,10 +217,11 @@ def environment_line(model: str, environment: Environment) -> Text:
     """What the figures were measured on."""
     e = environment
     commit = f", git {e.git_commit[:9]}{' (changed)' if e.git_dirty else ''}" if e.git_commit else ""
+    driver = f", driver {e.driver}" if e.driver else ""
     weights = f"; {weights_text(e.weights)}" if e.weights == "random" else ""
     return Text(
         f"{model} on {e.processor} ({e.device}, {e.dtype}, {e.attention} attention, {e.threads} threads), "
-        f"torch {e.torch}, transformers {e.transformers}, mmtok {e.mmtok}{commit}{weights}",
+        f"torch {e.torch}, transformers {e.transformers}, mmtok {e.mmtok}{commit}{driver}{weights}",
         style="dim",
     )
 
@@ -277,8 +318,8 @@ def _case_table(title: str, results: Sequence[CaseResult], columns: Sequence[Col
     for heading, _ in columns:
         table.add_column(heading, justify="right", no_wrap=not heading.startswith("speedup"))
     for result in results:
-        style = "bold" if result is results[0] else ""
-        table.add_row(result.method, _tokens(result), *(cell(result) for _, cell in columns), style=style)
+        style = "bold" if is_baseline(result) else ""
+        table.add_row(result.title, _tokens(result), *(cell(result) for _, cell in columns), style=style)
     return table
 
 

@@ -1,0 +1,177 @@
+"""Making a plan of what was asked, and seeing whether a plan made earlier can be gone on with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+from pydantic import Field
+
+from mmtok_cli.bench.records import Plan, PlannedCase, digest_of_samples, with_key
+from mmtok_cli.bench.results import Environment, Record
+from mmtok_cli.bench.runner import Case
+from mmtok_cli.bench.schedule import rotation
+from mmtok_cli.data.samples import Sample, batches
+from mmtok_cli.errors import MMTokError
+from mmtok_cli.rules import Rules
+
+SHOWN_ROUNDS = 5
+
+
+class EstimatedCase(Record):
+    """A case, in how many rounds it runs, and the seconds of one run; None where it ran out of memory."""
+
+    method: str
+    budget: str | None
+    batch_size: int
+    again: bool
+    rounds: int
+    seconds: float | None
+
+
+class Estimate(Record):
+    """What `mmtok compare --dry-run --json` prints: the plan, and how long it will take, warm-up included.
+
+    order: the first rounds, each the places of its cases in the order in which they run.
+    """
+
+    schema_: Literal["mmtok.estimate/1"] = Field(default="mmtok.estimate/1", alias="schema")
+    model: str
+    environment: Environment
+    cases: list[EstimatedCase]
+    samples: int
+    seed: int
+    rounds: int
+    runs: int
+    warmup: int
+    min_time: float | None
+    order: list[list[int]]
+    seconds: float
+
+
+def at_batch_sizes(cases: Sequence[Case], sizes: Sequence[int]) -> list[Case]:
+    """Every case at every batch size; those of one size together, the baseline first."""
+    return [replace(case, batch_size=size) for size in sizes for case in cases]
+
+
+def require_whole_batches(limit: int, sizes: Sequence[int]) -> None:
+    """Refuse sizes of which so many samples do not fill one batch. Raises MMTokError."""
+    for size in sizes:
+        if size > limit:
+            raise MMTokError(f"--limit {limit} is less than one batch of {size}", "raise it, or lower --batch-size")
+
+
+def in_batches(samples: Sequence[Sample], sizes: Sequence[int]) -> dict[int, list[list[Sample]]]:
+    """The samples in whole batches, by their size."""
+    return {size: list(batches(samples[: len(samples) - len(samples) % size], size)) for size in sizes}
+
+
+def make_plan(
+    cases: Sequence[Case],
+    samples: Sequence[Sample],
+    environment: Environment,
+    *,
+    model: str,
+    rules: Rules,
+    options: Mapping[str, Any],
+    data: str,
+    seed: int,
+    max_new_tokens: int,
+    rounds: int | None,
+    runs: int,
+    warmup: int,
+    min_time: float | None,
+) -> Plan:
+    """Resolve what was asked. rounds: None for as many as it takes to ask every sample."""
+    turns = rotation([case.batch_size for case in cases], len(samples), rounds, seed)
+    common = {
+        "model": model,
+        "data": digest_of_samples(samples),
+        "max_new_tokens": max_new_tokens,
+        "runs": runs,
+        "seed": seed,
+        "rounds": rounds,
+    }
+    return Plan(
+        model=model,
+        options=dict(options),
+        rules=rules,
+        cases=[with_key(case.planned(), environment, common) for case in cases],
+        environment=environment,
+        data=data,
+        data_digest=common["data"],
+        samples=len(samples),
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        rounds=turns.rounds,
+        every_round=turns.every_round,
+        runs=runs,
+        warmup=warmup,
+        min_time=min_time,
+        order=turns.first(turns.rounds),
+    )
+
+
+def require_same(then: Plan, now: Plan) -> None:
+    """Refuse to go on with a plan elsewhere than where it was begun. Raises MMTokError that says what differs."""
+    differences = _differences(_where(then.environment), _where(now.environment))
+    if differences:
+        raise MMTokError(
+            f"the run was begun in another environment: {'; '.join(differences)}",
+            "restore that and resume, or begin a new run without --resume; figures of the two do not belong together",
+        )
+    for before, after in zip(then.cases, now.cases, strict=False):
+        differences = _differences(_resolved(before), _resolved(after))
+        if differences:
+            raise MMTokError(f"{before} has changed: {'; '.join(differences)}", "begin a new run without --resume")
+    if [case.key for case in then.cases] != [case.key for case in now.cases]:
+        raise MMTokError(f"the samples of {then.data} have changed", "begin a new run without --resume")
+
+
+def estimate(plan: Plan, seconds: Sequence[float | None]) -> Estimate:
+    """How long a plan takes, given the seconds of one run of each case."""
+    turns = plan.rotation()
+    measured = sum(one * turns.turns_of(i) * plan.runs for i, one in enumerate(seconds) if one is not None)
+    before = sum(one * (1 + plan.warmup) for one in seconds if one is not None)  # FLOPs are counted in a run as well
+    return Estimate(
+        model=plan.model,
+        environment=plan.environment,
+        cases=[
+            EstimatedCase(
+                method=case.method,
+                budget=case.budget,
+                batch_size=case.batch_size,
+                again=case.again,
+                rounds=turns.turns_of(i),
+                seconds=seconds[i],
+            )
+            for i, case in enumerate(plan.cases)
+        ],
+        samples=plan.samples,
+        seed=plan.seed,
+        rounds=plan.rounds,
+        runs=plan.runs,
+        warmup=plan.warmup,
+        min_time=plan.min_time,
+        order=plan.order[:SHOWN_ROUNDS],
+        seconds=before + max(measured, plan.min_time or 0.0),
+    )
+
+
+def _where(environment: Environment) -> dict[str, Any]:
+    return environment.model_dump(exclude={"command"})
+
+
+def _resolved(case: PlannedCase) -> dict[str, Any]:
+    plain = case.model_dump(exclude={"key", "parameters", "rules"})
+    return {**plain, **case.parameters, **vars(case.rules)}
+
+
+def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    keys = dict.fromkeys([*then, *now])
+    return [
+        f"{key.replace('_', ' ')} {then.get(key)} then, {now.get(key)} now"
+        for key in keys
+        if then.get(key) != now.get(key)
+    ]

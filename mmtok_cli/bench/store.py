@@ -1,0 +1,131 @@
+"""The directory of a run: its plan, and one file for everything that was measured, written whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import ValidationError
+
+from mmtok_cli.bench.records import Counted, Failure, Plan, Run
+from mmtok_cli.bench.results import Record
+from mmtok_cli.errors import MMTokError
+from mmtok_cli.files import write_whole
+
+PLAN = "plan.json"
+Kind = TypeVar("Kind", bound=Record)
+
+
+class NotWrittenError(MMTokError):
+    """Something that was measured could not be written down."""
+
+
+class RunDirectory:
+    """What is known of a run, in memory and in its directory.
+
+    `plan.json`, `rounds/ROUND-CASE.json` for each case in each round, `cases/CASE.json` for what is counted once, and
+    `failures/CASE.json`. However the process ends, a file is there whole or not at all.
+    """
+
+    def __init__(self, path: Path, plan: Plan) -> None:
+        self.path = path
+        self.plan = plan
+        self.runs: dict[tuple[int, int], Run] = {}
+        self.counted: dict[int, Counted] = {}
+        self.failures: dict[int, Failure] = {}
+
+    @classmethod
+    def create(cls, path: Path, plan: Plan) -> RunDirectory:
+        """A new run. Raises NotWrittenError where that cannot be."""
+        _write(path / PLAN, plan)
+        return cls(path, plan)
+
+    @classmethod
+    def open(cls, path: Path) -> RunDirectory:
+        """A run that was begun. Raises MMTokError where there is none, and for a file that cannot be read."""
+        if not (path / PLAN).is_file():
+            raise MMTokError(f"{path} holds no run: there is no {PLAN} in it", "name one with --run-dir")
+        directory = cls(path, _read(path / PLAN, Plan))
+        keys = [case.key for case in directory.plan.cases]
+        for file in sorted((path / "rounds").glob("*.json")):
+            run = _read(file, Run)
+            _require_key(file, run.case, run.key, keys)
+            directory.runs[run.round, run.case] = run
+        for file in sorted((path / "cases").glob("*.json")):
+            counted = _read(file, Counted)
+            _require_key(file, counted.case, counted.key, keys)
+            directory.counted[counted.case] = counted
+        for file in sorted((path / "failures").glob("*.json")):
+            failure = _read(file, Failure)
+            _require_key(file, failure.case, failure.key, keys)
+            directory.failures[failure.case] = failure
+        return directory
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from measuring into the same directory, where the system knows such locks.
+
+        Raises MMTokError where one does already.
+        """
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            yield
+            return
+        with (self.path / PLAN).open(encoding="utf-8") as plan:  # closing it gives the lock back, and so does dying
+            try:
+                fcntl.flock(plan, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise MMTokError(
+                    f"{self.path} is being measured into", "wait until that is done, or stop it"
+                ) from error
+            yield
+
+    def add(self, run: Run) -> None:
+        """Keep what was measured. Raises NotWrittenError where that cannot be; it is kept in memory nonetheless."""
+        self.runs[run.round, run.case] = run
+        _write(self.path / "rounds" / f"{run.round:05d}-{run.case:03d}.json", run)
+
+    def count(self, counted: Counted) -> None:
+        """Keep what is counted once. Raises NotWrittenError where that cannot be."""
+        self.counted[counted.case] = counted
+        _write(self.path / "cases" / f"{counted.case:03d}.json", counted)
+
+    def fail(self, failure: Failure) -> None:
+        """Give a case up. Raises NotWrittenError where that cannot be written."""
+        self.failures[failure.case] = failure
+        _write(self.path / "failures" / f"{failure.case:03d}.json", failure)
+
+    def write_result(self, result: Record) -> None:
+        """Leave the result beside what it was made from."""
+        _write(self.path / "comparison.json", result)
+
+
+def newest_run(runs: Path) -> Path:
+    """The run that was begun last. Raises MMTokError where there is none."""
+    plans = sorted(runs.glob(f"*/{PLAN}"), key=lambda plan: plan.stat().st_mtime)
+    if not plans:
+        raise MMTokError(f"there is no run to resume in {runs}", "name its directory with --run-dir")
+    return plans[-1].parent
+
+
+def _write(path: Path, record: Record) -> None:
+    try:
+        write_whole(path, lambda part: part.write_text(record.model_dump_json(by_alias=True), encoding="utf-8"))
+    except MMTokError as error:
+        raise NotWrittenError(error.message, "make room there, then go on with --resume") from error
+
+
+def _read(path: Path, kind: type[Kind]) -> Kind:
+    try:
+        return kind.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ValidationError) as error:
+        hint = "begin a new run" if path.name == PLAN else "delete this file; what it held will be measured again"
+        raise MMTokError(f"{path} cannot be read", hint) from error
+
+
+def _require_key(path: Path, case: int, key: str, keys: list[str]) -> None:
+    if not 0 <= case < len(keys) or keys[case] != key:
+        raise MMTokError(f"{path} belongs to another run than its {PLAN}", "delete this file, or begin a new run")

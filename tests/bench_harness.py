@@ -1,0 +1,96 @@
+"""What measuring costs beside what is measured: a case of known length, run as `mmtok compare` runs it.
+
+    python tests/bench_harness.py [--milliseconds 100] [--rounds 40]
+
+Prints the harness's share of the time, which is to stay under 2 % at 100 ms per run. What it does between runs, such as
+writing records, counts; what it does within a stage would be part of the seconds that it reports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from mmtok_cli.bench.measurement import Measurement
+from mmtok_cli.bench.planning import in_batches, make_plan
+from mmtok_cli.bench.runner import Case
+from mmtok_cli.bench.store import RunDirectory
+from mmtok_cli.data.samples import demo_samples
+from mmtok_cli.environment import environment_of
+from mmtok_cli.methods import make_method
+from mmtok_cli.models import load_model
+from mmtok_cli.pipeline import STAGES, Answers, Reduced, TokenCounts
+
+VOCABULARY = 32_000
+SHARES = {"prepare": 0.1, "encode": 0.3, "select": 0.05, "prefill": 0.45, "decode": 0.1}
+
+
+@dataclass(frozen=True)
+class Sleeper(Case):
+    """A case that sleeps through its stages."""
+
+    seconds: float = 0.1
+
+    def answer(self, model: Any, samples: Any, max_new_tokens: int, stage: Any) -> Answers:
+        slept = time.perf_counter()
+        for name in STAGES:
+            with stage(name):
+                slept += SHARES[name] * self.seconds
+                time.sleep(max(0.0, slept - time.perf_counter()))
+        logits = torch.zeros(len(samples), VOCABULARY)
+        tokens = [TokenCounts(576, 64, 20, 64.0) for _ in samples]
+        reduced = Reduced(cast(Any, None), [], [], {}, [], "renumber", tokens)
+        return Answers(["red"] * len(samples), torch.zeros(len(samples), 2), logits, 1, [], reduced)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--milliseconds", type=float, default=100)
+    parser.add_argument("--rounds", type=int, default=40)
+    chosen = parser.parse_args()
+    seconds = chosen.milliseconds / 1000
+
+    model = load_model("demo")
+    cases = [Sleeper(name, make_method("full"), None, seconds=seconds) for name in ("full", "a", "b")]
+    samples = demo_samples(chosen.rounds)
+    plan = make_plan(
+        cases,
+        samples,
+        environment_of(model),
+        model="demo",
+        rules=cases[0].rules,
+        options={},
+        data="demo",
+        seed=0,
+        max_new_tokens=2,
+        rounds=None,
+        runs=1,
+        warmup=0,
+        min_time=None,
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        store = RunDirectory.create(Path(scratch) / "run", plan)
+        measurement = Measurement(model, cases, in_batches(samples, [1]), store)
+        extra, start = [], time.perf_counter()
+        for number in measurement.rounds():
+            end = time.perf_counter()
+            measured = sum(store.runs[number, case].seconds["total"] for case in range(len(cases)))
+            extra.append((end - start - measured) / len(cases))
+            start = end
+    share = statistics.median(extra) / seconds
+    sys.stdout.write(
+        f"{chosen.rounds} rounds of {len(cases)} cases of {chosen.milliseconds:g} ms: the harness takes "
+        f"{1000 * statistics.median(extra):.2f} ms per run (median of rounds), {share:.2%}\n"
+    )
+
+
+if __name__ == "__main__":
+    main()

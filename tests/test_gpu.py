@@ -1,0 +1,139 @@
+"""What the driver of a GPU tells, asked of a module that pretends to be NVML."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from mmtok_cli.bench.gpu import Gpu, GpuState, open_gpu, summarise_states
+
+
+class FakeNVML:
+    """One card, which answers what `answers` holds and refuses all else."""
+
+    NVML_CLOCK_SM, NVML_CLOCK_MEM = 1, 2
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self, **answers: Any) -> None:
+        self.answers = answers
+        self.asked_for: list[Any] = []
+
+    def nvmlInit(self) -> None:  # noqa: N802
+        self._answer("init")
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:  # noqa: N802
+        self.asked_for.append(uuid)
+        return "card"
+
+    def nvmlDeviceGetClockInfo(self, handle: str, kind: int) -> int:  # noqa: N802
+        return self._answer("clocks")[kind]
+
+    def nvmlDeviceGetMaxClockInfo(self, handle: str, kind: int) -> int:  # noqa: N802
+        return self._answer("full_clocks")[kind]
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *handle: self._answer(name)
+
+    def _answer(self, name: str) -> Any:
+        if name not in self.answers:
+            raise self.NVMLError(name)
+        return self.answers[name]
+
+
+def card(**more: Any) -> FakeNVML:
+    return FakeNVML(
+        init=None,
+        clocks={1: 1200, 2: 2619},
+        full_clocks={1: 1980},
+        nvmlDeviceGetCurrentClocksEventReasons=0x01 | 0x02 | 0x04 | 0x20,  # idle, fixed clocks, power cap, heat
+        nvmlDeviceGetComputeRunningProcesses=[SimpleNamespace(pid=1), SimpleNamespace(pid=2), SimpleNamespace(pid=3)],
+        nvmlDeviceGetEnforcedPowerLimit=350_000,
+        nvmlDeviceGetTotalEnergyConsumption=1_234_567,
+        nvmlSystemGetDriverVersion="580.1",
+        **more,
+    )
+
+
+@pytest.fixture()
+def cuda(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="ab-cd"))
+    return torch.device("cuda:1")
+
+
+def test_state_of_a_card(cuda: torch.device) -> None:
+    nvml = card()
+    gpu = open_gpu(cuda, nvml)
+    assert gpu is not None and nvml.asked_for == ["GPU-ab-cd"]
+    assert gpu.joules() == pytest.approx(1234.567) and gpu.driver() == "580.1"
+    assert gpu.state(5.0) == GpuState(
+        clock=1200,
+        memory_clock=2619,
+        full_clock=1980,
+        power_limit=350,
+        throttled=["power cap", "thermal slowdown"],
+        other_processes=2,  # without this one
+        joules=5.0,
+    )
+
+
+def test_what_a_card_does_not_tell_is_none(cuda: torch.device) -> None:
+    gpu = open_gpu(cuda, FakeNVML(init=None))
+    assert gpu is not None and gpu.joules() is None and gpu.driver() is None
+    state = gpu.state()
+    assert state.throttled == [] and {value for key, value in state if key != "throttled"} == {None}
+    use = summarise_states([state], 1)
+    assert use is not None and use.joules is None and use.other_processes is None and use.throttled == {}
+
+
+def test_without_a_gpu_or_its_library_there_is_nothing_to_tell(
+    cuda: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert open_gpu(torch.device("cpu"), card()) is None
+    assert open_gpu(cuda, FakeNVML()) is None  # nvmlInit fails
+    monkeypatch.setitem(__import__("sys").modules, "pynvml", None)
+    assert open_gpu(cuda) is None
+    assert summarise_states([], 1) is None
+
+
+def test_states_of_all_rounds_together() -> None:
+    def state(clock: float, throttled: list[str], joules: float | None, others: int) -> GpuState:
+        return GpuState(
+            clock=clock,
+            memory_clock=None,
+            full_clock=1980,
+            power_limit=350,
+            throttled=throttled,
+            other_processes=others,
+            joules=joules,
+        )
+
+    states = [state(1900, [], 8.0, 0), state(1200, ["power cap"], 0.0, 1), state(1980, ["power cap"], 4.0, 0)]
+    use = summarise_states(states, samples=2)
+    assert use is not None
+    assert (use.clock, use.memory_clock, use.full_clock, use.power_limit) == (1900, None, 1980, 350)
+    assert use.throttled == {"power cap": 2} and use.other_processes == 1
+    assert use.joules == pytest.approx(2.0)  # 12 J in three rounds of two samples
+
+
+def test_a_gpu_that_is_asked_goes_into_the_record(tiny_sdpa: Any, samples: list[Any]) -> None:
+    from mmtok_cli.bench.runner import Case, run_case
+    from mmtok_cli.methods import make_method
+
+    class Counting(FakeNVML):
+        spent = 0
+
+        def nvmlDeviceGetTotalEnergyConsumption(self, handle: str) -> int:  # noqa: N802
+            self.spent += 6000
+            return self.spent
+
+    case = Case("full", make_method("full"), None)
+    run, _ = run_case(tiny_sdpa, case, samples[:1], 1, runs=3, gpu=Gpu(Counting(), "card"))
+    assert run.gpu is not None and run.gpu.joules == pytest.approx(2.0)  # of one repetition
+    assert all(len(values) == 3 for values in run.repetitions.values())
+    assert run.seconds["prefill"] == sorted(run.repetitions["prefill"])[1]
+    assert run_case(tiny_sdpa, case, samples[:1], 1)[0].gpu is None
