@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Literal
 from mmtok_cli.data.hub import HubRows
 from mmtok_cli.data.json_lines import POPE, JsonLines, is_pope
 from mmtok_cli.data.pictures import SUFFIXES, is_pattern, pictures
-from mmtok_cli.data.rows import FIELDS, Columns
+from mmtok_cli.data.rows import Columns, require_columns
 from mmtok_cli.data.samples import Sample, demo_samples
 from mmtok_cli.errors import MMTokError
 
@@ -41,7 +41,7 @@ class Dataset:
         notes = [f"left out: {problem}" for problem in self.problems]
         if self.missing:
             notes.append(
-                f"{self.missing} images are missing, so that {self.left_out} samples of {self.name} were left out"
+                f"{self.name}: image files missing: {self.missing}, and so {self.left_out} samples were left out"
             )
         return notes
 
@@ -63,9 +63,7 @@ def open_dataset(
     Raises MMTokError where nothing can be asked.
     """
     columns = columns or {}
-    for field in columns:
-        if field not in FIELDS:
-            raise MMTokError(f"samples have no field {field!r}", f"choose among {', '.join(FIELDS)}")
+    require_columns(columns)
     kind, _, rest = text.partition(":")
     if text == "demo":
         return _demo(limit, question, columns)
@@ -102,7 +100,7 @@ def _take(samples: Iterable[Sample], limit: int | None) -> tuple[Sample, ...]:
     return tuple(islice(samples, limit))
 
 
-def _demo(limit: int | None, question: str | None, columns: Mapping[str, str]) -> Dataset:
+def _demo(limit: int | None, question: str | None, columns: Columns) -> Dataset:
     if question is not None or columns:
         raise MMTokError("the demo questions are fixed", "leave --question and --columns out")
     return Dataset("demo", demo_samples(DEMO_QUESTIONS if limit is None else limit), "exact")
