@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import overload
+from typing import TypeVar, overload
 
 from PIL.Image import Image
 
 from mmtok_cli.data.images import open_image
 from mmtok_cli.errors import MMTokError
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -93,8 +95,8 @@ def demo_samples(limit: int) -> list[Sample]:
     ]
 
 
-def batches(samples: Sequence[Sample], size: int) -> Iterator[list[Sample]]:
-    """Consecutive groups of `size` samples; the last may be smaller."""
+def batches(samples: Sequence[Item], size: int) -> Iterator[list[Item]]:
+    """Consecutive groups of `size` samples, or of their numbers; the last may be smaller."""
     iterator = iter(samples)
     while group := list(islice(iterator, size)):
         yield group
