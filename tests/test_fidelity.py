@@ -105,6 +105,8 @@ def test_padding_behind_an_answer_does_not_count() -> None:
     expected = compare_logits(reference, found, mask)
     found[~mask] = 1e4 * torch.randn(11, generator=generator)
     assert compare_logits(reference, found, mask) == expected
+    only_padding_differs = torch.where(mask[..., None], reference, found)
+    assert compare_logits(reference, only_padding_differs, mask) == [Closeness(0.0, 1.0, True)] * 4
 
 
 def test_divergence_and_agreement_by_hand() -> None:

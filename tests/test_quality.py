@@ -16,6 +16,7 @@ from conftest import picture
 
 from mmtok_cli.bench import parallel
 from mmtok_cli.bench.fidelity import Closeness
+from mmtok_cli.bench.paired import f1_retention
 from mmtok_cli.bench.parallel import Asked, Processes, ask_all, join_processes
 from mmtok_cli.bench.quality import Outcome
 from mmtok_cli.bench.runner import Case
@@ -142,6 +143,9 @@ def test_verdicts_by_hand() -> None:
     assert baseline.retention is None and baseline.flips is None
     assert method.yes_no and method.score == pytest.approx(0.5) and method.yes_no.accuracy == pytest.approx(4 / 6)
     assert method.retention and method.retention.value == pytest.approx(0.5 / (6 / 7))
+    yes = [[text == "yes" for text in truth], *[[text == "Yes" for text in texts] for texts in said.values()]]
+    assert method.retention == f1_retention(*yes, [f"image-{i // 2}" for i in range(6)], seed=0)
+    assert method.retention != f1_retention(*yes, [f"q{i}" for i in range(6)], seed=0)
     assert method.flips and (method.flips.right_wrong, method.flips.wrong_right) == (2, 1)
     assert (method.flips.right_right, method.flips.wrong_wrong) == (3, 0)
     assert method.by_kind == {"popular": (1.0, 3), "random": (pytest.approx(1 / 3), 3)}
@@ -174,7 +178,10 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     alone = parallel_quality.ask(Processes())
     assert (found["count"], found["done"]) == (2, [9, 4]) and (alone["count"], alone["done"]) == (1, [13])
     assert found["outcomes"] == [[*o[:4], pytest.approx(o[4], rel=1e-4, abs=1e-6), o[5]] for o in alone["outcomes"]]
-    assert len({o[3] for o in found["outcomes"]}) == 2  # not all are right
+    full = {number: text for number, case, text, *_ in found["outcomes"] if case == 0}
+    assert all(same == (text == full[number]) for number, _, text, _, _, same in found["outcomes"])
+    mixed = [{o[5] for o in found["outcomes"] if o[1] == 1 and o[0] // 3 == batch} for batch in range(5)]
+    assert {True, False} in mixed  # what one sample of a batch says does not hang on the others
 
 
 def test_several_processes_need_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:
