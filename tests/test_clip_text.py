@@ -174,8 +174,8 @@ def test_a_model_without_a_tower_refuses(tiny_directory: Path, photo: Path, samp
 def test_load_model_takes_the_tower_from_the_profile(
     tiny_directory: Path, clip_directory: Path, sample: Sample, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    update = {"location": str(tiny_directory), "text_tower": str(clip_directory), "parameters": 1e5}
+    update = {"location": str(tiny_directory), "text_tower": str(clip_directory), "architecture": None}
     profile = known_profiles()["llava-1.5-7b"].model_copy(update=update)
-    monkeypatch.setattr("mmtok_cli.models.known_profiles", lambda: {profile.name: profile})
+    monkeypatch.setattr("mmtok_cli.models.sources.known_profiles", lambda: {profile.name: profile})
     model = load_model("llava-1.5-7b", device="cpu")
     assert reduce(model, make_method("cdpruner"), [sample], BUDGET).selections[0].kept == 8

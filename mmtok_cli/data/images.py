@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -15,18 +16,19 @@ from mmtok_cli.errors import MMTokError
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP")
 
 
-def open_image(path: Path | str) -> Image:
+def open_image(path: Path | str, content: bytes | None = None) -> Image:
     """Read an image as a person sees it: turned upright, transparency over white, the first frame, 8-bit RGB.
 
-    Raises MMTokError when there is no such file, or it is not an image, or it is damaged or absurdly large.
+    content: the file's bytes where they are at hand; `path` then only names them. Raises MMTokError when there is no
+    such file, or it is not an image, or it is damaged or absurdly large.
     """
     path = Path(path)
     try:
-        if path.is_dir():
+        if content is None and path.is_dir():
             raise MMTokError(f"{path} is a directory, not an image", "name one image file")
         with warnings.catch_warnings():
             warnings.simplefilter("error", PILImage.DecompressionBombWarning)
-            with PILImage.open(path, formats=FORMATS) as image:
+            with PILImage.open(path if content is None else BytesIO(content), formats=FORMATS) as image:
                 image.load()
                 return _as_seen(image)
     except (FileNotFoundError, NotADirectoryError) as error:

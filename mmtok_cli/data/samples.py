@@ -3,29 +3,59 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar, overload
 
 from PIL.Image import Image
 
 from mmtok_cli.data.images import open_image
 from mmtok_cli.errors import MMTokError
 
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class ClosedImages(Sequence[Image]):
+    """Images that are read whenever they are looked at and not held, so that thousands of samples fit into memory."""
+
+    readers: tuple[Callable[[], Image], ...]
+
+    def __len__(self) -> int:
+        return len(self.readers)
+
+    @overload
+    def __getitem__(self, index: int) -> Image: ...
+    @overload
+    def __getitem__(self, index: slice) -> ClosedImages: ...
+    def __getitem__(self, index: int | slice) -> Image | ClosedImages:
+        return ClosedImages(self.readers[index]) if isinstance(index, slice) else self.readers[index]()
+
 
 @dataclass(frozen=True)
 class Sample:
     """A question about one image or several.
 
-    image_ids name the images in the same way in every run. answer and kind are known for test questions alone.
+    image_ids name the images, and id the sample within its dataset, in the same way in every run. answer and kind are
+    known for test questions alone; answers are what several people said, where they were asked.
     """
 
-    images: tuple[Image, ...]
+    images: Sequence[Image]
     question: str
     image_ids: tuple[str, ...]
     answer: str | None = None
     kind: str | None = None
+    id: str = ""
+    answers: tuple[str, ...] = ()
+
+    def open(self) -> Sample:
+        """The sample with its images in memory: read once here, however often they are looked at.
+
+        Raises MMTokError for an image that cannot be read.
+        """
+        return replace(self, images=tuple(self.images))
 
     def is_right(self, answer: str) -> bool:
         """Whether `answer` is the known answer, letter case and punctuation aside."""
@@ -39,13 +69,18 @@ def normalise(text: str) -> str:
 
 def sample_from_file(path: Path | str, question: str) -> Sample:
     """One image file and a question. Raises MMTokError for an unreadable image and for an empty question."""
+    require_question(question)
+    return Sample((open_image(path),), question, (Path(path).name,))
+
+
+def require_question(question: str) -> None:
+    """Raises MMTokError for a question that nobody can be asked."""
     if not question.strip():
         raise MMTokError("the question is empty", 'ask something, as in "What is in the image?"')
     try:
         question.encode()
     except UnicodeEncodeError as error:
         raise MMTokError("the question is not valid UTF-8", "type it anew") from error
-    return Sample((open_image(path),), question, (Path(path).name,))
 
 
 def demo_samples(limit: int) -> list[Sample]:
@@ -54,11 +89,14 @@ def demo_samples(limit: int) -> list[Sample]:
 
     questions = held_out(limit)
     pictures = {scene.seed: scene.image() for scene in {q.scene.seed: q.scene for q in questions}.values()}
-    return [Sample((pictures[q.scene.seed],), q.text, (f"scene-{q.scene.seed}",), q.answer, q.kind) for q in questions]
+    return [
+        Sample((pictures[q.scene.seed],), q.text, (f"scene-{q.scene.seed}",), q.answer, q.kind, id=str(number))
+        for number, q in enumerate(questions)
+    ]
 
 
-def batches(samples: Sequence[Sample], size: int) -> Iterator[list[Sample]]:
-    """Consecutive groups of `size` samples; the last may be smaller."""
+def batches(samples: Sequence[Item], size: int) -> Iterator[list[Item]]:
+    """Consecutive groups of `size` samples, or of their numbers; the last may be smaller."""
     iterator = iter(samples)
     while group := list(islice(iterator, size)):
         yield group

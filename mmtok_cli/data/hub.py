@@ -1,0 +1,109 @@
+"""Datasets of the hub, or saved on disk, through the `datasets` library."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from PIL.Image import Image
+from pydantic import ValidationError
+
+from mmtok_cli.data.images import open_image
+from mmtok_cli.data.rows import Columns, Row, fault_of, fields_of, make_sample
+from mmtok_cli.data.samples import Sample
+from mmtok_cli.errors import MMTokError
+
+
+class HubRows:
+    """Reads NAME[:CONFIG][:SPLIT], a name on the hub or a directory, row by row.
+
+    problems: one line for each bad row. Raises MMTokError for a dataset that cannot be had, or has no such columns.
+    """
+
+    def __init__(self, text: str, *, question: str | None, columns: Columns) -> None:
+        self.problems: list[str] = []
+        self._name = text
+        self._question = question
+        self._columns = columns
+        self._table, self._images = _with_images(_load(*_parts(text)), columns.get("image", "image"), text)
+
+    def samples(self) -> Iterator[Sample]:
+        """The rows that are sound. Raises MMTokError when there are none."""
+        column = self._columns.get("image", "image")
+        found, hint = False, "check the columns"
+        for number, raw in enumerate(self._table):
+            try:
+                row = Row.model_validate(fields_of(raw | {column: None}, self._columns))
+                reader = partial(_read, self._images, number, column, self._name)
+                sample = make_sample(row, [reader], [f"{self._name}-{number}"], self._question, number)
+            except (MMTokError, ValidationError) as error:
+                fault = fault_of(error) if isinstance(error, ValidationError) else error.message
+                self.problems.append(f"{self._name}, row {number}: {fault}")
+                hint = getattr(error, "hint", "") or f"its columns are {', '.join([*self._table.column_names, column])}"
+                continue
+            found = True
+            yield sample
+        if not found:
+            raise MMTokError(self.problems[0] if self.problems else f"{self._name} has no rows", hint)
+
+
+def _parts(text: str) -> tuple[str, str | None, str | None]:
+    """Name, configuration and split of NAME[:CONFIG][:SPLIT]."""
+    name, *others = text.split(":")
+    if not name or len(others) > 2 or not all(others):
+        raise MMTokError(f"{text!r} names no dataset", "write hub:NAME, hub:NAME:SPLIT or hub:NAME:CONFIG:SPLIT")
+    return name, others[0] if len(others) == 2 else None, others[-1] if others else None
+
+
+def _load(name: str, config: str | None, split: str | None) -> Any:
+    """One split, as a table that stays on disk."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise MMTokError("hub: needs the datasets library", "pip install 'mmtok[datasets]'") from error
+    path = Path(name)
+    try:
+        if path.is_dir() and any((path / file).is_file() for file in ("state.json", "dataset_dict.json")):
+            saved = datasets.load_from_disk(name)
+            if not isinstance(saved, datasets.DatasetDict):
+                return saved
+            return saved[_choose(split, list(saved), name)]
+        return datasets.load_dataset(
+            name, config, split=_choose(split, datasets.get_dataset_split_names(name, config), name)
+        )
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise MMTokError(f"the dataset {name} cannot be loaded: {reason}", "check its name and your network") from error
+
+
+def _choose(split: str | None, splits: list[str], name: str) -> str:
+    if split in splits:
+        return split
+    if split is None and len(splits) == 1:
+        return splits[0]
+    fault = f"has several splits: {', '.join(splits)}" if split is None else f"has no split {split!r}"
+    raise MMTokError(f"{name} {fault}", f"write hub:{name}:SPLIT with one of {', '.join(splits)}")
+
+
+def _with_images(table: Any, column: str, name: str) -> tuple[Any, Any]:
+    """The table without its images, and its images alone, undecoded."""
+    import datasets
+
+    if not isinstance(table.features.get(column), datasets.Image):
+        having = [key for key, feature in table.features.items() if isinstance(feature, datasets.Image)]
+        raise MMTokError(
+            f"{name} has no images in a column {column!r}",
+            f"name another with --columns image={having[0]}" if having else "choose a dataset of images",
+        )
+    images = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+    return table.remove_columns([column]), images
+
+
+def _read(images: Any, number: int, column: str, name: str) -> Image:
+    stored = images[number][column]
+    if stored is None:
+        raise MMTokError(f"{name}, row {number}: there is no image", "leave the row out")
+    label = stored["path"] or f"{name}, row {number}"
+    return open_image(label, stored["bytes"])

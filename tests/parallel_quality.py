@@ -1,0 +1,45 @@
+"""What test_quality.py runs as several processes: demo questions, cases and results, written by one of them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from mmtok_cli.bench.parallel import Processes, ask_all, join_processes
+from mmtok_cli.bench.runner import Case
+from mmtok_cli.budget import Budget
+from mmtok_cli.data.datasets import open_dataset
+from mmtok_cli.methods import make_method
+from mmtok_cli.models import load_model
+
+CASES = [
+    Case("full", make_method("full"), None),
+    Case("mmtok", make_method("mmtok"), Budget(count=4)),
+    Case("fastv", make_method("fastv"), Budget(count=4)),
+]
+
+
+def ask(processes: Processes) -> dict[str, Any]:
+    """All outcomes, and how many samples each process has asked about."""
+    done: list[int] = []
+    asked = ask_all(
+        load_model("demo", device="cpu"),
+        CASES,
+        open_dataset("demo", limit=13),
+        processes=processes,
+        batch_size=3,
+        max_new_tokens=2,
+        advance=done.append,
+    )
+    outcomes = [[o.number, o.case, o.answer, o.score, o.closeness.kl, o.closeness.same] for o in asked.outcomes]
+    return {"outcomes": outcomes, "done": processes.gather([sum(done)]), "count": processes.count}
+
+
+if __name__ == "__main__":
+    with join_processes("cpu") as all_processes:
+        found = ask(all_processes)
+        if all_processes.is_writer:
+            with Path(sys.argv[1]).open("x", encoding="utf-8") as file:
+                json.dump(found, file)
