@@ -79,16 +79,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         store = RunDirectory.create(Path(scratch) / "run", plan)
         measurement = Measurement(model, cases, in_batches(samples, [1]), store)
-        extra, start = [], time.perf_counter()
+        extra, start, busy = [], time.perf_counter(), time.process_time()
         for number in measurement.rounds():
             end = time.perf_counter()
             measured = sum(store.runs[number, case].seconds["total"] for case in range(len(cases)))
             extra.append((end - start - measured) / len(cases))
             start = end
+        busy = (time.process_time() - busy) / len(extra) / len(cases)
     share = statistics.median(extra) / seconds
     sys.stdout.write(
         f"{chosen.rounds} rounds of {len(cases)} cases of {chosen.milliseconds:g} ms: the harness takes "
-        f"{1000 * statistics.median(extra):.2f} ms per run (median of rounds), {share:.2%}\n"
+        f"{1000 * statistics.median(extra):.2f} ms per run (median of rounds), {share:.2%}; "
+        f"{1000 * busy:.2f} ms of the processor\n"
     )
 
 
