@@ -31,6 +31,8 @@ from mmtok_cli.pipeline import STAGES, Answers, Reduced, TokenCounts
 
 VOCABULARY = 32_000
 SHARES = {"prepare": 0.1, "encode": 0.3, "select": 0.05, "prefill": 0.45, "decode": 0.1}
+REDUCED = Reduced(cast(Any, None), [], [], {}, [], "renumber", [TokenCounts(576, 64, 20, 64.0)])
+SAID = Answers(["red"], torch.zeros(1, 2), torch.zeros(1, VOCABULARY), 1, [], REDUCED)
 
 
 @dataclass(frozen=True)
@@ -45,10 +47,7 @@ class Sleeper(Case):
             with stage(name):
                 slept += SHARES[name] * self.seconds
                 time.sleep(max(0.0, slept - time.perf_counter()))
-        logits = torch.zeros(len(samples), VOCABULARY)
-        tokens = [TokenCounts(576, 64, 20, 64.0) for _ in samples]
-        reduced = Reduced(cast(Any, None), [], [], {}, [], "renumber", tokens)
-        return Answers(["red"] * len(samples), torch.zeros(len(samples), 2), logits, 1, [], reduced)
+        return SAID
 
 
 def main() -> None:
