@@ -31,6 +31,8 @@ from mmtok_cli.pipeline import STAGES, Answers, Reduced, TokenCounts
 
 VOCABULARY = 32_000
 SHARES = {"prepare": 0.1, "encode": 0.3, "select": 0.05, "prefill": 0.45, "decode": 0.1}
+REDUCED = Reduced(cast(Any, None), [], [], {}, [], "renumber", [TokenCounts(576, 64, 20, 64.0)])
+SAID = Answers(["red"], torch.zeros(1, 2), torch.zeros(1, VOCABULARY), 1, [], REDUCED)
 
 
 @dataclass(frozen=True)
@@ -45,10 +47,7 @@ class Sleeper(Case):
             with stage(name):
                 slept += SHARES[name] * self.seconds
                 time.sleep(max(0.0, slept - time.perf_counter()))
-        logits = torch.zeros(len(samples), VOCABULARY)
-        tokens = [TokenCounts(576, 64, 20, 64.0) for _ in samples]
-        reduced = Reduced(cast(Any, None), [], [], {}, [], "renumber", tokens)
-        return Answers(["red"] * len(samples), torch.zeros(len(samples), 2), logits, 1, [], reduced)
+        return SAID
 
 
 def main() -> None:
@@ -79,16 +78,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         store = RunDirectory.create(Path(scratch) / "run", plan)
         measurement = Measurement(model, cases, in_batches(samples, [1]), store)
-        extra, start = [], time.perf_counter()
+        extra, start, busy = [], time.perf_counter(), time.process_time()
         for number in measurement.rounds():
             end = time.perf_counter()
             measured = sum(store.runs[number, case].seconds["total"] for case in range(len(cases)))
             extra.append((end - start - measured) / len(cases))
             start = end
+        busy = (time.process_time() - busy) / len(extra) / len(cases)
     share = statistics.median(extra) / seconds
     sys.stdout.write(
         f"{chosen.rounds} rounds of {len(cases)} cases of {chosen.milliseconds:g} ms: the harness takes "
-        f"{1000 * statistics.median(extra):.2f} ms per run (median of rounds), {share:.2%}\n"
+        f"{1000 * statistics.median(extra):.2f} ms per run (median of rounds), {share:.2%}; "
+        f"{1000 * busy:.2f} ms of the processor\n"
     )
 
 

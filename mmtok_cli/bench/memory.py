@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 
 import psutil
 import torch
@@ -40,7 +42,12 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
 
 def host_memory() -> int:
     """Resident bytes of this process."""
-    return psutil.Process().memory_info().rss
+    return _process(os.getpid()).memory_info().rss
+
+
+@cache
+def _process(pid: int) -> psutil.Process:
+    return psutil.Process(pid)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

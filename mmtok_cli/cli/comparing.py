@@ -76,25 +76,28 @@ class Session:
                 raise MMTokError(f"{self.directory} holds a run already", "go on with it by --resume, or name another")
             require_writable_directory(self.directory, "--run-dir")
         measurement = self._prepare(RunDirectory.create)
-        stopped = None
-        try:
-            with measurement.store.locked():
-                self._measure(measurement)
-        except (KeyboardInterrupt, NotWrittenError) as error:
-            if not whole_rounds(measurement.store):
-                self._how_to_resume()
-                raise
-            stopped = error if isinstance(error, NotWrittenError) else None
-        except Exception:
-            if measurement.store.runs:
-                self._how_to_resume()
-            raise
+        with measurement.store.locked():
+            stopped = self._until_stopped(measurement)
         comparison = summarise_run(measurement.store)
         try:
             measurement.store.write_result(comparison)
         except NotWrittenError as error:
             stopped = stopped or error
         return comparison, stopped
+
+    def _until_stopped(self, measurement: Measurement) -> NotWrittenError | None:
+        try:
+            self._measure(measurement)
+        except (KeyboardInterrupt, NotWrittenError) as error:
+            if not whole_rounds(measurement.store):
+                self._how_to_resume()
+                raise
+            return error if isinstance(error, NotWrittenError) else None
+        except Exception:
+            if measurement.store.runs:
+                self._how_to_resume()
+            raise
+        return None
 
     def plot(self, comparison: Comparison, path: Path) -> None:
         """Plot the cases of the first batch size. Raises MMTokError where there is nothing to plot."""

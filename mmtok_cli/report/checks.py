@@ -76,7 +76,11 @@ def drift_notes(results: Sequence[CaseResult]) -> list[str]:
         lines.append(
             f"drift: {result} became {abs(change):.0%} {'slower' if change > 0 else 'faster'} from the first round to "
             "the last. Speedups are paired and hardly touched; for seconds to be trusted, "
-            + ("let the machine cool and stop what else runs on it" if change > 0 else "raise --warmup")
+            + (
+                "let the machine cool and stop what else runs on it"
+                if change > 0
+                else "raise --warmup, or stop what else runs"
+            )
         )
     return lines
 
