@@ -43,6 +43,7 @@ def environment_of(model: VisionLanguageModel) -> Environment:
         command=[Path(sys.argv[0]).name, *sys.argv[1:]],
         driver=gpu.driver() if gpu else None,
         cuda=torch.version.cuda if on_gpu else None,
+        layers=(model.loaded_layers, model.layer_count) if model.loaded_layers < model.layer_count else None,
     )
 
 

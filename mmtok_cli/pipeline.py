@@ -173,12 +173,13 @@ def answer(
             first_logits, cache = prefill(model, reduced.inputs)
         with stage("decode"):
             token_ids = decode(model, reduced.inputs, first_logits, cache, max_new_tokens)
+    kv_cache = cache_bytes(cache, model.layer_count - model.loaded_layers)
     texts = [text.strip() for text in model.tokenizer.batch_decode(token_ids, skip_special_tokens=True)]
     selections = reduced.selections
     if cut:  # counted among the tokens that entered the language model
         pairs = zip(reduced.selections, cut.selections, strict=True)
         selections = [Selection(entered.indices[left.indices], merged=left.merged) for entered, left in pairs]
-    return Answers(texts, token_ids, first_logits, cache_bytes(cache), selections, reduced)
+    return Answers(texts, token_ids, first_logits, kv_cache, selections, reduced)
 
 
 def prefill(model: VisionLanguageModel, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
@@ -217,9 +218,10 @@ def decode(
     return torch.stack(tokens, dim=1)
 
 
-def cache_bytes(cache: Any) -> int:
-    """Bytes of the keys and values of all layers."""
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.keys is not None)
+def cache_bytes(cache: Any, missing_layers: int = 0) -> int:
+    """Bytes of the keys and values of all layers; layers that are not run count as the last one that is."""
+    layers = [layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.keys is not None]
+    return sum(layers) + missing_layers * layers[-1]
 
 
 def layer_average(total: int, cuts: Sequence[Cut], layers: int) -> float:

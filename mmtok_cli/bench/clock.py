@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
@@ -41,26 +41,40 @@ class Clock:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stages = Stages(self._now)
+        self._stages = Stages(self.now)
         self.stage = self._stages.stage
         synchronise(device)
 
-    def seconds(self) -> dict[str, float]:
-        """Seconds by stage, their sum as `total`, and as `ttft` what passes before the first token."""
+    def stages(self) -> dict[str, float]:
+        """Seconds by stage."""
+        return self.sums(self._stages.spans)
+
+    def sums(self, spans: Iterable[tuple[str, Any, Any]]) -> dict[str, float]:
+        """Seconds by name of spans between two readings of `now`."""
         synchronise(self._device)
         seconds: dict[str, float] = defaultdict(float)
-        for name, start, end in self._stages.spans:
+        for name, start, end in spans:
             seconds[name] += start.elapsed_time(end) / 1000 if self._device.type == "cuda" else end - start
-        total = sum(seconds.values())
-        return {**seconds, "ttft": total - seconds.get("decode", 0.0), "total": total}
+        return dict(seconds)
 
-    def _now(self) -> Any:
+    def seconds(self) -> dict[str, float]:
+        """Seconds by stage, and their sums."""
+        return with_sums(self.stages())
+
+    def now(self) -> Any:
+        """A mark on the device's clock."""
         if self._device.type == "cuda":
             event = torch.cuda.Event(enable_timing=True)
             event.record(torch.cuda.current_stream(self._device))
             return event
         synchronise(self._device)
         return time.perf_counter()
+
+
+def with_sums(stages: Mapping[str, float]) -> dict[str, float]:
+    """Seconds by stage, their sum as `total`, and as `ttft` what passes before the first token."""
+    total = sum(seconds for name, seconds in stages.items() if not name.startswith("measured_"))
+    return {**stages, "ttft": total - stages.get("decode", 0.0), "total": total}
 
 
 def synchronise(device: torch.device) -> None:

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from mmtok_cli.bench.clock import Stages
+from mmtok_cli.bench.part import last_layer, missing_layers, of_whole_model
 from mmtok_cli.bench.results import FlopCoverage, Flops
 from mmtok_cli.bench.runner import Case
 from mmtok_cli.data.samples import Sample
@@ -59,12 +60,15 @@ def measure_flops(model: VisionLanguageModel, case: Case, samples: Sequence[Samp
     """
     counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
     stages = Stages(counter.get_total_flops)
-    with SeenOperators() as seen, counter:
+    with SeenOperators() as seen, counter, last_layer(model, counter.get_total_flops) as spans:
         case.answer(model, samples, max_new_tokens, stages.stage)
-    flops: dict[str, float] = dict.fromkeys(STAGES, 0.0)
-    for name, start, end in stages.spans:
-        flops[name] += (end - start) / len(samples)
-    return Flops(stages={**flops, "total": sum(flops.values())}, coverage=coverage(seen.calls, counter.flop_registry))
+    counted, last = (dict.fromkeys(STAGES, 0.0) for _ in range(2))
+    for flops, found in ((counted, stages.spans), (last, spans)):
+        for name, start, end in found:
+            flops[name] += (end - start) / len(samples)
+    whole = of_whole_model(counted, last, missing_layers(model))
+    total = sum(whole[name] for name in STAGES)
+    return Flops(stages={**whole, "total": total}, coverage=coverage(seen.calls, counter.flop_registry))
 
 
 def coverage(calls: Counter[Any], formulas: Any) -> FlopCoverage:

@@ -191,7 +191,11 @@ class FailedCase(Record):
 
 
 class Environment(Record):
-    """What the figures were measured on. driver and cuda: versions, where there is an NVIDIA GPU."""
+    """What the figures were measured on.
+
+    driver and cuda: versions, where there is an NVIDIA GPU. layers: decoder layers that were run, and those of the
+    model, where these are more: times of prefill and decode, KV cache and FLOPs are estimates then.
+    """
 
     mmtok: str
     git_commit: str | None
@@ -209,6 +213,7 @@ class Environment(Record):
     command: list[str]
     driver: str | None = None
     cuda: str | None = None
+    layers: tuple[int, int] | None = None
 
 
 class Schedule(Record):

@@ -8,9 +8,10 @@ from statistics import median
 
 from torch import Tensor
 
-from mmtok_cli.bench.clock import Clock
+from mmtok_cli.bench.clock import Clock, with_sums
 from mmtok_cli.bench.gpu import Gpu
 from mmtok_cli.bench.memory import Peak, host_memory, peak_memory
+from mmtok_cli.bench.part import last_layer, missing_layers, of_whole_model
 from mmtok_cli.bench.records import PlannedCase, Run, parameters_of, sample_name
 from mmtok_cli.budget import Budget
 from mmtok_cli.data.samples import Sample
@@ -85,8 +86,10 @@ def run_case(
         said = None  # the memory of the answers before is not to be held while the next are given
         with peak_memory(model.device) as peak:
             clock = Clock(model.device)
-            said = case.answer(model, samples, max_new_tokens, clock.stage)
-            repetitions.append(clock.seconds())
+            with last_layer(model, clock.now) as spans:
+                said = case.answer(model, samples, max_new_tokens, clock.stage)
+            stages = of_whole_model(clock.stages(), clock.sums(spans), missing_layers(model))
+            repetitions.append(with_sums(stages))
         peaks.append(peak)
     assert said is not None
     after = gpu.joules() if gpu else None

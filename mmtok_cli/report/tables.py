@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 STAGE_NAMES = ("prepare", "encode", "select", "prefill", "ttft", "decode", "total")
 COMPARED = tuple(stage for stage in STAGE_NAMES if stage != "select")  # the baseline has nothing to select
 SUMS = {"ttft": "first token", "total": "total"}
+ESTIMATED = ("prefill", "ttft", "decode", "total")  # where not all layers are run
 Column = tuple[str, Callable[["CaseResult"], "str | Text"]]
 
 
@@ -174,6 +175,17 @@ def weights_text(weights: str) -> str:
     return "random weights: answers and scores mean nothing, time and memory do" if weights == "random" else ""
 
 
+def part_text(layers: tuple[int, int] | None) -> str:
+    """A warning about estimates; empty where all decoder layers were run."""
+    if layers is None:
+        return ""
+    run, of = layers
+    return (
+        f"{run} of {of} decoder layers were run, so answers mean nothing, and prefill, decode, their sums, KV cache "
+        "and FLOPs are estimates (~): each missing layer is taken for as costly as the last one that was run"
+    )
+
+
 def position_notes(results: Sequence[CaseResult]) -> list[str]:
     """A warning where methods differ in what they do with positions."""
     keeping, counting = ({r.method: None for r in results if r.positions == policy} for policy in ("keep", "renumber"))
@@ -218,10 +230,10 @@ def environment_line(model: str, environment: Environment) -> Text:
     e = environment
     commit = f", git {e.git_commit[:9]}{' (changed)' if e.git_dirty else ''}" if e.git_commit else ""
     driver = f", driver {e.driver}" if e.driver else ""
-    weights = f"; {weights_text(e.weights)}" if e.weights == "random" else ""
+    remarks = "".join(f"; {text}" for text in (weights_text(e.weights), part_text(e.layers)) if text)
     return Text(
         f"{model} on {e.processor} ({e.device}, {e.dtype}, {e.attention} attention, {e.threads} threads), "
-        f"torch {e.torch}, transformers {e.transformers}, mmtok {e.mmtok}{commit}{driver}{weights}",
+        f"torch {e.torch}, transformers {e.transformers}, mmtok {e.mmtok}{commit}{driver}{remarks}",
         style="dim",
     )
 
@@ -236,10 +248,11 @@ def stage_table(profile: Profile) -> Table:
     for case in others:
         table.add_column(str(case), justify="right", no_wrap=True)
         table.add_column("speedup of stage", justify="right")
+    estimated = ESTIMATED if profile.environment.layers else ()
     for stage in STAGE_NAMES:
         times = baseline.seconds[stage]
         row: list[str | Text] = [
-            SUMS.get(stage, stage),
+            ("~ " if stage in estimated else "") + SUMS.get(stage, stage),
             _spread(times),
             share(times.median / baseline.seconds["total"].median),
         ]

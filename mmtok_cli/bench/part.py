@@ -1,0 +1,61 @@
+"""Estimates for a whole model from a part of its decoder layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from mmtok_cli.models.base import VisionLanguageModel
+
+Mark = TypeVar("Mark")
+
+
+def missing_layers(model: VisionLanguageModel) -> int:
+    """Decoder layers of the model that are not run."""
+    return model.layer_count - model.loaded_layers
+
+
+@contextmanager
+def last_layer(model: VisionLanguageModel, read: Callable[[], Mark]) -> Iterator[list[tuple[str, Mark, Mark]]]:
+    """Collects what `read` says when the last layer that is run begins and ends, in prefill and in decode.
+
+    Nothing is watched where all layers are run. The layer begins with its first norm: what a method does in front of
+    it is none of the layer's work.
+    """
+    spans: list[tuple[str, Mark, Mark]] = []
+    if not missing_layers(model):
+        yield spans
+        return
+    layer = model.model.model.language_model.layers[-1]
+    started: list[Mark] = []
+
+    def begin(*_: Any) -> None:
+        started.append(read())
+
+    def end(_: Any, args: tuple[Any, ...], output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        spans.append(("prefill" if hidden.shape[1] > 1 else "decode", started.pop(), read()))
+
+    handles = [layer.input_layernorm.register_forward_pre_hook(begin), layer.register_forward_hook(end)]
+    try:
+        yield spans
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def of_whole_model(measured: Mapping[str, float], last: Mapping[str, float], missing: int) -> dict[str, float]:
+    """Figures by stage as they would be with the missing layers, each taken for as costly as the last one that is run.
+
+    That layer lies behind every cut, as the missing ones do. measured: by stage. last: the layer's share of prefill and
+    decode. What was measured of these stays beside the estimate, as `measured_prefill` and `measured_decode`.
+    """
+    if not missing:
+        return dict(measured)
+    estimate = dict(measured)
+    for stage in ("prefill", "decode"):
+        if stage in measured:
+            estimate[stage] += missing * last.get(stage, 0.0)
+            estimate[f"measured_{stage}"] = measured[stage]
+    return estimate
