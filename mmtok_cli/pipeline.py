@@ -251,8 +251,9 @@ def _plan(
     if rules.budget_means == "layer-average" and budget is not None:
         keep = [final_count(method, kept, n, model.layer_count) for kept, n in zip(keep, totals, strict=True)]
     wanted = [method.resize(total, kept) for total, kept in zip(totals, keep, strict=True)]
+    given: Sequence[Grid | None] = grids or [None] * len(images)
     sizes: list[Grid | None] = []
-    for image, tokens, grid in zip(images, wanted, grids or [None] * len(images), strict=True):
+    for image, tokens, grid in zip(images, wanted, given, strict=True):
         if tokens is None:
             sizes.append(grid)
         elif grid is None:

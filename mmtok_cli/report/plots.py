@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmtok_cli.files import write_whole
+from mmtok_cli.report.scaling import case_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from mmtok_cli.bench.results import CaseResult, Comparison
+    from mmtok_cli.bench.scaling import Growth, Point, ScalingProfile
 
 
 def save_gain_curve(gains: Sequence[float], path: Path, title: str) -> None:
@@ -77,6 +79,46 @@ def save_tradeoff(comparison: Comparison, path: Path) -> None:
     for axes in (by_tokens, by_time):
         axes.grid(alpha=0.3)
     _save(figure, path)
+
+
+def save_scaling(profile: ScalingProfile, path: Path) -> None:
+    """Seconds of selection and of prefill against the number of vision tokens, both axes logarithmic.
+
+    The legend gives the exponent of each line, where there is one; the part that it was fitted to is drawn thick.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    cases: dict[str, list[Point]] = defaultdict(list)
+    for point in profile.scaling:
+        if not point.refused:
+            cases[case_name(point)].append(point)
+    fits = {(case_name(fit), fit.stage): fit for fit in profile.growth}
+    sizes = sorted({point.tokens for point in profile.scaling})
+    for axes, stage in zip(figure.subplots(1, 2), ("select", "prefill"), strict=True):
+        for color, (name, points) in enumerate(cases.items()):
+            if stage == "select" and all(point.kept == point.tokens for point in points):
+                continue
+            seconds = [p.select_seconds if stage == "select" else p.prefill_seconds for p in points]
+            style = {"color": f"C{color}", "marker": "o", "markersize": 4}
+            axes.plot([p.tokens for p in points], seconds, linewidth=1, label=_label(name, fits[name, stage]), **style)
+            fitted = [
+                (p.tokens, s) for p, s in zip(points, seconds, strict=True) if p.tokens in fits[name, stage].tokens
+            ]
+            if fits[name, stage].exponent is not None:
+                axes.plot(*zip(*fitted, strict=True), linewidth=2.5, **style)
+        axes.set(xscale="log", yscale="log", xlabel="vision tokens", ylabel=f"{stage}, median [s]")
+        axes.set_xticks(sizes, [str(size) for size in sizes])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend(fontsize="small")
+    figure.axes[0].set_title(f"{profile.model}, {profile.environment.dtype}, {profile.environment.device}", loc="left")
+    _save(figure, path)
+
+
+def _label(name: str, fit: Growth) -> str:
+    return name if fit.exponent is None else f"{name}: tokens^{fit.exponent:.2f}"
 
 
 def _quality(case: CaseResult, scored: bool) -> float:
