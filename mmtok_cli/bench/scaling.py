@@ -114,7 +114,7 @@ def check_scaling(model: VisionLanguageModel, cases: Sequence[Case], sample: Sam
 def smallest_size(
     model: VisionLanguageModel, cases: Sequence[Case], sample: Sample, sizes: Sequence[int]
 ) -> int | None:
-    """The fewest tokens, below all `sizes`, of which every case drops some: what a stage takes there it takes anyway."""
+    """The fewest tokens, below all `sizes`, of which every case drops some: what a stage takes there is fixed."""
     for side in range(SMALLEST_GRID, math.isqrt(min(sizes))):
         try:
             check_scaling(model, cases, sample, [side**2])
