@@ -227,9 +227,9 @@ def _warm_up(
     model: VisionLanguageModel, case: Case, sample: Sample, tokens: int, done: _Runs, runs: int, warmup: int
 ) -> None:
     """Run a case until it is warm, and settle how often it is to be run. Raises _TooLargeError."""
-    needed, free = needed_memory(model, case, tokens), free_memory(model.device)
+    needed, free = needed_memory(model, case, tokens), _free(model.device)
     if free is not None and needed > free:
-        raise _TooLargeError(f"needs {needed / GIB:.1f} GiB, {free / GIB:.1f} are free")
+        raise _TooLargeError(f"needs {needed / GIB:.3g} GiB, has {free / GIB:.3g}")
     spent: list[float] = []
     while not spent or (len(spent) < warmup and sum(spent) + spent[-1] <= PATIENCE):
         done.seconds.clear()
@@ -246,6 +246,14 @@ def _warm_up(
     else:
         done.seconds.clear()
         done.wanted = min(runs, max(FEWEST_RUNS, int(PATIENCE / max(spent[-1], 1e-9))))
+
+
+def _free(device: torch.device) -> int | None:
+    """Bytes that torch can still get, those that it keeps for later use included."""
+    free = free_memory(device)
+    if free is not None and device.type == "cuda":
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free
 
 
 @torch.inference_mode()

@@ -223,8 +223,11 @@ def profile(
         *(scaling_notes(result, vlm.context_length) if isinstance(result, ScalingProfile) else []),
     ]:
         notes.print(f"• {note}")
-    if result.interrupted:
+    if interrupted:
         notes.print(f"• interrupted: {len(rounds)} of {runs} runs were timed")
+    if isinstance(result, ScalingProfile) and result.interrupted:
+        reached = len({point.tokens for point in result.scaling})
+        notes.print(f"• interrupted: {reached} of {len(sizes)} numbers of tokens were measured")
     notes.print(f"• open the traces with `tensorboard --logdir {report.printable(trace_dir)}`, tab PyTorch Profiler,")
     notes.print("  or drop one of the files on https://ui.perfetto.dev")
 

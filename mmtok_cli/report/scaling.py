@@ -29,7 +29,7 @@ def scaling_table(points: Sequence[Point]) -> Table:
             first, bold = (str(tokens), "bold") if rank == 0 else ("", "")
             if point.refused:
                 cells = ["–", "–", "–", *(["–"] if with_peaks else []), "0"]
-                table.add_row(first, f"{point.method}: {point.refused}", *cells, style="dim")
+                table.add_row(first, f"{point.method} {point.refused}", *cells, style="dim")
                 continue
             chosen = "–" if point.kept == point.tokens else seconds(point.select_seconds or 0)
             peaks = [size(point.peak)] if with_peaks else []
