@@ -79,6 +79,12 @@ def test_points_that_fixed_costs_dominate_are_left_out() -> None:
     assert everything.exponent is not None and everything.exponent < 1.9
 
 
+def test_what_keeps_every_token_selects_nothing() -> None:
+    points = [point(n, 1e-9 * n**2, 1e-9 * n**2).model_copy(update={"kept": n}) for n in (100, 400, 1600)]
+    select, prefill = growth_of(points, [])
+    assert select.exponent is None and select.tokens == [] and prefill.exponent == pytest.approx(2)
+
+
 def test_refused_points_are_no_part_of_a_fit() -> None:
     points = [point(n, 1e-9 * n**2) for n in (100, 400, 1600)]
     points.append(Point(tokens=6400, method="mmtok", budget="4", refused="needs 12.3 GiB, has 3.02"))
@@ -185,11 +191,12 @@ def test_slow_cases_are_run_less_often(
 def test_tables_fit_and_say_what_was_fitted() -> None:
     points = [point(n, 1e-9 * n**2, 1e-9 * n) for n in (576, 1024, 2304, 4096, 9216, 16384)]
     growth = list(growth_of(points, [point(81, 1e-7, 1e-7)]))
-    lines = shown(growth_table(growth), 80).splitlines()
-    assert any(
-        "mmtok @ 4  select   2.00 (2.00–2.00)" in line and line.rstrip().endswith("9216 16384") for line in lines
-    )
+    lines = shown(growth_table(growth, [p.tokens for p in points]), 80).splitlines()
+    assert any("mmtok @ 4  select   2.00 (2.00–2.00)" in line and "576–16384 (6 points)" in line for line in lines)
     assert any("prefill  1.00 (1.00–1.00)" in line for line in lines)
+    points[2] = points[2].model_copy(update={"select_seconds": 1e-7})
+    growth = list(growth_of(points, [point(81, 1e-7, 1e-7)]))
+    assert "576 1024 4096 9216 16384" in shown(growth_table(growth, [p.tokens for p in points]), 80)
     refusal = Point(tokens=16384, method="mmtok:loop", budget="4", refused="needs 12.3 GiB, has 3.02")
     text = shown(scaling_table([*points, refusal]), 80)
     assert "mmtok:loop needs 12.3 GiB, has 3.02 " in text and "…" not in text

@@ -16,7 +16,7 @@ from mmtok_cli.models.room import free_memory
 REPETITIONS = 5
 LONG_ENOUGH = {"cpu": 5e-3}  # seconds of one matrix product
 LONG_ENOUGH_ELSEWHERE = 1e-3
-LARGEST_PRODUCT = 16384  # rows
+SMALLEST_PRODUCT, LARGEST_PRODUCT = 1024, 16384  # rows
 COPIED = {"cpu": 256 * 2**20}  # bytes: more than caches hold
 COPIED_ELSEWHERE = 2**30
 
@@ -101,7 +101,7 @@ def _achieved(result: CaseResult, weights_read: int) -> Achieved:
 
 def _products(device: torch.device, dtype: torch.dtype) -> tuple[int, list[float]]:
     """Rows of square matrices whose product takes long enough, and seconds of each of a few products."""
-    enough, rows = LONG_ENOUGH.get(device.type, LONG_ENOUGH_ELSEWHERE), 512
+    enough, rows = LONG_ENOUGH.get(device.type, LONG_ENOUGH_ELSEWHERE), SMALLEST_PRODUCT
     while True:
         a, b = (torch.randn(rows, rows, dtype=dtype, device=device) for _ in range(2))
         product = torch.empty_like(a)

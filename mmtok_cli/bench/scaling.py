@@ -162,14 +162,16 @@ def growth_of(points: Sequence[Point], fixed: Sequence[Point]) -> Iterator[Growt
 
     A stage takes some time however few the tokens are (launching operations, waiting for each pick), which hides how
     it grows. The line is fitted, by least squares on logarithms of medians, to the points at which it takes at least
-    `DOMINATES` times what it takes at the smallest grid; without such a measurement, to all.
+    `DOMINATES` times what it takes at the smallest grid; without such a measurement, to all. What keeps every token
+    selects nothing.
     """
     floors = {(point.method, point.budget): point for point in fixed}
     for key in dict.fromkeys((point.method, point.budget) for point in points):
         for stage in STAGES:
             floor = _seconds(floors[key], stage) if key in floors else None
-            mine = [(p.tokens, _seconds(p, stage)) for p in points if (p.method, p.budget) == key]
-            used = [(n, s) for n, s in mine if s and s >= DOMINATES * (floor or 0)]
+            mine = [p for p in points if (p.method, p.budget) == key and (stage != "select" or p.kept != p.tokens)]
+            timed = [(p.tokens, _seconds(p, stage)) for p in mine]
+            used = [(n, s) for n, s in timed if s and s >= DOMINATES * (floor or 0)]
             exponent, low, high = fit_exponent(*zip(*used, strict=True)) if used else (None, None, None)
             yield Growth(
                 method=key[0],

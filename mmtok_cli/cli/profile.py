@@ -209,7 +209,7 @@ def profile(
         out.print(tables.operator_table(trace.operators, top))
     if isinstance(result, ScalingProfile):
         out.print(scaling_table(result.scaling))
-        out.print(growth_table(result.growth))
+        out.print(growth_table(result.growth, sizes))
     out.print(tables.environment_line(model, result.environment))
     for trace in traces:
         out.print(f"wrote {report.printable(trace.path)}", soft_wrap=True)

@@ -39,8 +39,8 @@ def scaling_table(points: Sequence[Point]) -> Table:
     return table
 
 
-def growth_table(growth: Sequence[Growth]) -> Table:
-    """Exponents by method and stage, with the points that they were fitted to."""
+def growth_table(growth: Sequence[Growth], sizes: Sequence[int]) -> Table:
+    """Exponents by method and stage, with the points that they were fitted to; sizes: all that were measured."""
     table = plain_table("Growth: seconds ~ tokens ^ exponent (95 % interval)")
     for heading in ("method", "stage"):
         table.add_column(heading, no_wrap=True)
@@ -51,8 +51,7 @@ def growth_table(growth: Sequence[Growth]) -> Table:
         rows = [fit for fit in group if fit.exponent is not None]
         for rank, fit in enumerate(rows):
             fixed = "–" if fit.fixed_seconds is None else seconds(fit.fixed_seconds)
-            used = " ".join(map(str, fit.tokens))
-            table.add_row("" if rank else name, fit.stage, exponent_text(fit), fixed, used)
+            table.add_row("" if rank else name, fit.stage, exponent_text(fit), fixed, _points(fit.tokens, sizes))
         if not rows:
             table.add_row(name, "–", Text("–", style="dim"), "–", "–")
     return table
@@ -61,6 +60,12 @@ def growth_table(growth: Sequence[Growth]) -> Table:
 def exponent_text(fit: Growth) -> str:
     """ "1.96 (1.88–2.04)"; a dash where nothing was fitted."""
     return "–" if fit.exponent is None else f"{fit.exponent:.2f} ({fit.low:.2f}–{fit.high:.2f})"
+
+
+def _points(used: Sequence[int], sizes: Sequence[int]) -> str:
+    """ "1024–16384 (5 points)", or all of them where some between were left out."""
+    between = [tokens for tokens in sizes if used[0] <= tokens <= used[-1]]
+    return f"{used[0]}–{used[-1]} ({len(used)} points)" if between == list(used) else " ".join(map(str, used))
 
 
 def case_name(case: Growth | Point) -> str:
