@@ -43,7 +43,16 @@ def case(name: str, budget: Budget | None = None, **parameters: object) -> Case:
 
 
 def point(tokens: int, select: float, prefill: float = 1.0, method: str = "mmtok") -> Point:
-    return Point(tokens=tokens, kept=4, method=method, budget="4", select_seconds=select, prefill_seconds=prefill)
+    return Point(
+        tokens=tokens,
+        kept=4,
+        method=method,
+        budget="4",
+        select_seconds=select,
+        prefill_seconds=prefill,
+        select_values=[select, select, 2 * select],
+        prefill_values=[prefill, prefill, 2 * prefill],
+    )
 
 
 def test_a_power_law_is_recovered() -> None:

@@ -52,7 +52,7 @@ class Point(Record):
 class Growth(Record):
     """Seconds of a stage grow as tokens ** exponent; low and high bound a 95 % interval.
 
-    fixed_seconds: what the stage takes at the smallest grid. tokens: the points that the line was fitted to. Without
+    fixed_seconds: what the fastest run of the stage takes at the smallest grid. tokens: the points that the line was fitted to. Without
     enough of them there is no exponent.
     """
 
@@ -162,13 +162,13 @@ def growth_of(points: Sequence[Point], fixed: Sequence[Point]) -> Iterator[Growt
 
     A stage takes some time however few the tokens are (launching operations, waiting for each pick), which hides how
     it grows. The line is fitted, by least squares on logarithms of medians, to the points at which it takes at least
-    `DOMINATES` times what it takes at the smallest grid; without such a measurement, to all. What keeps every token
-    selects nothing.
+    `DOMINATES` times what the fastest run takes at the smallest grid; without such a measurement, to all. What keeps
+    every token selects nothing.
     """
     floors = {(point.method, point.budget): point for point in fixed}
     for key in dict.fromkeys((point.method, point.budget) for point in points):
         for stage in STAGES:
-            floor = _seconds(floors[key], stage) if key in floors else None
+            floor = min(_values(floors[key], stage), default=None) if key in floors else None
             mine = [p for p in points if (p.method, p.budget) == key and (stage != "select" or p.kept != p.tokens)]
             timed = [(p.tokens, _seconds(p, stage)) for p in mine]
             used = [(n, s) for n, s in timed if s and s >= DOMINATES * (floor or 0)]
@@ -294,3 +294,7 @@ def _point(case: Case, tokens: int, done: _Runs, refused: str | None) -> Point:
 
 def _seconds(point: Point, stage: str) -> float | None:
     return point.select_seconds if stage == "select" else point.prefill_seconds
+
+
+def _values(point: Point, stage: str) -> list[float]:
+    return point.select_values if stage == "select" else point.prefill_values

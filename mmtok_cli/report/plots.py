@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from mmtok_cli.bench.results import CaseResult, Comparison
-    from mmtok_cli.bench.scaling import Growth, Point, ScalingProfile
+    from mmtok_cli.bench.scaling import Point, ScalingProfile
 
 
 def save_gain_curve(gains: Sequence[float], path: Path, title: str) -> None:
@@ -84,7 +84,7 @@ def save_tradeoff(comparison: Comparison, path: Path) -> None:
 def save_scaling(profile: ScalingProfile, path: Path) -> None:
     """Seconds of selection and of prefill against the number of vision tokens, both axes logarithmic.
 
-    The legend gives the exponent of each line, where there is one; the part that it was fitted to is drawn thick.
+    The legend gives the exponent of each line, where there is one; the points that it was fitted to are filled.
     """
     from matplotlib.figure import Figure
 
@@ -100,13 +100,12 @@ def save_scaling(profile: ScalingProfile, path: Path) -> None:
             if stage == "select" and all(point.kept == point.tokens for point in points):
                 continue
             seconds = [p.select_seconds if stage == "select" else p.prefill_seconds for p in points]
-            style = {"color": f"C{color}", "marker": "o", "markersize": 4}
-            axes.plot([p.tokens for p in points], seconds, linewidth=1, label=_label(name, fits[name, stage]), **style)
-            fitted = [
-                (p.tokens, s) for p, s in zip(points, seconds, strict=True) if p.tokens in fits[name, stage].tokens
-            ]
-            if fits[name, stage].exponent is not None:
-                axes.plot(*zip(*fitted, strict=True), linewidth=2.5, **style)
+            fit, style = fits[name, stage], {"color": f"C{color}", "marker": "o", "markersize": 5}
+            label = name if fit.exponent is None else f"{name}: tokens^{fit.exponent:.2f}"
+            axes.plot([p.tokens for p in points], seconds, label=label, markerfacecolor="white", **style)
+            if fit.exponent is not None:
+                used = [(p.tokens, s) for p, s in zip(points, seconds, strict=True) if p.tokens in fit.tokens]
+                axes.plot(*zip(*used, strict=True), linestyle="none", **style)
         axes.set(xscale="log", yscale="log", xlabel="vision tokens", ylabel=f"{stage}, median [s]")
         axes.set_xticks(sizes, [str(size) for size in sizes])
         axes.minorticks_off()
@@ -115,10 +114,6 @@ def save_scaling(profile: ScalingProfile, path: Path) -> None:
             axes.legend(fontsize="small")
     figure.axes[0].set_title(f"{profile.model}, {profile.environment.dtype}, {profile.environment.device}", loc="left")
     _save(figure, path)
-
-
-def _label(name: str, fit: Growth) -> str:
-    return name if fit.exponent is None else f"{name}: tokens^{fit.exponent:.2f}"
 
 
 def _quality(case: CaseResult, scored: bool) -> float:

@@ -79,7 +79,7 @@ def scaling_notes(profile: ScalingProfile, context_length: int) -> list[str]:
     notes = [
         "encoded at square grids other than its own, the model sees the image in one piece: times mean something "
         "there, answers may not",
-        f"exponents are fitted where a stage takes at least {DOMINATES:g} times what it takes (fixed) at "
+        f"exponents are fitted where a stage takes at least {DOMINATES:g} times what its fastest run takes (fixed) at "
         + (f"{profile.fixed[0].tokens} tokens" if profile.fixed else "the smallest grid (which was not measured)")
         + f", and where there are {FEWEST_POINTS} such points; – there are fewer, or the stage does not grow",
     ]
