@@ -52,8 +52,8 @@ class Point(Record):
 class Growth(Record):
     """Seconds of a stage grow as tokens ** exponent; low and high bound a 95 % interval.
 
-    fixed_seconds: what the fastest run of the stage takes at the smallest grid. tokens: the points that the line was fitted to. Without
-    enough of them there is no exponent.
+    fixed_seconds: what the fastest run of the stage takes at the smallest grid. tokens: the points that the line was
+    fitted to. Without enough of them there is no exponent.
     """
 
     method: str
