@@ -13,7 +13,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from mmtok_cli.budget import Budget
+from mmtok_cli.budget import Budget, rectangle
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.methods.base import Method, require_eligible
@@ -81,17 +81,19 @@ def reduce(
     *,
     rules: Rules = RELEASED,
     stage: Stage = unwatched,
+    grids: Sequence[Grid] | None = None,
 ) -> Reduced:
     """Encode the samples' images and keep the vision tokens that the method chooses before the language model.
 
     `budget` may be None for methods that take none. What a method drops inside the language model is dropped by the
-    forward pass within `inside`. Raises MMTokError where a budget cannot be met.
+    forward pass within `inside`. grids: one for each image, in place of the model's own choice; a budget is then one
+    of the grid's tokens. Raises MMTokError where a budget cannot be met.
     """
     images = [image for sample in samples for image in sample.images]
     positions = _positions(model, method, rules)
     signals = method.signals if model.has_class_token else method.signals_without_class_token or method.signals
     with stage("prepare"):
-        totals, keep, sizes = _plan(model, method, images, budget, rules)
+        totals, keep, sizes = _plan(model, method, images, budget, rules, grids)
         prompt = model.prepare(
             [s.question for s in samples], [s.images for s in samples], [s.image_ids for s in samples], sizes
         )
@@ -122,13 +124,14 @@ def check_budget(
     samples: Sequence[Sample],
     budget: Budget | None,
     rules: Rules = RELEASED,
+    grids: Sequence[Grid] | None = None,
 ) -> None:
     """Refuse a budget that the method cannot meet on these samples, before anything slow happens.
 
     What depends on the pictures themselves, such as their padding, is refused by `reduce`. Raises MMTokError.
     """
     images = [image for sample in samples for image in sample.images]
-    for total, kept in set(zip(*_plan(model, method, images, budget, rules)[:2], strict=True)):
+    for total, kept in set(zip(*_plan(model, method, images, budget, rules, grids)[:2], strict=True)):
         _cuts(method, total, kept, model)
 
 
@@ -232,23 +235,34 @@ def layer_average(total: int, cuts: Sequence[Cut], layers: int) -> float:
 
 
 def _plan(
-    model: VisionLanguageModel, method: Method, images: Sequence[Image], budget: Budget | None, rules: Rules
+    model: VisionLanguageModel,
+    method: Method,
+    images: Sequence[Image],
+    budget: Budget | None,
+    rules: Rules,
+    grids: Sequence[Grid] | None,
 ) -> tuple[list[int], list[int], list[Grid | None]]:
     """For each image its vision tokens, how many of them are to be kept, and the grid at which it is to be encoded
-    where it is to be made smaller."""
-    totals = [model.total(image) for image in images]
-    keep = totals if budget is None else [model.keep(image, budget, rules.track) for image in images]
+    where that is not the model's own choice."""
+    if grids:
+        totals = [rows * columns for rows, columns in grids]
+        keep = totals if budget is None else [budget.resolve(total) for total in totals]
+    else:
+        totals = [model.total(image) for image in images]
+        keep = totals if budget is None else [model.keep(image, budget, rules.track) for image in images]
     if rules.budget_means == "layer-average" and budget is not None:
         keep = [final_count(method, kept, n, model.layer_count) for kept, n in zip(keep, totals, strict=True)]
     wanted = [method.resize(total, kept) for total, kept in zip(totals, keep, strict=True)]
-    return (
-        totals,
-        keep,
-        [
-            None if tokens is None else model.smaller(image, tokens)
-            for image, tokens in zip(images, wanted, strict=True)
-        ],
-    )
+    given: Sequence[Grid | None] = grids or [None] * len(images)
+    sizes: list[Grid | None] = []
+    for image, tokens, grid in zip(images, wanted, given, strict=True):
+        if tokens is None:
+            sizes.append(grid)
+        elif grid is None:
+            sizes.append(model.smaller(image, tokens))
+        else:
+            sizes.append(rectangle(tokens, grid, grid[0] / grid[1]))
+    return totals, keep, sizes
 
 
 def _positions(model: VisionLanguageModel, method: Method, rules: Rules) -> Positions:

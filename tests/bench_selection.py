@@ -4,7 +4,7 @@ Both sides run on the same features in alternation; the ratio is the median over
 is that thread's CPU time, which other programs disturb less; on more it is the wall clock. The plain side is
 rebuilt from the paper (arXiv 2508.18264, algorithm 2) in the form of the authors' release: similarities, softmax
 and concatenation out of place, one image after the other, and a TorchScript loop that evaluates all tokens at every
-pick. Where that loop takes minutes it is timed for a few picks, which all cost the same, and marked "≈".
+pick (`mmtok:loop`). Where that loop takes minutes it is timed for a few picks, which all cost the same, and marked "≈".
 """
 
 import argparse
@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,9 +26,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from mmtok_cli.methods import coverage
+from mmtok_cli.methods.greedy_loop import compiled_loop, plain_matrix
 
 LONG = 5000  # tokens from which the plain loop is extrapolated
 SAMPLED_PICKS = 6
@@ -92,28 +93,6 @@ def make_inputs(load: Workload) -> Inputs:
     return text, projected, features
 
 
-def plain_matrix(text: Tensor, projected: Tensor, features: Tensor) -> Tensor:
-    """One image's `[m + n, n]`, targets in rows."""
-    words, tokens, patches = (normalize(x, dim=-1, eps=1e-8) for x in (text, projected, features))
-    of_text = (words @ tokens.T * (1 / 0.02)).softmax(1) / len(text)
-    of_vision = (patches @ patches.T * (1 / 0.2)).softmax(1) / len(projected)
-    return torch.cat([of_text, of_vision * 0.5])
-
-
-@torch.jit.script
-def plain_loop(matrix: Tensor, k: int) -> Tensor:
-    best = torch.zeros(matrix.shape[0])
-    taken = torch.zeros(matrix.shape[1])
-    order = torch.zeros(k, dtype=torch.long)
-    for i in range(k):
-        gain = (matrix - best.unsqueeze(1)).clamp_min_(0).sum(dim=0).add_(taken)
-        winner = torch.argmax(gain).view(1)
-        order[i] = winner[0]
-        taken.index_fill_(0, winner, float("-inf"))
-        best = torch.maximum(best, matrix.index_select(1, winner).squeeze(1))
-    return order
-
-
 def one_buffer_loop(matrix: Tensor, k: int) -> Tensor:
     best, taken = torch.zeros(matrix.shape[0], 1), torch.zeros(matrix.shape[1])
     order, buffer = [], torch.empty_like(matrix)
@@ -159,8 +138,11 @@ def peak_memory(load: Workload) -> float:
 def plain_side(load: Workload, inputs: Inputs, picks: int) -> tuple[float, float, list[Tensor]]:
     """Seconds to build the matrices, seconds of the loop (scaled up from `picks` picks), and the orders."""
     text, projected, features = inputs
-    loop = one_buffer_loop if load.one_buffer else plain_loop
-    build, matrices = timed(lambda: list(map(plain_matrix, [text] * load.images, projected, features)))
+    nothing = torch.zeros(load.tokens, dtype=torch.bool)
+    loop = one_buffer_loop if load.one_buffer else lambda matrix, k: compiled_loop()(matrix, k, nothing)[0]
+    weights = {"alpha": coverage.ALPHA, "text_temperature": coverage.TEXT_TEMPERATURE}
+    build_one = partial(plain_matrix, vision_temperature=coverage.VISION_TEMPERATURE, **weights)
+    build, matrices = timed(lambda: list(map(build_one, [text] * load.images, projected, features)))
     greedy, orders = timed(lambda: [loop(matrix, picks) for matrix in matrices])
     return build, greedy * load.kept / picks, orders
 

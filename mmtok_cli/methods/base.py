@@ -28,6 +28,8 @@ class Method:
         act on the encoder's output; otherwise in the packed sequence, ends of lines included.
     positions: whether the authors' code leaves kept tokens at their positions or counts anew.
     keeps_padding: the authors' code lets padding compete for the budget.
+    matrices: what choosing holds at once that grows with the square of the tokens, in float32 matrices of all tokens
+        against all; for knowing whether it fits before it starts.
     """
 
     summary: ClassVar[str]
@@ -41,6 +43,7 @@ class Method:
     per_crop: ClassVar[bool] = False
     positions: ClassVar[Positions] = "renumber"
     keeps_padding: ClassVar[bool] = False
+    matrices: ClassVar[float] = 0
 
     def resize(self, total: int, budget: int) -> int | None:
         """How many vision tokens a smaller version of the image is to have when it is encoded; None leaves it as it is.

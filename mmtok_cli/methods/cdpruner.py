@@ -36,6 +36,7 @@ class CDPruner(Method):
     per_crop: ClassVar[bool] = True
     positions: ClassVar[Positions] = "renumber"
     keeps_padding: ClassVar[bool] = True
+    matrices: ClassVar[float] = 3
 
     relevance_sign: float = -1.0
 

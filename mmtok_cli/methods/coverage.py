@@ -140,11 +140,11 @@ def coverage_matrix(
     m = 0 if text is None else text.shape[1]
     of_text = torch.empty(batch, m, n, dtype=torch.float32, device=projected.device)
     if text is not None and m:
-        words = _unit_rows(text).expand(batch, -1, -1)
+        words = released_unit_rows(text).expand(batch, -1, -1)
         for image in range(batch):  # one product per image: batched kernels round differently
             for start in range(0, n, _UNIT_BLOCK):  # a unit-length copy of all would be a quarter of the matrix
                 block = slice(start, start + _UNIT_BLOCK)
-                torch.mm(words[image], _unit_rows(projected[image, block]).T, out=of_text[image, :, block])
+                torch.mm(words[image], released_unit_rows(projected[image, block]).T, out=of_text[image, :, block])
         of_text = (of_text / text_temperature).softmax(-1) / m
     if features is None or alpha == 0:
         return of_text.mT.contiguous()
@@ -153,7 +153,7 @@ def coverage_matrix(
     matrix[..., :m] = of_text.mT
     vision = matrix[..., m:]  # from here on everything happens in place: at 16384 tokens this is a gigabyte
     for image in range(batch):
-        _self_product(_unit_rows(features[image]), out=vision[image])
+        _self_product(released_unit_rows(features[image]), out=vision[image])
     # Self-similarity is 1, so subtracting it keeps the exponentials in range. The matrix is still symmetric here:
     # its row sums, which lie contiguous, are the denominators of the columns.
     vision.sub_(1).div_(vision_temperature).exp_()
@@ -228,7 +228,7 @@ def _joined(picks: list[Tensor], matrix: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.cat(picks, 1) if picks else torch.empty(len(matrix), 0, dtype=dtype, device=matrix.device)
 
 
-def _unit_rows(x: Tensor) -> Tensor:
+def released_unit_rows(x: Tensor) -> Tensor:
     """Unit-length rows as the released code makes them: in the stored dtype, length floored at 1e-8, then float32."""
     length = x.norm(dim=-1, keepdim=True).clamp(min=1e-8)
     # The floor is 0 in float16, where zero rows would become NaN.

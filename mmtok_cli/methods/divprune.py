@@ -32,6 +32,7 @@ class DivPrune(Method):
     source: ClassVar[str] = "arXiv 2503.02175"
     positions: ClassVar[Positions] = "renumber"
     keeps_padding: ClassVar[bool] = True
+    matrices: ClassVar[float] = 2
 
     def select(self, vision: VisionTokens, text: TextTokens, budget: int) -> Selection:
         if budget == vision.total:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from mmtok_cli.methods.base import Method, require_eligible
-from mmtok_cli.methods.coverage import select_tokens
+from mmtok_cli.methods.coverage import Coverage, select_tokens
 from mmtok_cli.methods.keywords import keywords
 from mmtok_cli.tokens import Selection, TextTokens, VisionTokens
 
@@ -31,6 +31,7 @@ class MMTok(Method):
     source: ClassVar[str] = "arXiv 2508.18264"
     reads_question: ClassVar[bool] = True
     per_crop: ClassVar[bool] = True
+    matrices: ClassVar[float] = 1.25
 
     alpha: float = 0.5
     text_temperature: float = 0.02
@@ -53,20 +54,39 @@ class MMTok(Method):
         for (_, budget), members in groups.items():
             images = [vision[i] for i in members]
             words, word_mask = self._words([text[i] for i in members])
-            found = select_tokens(
+            found = self.cover(
                 words,
                 torch.stack([image.projected for image in images]),
                 self._features(images),
                 budget,
-                alpha=self.alpha,
-                text_temperature=self.text_temperature,
-                vision_temperature=self.vision_temperature,
-                excluded=~torch.stack([image.eligible for image in images]),
-                text_mask=word_mask,
+                ~torch.stack([image.eligible for image in images]),
+                word_mask,
             )
             for row, i in enumerate(members):
                 selections[i] = Selection(found.indices[row], found.order[row], found.gains[row])
         return [selections[i] for i in range(len(vision))]
+
+    def cover(
+        self,
+        text: Tensor | None,
+        projected: Tensor,
+        features: Tensor | None,
+        budget: int,
+        excluded: Tensor,
+        text_mask: Tensor | None,
+    ) -> Coverage:
+        """The search itself, for images of one size; arguments as those of `select_tokens`, with the batch axis."""
+        return select_tokens(
+            text,
+            projected,
+            features,
+            budget,
+            alpha=self.alpha,
+            text_temperature=self.text_temperature,
+            vision_temperature=self.vision_temperature,
+            excluded=excluded,
+            text_mask=text_mask,
+        )
 
     def _words(self, text: Sequence[TextTokens]) -> tuple[Tensor | None, Tensor | None]:
         """Embeddings of the questions' words, padded to [batch, words, dim], and which of them are real."""

@@ -36,6 +36,7 @@ class VisPruner(Method):
     signals: ClassVar[tuple[str, ...]] = ("class_attention",)
     per_crop: ClassVar[bool] = True
     keeps_padding: ClassVar[bool] = True
+    matrices: ClassVar[float] = 1.5
 
     important_ratio: float = IMPORTANT_RATIO
 

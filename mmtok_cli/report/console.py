@@ -15,12 +15,12 @@ from mmtok_cli.errors import MMTokError
 
 def results_console() -> Console:
     """Standard output: results and nothing else."""
-    return Console(highlight=False, markup=False)
+    return Console(highlight=False, markup=False, emoji=False)
 
 
 def notes_console(quiet: bool = False) -> Console:
     """Standard error: progress, warnings, hints."""
-    return Console(stderr=True, highlight=False, markup=False, quiet=quiet)
+    return Console(stderr=True, highlight=False, markup=False, emoji=False, quiet=quiet)
 
 
 def print_json(result: BaseModel | dict[str, Any]) -> None:

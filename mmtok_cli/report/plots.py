@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmtok_cli.files import write_whole
+from mmtok_cli.report.scaling import case_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from mmtok_cli.bench.results import CaseResult, Comparison
+    from mmtok_cli.bench.scaling import Point, ScalingProfile
 
 
 def save_gain_curve(gains: Sequence[float], path: Path, title: str) -> None:
@@ -76,6 +78,41 @@ def save_tradeoff(comparison: Comparison, path: Path) -> None:
     figure.legend(handles, names, loc="outside lower center", ncols=8, fontsize="small")
     for axes in (by_tokens, by_time):
         axes.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def save_scaling(profile: ScalingProfile, path: Path) -> None:
+    """Seconds of selection and of prefill against the number of vision tokens, both axes logarithmic.
+
+    The legend gives the exponent of each line, where there is one; the points that it was fitted to are filled.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    cases: dict[str, list[Point]] = defaultdict(list)
+    for point in profile.scaling:
+        if not point.refused:
+            cases[case_name(point)].append(point)
+    fits = {(case_name(fit), fit.stage): fit for fit in profile.growth}
+    sizes = sorted({point.tokens for point in profile.scaling})
+    for axes, stage in zip(figure.subplots(1, 2), ("select", "prefill"), strict=True):
+        for color, (name, points) in enumerate(cases.items()):
+            if stage == "select" and all(point.kept == point.tokens for point in points):
+                continue
+            seconds = [p.select_seconds if stage == "select" else p.prefill_seconds for p in points]
+            fit, style = fits[name, stage], {"color": f"C{color}", "marker": "o", "markersize": 5}
+            label = name if fit.exponent is None else f"{name}: tokens^{fit.exponent:.2f}"
+            axes.plot([p.tokens for p in points], seconds, label=label, markerfacecolor="white", **style)
+            if fit.exponent is not None:
+                used = [(p.tokens, s) for p, s in zip(points, seconds, strict=True) if p.tokens in fit.tokens]
+                axes.plot(*zip(*used, strict=True), linestyle="none", **style)
+        axes.set(xscale="log", yscale="log", xlabel="vision tokens", ylabel=f"{stage}, median [s]")
+        axes.set_xticks(sizes, [str(size) for size in sizes])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend(fontsize="small")
+    figure.axes[0].set_title(f"{profile.model}, {profile.environment.dtype}, {profile.environment.device}", loc="left")
     _save(figure, path)
 
 

@@ -1,0 +1,300 @@
+"""Selection and prefill against the number of vision tokens, and how fast they grow with it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+
+import torch
+from pydantic import Field
+from scipy.stats import linregress, t
+
+from mmtok_cli.bench.ceilings import CeilingProfile
+from mmtok_cli.bench.clock import Clock
+from mmtok_cli.bench.memory import peak_memory
+from mmtok_cli.bench.results import Record
+from mmtok_cli.bench.runner import Case
+from mmtok_cli.bench.schedule import interleaved
+from mmtok_cli.bench.statistics import CONFIDENCE
+from mmtok_cli.data.samples import Sample
+from mmtok_cli.errors import MMTokError
+from mmtok_cli.models.base import VisionLanguageModel
+from mmtok_cli.models.room import GIB, free_memory
+from mmtok_cli.pipeline import check_budget, inside, prefill, reduce
+
+PATIENCE = 10.0  # seconds for a case at one number of tokens; there are fewer runs where it would take longer
+FEWEST_RUNS = 3
+NEVER_TWICE = 20.0  # seconds from which a run is not repeated, and counts although it was the first
+SMALLEST_GRID = 8  # rows and columns at which fixed costs are measured
+DOMINATES = 4.0  # times its fixed cost that a stage takes at the points of a fit
+FEWEST_POINTS = 3
+STAGES = ("select", "prefill")
+
+
+class Point(Record):
+    """One case at one number of vision tokens: medians of `select_values` and `prefill_values`, whose lengths are the
+    runs. refused: why nothing was measured. peak: bytes of the largest run, None where the device does not count."""
+
+    tokens: int
+    kept: int | None = None
+    method: str
+    budget: str | None
+    select_seconds: float | None = None
+    prefill_seconds: float | None = None
+    select_values: list[float] = Field(default_factory=list)
+    prefill_values: list[float] = Field(default_factory=list)
+    peak: int | None = None
+    refused: str | None = None
+
+
+class Growth(Record):
+    """Seconds of a stage grow as tokens ** exponent; low and high bound a 95 % interval.
+
+    fixed_seconds: what the fastest run of the stage takes at the smallest grid. tokens: the points that the line was
+    fitted to. Without enough of them there is no exponent.
+    """
+
+    method: str
+    budget: str | None
+    stage: str
+    exponent: float | None
+    low: float | None
+    high: float | None
+    fixed_seconds: float | None
+    tokens: list[int]
+
+
+class ScalingProfile(CeilingProfile):
+    """What `mmtok profile --scaling --json` prints. fixed: the points at the smallest grid, one for each case."""
+
+    scaling: list[Point]
+    growth: list[Growth]
+    fixed: list[Point]
+
+
+@dataclass
+class _Runs:
+    """What was measured of one case at one number of tokens. wanted: runs that are to be counted."""
+
+    wanted: int = 0
+    kept: int = 0
+    peak: int | None = None
+    seconds: list[dict[str, float]] = field(default_factory=list)
+
+
+def parse_tokens(text: str) -> list[int]:
+    """Read "576,2304", ascending. Raises MMTokError for anything but square numbers."""
+    numbers = []
+    for part in text.split(","):
+        if not part.strip().isdecimal() or len(part.strip()) > 9 or int(part) < 1:
+            raise MMTokError(f"{part.strip()!r} is no number of vision tokens", "list square numbers, as in 576,2304")
+        number = int(part)
+        side = math.isqrt(number)
+        if side**2 != number:
+            raise MMTokError(
+                f"{number} vision tokens fill no square grid",
+                f"the nearest that do are {side**2} and {(side + 1) ** 2}",
+            )
+        numbers.append(number)
+    return sorted(set(numbers))
+
+
+def check_scaling(model: VisionLanguageModel, cases: Sequence[Case], sample: Sample, sizes: Sequence[int]) -> None:
+    """Refuse numbers of tokens at which a budget cannot be met. Raises MMTokError that names case and number."""
+    for tokens in sizes:
+        for case in cases:
+            try:
+                _check(model, case, sample, tokens)
+            except MMTokError as error:
+                raise MMTokError(f"{case} at {tokens} vision tokens: {error.message}", error.hint) from error
+
+
+def smallest_size(
+    model: VisionLanguageModel, cases: Sequence[Case], sample: Sample, sizes: Sequence[int]
+) -> int | None:
+    """The fewest tokens, below all `sizes`, of which every case drops some: what a stage takes there is fixed."""
+    for side in range(SMALLEST_GRID, math.isqrt(min(sizes))):
+        try:
+            check_scaling(model, cases, sample, [side**2])
+            if any(case.budget is not None and case.budget.resolve(side**2) == side**2 for case in cases):
+                continue
+        except MMTokError:
+            continue
+        return side**2
+    return None
+
+
+def measure_size(
+    model: VisionLanguageModel,
+    cases: Sequence[Case],
+    sample: Sample,
+    tokens: int,
+    *,
+    runs: int,
+    warmup: int,
+    seed: int,
+) -> list[Point]:
+    """Time all cases on the sample, encoded to `tokens` vision tokens, in rounds with an order of their own.
+
+    A case is run as often as fits into `PATIENCE`, at least `FEWEST_RUNS` and at most `runs` times, after `warmup`
+    runs, or as many as fit into that time; one that takes `NEVER_TWICE` is run once. What the device has no memory
+    for is refused, and not run.
+    """
+    refused: dict[int, str] = {}
+    measured = {i: _Runs() for i in range(len(cases))}
+    for i, case in enumerate(cases):
+        try:
+            _warm_up(model, case, sample, tokens, measured[i], runs, warmup)
+        except _TooLargeError as error:
+            refused[i] = str(error)
+    order = interleaved(len(cases), max(done.wanted for done in measured.values()), seed)
+    for permutation in order:
+        for i in permutation:
+            if len(measured[i].seconds) < measured[i].wanted:
+                _run(model, cases[i], sample, tokens, measured[i])
+    return [_point(case, tokens, measured[i], refused.get(i)) for i, case in enumerate(cases)]
+
+
+def growth_of(points: Sequence[Point], fixed: Sequence[Point]) -> Iterator[Growth]:
+    """How select and prefill of each case grow with the tokens.
+
+    A stage takes some time however few the tokens are (launching operations, waiting for each pick), which hides how
+    it grows. The line is fitted, by least squares on logarithms of medians, to the points at which it takes at least
+    `DOMINATES` times what the fastest run takes at the smallest grid; without such a measurement, to all. What keeps
+    every token selects nothing.
+    """
+    floors = {(point.method, point.budget): point for point in fixed}
+    for key in dict.fromkeys((point.method, point.budget) for point in points):
+        for stage in STAGES:
+            floor = min(_values(floors[key], stage), default=None) if key in floors else None
+            mine = [p for p in points if (p.method, p.budget) == key and (stage != "select" or p.kept != p.tokens)]
+            timed = [(p.tokens, _seconds(p, stage)) for p in mine]
+            used = [(n, s) for n, s in timed if s and s >= DOMINATES * (floor or 0)]
+            exponent, low, high = fit_exponent(*zip(*used, strict=True)) if used else (None, None, None)
+            yield Growth(
+                method=key[0],
+                budget=key[1],
+                stage=stage,
+                exponent=exponent,
+                low=low,
+                high=high,
+                fixed_seconds=floor,
+                tokens=[n for n, _ in used],
+            )
+
+
+def fit_exponent(
+    tokens: Sequence[float], seconds: Sequence[float]
+) -> tuple[float, float, float] | tuple[None, None, None]:
+    """The slope of log seconds over log tokens and its 95 % interval; nothing for fewer than `FEWEST_POINTS`.
+
+    The interval is that of least squares: it tells how far the points lie from a line, whether by noise or by bending.
+    """
+    if len(tokens) < FEWEST_POINTS:
+        return None, None, None
+    fit = linregress([math.log(n) for n in tokens], [math.log(s) for s in seconds])
+    slope, half = float(fit.slope), float(t.ppf((1 + CONFIDENCE) / 2, len(tokens) - 2) * fit.stderr)
+    return slope, slope - half, slope + half
+
+
+def needed_memory(model: VisionLanguageModel, case: Case, tokens: int) -> int:
+    """Bytes that a case takes above the weights, at least: the square matrices of its selection, or in prefill the KV
+    cache, the widest activations and, under eager attention, one layer's weights."""
+    config, width = model.model.config.text_config, model.dtype.itemsize
+    kept = tokens if case.budget is None else case.budget.resolve(tokens)
+    inner = bool(case.method.cuts(tokens, kept, model.layer_count))
+    entering = tokens if inner or case.budget is None else kept
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * head * entering * width
+    activations = 3 * config.intermediate_size * entering * width
+    attention = 2 * 4 * config.num_attention_heads * entering**2 if model.attention == "eager" else 0
+    return max(int(4 * case.method.matrices * tokens**2), cache + activations + attention)
+
+
+class _TooLargeError(Exception):
+    """Not enough memory for a point, in words."""
+
+
+def _check(model: VisionLanguageModel, case: Case, sample: Sample, tokens: int) -> None:
+    check_budget(model, case.method, [sample], case.budget, case.rules, [_grid(tokens)] * len(sample.images))
+
+
+def _grid(tokens: int) -> tuple[int, int]:
+    return math.isqrt(tokens), math.isqrt(tokens)
+
+
+def _warm_up(
+    model: VisionLanguageModel, case: Case, sample: Sample, tokens: int, done: _Runs, runs: int, warmup: int
+) -> None:
+    """Run a case until it is warm, and settle how often it is to be run. Raises _TooLargeError."""
+    needed, free = needed_memory(model, case, tokens), _free(model.device)
+    if free is not None and needed > free:
+        raise _TooLargeError(f"needs {needed / GIB:.3g} GiB, has {free / GIB:.3g}")
+    spent: list[float] = []
+    while not spent or (len(spent) < warmup and sum(spent) + spent[-1] <= PATIENCE):
+        done.seconds.clear()
+        try:
+            spent.append(_run(model, case, sample, tokens, done))
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise _TooLargeError("needs more memory than is free") from error
+        except RuntimeError as error:  # what the allocator of the CPU raises
+            if "not enough memory" not in str(error):
+                raise
+            raise _TooLargeError("needs more memory than is free") from error
+    if spent[-1] >= NEVER_TWICE:
+        done.wanted = 1
+    else:
+        done.seconds.clear()
+        done.wanted = min(runs, max(FEWEST_RUNS, int(PATIENCE / max(spent[-1], 1e-9))))
+
+
+def _free(device: torch.device) -> int | None:
+    """Bytes that torch can still get, those that it keeps for later use included."""
+    free = free_memory(device)
+    if free is not None and device.type == "cuda":
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free
+
+
+@torch.inference_mode()
+def _run(model: VisionLanguageModel, case: Case, sample: Sample, tokens: int, done: _Runs) -> float:
+    """One run from picture to prefill, recorded in `done`: the seconds that all of it took."""
+    grids = [_grid(tokens)] * len(sample.images)
+    with peak_memory(model.device) as peak:
+        clock = Clock(model.device)
+        reduced = reduce(model, case.method, [sample], case.budget, rules=case.rules, stage=clock.stage, grids=grids)
+        with inside(model, reduced, stage=clock.stage), clock.stage("prefill"):
+            prefill(model, reduced.inputs)
+        seconds = clock.seconds()
+    done.seconds.append(seconds)
+    done.kept = reduced.tokens[0].kept
+    done.peak = max(filter(None, (done.peak, peak.bytes)), default=None)
+    return seconds["total"]
+
+
+def _point(case: Case, tokens: int, done: _Runs, refused: str | None) -> Point:
+    budget = None if case.budget is None else str(case.budget)
+    if refused:
+        return Point(tokens=tokens, method=case.name, budget=budget, refused=refused)
+    values = {stage: [run[stage] for run in done.seconds] for stage in STAGES}
+    return Point(
+        tokens=tokens,
+        kept=done.kept,
+        method=case.name,
+        budget=budget,
+        select_seconds=median(values["select"]),
+        prefill_seconds=median(values["prefill"]),
+        select_values=values["select"],
+        prefill_values=values["prefill"],
+        peak=done.peak,
+    )
+
+
+def _seconds(point: Point, stage: str) -> float | None:
+    return point.select_seconds if stage == "select" else point.prefill_seconds
+
+
+def _values(point: Point, stage: str) -> list[float]:
+    return point.select_values if stage == "select" else point.prefill_values

@@ -1,0 +1,103 @@
+"""Profiles of several methods in 80 columns, a row for each case, and the device's ceilings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from mmtok_cli.report import tables
+from mmtok_cli.report.units import count, number, seconds, size
+
+if TYPE_CHECKING:
+    from mmtok_cli.bench.ceilings import CeilingProfile
+    from mmtok_cli.bench.results import Profile
+
+SIDE_BY_SIDE = 2  # cases that fit beside each other with their spread
+SPEEDUPS = ("prefill", "ttft", "total")
+MEMORY_STAGES = ("encode", "select", "prefill", "decode")
+
+
+def profile_tables(profile: Profile) -> list[Table]:
+    """Seconds, tokens, memory and operations: a column for each case, or a row where there are many."""
+    if len(profile.cases) <= SIDE_BY_SIDE:
+        return [tables.stage_table(profile), tables.cost_table(profile)]
+    return [_stages(profile), _speedups(profile), _tokens_and_memory(profile), _operations(profile)]
+
+
+def _stages(profile: Profile) -> Table:
+    table = _table("Seconds per stage: medians", [tables.SUMS.get(stage, stage) for stage in tables.STAGE_NAMES])
+    for case in profile.cases:
+        table.add_row(str(case), *(seconds(case.seconds[stage].median) for stage in tables.STAGE_NAMES))
+    return table
+
+
+def _speedups(profile: Profile) -> Table:
+    baseline, *others = profile.cases
+    table = _table(f"Speedup over {baseline}", [tables.SUMS.get(stage, stage) for stage in SPEEDUPS])
+    for case in others:
+        table.add_row(str(case), *(tables.speedup_text(case.speedup.get(stage)) for stage in SPEEDUPS))
+    return table
+
+
+def _tokens_and_memory(profile: Profile) -> Table:
+    with_peaks = any(case.memory.peak is not None for case in profile.cases)
+    stages = [stage for stage in MEMORY_STAGES if any(stage in peaks for peaks in profile.stage_peaks.values())]
+    headings = ["kept", "avg", "KV cache", *(["peak"] if with_peaks else []), *stages]
+    of_stages = f"; peaks within {', '.join(stages)} (trace)" if stages else ""
+    table = _table(f"Vision tokens and memory{of_stages}", headings)
+    for case in profile.cases:
+        peaks = [size(case.memory.peak)] if with_peaks else []
+        within = [size(profile.stage_peaks[str(case)].get(stage)) for stage in stages]
+        average = number(round(case.tokens.layer_average, 1))
+        table.add_row(str(case), number(case.tokens.kept), average, size(case.memory.kv_cache), *peaks, *within)
+    return table
+
+
+def _operations(profile: Profile) -> Table:
+    table = _table("FLOPs, and tokens of the text", [*MEMORY_STAGES, "text tokens", "new tokens"])
+    for case in profile.cases:
+        flops = (count(case.flops[stage]) for stage in MEMORY_STAGES)
+        table.add_row(str(case), *flops, number(case.tokens.text), number(case.tokens.new))
+    return table
+
+
+def ceiling_table(profile: CeilingProfile) -> Table:
+    """FLOP/s of each stage and bytes/s of decoding, and what share of the device's ceilings that is."""
+    ceilings, stages = profile.ceilings, ("encode", "select", "prefill")
+    table = _table("Against the device's ceilings", [f"{stage} FLOP/s" for stage in stages] + ["decode B/s"])
+    for case in profile.achieved:
+        name = case.method if case.budget is None else f"{case.method} @ {case.budget}"
+        flops = [_of_ceiling(case.flops_per_second.get(stage), ceilings.flops_per_second) for stage in stages]
+        table.add_row(name, *flops, _of_ceiling(case.decode_bytes_per_second, ceilings.bytes_per_second))
+    ceiling = count(ceilings.flops_per_second)
+    table.add_row("the device", *[ceiling] * len(stages), count(ceilings.bytes_per_second), style="bold")
+    return table
+
+
+def ceiling_notes(profile: CeilingProfile) -> list[str]:
+    """What the ceilings are."""
+    c = profile.ceilings
+    kind = f"{c.dtype}, as TF32" if c.tf32 else c.dtype
+    return [
+        f"ceilings, measured in this run: the product of two matrices of {c.rows} x {c.rows} ({kind}), and a copy of "
+        f"{size(c.copied)}, read and written",
+        f"decode B/s: the {size(profile.weights_read)} of the language model's weights that every decoded token reads, "
+        "without the KV cache. FLOPs of select are those of matrix products alone",
+    ]
+
+
+def _of_ceiling(value: float | None, ceiling: float) -> str:
+    if value is None:
+        return "–"
+    percent = 100 * value / ceiling
+    return f"{count(value)}, {percent:.{0 if percent >= 9.95 else 1}f}%"
+
+
+def _table(title: str, headings: Sequence[str]) -> Table:
+    table = tables.plain_table(title)
+    table.add_column("", no_wrap=True)
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=" " not in heading)
+    return table
