@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from mmtok_cli.bench.clock import Clock
+from mmtok_cli.bench.part import missing_layers
 from mmtok_cli.bench.results import CaseResult, Profile, Record
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.models.room import free_memory
@@ -79,11 +80,12 @@ def achieved(results: Sequence[CaseResult], weights_read: int) -> list[Achieved]
 
 def weights_read(model: VisionLanguageModel) -> int:
     """Bytes of weights that decoding one token reads: the language model's and its head's. Of the input embedding it
-    reads a row, which is not counted; nor is the KV cache."""
+    reads a row, which is not counted; nor is the KV cache. Layers that are not run count as the last one that is."""
     embedding = model.model.get_input_embeddings().weight
     head = model.model.get_output_embeddings().weight
-    layers = model.model.model.language_model.parameters()
-    return head.nbytes + sum(weight.nbytes for weight in layers if weight is not embedding)
+    language_model = model.model.model.language_model
+    missing = missing_layers(model) * sum(weight.nbytes for weight in language_model.layers[-1].parameters())
+    return head.nbytes + missing + sum(w.nbytes for w in language_model.parameters() if w is not embedding)
 
 
 def _achieved(result: CaseResult, weights_read: int) -> Achieved:

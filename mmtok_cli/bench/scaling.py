@@ -14,6 +14,7 @@ from scipy.stats import linregress, t
 from mmtok_cli.bench.ceilings import CeilingProfile
 from mmtok_cli.bench.clock import Clock
 from mmtok_cli.bench.memory import peak_memory
+from mmtok_cli.bench.part import last_layer, missing_layers, of_whole_model
 from mmtok_cli.bench.results import Record
 from mmtok_cli.bench.runner import Case
 from mmtok_cli.bench.schedule import interleaved
@@ -265,13 +266,14 @@ def _run(model: VisionLanguageModel, case: Case, sample: Sample, tokens: int, do
     with peak_memory(model.device) as peak:
         clock = Clock(model.device)
         reduced = reduce(model, case.method, [sample], case.budget, rules=case.rules, stage=clock.stage, grids=grids)
-        with inside(model, reduced, stage=clock.stage), clock.stage("prefill"):
+        cuts = inside(model, reduced, stage=clock.stage)
+        with last_layer(model, clock.now) as spans, cuts, clock.stage("prefill"):
             prefill(model, reduced.inputs)
-        seconds = clock.seconds()
-    done.seconds.append(seconds)
+        stages = clock.stages()
+    done.seconds.append(of_whole_model(stages, clock.sums(spans), missing_layers(model)))
     done.kept = reduced.tokens[0].kept
     done.peak = max(filter(None, (done.peak, peak.bytes)), default=None)
-    return seconds["total"]
+    return sum(stages.values())
 
 
 def _point(case: Case, tokens: int, done: _Runs, refused: str | None) -> Point:

@@ -13,11 +13,14 @@ from mmtok_cli.cli.options import (
     OUTPUT,
     PLOTS,
     REDUCTION,
+    AttentionOption,
     BudgetMeansOption,
     BudgetOption,
+    DeviceMapOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
+    LayersOption,
     MaxNewTokensOption,
     ModelOption,
     PositionsOption,
@@ -86,6 +89,9 @@ def profile(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     weights: WeightsOption = "pretrained",
+    layers: LayersOption = None,
+    attention: AttentionOption = "sdpa",
+    device_map: DeviceMapOption = None,
     track: TrackOption = "released",
     positions: PositionsOption = None,
     budget_means: BudgetMeansOption = "final",
@@ -121,7 +127,7 @@ def profile(
     if plot:
         require_writable(plot, PLOTS, "--plot")
     sizes = parse_tokens(scaling_tokens or SCALING_TOKENS)
-    vlm = open_model(model, device, dtype, weights, quiet)
+    vlm = open_model(model, device, dtype, weights, quiet, layers=layers, attention=attention, device_map=device_map)
 
     from mmtok_cli.bench.ceilings import CeilingProfile, achieved, measure_ceilings, weights_read
     from mmtok_cli.bench.flops import count_flops

@@ -27,7 +27,8 @@ def profile_tables(profile: Profile) -> list[Table]:
 
 
 def _stages(profile: Profile) -> Table:
-    table = _table("Seconds per stage: medians", [tables.SUMS.get(stage, stage) for stage in tables.STAGE_NAMES])
+    headings = [tables.stage_name(stage, profile.environment) for stage in tables.STAGE_NAMES]
+    table = _table("Seconds per stage: medians", headings)
     for case in profile.cases:
         table.add_row(str(case), *(seconds(case.seconds[stage].median) for stage in tables.STAGE_NAMES))
     return table

@@ -238,6 +238,11 @@ def environment_line(model: str, environment: Environment) -> Text:
     )
 
 
+def stage_name(stage: str, environment: Environment) -> str:
+    """What a stage is called; "~" marks an estimate."""
+    return ("~ " if environment.layers and stage in ESTIMATED else "") + SUMS.get(stage, stage)
+
+
 def stage_table(profile: Profile) -> Table:
     """Stages x cases: median seconds, their spread, and speedup over the baseline."""
     table = plain_table("Seconds per stage: median (p10–p90)")
@@ -248,11 +253,10 @@ def stage_table(profile: Profile) -> Table:
     for case in others:
         table.add_column(str(case), justify="right", no_wrap=True)
         table.add_column("speedup of stage", justify="right")
-    estimated = ESTIMATED if profile.environment.layers else ()
     for stage in STAGE_NAMES:
         times = baseline.seconds[stage]
         row: list[str | Text] = [
-            ("~ " if stage in estimated else "") + SUMS.get(stage, stage),
+            stage_name(stage, profile.environment),
             _spread(times),
             share(times.median / baseline.seconds["total"].median),
         ]
