@@ -90,7 +90,12 @@ def result(method: str, kept: float, average: float, overhead: float = 0.02) -> 
 
 
 def comparison(results: Sequence[CaseResult] = (), rules: Rules = USUAL) -> Comparison:
-    environment = dict.fromkeys(Environment.model_fields, "x") | {"git_dirty": False, "threads": 1, "command": []}
+    environment = dict.fromkeys(Environment.model_fields, "x") | {
+        "git_dirty": False,
+        "threads": 1,
+        "command": [],
+        "layers": None,
+    }
     schedule = dict.fromkeys(Schedule.model_fields, 1) | {"data": "demo", "order": []}
     return Comparison(
         model="x",
