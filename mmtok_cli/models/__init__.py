@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,8 @@ def load_model(
     """
     import torch
 
+    from mmtok_cli.models.room import free_on_gpus, laid_out, needs_of, require_room
+
     where = choose_device(device)
     kind = choose_dtype(dtype, where)
     require_attention(attention, where, kind)
@@ -64,12 +67,15 @@ def load_model(
     family, depth = FAMILIES[config.model_type](), config.text_config.num_hidden_layers
     if layers is not None:
         config = shortened(config, layers, name)
+    stored = kind or (torch.bfloat16 if weights == "random" else torch.float16)
+    layout = laid_out(config, stored, attention)
+    gpus = free_on_gpus() if device_map else None
     vision_tokens = profile.vision_tokens if profile else VISION_TOKENS
+    require_room(name, needs_of(layout, stored, vision_tokens, attention), stored, where, gpus)
     if weights == "random":
-        model = _random(name, config, kind or torch.bfloat16, where, attention, vision_tokens, device_map)
+        model = _random(layout, where, gpus)
         processor = _processor_without_download(name, source, family, config)
     else:
-        _check_room(name, config, kind or torch.float16, where, attention, vision_tokens, device_map)
         model, processor = _pretrained(name, source, family, kind, where, attention, layers, device_map)
     built = family(name, model.eval(), processor, **_text_tower(name))
     built.weights, built.depth = weights, depth
@@ -85,45 +91,18 @@ def _require_gpus(device: torch.device) -> None:
         raise MMTokError("--device-map needs the package accelerate", "pip install accelerate")
 
 
-def _random(
-    name: str,
-    config: Any,
-    dtype: torch.dtype,
-    device: torch.device,
-    attention: str,
-    vision_tokens: int,
-    device_map: str | None,
-) -> Any:
-    """A model of this configuration with random weights. Raises MMTokError where there is no room for it."""
+def _random(layout: Any, device: torch.device, gpus: Mapping[int, int] | None) -> Any:
+    """A laid-out model with random weights; gpus: free bytes of those that it is to be spread over."""
     from mmtok_cli.models.random_weights import fill_randomly
-    from mmtok_cli.models.room import free_on_gpus, laid_out, needs_of, require_room
 
-    model = laid_out(config, dtype, attention)
-    gpus = free_on_gpus() if device_map else None
-    require_room(name, needs_of(model, dtype, vision_tokens, attention), dtype, device, gpus)
     if gpus is None:
-        return fill_randomly(model, device)
+        return fill_randomly(layout, device)
     from accelerate import dispatch_model, infer_auto_device_map
 
     # A sixth of each GPU is left for activations and the KV cache.
     room = {gpu: free * 5 // 6 for gpu, free in gpus.items()}
-    places = infer_auto_device_map(model, max_memory=room, no_split_module_classes=model._no_split_modules)
-    return dispatch_model(fill_randomly(model, device, places), places)
-
-
-def _check_room(
-    name: str,
-    config: Any,
-    dtype: torch.dtype,
-    device: torch.device,
-    attention: str,
-    vision_tokens: int,
-    device_map: str | None,
-) -> None:
-    from mmtok_cli.models.room import free_on_gpus, laid_out, needs_of, require_room
-
-    needs = needs_of(laid_out(config, dtype, "eager"), dtype, vision_tokens, attention)
-    require_room(name, needs, dtype, device, free_on_gpus() if device_map else None)
+    places = infer_auto_device_map(layout, max_memory=room, no_split_module_classes=layout._no_split_modules)
+    return dispatch_model(fill_randomly(layout, device, places), places)
 
 
 def _pretrained(
