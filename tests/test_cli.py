@@ -138,6 +138,14 @@ def test_bad_rules_and_settings(tiny_directory: Path, photo: Path, tmp_path: Pat
     assert not (tmp_path / "t").exists()
 
 
+def test_infer_from_several_images(photo: Path, tiny_directory: Path) -> None:
+    question = "is <image> or <image> red ?"
+    said = run_json("infer", photo, question, "--image", photo, "-m", tiny_directory, "-b", 4)
+    assert said["tokens"]["kept"] == 8 and said["tokens"]["total"] == 72
+    refused(run("infer", photo, question, "-m", tiny_directory, "-b", 4), "2 <image> markers for 1 image")
+    refused(run("infer", photo, QUESTION, "--image", "nowhere.png", "-m", tiny_directory), "nowhere.png")
+
+
 def test_settings_override_the_seed_and_the_profile(tiny_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mmtok_cli.profiles import known_profiles
 

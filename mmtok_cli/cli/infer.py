@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -39,6 +40,14 @@ def infer(
     model: ModelOption = "demo",
     method: MethodOption = "mmtok",
     budget: BudgetOption = "64",
+    more: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--image",
+            help="A further image. Repeatable; <image> in the question says where each stands.",
+            show_default=False,
+        ),
+    ] = None,
     baseline: Annotated[
         bool, typer.Option("--baseline", help="Put the unreduced answer beside it.", rich_help_panel=MEASUREMENT)
     ] = False,
@@ -68,7 +77,7 @@ def infer(
         [method], model, seed, track=track, positions=positions, budget_means=budget_means, settings=settings
     )
     wanted = Budget.parse(budget)
-    sample = sample_from_file(image, question)
+    sample = sample_from_file(image, question, *(more or ()))
     case = make_case(method, wanted, setup)
     cases = [case, make_case("full", None, setup)] if baseline else [case]
     vlm = open_model(model, device, dtype, weights, quiet, attention=attention, device_map=device_map)

@@ -67,10 +67,14 @@ def normalise(text: str) -> str:
     return " ".join(text.lower().split()).strip(string.punctuation + " ")
 
 
-def sample_from_file(path: Path | str, question: str) -> Sample:
-    """One image file and a question. Raises MMTokError for an unreadable image and for an empty question."""
+def sample_from_file(path: Path | str, question: str, *more: Path | str) -> Sample:
+    """A question about one image file, or about several in this order.
+
+    Raises MMTokError for an unreadable image and for an empty question.
+    """
     require_question(question)
-    return Sample((open_image(path),), question, (Path(path).name,))
+    paths = (path, *more)
+    return Sample(tuple(open_image(each) for each in paths), question, tuple(Path(each).name for each in paths))
 
 
 def require_question(question: str) -> None:
