@@ -15,8 +15,9 @@ ALLOWED = {
     "methods": SHARED | {"methods"},
     "models": SHARED | {"models", "profiles"},
     "data": {"errors", "data", "demo"},
-    "pipeline": SHARED | {"models", "methods", "data"},
-    "bench": SHARED | {"bench", "pipeline", "data", "models", "methods", "files"},
+    "decoding": {"models"},
+    "pipeline": SHARED | {"models", "methods", "data", "decoding"},
+    "bench": SHARED | {"bench", "pipeline", "decoding", "data", "models", "methods", "files"},
     "report": {"report", "bench", "errors", "files", "profiles", "rules"},
     "demo": {"demo", "errors"},
     "tokens": {"crops"},  # for a type alone

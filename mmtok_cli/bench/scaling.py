@@ -20,10 +20,11 @@ from mmtok_cli.bench.runner import Case
 from mmtok_cli.bench.schedule import interleaved
 from mmtok_cli.bench.statistics import CONFIDENCE
 from mmtok_cli.data.samples import Sample
+from mmtok_cli.decoding import prefill
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.models.room import GIB, free_memory
-from mmtok_cli.pipeline import check_budget, inside, prefill, reduce
+from mmtok_cli.pipeline import check_budget, inside, reduce
 
 PATIENCE = 10.0  # seconds for a case at one number of tokens; there are fewer runs where it would take longer
 FEWEST_RUNS = 3
