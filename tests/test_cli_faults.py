@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from cli_helpers import QUESTION, refused, run
+from cli_helpers import QUESTION, refused, run, run_json
 from conftest import picture
 
 
@@ -145,3 +145,14 @@ def test_trace_directory_that_cannot_be(tiny_directory: Path, photo: Path, tmp_p
     refused(run("profile", photo, QUESTION, "-m", tiny_directory, "-b", 999, "--trace-dir", tmp_path / "t"), "36")
     assert not (tmp_path / "t").exists()
     refused(run("profile", photo, QUESTION, "-m", tiny_directory, "-b", 4, "--trace-dir", photo), "--trace-dir")
+
+
+@pytest.mark.parametrize("command", [("infer",), ("compare", "--limit", 1, "--methods", "none")])
+def test_a_name_that_is_no_text_is_escaped_in_json(
+    command: tuple[object, ...], tiny_directory: Path, photo: Path, tmp_path: Path
+) -> None:
+    name = tmp_path / "a\udcffb"
+    name.symlink_to(tiny_directory)
+    asked = (photo, QUESTION) if command == ("infer",) else ()
+    said = run_json(*command, *asked, "-m", name, "--max-new-tokens", 1)
+    assert said["model"] == str(name)

@@ -1,12 +1,15 @@
 """The shape of what is reported: seconds and bytes, raw values kept. `--json` prints these objects.
 
 Each object that is printed names its `schema`. The number behind the slash goes up when a key changes its meaning or
-goes away; keys may be added without that. What is printed can be read back: `Comparison.model_validate_json(text)`.
+goes away; keys may be added without that. What is printed can be read back: `from_json(Comparison, text)`.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -14,8 +17,35 @@ from mmtok_cli.rules import Positions, Rules
 
 
 class Record(BaseModel):
-    # JSON has no word for what is not a number, which the logits of a model in half precision may be.
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+Kind = TypeVar("Kind", bound=Record)
+
+
+def json_text(value: BaseModel | Mapping[str, Any], indent: int | None = None) -> str:
+    """One JSON object that any file can hold.
+
+    Undecodable bytes, which names and the command line may hold, are escaped; what is not a number is a string.
+    """
+    plain = value.model_dump(mode="json", by_alias=True) if isinstance(value, BaseModel) else value
+    text = json.dumps(_finite(plain), indent=indent, ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def from_json(kind: type[Kind], text: str) -> Kind:
+    """What `json_text` was given. Raises ValueError for text that is something else."""
+    return kind.model_validate(json.loads(text))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_finite(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
 
 
 class Times(Record):

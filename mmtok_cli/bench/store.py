@@ -5,17 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
-
-from pydantic import ValidationError
 
 from mmtok_cli.bench.records import Counted, Failure, Plan, Run
-from mmtok_cli.bench.results import Record
+from mmtok_cli.bench.results import Kind, Record, from_json, json_text
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.files import write_whole
 
 PLAN = "plan.json"
-Kind = TypeVar("Kind", bound=Record)
 
 
 class NotWrittenError(MMTokError):
@@ -113,15 +109,15 @@ def newest_run(runs: Path) -> Path:
 
 def _write(path: Path, record: Record) -> None:
     try:
-        write_whole(path, lambda part: part.write_text(record.model_dump_json(by_alias=True), encoding="utf-8"))
+        write_whole(path, lambda part: part.write_text(json_text(record), encoding="utf-8"))
     except MMTokError as error:
         raise NotWrittenError(error.message, "make room there, then go on with --resume") from error
 
 
 def _read(path: Path, kind: type[Kind]) -> Kind:
     try:
-        return kind.model_validate_json(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValidationError) as error:
+        return from_json(kind, path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         hint = "begin a new run" if path.name == PLAN else "delete this file; what it held will be measured again"
         raise MMTokError(f"{path} cannot be read", hint) from error
 

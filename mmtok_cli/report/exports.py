@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 from rich.cells import cell_len
 
+from mmtok_cli.bench.results import json_text
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.files import write_whole
 from mmtok_cli.report.columns import comparison_columns, trouble
@@ -49,7 +50,7 @@ def write_export(comparison: Comparison, path: Path, *, overlays: Sequence[Overl
     """
     kind = path.suffix.lower()
     if kind == ".json":
-        text = json.dumps(comparison.model_dump(by_alias=True), indent=2, ensure_ascii=False) + "\n"
+        text = json_text(comparison, indent=2) + "\n"
     elif kind == ".csv":
         text = csv_text(comparison)
     elif kind == ".md":
