@@ -147,12 +147,12 @@ def test_trace_directory_that_cannot_be(tiny_directory: Path, photo: Path, tmp_p
     refused(run("profile", photo, QUESTION, "-m", tiny_directory, "-b", 4, "--trace-dir", photo), "--trace-dir")
 
 
-@pytest.mark.parametrize("command", [("infer",), ("compare", "--limit", 1, "--methods", "none")])
-def test_a_name_that_is_no_text_is_escaped_in_json(
-    command: tuple[object, ...], tiny_directory: Path, photo: Path, tmp_path: Path
+def test_names_that_are_no_text_are_escaped_in_json(
+    tiny_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    name = tmp_path / "a\udcffb"
-    name.symlink_to(tiny_directory)
-    asked = (photo, QUESTION) if command == ("infer",) else ()
-    said = run_json(*command, *asked, "-m", name, "--max-new-tokens", 1)
-    assert said["model"] == str(name)
+    monkeypatch.setattr(sys, "argv", ["mmtok", "a\udcffb"])
+    run_dir = tmp_path / "c\udcffd"
+    command = ("compare", "-m", tiny_directory, "--limit", 1, "--methods", "none", "--max-new-tokens", 1)
+    said = run_json(*command, "--run-dir", run_dir)
+    assert said["environment"]["command"] == ["mmtok", "a\udcffb"] and said["run_directory"] == str(run_dir)
+    assert run_json("compare", "--run-dir", run_dir, "--resume") == said
