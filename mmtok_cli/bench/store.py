@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mmtok_cli.bench.records import Counted, Failure, Plan, Run
+from mmtok_cli.bench.asked import AskedBatch
+from mmtok_cli.bench.records import Counted, Failure, Plan, Run, digest
 from mmtok_cli.bench.results import Kind, Record, from_json, json_text
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.files import write_whole
@@ -21,8 +22,9 @@ class NotWrittenError(MMTokError):
 class RunDirectory:
     """What is known of a run, in memory and in its directory.
 
-    `plan.json`, `rounds/ROUND-CASE.json` for each case in each round, `cases/CASE.json` for what is counted once, and
-    `failures/CASE.json`. However the process ends, a file is there whole or not at all.
+    `plan.json`, `rounds/ROUND-CASE.json` for each case in each round, `cases/CASE.json` for what is counted once,
+    `failures/CASE.json`, and `quality/BATCH.json` for what all cases said to a batch of samples. However the process
+    ends, a file is there whole or not at all.
     """
 
     def __init__(self, path: Path, plan: Plan) -> None:
@@ -31,6 +33,8 @@ class RunDirectory:
         self.runs: dict[tuple[int, int], Run] = {}
         self.counted: dict[int, Counted] = {}
         self.failures: dict[int, Failure] = {}
+        self.asked: dict[int, AskedBatch] = {}
+        self.key = digest([case.key for case in plan.cases])
 
     @classmethod
     def create(cls, path: Path, plan: Plan) -> RunDirectory:
@@ -57,6 +61,10 @@ class RunDirectory:
             failure = _read(file, Failure)
             _require_key(file, failure.case, failure.key, keys)
             directory.failures[failure.case] = failure
+        for file in sorted((path / "quality").glob("*.json")):
+            asked = _read(file, AskedBatch)
+            _require_key(file, 0, asked.key, [directory.key])
+            directory.asked[asked.batch] = asked
         return directory
 
     @contextmanager
@@ -93,6 +101,11 @@ class RunDirectory:
         """Give a case up. Raises NotWrittenError where that cannot be written."""
         self.failures[failure.case] = failure
         _write(self.path / "failures" / f"{failure.case:03d}.json", failure)
+
+    def keep(self, asked: AskedBatch) -> None:
+        """Keep what was said to a batch. Raises NotWrittenError where that cannot be written."""
+        self.asked[asked.batch] = asked
+        _write(self.path / "quality" / f"{asked.batch:06d}.json", asked)
 
     def write_result(self, result: Record) -> None:
         """Leave the result beside what it was made from."""
