@@ -83,11 +83,12 @@ def comparison_notes(comparison: Comparison) -> list[str]:
 def quality_notes(comparison: Comparison) -> list[str]:
     """What scores, flips and fidelity are, as far as they are shown."""
     results, schedule = comparison.results, comparison.schedule
+    on = "" if schedule.timed is None else f" on {schedule.timed} samples"
+    timed = f"{_count(schedule.rounds, 'round')}{on} for the times, then {schedule.samples} samples, each asked once"
     notes = []
     if any(result.fidelity for result in results):
         notes += [
-            f"times and quality are measured apart: {_count(schedule.rounds, 'round')} on {schedule.timed} samples are "
-            f"timed, and then all {schedule.samples} are asked once",
+            "times and quality are measured apart: " + timed,
             "same: answers in the same words as the unreduced model's. top-1, KL: agreement and divergence (nats) at "
             "each token of its answer",
         ]

@@ -75,7 +75,8 @@ def csv_text(comparison: Comparison) -> str:
     """One row for each case, columns named with their units; raw values are left to JSON."""
     context = _context(comparison)
     found = []
-    for case in (*comparison.results, *comparison.failures):
+    cases: list[CaseResult | FailedCase] = [*comparison.results, *comparison.failures]
+    for case in cases:
         row = dict(_flat(case))
         found.append(row | {name: value for name, value in context.items() if name not in row})
     names = dict.fromkeys(name for row in sorted(found, key=len, reverse=True) for name in row)

@@ -133,6 +133,7 @@ def _sizes(comparison: Comparison) -> str:
 
 def _environment(comparison: Comparison) -> list[tuple[str, str]]:
     e, s = comparison.environment, comparison.schedule
+    timed = f" on {s.timed} samples" if s.timed else ""
     commit = f"{e.git_commit}{' (changed)' if e.git_dirty else ''}" if e.git_commit else "not from a checkout"
     return [
         ("processor", e.processor),
@@ -140,12 +141,9 @@ def _environment(comparison: Comparison) -> list[tuple[str, str]]:
         ("weights", f"{e.weights}, {e.dtype}, {e.attention} attention"),
         (
             "data",
-            f"{s.data}, {s.samples} samples, batches of {_sizes(comparison)}, at most {s.max_new_tokens} new tokens",
+            f"{s.data}, {s.samples} samples, batches of {_sizes(comparison)}, {s.max_new_tokens} new tokens at most",
         ),
-        (
-            "schedule",
-            f"{s.rounds} rounds{f' on {s.timed} samples' if s.timed else ''} after {s.warmup} to warm up, in random order, seed {s.seed}",
-        ),
+        ("schedule", f"{s.rounds} rounds{timed} after {s.warmup} to warm up, in random order, seed {s.seed}"),
         ("rules", tables.rules_text(comparison.rules) or f"{comparison.rules.track} track"),
         ("versions", f"mmtok {e.mmtok}, torch {e.torch}, transformers {e.transformers}, Python {e.python}"),
         ("platform", e.platform),

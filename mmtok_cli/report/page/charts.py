@@ -150,10 +150,8 @@ def _plot(
     baseline = comparison.results[0]
     series = []
     for name, i in method_numbers(comparison).items():
-        mine = sorted(
-            (p for p in placed if p[0] is not baseline and series_name(p[0], comparison) == name),
-            key=lambda p: p[0].tokens.kept,
-        )
+        of_it = [p for p in placed if p[0] is not baseline and series_name(p[0], comparison) == name]
+        mine = sorted(of_it, key=lambda p: p[0].tokens.kept)
         if mine:
             series.append(Series(i, name, tuple(point(*p) for p in mine)))
     full = next((point(*p) for p in placed if p[0] is baseline), None)
