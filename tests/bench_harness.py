@@ -70,7 +70,7 @@ def main() -> None:
         data="demo",
         seed=0,
         max_new_tokens=2,
-        rounds=None,
+        rounds=chosen.rounds,
         runs=1,
         warmup=0,
         min_time=None,

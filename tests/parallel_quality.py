@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mmtok_cli.bench.parallel import Processes, ask_all, join_processes
+from mmtok_cli.bench.quality import Outcome
 from mmtok_cli.bench.runner import Case
 from mmtok_cli.budget import Budget
 from mmtok_cli.data.datasets import open_dataset
@@ -22,19 +23,22 @@ CASES = [
 
 
 def ask(processes: Processes) -> dict[str, Any]:
-    """All outcomes, and how many samples each process has asked about."""
-    done: list[int] = []
-    asked = ask_all(
+    """All outcomes, and which batches were asked at a time."""
+    outcomes: list[Outcome] = []
+    batches = []
+    for found in ask_all(
         load_model("demo", device="cpu"),
         CASES,
         open_dataset("demo", limit=13),
         processes=processes,
         batch_size=3,
         max_new_tokens=2,
-        advance=done.append,
-    )
-    outcomes = [[o.number, o.case, o.answer, o.score, o.closeness.kl, o.closeness.same] for o in asked.outcomes]
-    return {"outcomes": outcomes, "done": processes.gather([sum(done)]), "count": processes.count}
+    ):
+        batches.append([batch.batch for batch in found])
+        outcomes += [item for batch in found for item in batch.items if isinstance(item, Outcome)]
+    outcomes.sort(key=lambda o: (o.number, o.case))
+    said = [[o.number, o.case, o.answer, o.score, o.closeness.kl, o.closeness.same] for o in outcomes]
+    return {"outcomes": said, "batches": batches, "count": processes.count}
 
 
 if __name__ == "__main__":

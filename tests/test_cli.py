@@ -226,13 +226,13 @@ def test_catalogues() -> None:
     assert "arXiv 2508.18264" in run("methods", "mmtok").stdout
 
 
-def test_partial_batches_are_left_out(tiny_directory: Path) -> None:
+def test_partial_batches_are_asked_and_not_timed(tiny_directory: Path) -> None:
     command = ("compare", "-m", tiny_directory, "-b", 4, "--max-new-tokens", 2, "--methods", "random", "--json")
     result = run(*command, "--limit", 5, "--batch-size", 2, "--rounds", 3)
-    assert "asking 4 of 5 samples" in result.stderr
     pairs = json.loads(result.stdout)
-    assert pairs["results"][0]["score_counts"]["asked"] == pairs["schedule"]["samples"] == 4
-    alone = json.loads(run(*command, "--limit", 4).stdout)
+    assert pairs["results"][0]["score_counts"]["asked"] == pairs["schedule"]["samples"] == 5
+    assert pairs["schedule"]["timed"] == 4
+    alone = json.loads(run(*command, "--limit", 5, "--rounds", 4).stdout)
     two, one = pairs["results"][1], alone["results"][1]
     assert two["score"] == one["score"] and two["tokens"]["text"] == one["tokens"]["text"]
     assert two["memory"]["kv_cache"] == pytest.approx(one["memory"]["kv_cache"], rel=0.1)  # per sample; padding aside

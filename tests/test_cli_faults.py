@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from cli_helpers import QUESTION, refused, run
+from cli_helpers import QUESTION, refused, run, run_json
 from conftest import picture
 
 
@@ -145,3 +145,14 @@ def test_trace_directory_that_cannot_be(tiny_directory: Path, photo: Path, tmp_p
     refused(run("profile", photo, QUESTION, "-m", tiny_directory, "-b", 999, "--trace-dir", tmp_path / "t"), "36")
     assert not (tmp_path / "t").exists()
     refused(run("profile", photo, QUESTION, "-m", tiny_directory, "-b", 4, "--trace-dir", photo), "--trace-dir")
+
+
+def test_names_that_are_no_text_are_escaped_in_json(
+    tiny_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["mmtok", "a\udcffb"])
+    run_dir = tmp_path / "c\udcffd"
+    command = ("compare", "-m", tiny_directory, "--limit", 1, "--methods", "none", "--max-new-tokens", 1)
+    said = run_json(*command, "--run-dir", run_dir)
+    assert said["environment"]["command"] == ["mmtok", "a\udcffb"] and said["run_directory"] == str(run_dir)
+    assert run_json("compare", "--run-dir", run_dir, "--resume") == said

@@ -32,7 +32,8 @@ def test_the_baseline_named_as_a_method_is_measured_once_more(
     first, again = compared["results"]
     assert (first["method"], first["again"], first["speedup"]) == ("full", False, {})
     assert (again["method"], again["again"]) == ("full", True)
-    assert again["fidelity"] == {"kl": 0, "top1": 1} and again["retention"] in (1, None)
+    assert again["fidelity"] == {"kl": 0, "top1": 1, "same": 1} and again["retention"] in (1, None)
+    assert (again["flips"]["right_wrong"], again["flips"]["wrong_right"], again["flips"]["p_value"]) == (0, 0, 1)
     speedup = again["speedup"]["total"]
     assert speedup["low"] < 1.1 and speedup["high"] > 0.9  # near 1, however loaded the machine is
     assert speedup["conclusive"] == (not speedup["low"] <= 1 <= speedup["high"])
@@ -53,7 +54,9 @@ def test_dry_run(command: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.M
     assert cases == one + [(name, again, 4, 6) for name, again, _, _ in one]
     assert plan["rounds"] == 8 and plan["runs"] == 3 and sorted(plan["order"][0]) == list(range(6))
     least = sum(case["seconds"] * case["rounds"] * 3 for case in plan["cases"])
-    assert least < plan["seconds"] < 1.5 * least
+    asked = sum(2 * 2 * case["seconds"] for case in plan["cases"] if case["batch_size"] == 4 and not case["again"])
+    assert plan["quality_seconds"] == pytest.approx(asked)
+    assert least < plan["seconds"] - asked < 1.5 * least
     longer = run_json(*command, *options, "--min-time", 500)
     assert 500 < longer["seconds"] < 510
 

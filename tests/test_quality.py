@@ -6,19 +6,19 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import parallel_quality
 import pytest
 from conftest import picture
 
-from mmtok_cli.bench import parallel
+from mmtok_cli.bench import fidelity, parallel, quality
 from mmtok_cli.bench.fidelity import Closeness
 from mmtok_cli.bench.paired import f1_retention
-from mmtok_cli.bench.parallel import Asked, Processes, ask_all, join_processes
-from mmtok_cli.bench.quality import Outcome
+from mmtok_cli.bench.parallel import Processes, ask_all, join_processes
+from mmtok_cli.bench.quality import Item, Outcome, Refusal, Unread
 from mmtok_cli.bench.runner import Case
 from mmtok_cli.bench.verdicts import judge
 from mmtok_cli.budget import Budget
@@ -26,6 +26,7 @@ from mmtok_cli.data.datasets import Dataset
 from mmtok_cli.data.samples import ClosedImages, Sample
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.methods import make_method
+from mmtok_cli.methods.base import Method
 from mmtok_cli.models.llava import Llava
 from mmtok_cli.pipeline import answer
 
@@ -37,16 +38,21 @@ CASES = [
 STEPS = 3
 
 
+@dataclass(frozen=True)
+class Asked:
+    outcomes: list[Outcome]
+    unread: list[Unread]
+    refusals: list[Refusal]
+
+
 def run(model: Llava, dataset: Dataset, cases: list[Case] = CASES, batch_size: int = 2) -> Asked:
-    return ask_all(
-        model,
-        cases,
-        dataset,
-        processes=Processes(),
-        batch_size=batch_size,
-        max_new_tokens=STEPS,
-        advance=lambda _: None,
-    )
+    steps = ask_all(model, cases, dataset, processes=Processes(), batch_size=batch_size, max_new_tokens=STEPS)
+    return asked_of([item for found in steps for batch in found for item in batch.items])
+
+
+def asked_of(items: list[Item]) -> Asked:
+    outcomes = sorted((i for i in items if isinstance(i, Outcome)), key=lambda o: (o.number, o.case))
+    return Asked(outcomes, [i for i in items if isinstance(i, Unread)], [i for i in items if isinstance(i, Refusal)])
 
 
 def test_every_case_says_what_it_says_alone(tiny_sdpa: Llava, samples: list[Sample]) -> None:
@@ -54,7 +60,7 @@ def test_every_case_says_what_it_says_alone(tiny_sdpa: Llava, samples: list[Samp
         replace(s, answer=answer(tiny_sdpa, CASES[0].method, [s], None, max_new_tokens=STEPS).texts[0]) for s in samples
     ]
     asked = run(tiny_sdpa, Dataset("three", answered, "exact"))
-    assert not asked.interrupted and not asked.unread
+    assert not asked.refusals and not asked.unread
     assert [(o.number, o.case) for o in asked.outcomes] == [(n, c) for n in range(3) for c in range(3)]
     for outcome in asked.outcomes:
         case = CASES[outcome.case]
@@ -82,8 +88,7 @@ def test_an_unreadable_image_costs_its_sample_alone(tiny_sdpa: Llava, samples: l
     asked = run(tiny_sdpa, Dataset("three", [samples[0], bad, samples[2]], None))
     assert [(u.number, u.problem) for u in asked.unread] == [(1, "damaged.png is damaged")]
     assert {o.number for o in asked.outcomes} == {0, 2}
-    with pytest.raises(MMTokError, match="no sample of three could be read: damaged"):
-        run(tiny_sdpa, Dataset("three", [bad] * 3, None))
+    assert not run(tiny_sdpa, Dataset("three", [bad] * 3, None)).outcomes
 
 
 def test_images_are_opened_once_for_all_cases_and_let_go(tiny_sdpa: Llava) -> None:
@@ -101,10 +106,40 @@ def test_images_are_opened_once_for_all_cases_and_let_go(tiny_sdpa: Llava) -> No
     assert opened == [0, 1, 2, 3]
 
 
-def test_a_budget_that_cannot_be_met_names_its_case(tiny_sdpa: Llava, samples: list[Sample]) -> None:
-    cases = [CASES[0], Case("mmtok", make_method("mmtok"), Budget(count=30))]
-    with pytest.raises(MMTokError, match=r"mmtok @ 30: .*more than the 24 vision tokens of picture-1"):
-        run(tiny_sdpa, Dataset("three", samples, None), cases)
+def test_a_budget_that_cannot_be_met_ends_its_case_alone(tiny_sdpa: Llava, samples: list[Sample]) -> None:
+    cases = [CASES[0], Case("mmtok", make_method("mmtok"), Budget(count=30)), CASES[1]]
+    asked = run(tiny_sdpa, Dataset("three", samples, None), cases, batch_size=1)
+    (refusal,) = asked.refusals  # and it is not asked about the third
+    assert (refusal.case, refusal.reason) == (1, "refused")
+    assert "more than the 24 vision tokens of picture-1" in refusal.message
+    assert [o.number for o in asked.outcomes if o.case == 1] == [0]
+    assert [o.number for o in asked.outcomes if o.case == 2] == [0, 1, 2]
+
+
+def test_a_question_that_is_too_long_costs_its_sample_alone(tiny_sdpa: Llava, samples: list[Sample]) -> None:
+    endless = replace(samples[1], question="word " * 3000)
+    asked = run(tiny_sdpa, Dataset("three", [samples[0], endless, samples[2]], None), batch_size=3)
+    assert [u.number for u in asked.unread] == [1] and {o.number for o in asked.outcomes} == {0, 2}
+
+
+@pytest.mark.parametrize("name", ["full", "mmtok"])
+def test_memory_that_runs_out(
+    name: str, tiny_sdpa: Llava, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = quality.forced_logits
+
+    def forced(model: Llava, method: Method, *arguments: Any, **options: Any) -> Any:
+        if isinstance(method, type(make_method(name))):
+            raise MemoryError
+        return usual(model, method, *arguments, **options)
+
+    monkeypatch.setattr(quality, "forced_logits", forced)
+    monkeypatch.setattr(fidelity, "forced_logits", forced)
+    asked = run(tiny_sdpa, Dataset("three", samples, None), batch_size=1)
+    assert [(r.case, r.reason, r.message) for r in asked.refusals] == [
+        (["full", "mmtok"].index(name), "out of memory", "MemoryError")
+    ]
+    assert {o.case for o in asked.outcomes} == (set() if name == "full" else {0, 2})
 
 
 def test_an_interrupt_keeps_what_was_asked(
@@ -112,16 +147,19 @@ def test_an_interrupt_keeps_what_was_asked(
 ) -> None:
     ask_batch = parallel.ask_batch
 
-    def stop(model: Llava, cases: list[Case], dataset: Dataset, numbers: list[int], steps: int) -> object:
+    def stop(model: Llava, cases: list[Case], dataset: Dataset, numbers: list[int], *rest: Any) -> object:
         if 2 in numbers:
             raise KeyboardInterrupt
-        return ask_batch(model, cases, dataset, numbers, steps)
+        return ask_batch(model, cases, dataset, numbers, *rest)
 
     monkeypatch.setattr(parallel, "ask_batch", stop)
-    asked = run(tiny_sdpa, Dataset("three", samples, None))
-    assert asked.interrupted and {o.number for o in asked.outcomes} == {0, 1}
+    items: list[Item] = []
     with pytest.raises(KeyboardInterrupt):
-        run(tiny_sdpa, Dataset("three", samples, None), batch_size=3)
+        for found in ask_all(
+            tiny_sdpa, CASES, Dataset("three", samples, None), processes=Processes(), batch_size=2, max_new_tokens=STEPS
+        ):
+            items += [item for batch in found for item in batch.items]
+    assert {o.number for o in asked_of(items).outcomes} == {0, 1}
 
 
 def test_verdicts_by_hand() -> None:
@@ -176,7 +214,8 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
     alone = parallel_quality.ask(Processes())
-    assert (found["count"], found["done"]) == (2, [9, 4]) and (alone["count"], alone["done"]) == (1, [13])
+    assert (found["count"], found["batches"]) == (2, [[0, 1], [2, 3], [4]])
+    assert (alone["count"], alone["batches"]) == (1, [[0], [1], [2], [3], [4]])
     assert found["outcomes"] == [[*o[:4], pytest.approx(o[4], rel=1e-4, abs=1e-6), o[5]] for o in alone["outcomes"]]
     full = {number: text for number, case, text, *_ in found["outcomes"] if case == 0}
     assert all(same == (text == full[number]) for number, _, text, _, _, same in found["outcomes"])

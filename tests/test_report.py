@@ -10,9 +10,11 @@ from PIL import Image
 from rich.console import Console
 
 from mmtok_cli.bench.results import CaseResult, Comparison, Environment, Fidelity, Memory, Schedule, Times, Tokens
+from mmtok_cli.report.answers import cost_and_fidelity_table
 from mmtok_cli.report.catalogues import kept_map, method_details
+from mmtok_cli.report.checks import comparison_notes
 from mmtok_cli.report.overlay import FIRST_FRAME, FRAME, overlay
-from mmtok_cli.report.tables import comparison_notes, layer_notes, quality_table, rules_text
+from mmtok_cli.report.tables import layer_notes, rules_text
 from mmtok_cli.report.units import count, number, seconds, size, spread
 from mmtok_cli.rules import Rules
 
@@ -96,7 +98,7 @@ def comparison(results: Sequence[CaseResult] = (), rules: Rules = USUAL) -> Comp
         "command": [],
         "layers": None,
     }
-    schedule = dict.fromkeys(Schedule.model_fields, 1) | {"data": "demo", "order": []}
+    schedule = dict.fromkeys(Schedule.model_fields, 1) | {"data": "demo", "data_digest": "x", "order": []}
     return Comparison(
         model="x",
         rules=rules,
@@ -109,9 +111,9 @@ def comparison(results: Sequence[CaseResult] = (), rules: Rules = USUAL) -> Comp
 
 def test_layer_average_is_shown_where_it_differs() -> None:
     before = comparison([result("full", 576, 576), result("mmtok", 64, 64)])
-    assert "avg" not in shown(quality_table(before)) and not layer_notes(before.results)
+    assert "avg" not in shown(cost_and_fidelity_table(before)) and not layer_notes(before.results)
     inside = comparison([*before.results, result("random:inside", 64, 295.68), result("sparsevlm:v2", 20, 81.75)])
-    lines = shown(quality_table(inside), width=86).splitlines()
+    lines = shown(cost_and_fidelity_table(inside), width=80).splitlines()
     assert "avg" in lines[2] and "295.7" in lines[6] and "81.8" in lines[7]
     assert not any("…" in line for line in lines)
     assert any(note.startswith("layer average (avg)") for note in comparison_notes(inside))

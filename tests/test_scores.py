@@ -127,5 +127,7 @@ def test_flips() -> None:
     flips = count_flips(baseline, found)
     assert (flips.right_right, flips.right_wrong, flips.wrong_right, flips.wrong_wrong) == (4, 6, 1, 4)
     assert flips.p_value == pytest.approx(2 * binom.cdf(1, 7, 0.5))  # two-sided, 6 lost and 1 gained
-    assert count_flips([True, False], [True, False]) == Flips(1, 0, 0, 1, 1.0)
+    assert count_flips([True, False], [True, False]) == Flips(
+        right_right=1, right_wrong=0, wrong_right=0, wrong_wrong=1, p_value=1.0
+    )
     assert count_flips([True, False], [False, True]).p_value == 1

@@ -5,15 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
-
-from torch import Tensor
 
 from mmtok_cli.bench.flops import measure_flops
 from mmtok_cli.bench.gpu import Gpu
-from mmtok_cli.bench.memory import is_out_of_memory, release_memory
-from mmtok_cli.bench.records import Counted, Failure, Run
-from mmtok_cli.bench.runner import Case, run_case, with_fidelity
+from mmtok_cli.bench.memory import first_line, is_out_of_memory, release_memory
+from mmtok_cli.bench.records import Counted, Failure
+from mmtok_cli.bench.runner import Case, run_case
 from mmtok_cli.bench.schedule import Turn
 from mmtok_cli.bench.store import NotWrittenError, RunDirectory
 from mmtok_cli.data.samples import Sample
@@ -27,8 +26,8 @@ QUICK = 2.0  # seconds
 class Measurement:
     """Runs what the plan of a directory asks for and the directory does not hold yet.
 
-    cases: those of the plan, in its order. batches: the samples, by batch size. A case that runs out of memory is given
-    up and the others go on.
+    cases: those of the plan, in its order. batches: the samples, by batch size; their images are read before the clock
+    starts. A case that runs out of memory is given up and the others go on.
     """
 
     model: VisionLanguageModel
@@ -37,12 +36,13 @@ class Measurement:
     store: RunDirectory
     gpu: Gpu | None = None
     _seconds: float = field(default=0.0, init=False)
+    _opened: dict[tuple[int, int], list[Sample]] = field(default_factory=dict, init=False)
 
     def warm_up(self) -> Iterator[Case]:
         """Count the operations of each case and run it a few times unseen; yields each case that is ready."""
         plan = self.store.plan
         for i, case in enumerate(self.cases):
-            samples = self.batches[case.batch_size][0]
+            samples = self._samples(case.batch_size, 0)
 
             def prepare(i: int = i, case: Case = case, samples: list[Sample] = samples) -> None:
                 if i not in self.store.counted:
@@ -55,6 +55,7 @@ class Measurement:
             if i not in self.store.failures:
                 self._attempt(i, None, prepare)
             yield case
+        self._opened.clear()
 
     def estimate(self) -> list[float | None]:
         """Seconds of one run of each case; None where it ran out of memory.
@@ -68,7 +69,7 @@ class Measurement:
         for _ in range(2):
             start = time.perf_counter()
             try:
-                run_case(self.model, case, self.batches[case.batch_size][0], self.store.plan.max_new_tokens)
+                run_case(self.model, case, self._samples(case.batch_size, 0), self.store.plan.max_new_tokens)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -94,26 +95,17 @@ class Measurement:
             yield number
 
     def _round(self, number: int, turns: list[Turn]) -> None:
-        fresh: dict[int, Tensor] = {}
         for turn in turns:
-            if (number, turn.case) in self.store.runs or turn.case in self.store.failures:
-                continue
+            if (number, turn.case) not in self.store.runs and turn.case not in self.store.failures:
+                self._attempt(turn.case, number, partial(self._measure, number, turn))
+        self._opened.clear()
 
-            def measure(turn: Turn = turn) -> None:
-                run, logits = self._run(number, turn)
-                reference = fresh.get(self.store.plan.baseline_of(turn.case))
-                fresh[turn.case] = logits
-                self.store.add(run if reference is None else with_fidelity(run, logits, reference))
-
-            self._attempt(turn.case, number, measure)
-        self._compare(number, fresh)
-
-    def _run(self, number: int, turn: Turn) -> tuple[Run, Tensor]:
+    def _measure(self, number: int, turn: Turn) -> None:
         plan, case = self.store.plan, self.cases[turn.case]
-        run, logits = run_case(
+        run, _ = run_case(
             self.model,
             case,
-            self.batches[case.batch_size][turn.batch],
+            self._samples(case.batch_size, turn.batch),
             plan.max_new_tokens,
             turn.case,
             runs=plan.runs,
@@ -121,25 +113,13 @@ class Measurement:
         )
         self._seconds += sum(run.repetitions["total"])
         place = {"round": number, "batch": turn.batch, "key": plan.cases[turn.case].key}
-        return run.model_copy(update=place), logits
+        self.store.add(run.model_copy(update=place))
 
-    def _compare(self, number: int, fresh: dict[int, Tensor]) -> None:
-        """Set down how close to the baseline those cases are that ran before it."""
-
-        def logits_of(case: int) -> Tensor:
-            if case not in fresh:
-                fresh[case] = self._answer_again(number, case)
-            return fresh[case]
-
-        for case in range(len(self.cases)):
-            run, baseline = self.store.runs.get((number, case)), self.store.plan.baseline_of(case)
-            if run and not run.kl and case != baseline and (number, baseline) in self.store.runs:
-                self.store.add(with_fidelity(run, logits_of(case), logits_of(baseline)))
-
-    def _answer_again(self, number: int, case: int) -> Tensor:
-        """The first logits of what was measured before the process was stopped; they are not kept, nor timed anew."""
-        samples = self.batches[self.cases[case].batch_size][self.store.runs[number, case].batch]
-        return run_case(self.model, self.cases[case], samples, 1)[1]
+    def _samples(self, size: int, batch: int) -> list[Sample]:
+        """A batch with its images read, which are held until the round is over."""
+        if (size, batch) not in self._opened:
+            self._opened[size, batch] = [sample.open() for sample in self.batches[size][batch]]
+        return self._opened[size, batch]
 
     def _attempt(self, case: int, number: int | None, work: Callable[[], None]) -> None:
         """Do what belongs to a case, and give the case up where that cannot be done.
@@ -160,8 +140,3 @@ class Measurement:
         else:
             return
         release_memory(self.model.device)  # here, where the error no longer holds what it failed with
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, or its type where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

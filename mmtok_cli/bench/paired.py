@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import binomtest, bootstrap
 
+from mmtok_cli.bench.results import Flips
 from mmtok_cli.bench.statistics import CONFIDENCE
 
 RESAMPLES = 4000
@@ -23,21 +24,6 @@ class Retention:
     value: float
     low: float | None
     high: float | None
-
-
-@dataclass(frozen=True)
-class Flips:
-    """Samples by what the baseline's answer was and what the method's is.
-
-    p_value: McNemar's exact test of whether answers get lost as often as they are gained. Small means that the two
-    differ by more than chance.
-    """
-
-    right_right: int
-    right_wrong: int
-    wrong_right: int
-    wrong_wrong: int
-    p_value: float
 
 
 def mean_retention(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from mmtok_cli.bench.quality import Outcome, Unread, ask_batch
+from mmtok_cli.bench.quality import Item as Said
+from mmtok_cli.bench.quality import Refusal, ask_batch
 from mmtok_cli.bench.runner import Case
 from mmtok_cli.data.datasets import Dataset
 from mmtok_cli.data.samples import batches
@@ -38,12 +39,17 @@ class Processes:
         """Whether this is the one process that reports."""
         return self.state is None or self.state.is_main_process
 
-    def share(self, items: Sequence[Item]) -> list[Item]:
-        """This process's part of what all were given alike; parts follow one another and differ in size by one."""
+    @property
+    def index(self) -> int:
+        return 0 if self.state is None else self.state.process_index
+
+    def tell(self, items: list[Item]) -> list[Item]:
+        """What the writer has, in every process; the others give what is to be replaced. Items travel pickled."""
         if self.state is None:
-            return list(items)
-        with self.state.split_between_processes(list(items)) as mine:
-            return mine
+            return items
+        from accelerate.utils import broadcast_object_list
+
+        return broadcast_object_list(items)
 
     def gather(self, items: list[Item]) -> list[Item]:
         """What all processes have, in every one of them. Items travel pickled."""
@@ -78,12 +84,12 @@ def join_processes(device: str = "auto") -> Iterator[Processes]:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What came of a run, ordered by sample and case. interrupted: whether it is a part of the dataset alone."""
+class Found:
+    """What came of one batch of samples: its number, those of its samples, and what all cases said."""
 
-    outcomes: list[Outcome]
-    unread: list[Unread]
-    interrupted: bool
+    batch: int
+    numbers: list[int]
+    items: list[Said]
 
 
 def ask_all(
@@ -94,27 +100,30 @@ def ask_all(
     processes: Processes,
     batch_size: int,
     max_new_tokens: int,
-    advance: Callable[[int], object] = lambda _: None,
-) -> Asked:
-    """Ask all cases about all samples, or until an interrupt; every process returns the same.
+    todo: Sequence[int] | None = None,
+) -> Iterator[list[Found]]:
+    """Ask all cases about all samples, or those batches that are still to do, one batch for each process at a time.
 
-    Processes share out whole batches, which are those that one process alone would make. advance: called with the
-    number of samples that this process has just done. Raises MMTokError where a budget cannot be met, and where no
-    sample could be read.
+    Batches are those that one process alone would make. Yields after each step what all processes found, the same in
+    each of them, so that one can write it down at once. A case that was refused an answer is not asked again. Raises
+    KeyboardInterrupt in all processes after a step in which one was interrupted.
     """
-    mine: list[Outcome | Unread] = []
-    interrupted = False
-    try:
-        for numbers in processes.share(list(batches(range(len(dataset.samples)), batch_size))):
-            mine += ask_batch(model, cases, dataset, numbers, max_new_tokens)
-            advance(len(numbers))
-    except KeyboardInterrupt:
-        if not mine:
-            raise
-        interrupted = True
-    found = processes.gather(mine)
-    outcomes = sorted((item for item in found if isinstance(item, Outcome)), key=lambda o: (o.number, o.case))
-    unread = sorted((item for item in found if isinstance(item, Unread)), key=lambda u: u.number)
-    if not outcomes:
-        raise MMTokError(f"no sample of {dataset.name} could be read: {unread[0].problem}", "check the image files")
-    return Asked(outcomes, unread, interrupted)
+    groups = list(batches(range(len(dataset.samples)), batch_size))
+    refused: set[int] = set()
+    for step in batches(range(len(groups)) if todo is None else todo, processes.count):
+        mine, interrupted = [], False
+        try:
+            for number in step[processes.index : processes.index + 1]:
+                items = ask_batch(model, cases, dataset, groups[number], max_new_tokens, refused)
+                mine.append(Found(number, groups[number], items))
+        except KeyboardInterrupt:
+            interrupted = True
+        parts = processes.gather([(mine, interrupted)])
+        found = [each for part, _ in parts for each in part]
+        if found:
+            yield found
+        if any(stopped for _, stopped in parts):
+            raise KeyboardInterrupt
+        refused |= {item.case for each in found for item in each.items if isinstance(item, Refusal)}
+        if 0 in refused:
+            return

@@ -12,11 +12,13 @@ from mmtok_cli.bench.records import Plan, PlannedCase, digest_of_samples, with_k
 from mmtok_cli.bench.results import Environment, Record
 from mmtok_cli.bench.runner import Case
 from mmtok_cli.bench.schedule import rotation
+from mmtok_cli.data.datasets import Metric
 from mmtok_cli.data.samples import Sample, batches
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.rules import Rules
 
 SHOWN_ROUNDS = 5
+MOST_ROUNDS = 30  # unless more are asked for: by then intervals are as narrow as the machine's own unrest allows
 
 
 class EstimatedCase(Record):
@@ -31,7 +33,7 @@ class EstimatedCase(Record):
 
 
 class Estimate(Record):
-    """What `mmtok compare --dry-run --json` prints: the plan, and how long it will take, warm-up included.
+    """What `mmtok compare --dry-run --json` prints: the plan, and how long it will take, warm-up and quality included.
 
     order: the first rounds, each the places of its cases in the order in which they run.
     """
@@ -48,6 +50,7 @@ class Estimate(Record):
     min_time: float | None
     order: list[list[int]]
     seconds: float
+    quality_seconds: float = 0.0
 
 
 def at_batch_sizes(cases: Sequence[Case], sizes: Sequence[int]) -> list[Case]:
@@ -55,11 +58,33 @@ def at_batch_sizes(cases: Sequence[Case], sizes: Sequence[int]) -> list[Case]:
     return [replace(case, batch_size=size) for size in sizes for case in cases]
 
 
-def require_whole_batches(limit: int, sizes: Sequence[int]) -> None:
+def require_whole_batches(samples: int, sizes: Sequence[int]) -> None:
     """Refuse sizes of which so many samples do not fill one batch. Raises MMTokError."""
     for size in sizes:
-        if size > limit:
-            raise MMTokError(f"--limit {limit} is less than one batch of {size}", "raise it, or lower --batch-size")
+        if size > samples:
+            count = "1 sample is" if samples == 1 else f"{samples} samples are"
+            raise MMTokError(f"{count} less than one batch of {size}", "raise --limit, or lower --batch-size")
+
+
+def timed_samples(samples: Sequence[Sample], sizes: Sequence[int], rounds: int | None) -> list[Sample]:
+    """The first samples whose images can be read, as many as the rounds take.
+
+    Images are looked at and let go. Raises MMTokError where too few can be read for one batch of each size.
+    """
+    found: list[Sample] = []
+    problem = ""
+    for sample in samples:
+        if len(found) == (rounds or MOST_ROUNDS) * max(sizes):
+            break
+        try:
+            sample.open()
+        except MMTokError as error:
+            problem = problem or error.message
+        else:
+            found.append(sample)
+    if len(found) < max(sizes):
+        raise MMTokError(f"only {len(found)} of {len(samples)} samples can be read: {problem}", "check the image files")
+    return found
 
 
 def in_batches(samples: Sequence[Sample], sizes: Sequence[int]) -> dict[int, list[list[Sample]]]:
@@ -82,9 +107,13 @@ def make_plan(
     runs: int,
     warmup: int,
     min_time: float | None,
+    timed: int | None = None,
+    quality: bool = True,
+    metric: Metric | None = None,
+    left_out: Sequence[str] = (),
 ) -> Plan:
-    """Resolve what was asked. rounds: None for as many as it takes to ask every sample."""
-    turns = rotation([case.batch_size for case in cases], len(samples), rounds, seed)
+    """Resolve what was asked. rounds: None for as many as it takes to time every sample, or MOST_ROUNDS."""
+    turns = rotation([case.batch_size for case in cases], timed or len(samples), rounds, seed, MOST_ROUNDS)
     common = {
         "model": model,
         "data": digest_of_samples(samples),
@@ -92,6 +121,8 @@ def make_plan(
         "runs": runs,
         "seed": seed,
         "rounds": rounds,
+        "layers": options.get("layers"),
+        "device_map": options.get("device_map"),
     }
     return Plan(
         model=model,
@@ -110,6 +141,10 @@ def make_plan(
         warmup=warmup,
         min_time=min_time,
         order=turns.first(turns.rounds),
+        timed=timed,
+        quality=quality,
+        metric=metric,
+        left_out=list(left_out),
     )
 
 
@@ -134,6 +169,7 @@ def estimate(plan: Plan, seconds: Sequence[float | None]) -> Estimate:
     turns = plan.rotation()
     measured = sum(one * turns.turns_of(i) * plan.runs for i, one in enumerate(seconds) if one is not None)
     before = sum(one * (1 + plan.warmup) for one in seconds if one is not None)  # FLOPs are counted in a run as well
+    after = _quality_seconds(plan, seconds)
     return Estimate(
         model=plan.model,
         environment=plan.environment,
@@ -155,7 +191,21 @@ def estimate(plan: Plan, seconds: Sequence[float | None]) -> Estimate:
         warmup=plan.warmup,
         min_time=plan.min_time,
         order=plan.order[:SHOWN_ROUNDS],
-        seconds=before + max(measured, plan.min_time or 0.0),
+        seconds=before + max(measured, plan.min_time or 0.0) + after,
+        quality_seconds=after,
+    )
+
+
+def _quality_seconds(plan: Plan, seconds: Sequence[float | None]) -> float:
+    """Every sample is read back to each case and then answered, which is two runs."""
+    if not plan.quality:
+        return 0.0
+    size = max(case.batch_size for case in plan.cases)
+    batches = -(-plan.samples // size)
+    return sum(
+        2 * batches * one
+        for case, one in zip(plan.cases, seconds, strict=True)
+        if one is not None and case.batch_size == size and not case.again
     )
 
 

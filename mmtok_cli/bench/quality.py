@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from mmtok_cli.bench.fidelity import Closeness, Reference, compare_logits, forced_logits, reference_of
+from mmtok_cli.bench.memory import first_line, is_out_of_memory, release_memory
 from mmtok_cli.bench.runner import Case
 from mmtok_cli.bench.scores import score_of
 from mmtok_cli.data.datasets import Dataset
@@ -34,14 +36,32 @@ class Unread:
     problem: str
 
 
-def ask_batch(
-    model: VisionLanguageModel, cases: Sequence[Case], dataset: Dataset, numbers: Sequence[int], max_new_tokens: int
-) -> list[Outcome | Unread]:
-    """Ask all cases about some samples of a dataset, as one batch.
+@dataclass(frozen=True)
+class Refusal:
+    """A case that could not be asked, and why; it is not asked again."""
 
-    Raises MMTokError naming the case where a budget cannot be met.
+    case: int
+    reason: Literal["out of memory", "refused"]
+    message: str
+
+
+Item = Outcome | Unread | Refusal
+
+
+def ask_batch(
+    model: VisionLanguageModel,
+    cases: Sequence[Case],
+    dataset: Dataset,
+    numbers: Sequence[int],
+    max_new_tokens: int,
+    without: Collection[int] = (),
+) -> list[Item]:
+    """Ask all cases, those in `without` aside, about some samples of a dataset, as one batch.
+
+    The first case is the baseline. Samples that cannot be read, or that even the baseline cannot be asked about, are
+    left out; a case that runs out of memory, or whose budget a sample does not allow, is told in a Refusal.
     """
-    found: list[Outcome | Unread] = []
+    found: list[Item] = []
     opened: dict[int, Sample] = {}
     for number in numbers:
         try:
@@ -51,16 +71,51 @@ def ask_batch(
     if not opened:
         return found
     samples = list(opened.values())
-    reference = reference_of(model, samples, max_new_tokens=max_new_tokens)
-    for index, case in enumerate(cases):
-        try:
-            texts, closeness = _ask(model, case, samples, reference, max_new_tokens)
-        except MMTokError as error:
-            raise MMTokError(f"{case}: {error.message}", error.hint) from error
-        for (number, sample), text, close in zip(opened.items(), texts, closeness, strict=True):
-            score = score_of(sample, text, dataset.metric) if dataset.metric else None
-            found.append(Outcome(index, number, text, score, close))
-    return found
+    try:
+        reference = reference_of(model, samples, max_new_tokens=max_new_tokens)
+    except MMTokError as error:
+        if len(opened) == 1:
+            return [*found, *(Unread(number, error.message) for number in opened)]
+        for number in opened:
+            found += ask_batch(model, cases, dataset, [number], max_new_tokens, without)
+        return found
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        refusal = Refusal(0, "out of memory", first_line(error))
+    else:
+        for index, case in enumerate(cases):
+            if index not in without:
+                found += _outcomes(model, index, case, opened, dataset, reference, max_new_tokens)
+        return found
+    release_memory(model.device)  # here, where the error no longer holds what it failed with
+    return [*found, refusal]
+
+
+def _outcomes(
+    model: VisionLanguageModel,
+    index: int,
+    case: Case,
+    opened: Mapping[int, Sample],
+    dataset: Dataset,
+    reference: Reference,
+    max_new_tokens: int,
+) -> list[Item]:
+    try:
+        texts, closeness = _ask(model, case, list(opened.values()), reference, max_new_tokens)
+    except Exception as error:
+        exhausted = is_out_of_memory(error)
+        if not exhausted and not isinstance(error, MMTokError):
+            raise
+        said = error.message if isinstance(error, MMTokError) else first_line(error)
+        refusal = Refusal(index, "out of memory" if exhausted else "refused", said)
+    else:
+        return [
+            Outcome(index, number, text, score_of(sample, text, dataset.metric) if dataset.metric else None, close)
+            for (number, sample), text, close in zip(opened.items(), texts, closeness, strict=True)
+        ]
+    release_memory(model.device)
+    return [refusal]
 
 
 def _ask(

@@ -14,6 +14,7 @@ from pydantic_core import to_jsonable_python
 from mmtok_cli.bench.gpu import GpuState
 from mmtok_cli.bench.results import Environment, FlopCoverage, Record
 from mmtok_cli.bench.schedule import Rotation
+from mmtok_cli.data.datasets import Metric
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.pipeline import TokenCounts
 from mmtok_cli.rules import Positions, Rules
@@ -89,7 +90,9 @@ class Plan(Record):
     """What `plan.json` holds: everything that was asked, resolved, and what it is measured on.
 
     options: those of the command line that say what is measured. data: a digest of the samples beside their name.
-    order: the cases of the planned rounds, in the order in which they run.
+    order: the cases of the planned rounds, in the order in which they run. samples: that are asked; timed: how many of
+    them the rounds go round, all if None. quality: whether they are asked apart from being timed. metric: how answers
+    are scored. left_out: a line for each part of the data that could not be used.
     """
 
     schema_: Literal["mmtok.plan/1"] = Field(default="mmtok.plan/1", alias="schema")
@@ -109,11 +112,15 @@ class Plan(Record):
     warmup: int
     min_time: float | None
     order: list[list[int]]
+    timed: int | None = None
+    quality: bool = True
+    metric: Metric | None = None
+    left_out: list[str] = Field(default=[])
 
     def rotation(self) -> Rotation:
         """Whose turn it is in which round."""
         sizes = tuple(case.batch_size for case in self.cases)
-        batches = {size: self.samples // size for size in sizes}
+        batches = {size: (self.timed or self.samples) // size for size in sizes}
         return Rotation(sizes, batches, self.rounds, self.seed, self.every_round)
 
     def baseline_of(self, case: int) -> int:
@@ -145,7 +152,7 @@ def sample_name(sample: Sample) -> str:
 
 def digest_of_samples(samples: Sequence[Sample]) -> str:
     """Of names, questions and known answers, in their order; what is in the images is not looked at."""
-    return digest([[sample.image_ids, sample.question, sample.answer, sample.kind] for sample in samples])
+    return digest([[s.image_ids, s.question, s.answer, s.answers, s.kind] for s in samples])
 
 
 def with_key(case: PlannedCase, environment: Environment, common: Mapping[str, Any]) -> PlannedCase:

@@ -1,12 +1,15 @@
 """The shape of what is reported: seconds and bytes, raw values kept. `--json` prints these objects.
 
 Each object that is printed names its `schema`. The number behind the slash goes up when a key changes its meaning or
-goes away; keys may be added without that. What is printed can be read back: `Comparison.model_validate_json(text)`.
+goes away; keys may be added without that. What is printed can be read back: `from_json(Comparison, text)`.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -14,8 +17,36 @@ from mmtok_cli.rules import Positions, Rules
 
 
 class Record(BaseModel):
-    # JSON has no word for what is not a number, which the logits of a model in half precision may be.
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+Kind = TypeVar("Kind", bound=Record)
+
+
+def json_text(value: BaseModel | Mapping[str, Any], indent: int | None = None) -> str:
+    """One JSON object that any file can hold.
+
+    Undecodable bytes, which names and the command line may hold, are escaped; what is not a number is a string.
+    """
+    plain = value.model_dump(mode="json", by_alias=True) if isinstance(value, BaseModel) else value
+    separators = None if indent else (",", ":")
+    text = json.dumps(_finite(plain), indent=indent, separators=separators, ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def from_json(kind: type[Kind], text: str) -> Kind:
+    """What `json_text` was given. Raises ValueError for text that is something else."""
+    return kind.model_validate(json.loads(text))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_finite(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
 
 
 class Times(Record):
@@ -116,22 +147,55 @@ class Flops(Record):
 
 
 class Fidelity(Record):
-    """Closeness to the unreduced model on the answer's first token: mean KL divergence in nats, top-1 agreement."""
+    """Closeness to the unreduced model, means over samples.
+
+    kl: divergence of the next token's distribution in nats. top1: agreement on the likeliest token. Both over all
+    tokens of the unreduced model's answer, which is read back to the reduced one. same: the share that is answered in
+    the same words; None where the first token alone was looked at, as `mmtok profile` does.
+    """
 
     kl: float
     top1: float
+    same: float | None = None
 
 
 class Score(Record):
-    """Right answers, by kind of question too."""
+    """Right answers, by kind of question too. Not whole numbers where an answer may be partly right."""
 
-    right: int
+    right: int | float
     asked: int
-    by_kind: dict[str, tuple[int, int]] = {}
+    by_kind: dict[str, tuple[int | float, int]] = {}
 
     @property
     def share(self) -> float:
         return self.right / self.asked
+
+
+class YesNo(Record):
+    """POPE's scores; "yes" is the positive answer. 0 stands where a ratio has nothing below the line.
+
+    yes_ratio: share of the answers that say yes.
+    """
+
+    accuracy: float
+    precision: float
+    recall: float
+    f1: float
+    yes_ratio: float
+
+
+class Flips(Record):
+    """Samples by what the baseline's answer was and what the method's is.
+
+    p_value: McNemar's exact test of whether answers get lost as often as they are gained. Small means that the two
+    differ by more than chance.
+    """
+
+    right_right: int
+    right_wrong: int
+    wrong_right: int
+    wrong_wrong: int
+    p_value: float
 
 
 class CaseResult(Record):
@@ -140,6 +204,9 @@ class CaseResult(Record):
     positions: whether kept tokens kept their positions. overhead: seconds of select / (encode + prefill), median.
     again: the baseline once more, as if it were a method: what it gains or loses is noise.
     outliers: which of the values of `ttft` are far above the rest. drift: of `ttft`, if there is any.
+    score: F1 where answers are yes or no, else the mean; it and all below belong to the method and its budget, whatever
+    the batch size, and are None where they were not asked for. retention_low, retention_high: 95 %. run: which of
+    several runs the case belongs to.
     """
 
     method: str
@@ -161,20 +228,26 @@ class CaseResult(Record):
     score: float | None = None
     score_counts: Score | None = None
     retention: float | None = None
+    retention_low: float | None = None
+    retention_high: float | None = None
+    flips: Flips | None = None
+    yes_no: YesNo | None = None
     fidelity: Fidelity | None = None
+    run: str | None = None
 
     def __str__(self) -> str:
         return self.title if self.budget is None else f"{self.title} @ {self.budget}"
 
     @property
     def title(self) -> str:
-        return f"{self.method} (again)" if self.again else self.method
+        name = f"{self.method} (again)" if self.again else self.method
+        return f"{self.run}: {name}" if self.run else name
 
 
 class FailedCase(Record):
-    """A case that could not be run to its end, and so has no result.
+    """A case that could not be run to its end, and so has no result; or, among `unasked`, no quality.
 
-    round: during which it failed, counted from 0; None while it was warming up. reason: "out of memory",
+    round: during which it failed, counted from 0; None while it was warming up, or asked. reason: "out of memory",
     or "refused" where a sample was such that the case could not be run on it.
     """
 
@@ -185,9 +258,16 @@ class FailedCase(Record):
     round: int | None
     reason: Literal["out of memory", "refused"]
     message: str
+    again: bool = False
+    run: str | None = None
 
     def __str__(self) -> str:
-        return self.method if self.budget is None else f"{self.method} @ {self.budget}"
+        return self.title if self.budget is None else f"{self.title} @ {self.budget}"
+
+    @property
+    def title(self) -> str:
+        name = f"{self.method} (again)" if self.again else self.method
+        return f"{self.run}: {name}" if self.run else name
 
 
 class Environment(Record):
@@ -219,7 +299,8 @@ class Environment(Record):
 class Schedule(Record):
     """What was asked and in which order: order[round] lists the cases in the order in which they ran.
 
-    seed: of the order, and of methods that draw, unless their parameters say otherwise. samples: how many were asked.
+    seed: of the order, and of methods that draw, unless their parameters say otherwise. samples: how many were asked,
+    of `planned_samples`; timed: between how many the rounds went round. data_digest: of names, questions and answers.
     batch_size: a list where there were several, and each result names its own. rounds: those that were finished. runs:
     repetitions of each case within a round. min_time: the seconds that rounds were to go on for, at least.
     """
@@ -234,13 +315,18 @@ class Schedule(Record):
     order: list[list[int]]
     runs: int = 1
     min_time: float | None = None
+    data_digest: str | None = None
+    planned_samples: int | None = None
+    timed: int | None = None
 
 
 class Comparison(Record):
     """What `mmtok compare --json` prints.
 
     results: first the unreduced baseline, then the cases that go with it; so for each batch size, unless the baseline
-    itself is among the failures. planned_rounds: how many there were to be at least.
+    itself is among the failures. planned_rounds: how many there were to be at least. unasked: cases that were timed and
+    could not be asked for their quality. left_out: a line for each part of the data that could not be used. remarks:
+    what else there is to know, a line each.
     """
 
     schema_: Literal["mmtok.compare/1"] = Field(default="mmtok.compare/1", alias="schema")
@@ -253,6 +339,9 @@ class Comparison(Record):
     failures: list[FailedCase] = []
     planned_rounds: int | None = None
     run_directory: str | None = None
+    unasked: list[FailedCase] = []
+    left_out: list[str] = []
+    remarks: list[str] = []
 
 
 class Operator(Record):

@@ -78,10 +78,12 @@ class Rotation:
         return place if remainder < turns else None
 
 
-def rotation(sizes: Sequence[int], samples: int, rounds: int | None, seed: int) -> Rotation:
-    """The rotation of cases of these batch sizes over so many samples; without `rounds`, until every sample was asked.
+def rotation(sizes: Sequence[int], samples: int, rounds: int | None, seed: int, most: int | None = None) -> Rotation:
+    """The rotation of cases of these batch sizes over so many samples; without `rounds`, until every sample was asked,
+    or as many as `most`.
 
     Samples that do not fill a batch of some size are left out at that size.
     """
     batches = {size: samples // size for size in sizes}
-    return Rotation(tuple(sizes), batches, rounds or max(batches.values()), seed, rounds is not None)
+    whole = max(batches.values())
+    return Rotation(tuple(sizes), batches, rounds or min(whole, most or whole), seed, rounds is not None)

@@ -3,26 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+from mmtok_cli.bench.results import YesNo
 from mmtok_cli.data.datasets import Metric
 from mmtok_cli.data.samples import Sample, normalise
 
 AGREEING = 3  # people who make an answer wholly right
-
-
-@dataclass(frozen=True)
-class YesNo:
-    """POPE's scores; "yes" is the positive answer. 0 stands where a ratio has nothing below the line.
-
-    yes_ratio: share of the answers that say yes.
-    """
-
-    accuracy: float
-    precision: float
-    recall: float
-    f1: float
-    yes_ratio: float
 
 
 def says_yes(answer: str) -> bool:

@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
 
-from pydantic import ValidationError
-
-from mmtok_cli.bench.records import Counted, Failure, Plan, Run
-from mmtok_cli.bench.results import Record
+from mmtok_cli.bench.asked import AskedBatch
+from mmtok_cli.bench.records import Counted, Failure, Plan, Run, digest
+from mmtok_cli.bench.results import Kind, Record, from_json, json_text
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.files import write_whole
 
 PLAN = "plan.json"
-Kind = TypeVar("Kind", bound=Record)
 
 
 class NotWrittenError(MMTokError):
@@ -25,8 +22,9 @@ class NotWrittenError(MMTokError):
 class RunDirectory:
     """What is known of a run, in memory and in its directory.
 
-    `plan.json`, `rounds/ROUND-CASE.json` for each case in each round, `cases/CASE.json` for what is counted once, and
-    `failures/CASE.json`. However the process ends, a file is there whole or not at all.
+    `plan.json`, `rounds/ROUND-CASE.json` for each case in each round, `cases/CASE.json` for what is counted once,
+    `failures/CASE.json`, and `quality/BATCH.json` for what all cases said to a batch of samples. However the process
+    ends, a file is there whole or not at all.
     """
 
     def __init__(self, path: Path, plan: Plan) -> None:
@@ -35,6 +33,8 @@ class RunDirectory:
         self.runs: dict[tuple[int, int], Run] = {}
         self.counted: dict[int, Counted] = {}
         self.failures: dict[int, Failure] = {}
+        self.asked: dict[int, AskedBatch] = {}
+        self.key = digest([case.key for case in plan.cases])
 
     @classmethod
     def create(cls, path: Path, plan: Plan) -> RunDirectory:
@@ -61,6 +61,10 @@ class RunDirectory:
             failure = _read(file, Failure)
             _require_key(file, failure.case, failure.key, keys)
             directory.failures[failure.case] = failure
+        for file in sorted((path / "quality").glob("*.json")):
+            asked = _read(file, AskedBatch)
+            _require_key(file, 0, asked.key, [directory.key])
+            directory.asked[asked.batch] = asked
         return directory
 
     @contextmanager
@@ -98,6 +102,11 @@ class RunDirectory:
         self.failures[failure.case] = failure
         _write(self.path / "failures" / f"{failure.case:03d}.json", failure)
 
+    def keep(self, asked: AskedBatch) -> None:
+        """Keep what was said to a batch. Raises NotWrittenError where that cannot be written."""
+        self.asked[asked.batch] = asked
+        _write(self.path / "quality" / f"{asked.batch:06d}.json", asked)
+
     def write_result(self, result: Record) -> None:
         """Leave the result beside what it was made from."""
         _write(self.path / "comparison.json", result)
@@ -113,15 +122,15 @@ def newest_run(runs: Path) -> Path:
 
 def _write(path: Path, record: Record) -> None:
     try:
-        write_whole(path, lambda part: part.write_text(record.model_dump_json(by_alias=True), encoding="utf-8"))
+        write_whole(path, lambda part: part.write_text(json_text(record), encoding="utf-8"))
     except MMTokError as error:
         raise NotWrittenError(error.message, "make room there, then go on with --resume") from error
 
 
 def _read(path: Path, kind: type[Kind]) -> Kind:
     try:
-        return kind.model_validate_json(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValidationError) as error:
+        return from_json(kind, path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         hint = "begin a new run" if path.name == PLAN else "delete this file; what it held will be measured again"
         raise MMTokError(f"{path} cannot be read", hint) from error
 

@@ -7,8 +7,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from statistics import fmean, median
+from typing import Any
 
+from mmtok_cli.bench.asking import questions_left
 from mmtok_cli.bench.gpu import summarise_states
+from mmtok_cli.bench.outcomes import (
+    asked_samples,
+    identity,
+    left_out,
+    qualities,
+    result_fields,
+    unasked,
+)
 from mmtok_cli.bench.records import PlannedCase, Run
 from mmtok_cli.bench.results import (
     CaseResult,
@@ -27,10 +37,14 @@ from mmtok_cli.bench.store import RunDirectory
 
 
 def summarise_run(store: RunDirectory) -> Comparison:
-    """The result of what a directory holds, of its whole rounds; nothing else is needed for it."""
+    """The result of what a directory holds: times of its whole rounds, quality of all samples that were asked.
+
+    Nothing else is needed for it.
+    """
     plan = store.plan
     rounds = whole_rounds(store)
     columns = [[run for i in rounds if (run := store.runs.get((i, case)))] for case in range(len(plan.cases))]
+    found = qualities(store)
     results = []
     for i, runs in enumerate(columns):
         if runs and i not in store.failures:
@@ -38,9 +52,11 @@ def summarise_run(store: RunDirectory) -> Comparison:
             baseline = None if first in store.failures else columns[first]
             counted = store.counted[i]
             column = Column(plan.cases[i], runs, None if first == i else baseline, counted.flops, counted.coverage)
-            results.append(column.result())
+            said = result_fields(found.get(identity(plan.cases[i])), is_baseline=first == i)
+            results.append(column.result().model_copy(update=said))
     sizes = list(dict.fromkeys(case.batch_size for case in plan.cases))
     asked = {(case.batch_size, run.batch) for case, runs in zip(plan.cases, columns, strict=True) for run in runs}
+    timed = max(size * sum(1 for other, _ in asked if other == size) for size in sizes)
     return Comparison(
         model=plan.model,
         rules=plan.rules,
@@ -49,30 +65,37 @@ def summarise_run(store: RunDirectory) -> Comparison:
             data=plan.data,
             seed=plan.seed,
             max_new_tokens=plan.max_new_tokens,
-            samples=max(size * sum(1 for other, _ in asked if other == size) for size in sizes),
+            samples=asked_samples(store) or timed,
             batch_size=sizes[0] if len(sizes) == 1 else sizes,
             rounds=len(rounds),
             warmup=plan.warmup,
             order=plan.rotation().first(len(rounds)),
             runs=plan.runs,
             min_time=plan.min_time,
+            data_digest=plan.data_digest,
+            planned_samples=plan.samples,
+            timed=timed,
         ),
         interrupted=not is_finished(store),
         results=results,
         failures=[
             FailedCase(
-                **plan.cases[failure.case].model_dump(include={"method", "parameters", "budget", "batch_size"}),
+                **plan.cases[failure.case].model_dump(
+                    include={"method", "parameters", "budget", "batch_size", "again"}
+                ),
                 **failure.model_dump(include={"round", "reason", "message"}),
             )
             for _, failure in sorted(store.failures.items())
         ],
         planned_rounds=plan.rounds,
         run_directory=str(store.path),
+        unasked=unasked(store),
+        left_out=left_out(store),
     )
 
 
 def whole_rounds(store: RunDirectory) -> list[int]:
-    """The rounds, from the first on, in which every case that has its turn was measured and compared."""
+    """The rounds, from the first on, in which every case that has its turn was measured."""
     plan = store.plan
     whole: list[int] = []
     most = max((number for number, _ in store.runs), default=-1) + 1
@@ -80,15 +103,19 @@ def whole_rounds(store: RunDirectory) -> list[int]:
         for turn in turns:
             if turn.case in store.failures:
                 continue
-            run, baseline = store.runs.get((number, turn.case)), plan.baseline_of(turn.case)
-            if run is None or (not run.kl and turn.case != baseline and (number, baseline) in store.runs):
+            if (number, turn.case) not in store.runs:
                 return whole
         whole.append(number)
     return whole
 
 
 def is_finished(store: RunDirectory) -> bool:
-    """Whether nothing is left to be measured."""
+    """Whether nothing is left to be measured or asked."""
+    return is_timed(store) and questions_left(store) is None
+
+
+def is_timed(store: RunDirectory) -> bool:
+    """Whether nothing is left to be timed."""
     if not all(case in store.counted or case in store.failures for case in range(len(store.plan.cases))):
         return False
     if len(store.failures) == len(store.plan.cases):
@@ -106,8 +133,23 @@ def summarise_cases(
     """
     columns = [[runs[i] for runs in rounds] for i in range(len(cases))]
     return [
-        Column(case.planned(), columns[i], columns[0] if i else None, flops[i]).result() for i, case in enumerate(cases)
+        Column(case.planned(), columns[i], columns[0] if i else None, flops[i])
+        .result()
+        .model_copy(update=_answered(columns[i], columns[0] if i else None))
+        for i, case in enumerate(cases)
     ]
+
+
+def _answered(runs: Sequence[Run], baseline: Sequence[Run] | None) -> dict[str, Any]:
+    """What the answers that were timed are worth, each sample counting once."""
+    once = _first_of_each_batch(runs)
+    score, before = _score(once), _score(_first_of_each_batch(baseline)) if baseline else None
+    return {
+        "score": score.share if score else None,
+        "score_counts": score,
+        "retention": score.share / before.share if score and before and before.right else None,
+        "fidelity": _fidelity(once) if baseline else None,
+    }
 
 
 @dataclass(frozen=True)
@@ -123,8 +165,6 @@ class Column:
     def result(self) -> CaseResult:
         case, runs = self.case, self.runs
         once = _first_of_each_batch(runs)
-        score = _score(once)
-        baseline = _score(_first_of_each_batch(self.baseline)) if self.baseline else None
         seconds = {stage: [run.seconds[stage] for run in runs] for stage in runs[0].seconds}
         repeated = any(len(run.repetitions["total"]) > 1 for run in runs)
         counts = [tokens for run in once for tokens in run.tokens]
@@ -163,10 +203,6 @@ class Column:
             gpu=summarise_states([run.gpu for run in runs if run.gpu], case.batch_size),
             outliers=outliers(seconds["ttft"]),
             drift=drift(seconds["ttft"]),
-            score=score.share if score else None,
-            score_counts=score,
-            retention=score.share / baseline.share if score and baseline and baseline.right else None,
-            fidelity=_fidelity(once) if self.baseline else None,
         )
 
 

@@ -7,23 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from mmtok_cli.bench.paired import Flips, Retention, count_flips, f1_retention, mean_retention
+from mmtok_cli.bench.paired import Retention, count_flips, f1_retention, mean_retention
 from mmtok_cli.bench.quality import Outcome
-from mmtok_cli.bench.scores import YesNo, is_yes, says_yes, yes_no
+from mmtok_cli.bench.results import Fidelity, Flips, YesNo
+from mmtok_cli.bench.scores import is_yes, says_yes, yes_no
 from mmtok_cli.data.datasets import Dataset
 from mmtok_cli.data.samples import Sample
 
 RIGHT = 0.5  # a soft accuracy of so much is right where an answer must be either right or wrong
-
-
-@dataclass(frozen=True)
-class Fidelity:
-    """Closeness to the unreduced model, means over samples: KL divergence in nats, top-1 agreement, and the share that
-    is answered in the same words."""
-
-    kl: float
-    top1: float
-    same: float
 
 
 @dataclass(frozen=True)

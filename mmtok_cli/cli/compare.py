@@ -12,10 +12,18 @@ from mmtok_cli.cli.options import (
     OUTPUT,
     PLOTS,
     REDUCTION,
+    AskedOption,
+    AttentionOption,
     BudgetMeansOption,
+    ColumnsOption,
+    DataOption,
+    DeviceMapOption,
     DeviceOption,
     DtypeOption,
+    ExportOption,
+    ImageRootOption,
     JsonOption,
+    LayersOption,
     MaxNewTokensOption,
     ModelOption,
     PositionsOption,
@@ -51,16 +59,23 @@ def compare(
             rich_help_panel=REDUCTION,
         ),
     ] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Samples to ask.", rich_help_panel=MEASUREMENT)] = 80,
+    limit: Annotated[int, typer.Option(min=1, help="Samples to ask, at most.", rich_help_panel=MEASUREMENT)] = 80,
     batch_size: Annotated[
         str,
         typer.Option(help="Samples per run, or several such numbers: 1,8.", rich_help_panel=MEASUREMENT),
     ] = "1",
+    data: DataOption = "demo",
+    image_root: ImageRootOption = None,
+    question: AskedOption = None,
+    columns: ColumnsOption = None,
+    no_quality: Annotated[
+        bool, typer.Option("--no-quality", help="Measure times and memory alone.", rich_help_panel=MEASUREMENT)
+    ] = False,
     rounds: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Passes over all cases, each on the next batch of samples. Default: until every sample was asked.",
+            help="Timed passes over all cases, each on the next batch of samples. Default: all batches, at most 30.",
             show_default=False,
             rich_help_panel=MEASUREMENT,
         ),
@@ -88,6 +103,9 @@ def compare(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     weights: WeightsOption = "pretrained",
+    layers: LayersOption = None,
+    attention: AttentionOption = "sdpa",
+    device_map: DeviceMapOption = None,
     track: TrackOption = "released",
     positions: PositionsOption = None,
     budget_means: BudgetMeansOption = "final",
@@ -123,24 +141,32 @@ def compare(
         Path | None,
         typer.Option(help="Plot of quality against tokens and time (.png, .svg, .pdf).", rich_help_panel=OUTPUT),
     ] = None,
+    exports: ExportOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Compare methods and budgets: latency, speedup, memory and quality on held-out questions.
+    """Compare methods and budgets: latency, speedup, memory and quality on held-out questions or your own data.
 
-    In every round all cases run on the same samples, in random order, and speedups are paired within the round.
-    What was measured is written down at once: a run that was stopped, however that was, goes on with --resume.
+    In every round all cases run on the same samples, in random order, and speedups are paired within the round. Then
+    all samples are asked once for the quality. What was measured is written down at once: a run that was stopped,
+    however that was, goes on with --resume. Under `torchrun` or `accelerate launch` all processes share the asking.
 
     [dim]mmtok compare --methods mmtok,resize --budget 64,16[/dim]
     """
+    from mmtok_cli.bench.parallel import join_processes
     from mmtok_cli.bench.store import NotWrittenError
-    from mmtok_cli.cli.comparing import Session, check_verdict, judge, show
+    from mmtok_cli.cli.comparing import Session, check_verdict, judge
     from mmtok_cli.cli.request import Request
+    from mmtok_cli.cli.showing import export, show
+    from mmtok_cli.errors import MMTokError
     from mmtok_cli.files import require_writable
     from mmtok_cli.report.console import print_error
+    from mmtok_cli.report.exports import EXPORTS
 
     if plot:
         require_writable(plot, PLOTS, "--plot")
+    for path in exports or []:
+        require_writable(path, EXPORTS, "--export")
     request = Request(
         model=model,
         methods=methods,
@@ -160,26 +186,45 @@ def compare(
         settings=settings or [],
         seed=seed,
         max_new_tokens=max_new_tokens,
+        data=data,
+        image_root=None if image_root is None else str(image_root),
+        question=question,
+        columns=columns,
+        no_quality=no_quality,
+        layers=layers,
+        attention=attention,
+        device_map=device_map,
     )
     check_verdict(fail_below, fail_below_stage)
     given = [name for name in Request.model_fields if _is_given(context, name)]
-    session = Session.resumed(request, given, run_dir, quiet) if resume else Session(request, run_dir, quiet)
-    if dry_run:
-        session.preview(as_json)
-        return
-    try:
-        comparison, stopped = session.measure()
-    except NotWrittenError as error:
-        print_error(error)
-        raise typer.Exit(1) from error
-    show(comparison, session.request.settings, as_json, quiet)
-    session.tell_how_to_resume(comparison)
-    if plot:
-        session.plot(comparison, plot)
-    if stopped is not None:
-        print_error(stopped)
-    if not judge(comparison, fail_below, fail_below_stage) or stopped is not None or not comparison.results:
-        raise typer.Exit(1)
+    with join_processes(device) as processes:
+        if device_map is not None and processes.count > 1:
+            raise MMTokError("--device-map gives one process all GPUs, and here are several", "leave it out")
+        silent = quiet or not processes.is_writer
+        session = Session.resumed(request, given, run_dir, silent) if resume else Session(request, run_dir, silent)
+        session.pictures = any(path.suffix.lower() == ".html" for path in exports or [])
+        if not processes.is_writer:
+            if not dry_run:
+                session.help(processes)
+            return
+        if dry_run:
+            session.preview(as_json)
+            return
+        try:
+            comparison, stopped = session.measure(processes)
+        except NotWrittenError as error:
+            print_error(error)
+            raise typer.Exit(1) from error
+        show(comparison, session.request.settings, as_json, quiet)
+        session.tell_how_to_resume(comparison)
+        if plot:
+            session.plot(comparison, plot)
+        if comparison.results:
+            export(comparison, exports or [], session.directory, quiet)
+        if stopped is not None:
+            print_error(stopped)
+        if not judge(comparison, fail_below, fail_below_stage) or stopped is not None or not comparison.results:
+            raise typer.Exit(1)
 
 
 def _is_given(context: typer.Context, name: str) -> bool:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mmtok_cli.bench.asking import Questions, ask_questions, questions_left
 from mmtok_cli.bench.gpu import open_gpu
 from mmtok_cli.bench.measurement import Measurement
+from mmtok_cli.bench.parallel import Processes
 from mmtok_cli.bench.planning import (
     at_batch_sizes,
     estimate,
@@ -15,29 +18,48 @@ from mmtok_cli.bench.planning import (
     make_plan,
     require_same,
     require_whole_batches,
+    timed_samples,
 )
 from mmtok_cli.bench.records import Plan
 from mmtok_cli.bench.results import Comparison
 from mmtok_cli.bench.runner import Case
 from mmtok_cli.bench.store import PLAN, NotWrittenError, RunDirectory, newest_run
-from mmtok_cli.bench.summary import is_finished, summarise_run, whole_rounds
+from mmtok_cli.bench.summary import is_finished, is_timed, summarise_run, whole_rounds
 from mmtok_cli.bench.verdict import shortfalls
 from mmtok_cli.budget import parse_budgets
+from mmtok_cli.cli.pictures import has_pictures, save_pictures
 from mmtok_cli.cli.request import RUNS, Request, new_directory
 from mmtok_cli.cli.session import Setup, make_case, make_cases, make_setup, open_model
-from mmtok_cli.data.samples import Sample, demo_samples
+from mmtok_cli.data.datasets import Dataset
+from mmtok_cli.data.samples import ClosedImages
 from mmtok_cli.environment import environment_of
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.files import require_writable_directory
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.report import checks, console, tables
 
+MOST_NOTES = 10
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is measured: a model, the cases of the plan, a dataset."""
+
+    model: VisionLanguageModel
+    cases: list[Case]
+    dataset: Dataset
+    setup: Setup
+
 
 class Session:
-    """One call of the command: a request and, where a run is resumed, what is known of it."""
+    """One call of the command: a request and, where a run is resumed, what is known of it.
+
+    pictures: whether to draw what is kept.
+    """
 
     def __init__(self, request: Request, run_dir: Path | None, quiet: bool, store: RunDirectory | None = None) -> None:
         self.request = request
+        self.pictures = False
         self.quiet = quiet
         self.store = store
         self.directory = run_dir or new_directory(request.model)
@@ -51,7 +73,7 @@ class Session:
 
     def preview(self, as_json: bool) -> None:
         """Print the plan and the time that it takes, after one run of each case."""
-        measurement = self._prepare(RunDirectory)
+        measurement = self._measurement(self._prepare(), RunDirectory)
         with console.progress_bar(self.quiet) as progress:
             progress.add_task("one run of each case", total=None)
             plan = estimate(measurement.store.plan, measurement.estimate())
@@ -63,41 +85,57 @@ class Session:
         for line in checks.plan_lines(plan):
             out.print(line)
 
-    def measure(self) -> tuple[Comparison, NotWrittenError | None]:
-        """Measure what is missing. Returns the result, and why nothing more could be written down if that is so.
+    def measure(self, processes: Processes) -> tuple[Comparison, NotWrittenError | None]:
+        """Measure what is missing: times by this process, quality by all. To be called in the writer alone.
 
-        Where not even one round is whole when it has to stop, that is raised: KeyboardInterrupt or NotWrittenError.
+        Returns the result, and why nothing more could be written down if that is so. Where not even one round is whole
+        when it has to stop, that is raised: KeyboardInterrupt or NotWrittenError.
         """
-        if self.store and is_finished(self.store):
+        if self.store and is_finished(self.store) and not (self.pictures and not has_pictures(self.directory)):
             self.notes.print(f"nothing is left to measure in {console.printable(self.directory)}", soft_wrap=True)
+            processes.tell([None])
             return summarise_run(self.store), None
         if self.store is None:
             if (self.directory / PLAN).exists():
                 raise MMTokError(f"{self.directory} holds a run already", "go on with it by --resume, or name another")
             require_writable_directory(self.directory, "--run-dir")
-        measurement = self._prepare(RunDirectory.create)
-        with measurement.store.locked():
-            stopped = self._until_stopped(measurement)
-        comparison = summarise_run(measurement.store)
+        prepared = self._prepare()
+        measurement = self._measurement(prepared, RunDirectory.create)
+        store = measurement.store
+        with store.locked():
+            timed, stopped = self._until_stopped(store, lambda: self._time(measurement))
+            questions = questions_left(store) if timed else None
+            asked, stopped_too = self._until_stopped(store, lambda: self._ask(prepared, questions, processes, store))
+            stopped = stopped or stopped_too
+            if timed and asked and self.pictures:
+                self.notes.print("drawing what is kept")
+                save_pictures(prepared.model, prepared.cases, prepared.dataset, store)
+        comparison = summarise_run(store)
         try:
-            measurement.store.write_result(comparison)
+            store.write_result(comparison)
         except NotWrittenError as error:
             stopped = stopped or error
         return comparison, stopped
 
-    def _until_stopped(self, measurement: Measurement) -> NotWrittenError | None:
+    def help(self, processes: Processes) -> None:
+        """Ask, in a process that is not the writer, what the writer says is left to be asked."""
+        with contextlib.suppress(KeyboardInterrupt):
+            self._ask(self._prepare(), None, processes, None)
+
+    def _until_stopped(self, store: RunDirectory, work: Callable[[], None]) -> tuple[bool, NotWrittenError | None]:
+        """Whether the work was done, and why nothing could be written down if that is what stopped it."""
         try:
-            self._measure(measurement)
+            work()
         except (KeyboardInterrupt, NotWrittenError) as error:
-            if not whole_rounds(measurement.store):
+            if not whole_rounds(store):
                 self._how_to_resume()
                 raise
-            return error if isinstance(error, NotWrittenError) else None
+            return False, error if isinstance(error, NotWrittenError) else None
         except Exception:
-            if measurement.store.runs:
+            if store.runs:
                 self._how_to_resume()
             raise
-        return None
+        return True, None
 
     def plot(self, comparison: Comparison, path: Path) -> None:
         """Plot the cases of the first batch size. Raises MMTokError where there is nothing to plot."""
@@ -118,7 +156,8 @@ class Session:
         directory = console.printable(self.directory)
         self.notes.print(f"• go on with: mmtok compare --run-dir {directory} --resume", soft_wrap=True)
 
-    def _prepare(self, create: Callable[[Path, Plan], RunDirectory]) -> Measurement:
+    def _prepare(self) -> Prepared:
+        """Everything that every process needs. Raises MMTokError for what cannot be done, the cheapest faults first."""
         request = self.request
         names, sizes = request.method_names(), request.batch_sizes()
         setup = make_setup(
@@ -132,51 +171,90 @@ class Session:
         )
         chosen = parse_budgets(request.budget) if request.budget is not None else None
         cases = at_batch_sizes(_with_baseline_again(make_cases(names, chosen, setup), names, setup), sizes)
-        require_whole_batches(request.limit, sizes)
-        model = open_model(request.model, request.device, request.dtype, request.weights, self.quiet)
-        samples = demo_samples(request.limit)
-        groups = in_batches(samples, sizes)
-        for size, batches in groups.items():
-            if len(batches) * size < request.limit:
-                self.notes.print(
-                    f"asking {len(batches) * size} of {request.limit} samples: whole batches of {size}, so that all "
-                    "runs are alike"
-                )
+        dataset = request.open_data()
+        require_whole_batches(len(dataset.samples), sizes)
+        for note in dataset.notes()[:MOST_NOTES]:
+            self.notes.print(f"• {console.printable(note)}", soft_wrap=True)
+        if request.layers is not None and not request.no_quality:
+            self.notes.print("• the first layers alone answer nothing: quality is not measured with --layers")
+        model = open_model(
+            request.model,
+            request.device,
+            request.dtype,
+            request.weights,
+            self.quiet,
+            layers=request.layers,
+            attention=request.attention,
+            device_map=request.device_map,
+        )
+        return Prepared(model, cases, dataset, setup)
+
+    def _measurement(self, prepared: Prepared, create: Callable[[Path, Plan], RunDirectory]) -> Measurement:
+        model, cases, sizes = prepared.model, prepared.cases, self.request.batch_sizes()
+        samples = prepared.dataset.samples
+        timed = timed_samples(samples, sizes, self.request.rounds)
+        groups = in_batches(timed, sizes)
         for case in cases:
-            case.check(model, [sample for batch in groups[case.batch_size] for sample in batch])
-        plan = self._plan(cases, samples, model, setup)
+            whole = [sample for batch in in_batches(samples, sizes)[case.batch_size] for sample in batch]
+            lazy = any(isinstance(sample.images, ClosedImages) for sample in whole)
+            case.check(model, [sample.open() for sample in groups[case.batch_size][0]] if lazy else whole)
+        plan = self._plan(prepared, len(timed))
         if self.store is not None:
             require_same(self.store.plan, plan)
         store = self.store or create(self.directory, plan)
         return Measurement(model, cases, groups, store, open_gpu(model.device))
 
-    def _plan(self, cases: Sequence[Case], samples: Sequence[Sample], model: VisionLanguageModel, setup: Setup) -> Plan:
-        request = self.request
+    def _plan(self, prepared: Prepared, timed: int) -> Plan:
+        request, dataset = self.request, prepared.dataset
         return make_plan(
-            cases,
-            samples,
-            environment_of(model),
+            prepared.cases,
+            dataset.samples,
+            environment_of(prepared.model),
             model=request.model,
-            rules=setup.rules,
+            rules=prepared.setup.rules,
             options=request.model_dump(),
-            data="demo",
+            data=dataset.name,
             seed=request.seed,
             max_new_tokens=request.max_new_tokens,
             rounds=request.rounds,
             runs=request.runs,
             warmup=request.warmup,
             min_time=request.min_time,
+            timed=timed,
+            quality=not request.no_quality and request.layers is None,
+            metric=dataset.metric,
+            left_out=dataset.notes(),
         )
 
-    def _measure(self, measurement: Measurement) -> None:
+    def _time(self, measurement: Measurement) -> None:
         plan = measurement.store.plan
+        if is_timed(measurement.store):
+            return
         with console.progress_bar(self.quiet) as progress:
             task = progress.add_task("warming up", total=len(measurement.cases))
             for _ in measurement.warm_up():
                 progress.advance(task)
-            progress.update(task, description="measuring", total=plan.rounds, completed=0)
+            progress.update(task, description="timing", total=plan.rounds, completed=0)
             for number in measurement.rounds():
                 progress.update(task, completed=number + 1, total=max(plan.rounds, number + 1))
+
+    def _ask(
+        self, prepared: Prepared, questions: Questions | None, processes: Processes, store: RunDirectory | None
+    ) -> None:
+        samples = len(prepared.dataset.samples)
+        left = 0 if questions is None else min(samples, len(questions.batches) * questions.batch_size)
+        with console.progress_bar(self.quiet) as progress:
+            task = progress.add_task("asking", total=samples, completed=samples - left)
+            for done in ask_questions(
+                prepared.model,
+                prepared.cases,
+                prepared.dataset,
+                questions,
+                processes=processes,
+                store=store,
+                max_new_tokens=self.request.max_new_tokens,
+            ):
+                progress.advance(task, done)
 
 
 def check_verdict(least: float | None, stage: str) -> None:
@@ -191,29 +269,6 @@ def judge(comparison: Comparison, least: float | None, stage: str) -> bool:
     for line in lines:
         console.notes_console().print(f"failed: {line}", soft_wrap=True)
     return not lines
-
-
-def show(comparison: Comparison, settings: Sequence[str], as_json: bool, quiet: bool) -> None:
-    """JSON, or tables for each batch size and notes on how to read them."""
-    if as_json:
-        console.print_json(comparison)
-        return
-    out, notes = console.results_console(), console.notes_console(quiet)
-    rules = tables.rules_text(comparison.rules, settings)
-    for part in tables.by_batch_size(comparison):
-        schedule = part.schedule
-        out.print(
-            f"{console.printable(part.model)}: {schedule.samples} samples, batches of {schedule.batch_size}, "
-            f"seed {schedule.seed}" + (f"; {rules}" if rules else "")
-        )
-        out.print(tables.speed_table(part))
-        if part.results:
-            out.print(tables.quality_table(part))
-            if kinds := tables.kind_table(part):
-                out.print(kinds)
-    out.print(tables.environment_line(comparison.model, comparison.environment))
-    for note in checks.notes(comparison):
-        notes.print(f"• {note}")
 
 
 def _with_baseline_again(cases: list[Case], names: Sequence[str], setup: Setup) -> list[Case]:

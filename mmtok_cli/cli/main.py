@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from mmtok_cli import __version__
-from mmtok_cli.cli import compare, infer, methods, models, profile, prune
+from mmtok_cli.cli import compare, infer, methods, models, profile, prune, report
 from mmtok_cli.errors import MMTokError
 
 
@@ -43,6 +43,7 @@ app.command()(infer.infer)
 app.command()(prune.prune)
 app.command()(profile.profile)
 app.command()(compare.compare)
+app.command()(report.report)
 app.command()(models.models)
 app.command()(methods.methods)
 

@@ -9,6 +9,7 @@ import typer
 
 MODEL = "Model"
 REDUCTION = "Reduction"
+DATA = "Data"
 MEASUREMENT = "Measurement"
 OUTPUT = "Output"
 
@@ -96,6 +97,47 @@ SetOption = Annotated[
     ),
 ]
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of random draws.", rich_help_panel=REDUCTION)]
+
+DataOption = Annotated[
+    str,
+    typer.Option(
+        help="Samples to ask: demo, FILE.jsonl, pope:FILE, a folder of images, hub:NAME or hub:NAME:SPLIT.",
+        rich_help_panel=DATA,
+    ),
+]
+ImageRootOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Where the image files of --data lie. Default: beside the file.", show_default=False, rich_help_panel=DATA
+    ),
+]
+AskedOption = Annotated[
+    str | None,
+    typer.Option(
+        "--question",
+        help="What to ask of images without a question, or a frame around their own, which is {question} there.",
+        show_default=False,
+        rich_help_panel=DATA,
+    ),
+]
+ColumnsOption = Annotated[
+    str | None,
+    typer.Option(
+        help="What --data calls image, question, answer, answers, id and kind.",
+        metavar="FIELD=NAME,…",
+        show_default=False,
+        rich_help_panel=DATA,
+    ),
+]
+ExportOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--export",
+        help="Also write the results to a file (.json, .csv, .md, .html). Repeatable.",
+        show_default=False,
+        rich_help_panel=OUTPUT,
+    ),
+]
 
 MaxNewTokensOption = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.", rich_help_panel=MEASUREMENT)]
 WarmupOption = Annotated[

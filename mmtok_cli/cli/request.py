@@ -14,6 +14,7 @@ from mmtok_cli.errors import MMTokError
 
 if TYPE_CHECKING:
     from mmtok_cli.bench.records import Plan
+    from mmtok_cli.data.datasets import Dataset
 
 RUNS = Path("runs")
 
@@ -41,6 +42,14 @@ class Request(BaseModel):
     settings: list[str]
     seed: int
     max_new_tokens: int
+    data: str = "demo"
+    image_root: str | None = None
+    question: str | None = None
+    columns: str | None = None
+    no_quality: bool = False
+    layers: int | None = None
+    attention: str = "sdpa"
+    device_map: str | None = None
 
     def batch_sizes(self) -> list[int]:
         """The sizes, each once. Raises MMTokError for what is none."""
@@ -49,6 +58,27 @@ class Request(BaseModel):
             if not re.fullmatch(r"[0-9]{1,6}", size) or int(size) < 1:
                 raise MMTokError(f"{size!r} is not a batch size", "give one or several, as in --batch-size 1,8")
         return list(dict.fromkeys(map(int, sizes)))
+
+    def column_names(self) -> dict[str, str]:
+        """Fields of a sample by what the dataset calls them. Raises MMTokError for what is no `field=name`."""
+        parts = [part.strip() for part in (self.columns or "").split(",") if part.strip()]
+        pairs = [part.partition("=") for part in parts]
+        for part, (field, _, name) in zip(parts, pairs, strict=True):
+            if not field.strip() or not name.strip():
+                raise MMTokError(f"--columns {part!r} is not field=name", "as in --columns question=text,answer=label")
+        return {field.strip(): name.strip() for field, _, name in pairs}
+
+    def open_data(self) -> Dataset:
+        """The dataset that was named. Raises MMTokError where there is none to be asked."""
+        from mmtok_cli.data.datasets import open_dataset
+
+        return open_dataset(
+            self.data,
+            image_root=None if self.image_root is None else Path(self.image_root),
+            limit=self.limit,
+            question=self.question,
+            columns=self.column_names(),
+        )
 
     def method_names(self) -> list[str]:
         """The methods, each once."""

@@ -10,34 +10,49 @@ from rich.table import Table
 from mmtok_cli.report.tables import (
     by_batch_size,
     ceiling,
-    comparison_notes,
+    inconclusive_notes,
     is_baseline,
+    layer_notes,
     plain_table,
 )
-from mmtok_cli.report.units import seconds
+from mmtok_cli.report.units import seconds, share
+
+FEW = 3
 
 if TYPE_CHECKING:
     from mmtok_cli.bench.planning import Estimate, EstimatedCase
     from mmtok_cli.bench.results import CaseResult, Comparison
 
 
-def notes(comparison: Comparison) -> list[str]:
-    """Everything that there is to say beside the tables of a comparison."""
+def notes(comparison: Comparison, *, ceilings: bool = True) -> list[str]:
+    """Everything that there is to say beside the tables of a comparison; `ceilings` may be said elsewhere."""
     lines = []
     parts = by_batch_size(comparison)
     for part in parts:
         head = f"batches of {part.schedule.batch_size}: " if len(parts) > 1 else ""
-        lines += [head + ceiling(result) for result in part.results if is_baseline(result)]
+        lines += [head + ceiling(result) for result in part.results if ceilings and is_baseline(result)]
         lines += [head + line for line in (*outlier_notes(part.results), *drift_notes(part.results))]
-    lines += failure_notes(comparison)
+    lines += [*failure_notes(comparison), *left_out_notes(comparison), *comparison.remarks]
     if comparison.results:
         lines += comparison_notes(comparison)
     return [*lines, *flop_notes(comparison.results), *gpu_notes(comparison)]
 
 
+def left_out_notes(comparison: Comparison) -> list[str]:
+    """What of the data could not be used, the first few in their own words."""
+    lines = comparison.left_out
+    more = [f"… and {len(lines) - FEW} more that were left out"] if len(lines) > FEW else []
+    return [*lines[:FEW], *more]
+
+
 def failure_notes(comparison: Comparison) -> list[str]:
-    """Why a case has no figures."""
+    """Why a case has no figures, or none of quality."""
     lines = []
+    for failed in comparison.unasked:
+        lines.append(
+            f"{failed}: {failed.reason} when it was asked in batches of {failed.batch_size}, so that its answers are "
+            f"not judged: {failed.message}"
+        )
     for failed in comparison.failures:
         when = "while it was warming up" if failed.round is None else f"in round {failed.round + 1}"
         remedy = (
@@ -47,6 +62,79 @@ def failure_notes(comparison: Comparison) -> list[str]:
         )
         lines.append(f"{failed} (batches of {failed.batch_size}): {failed.reason} {when}: {failed.message}; {remedy}")
     return lines
+
+
+def comparison_notes(comparison: Comparison) -> list[str]:
+    """How to read the tables, and what to do where they do not settle the matter."""
+    others = [result for result in comparison.results if not is_baseline(result)]
+    methods = [result for result in others if not result.again]
+    notes = [
+        "times are medians over rounds, of a whole batch; speedups are paired within rounds, with a 95 % interval",
+        "TTFT, the time to the first token: prepare, encode, select and prefill. KV cache and FLOPs are per sample",
+    ]
+    notes += [*overhead_notes(methods), *layer_notes(methods), *position_notes(methods)]
+    for part in by_batch_size(comparison):
+        head = f"batches of {part.schedule.batch_size}: " if part is not comparison else ""
+        doubtful = [result for result in part.results if not is_baseline(result)]
+        notes += [head + note for note in inconclusive_notes(doubtful, ("prefill", "ttft"))]
+    return [*notes, *quality_notes(comparison), *interruption_notes(comparison)]
+
+
+def quality_notes(comparison: Comparison) -> list[str]:
+    """What scores, flips and fidelity are, as far as they are shown."""
+    results, schedule = comparison.results, comparison.schedule
+    on = "" if schedule.timed is None else f" on {schedule.timed} samples"
+    timed = f"{_count(schedule.rounds, 'round')}{on} for the times, then {schedule.samples} samples, each asked once"
+    notes = []
+    if any(result.fidelity for result in results):
+        notes += [
+            "times and quality are measured apart: " + timed,
+            "same: answers in the same words as the unreduced model's. top-1, KL: agreement and divergence (nats) at "
+            "each token of its answer",
+        ]
+    counts = next((result.score_counts for result in results if result.score_counts), None)
+    if counts:
+        score = "score: F1; retention" if any(result.yes_no for result in results) else "retention"
+        notes.append(
+            f"{score}: score / unreduced score, with a 95 % interval over images. lost, gained: answers that the "
+            "unreduced model alone has right, and that it alone has wrong; p: how likely chance is to part them so far "
+            "(McNemar's exact test)"
+        )
+        if counts.asked < 200:
+            notes.append(f"scores of so few questions ({counts.asked}) vary by several points: raise --limit")
+    return notes
+
+
+def interruption_notes(comparison: Comparison) -> list[str]:
+    """How far a comparison came that was stopped."""
+    if not comparison.interrupted:
+        return []
+    schedule, planned = comparison.schedule, comparison.planned_rounds
+    if planned and schedule.rounds >= planned and schedule.planned_samples:
+        asked = schedule.samples if any(result.fidelity for result in comparison.results) else 0
+        return [f"interrupted: {asked} of {schedule.planned_samples} samples were asked"]
+    of = f" of {planned}" if planned else ""
+    return [f"interrupted: {schedule.rounds}{of} whole rounds were measured"]
+
+
+def overhead_notes(results: Sequence[CaseResult]) -> list[str]:
+    """What each method costs, at the budget where that is most."""
+    largest: dict[str, float] = {}
+    for result in results:
+        largest[result.method] = max(result.overhead, largest.get(result.method, 0.0))
+    shares = ", ".join(f"{method} {share(value)}" for method, value in largest.items())
+    return [f"choosing tokens costs, as a share of encode and prefill: {shares}"] if shares else []
+
+
+def position_notes(results: Sequence[CaseResult]) -> list[str]:
+    """A warning where methods differ in what they do with positions."""
+    keeping, counting = ({r.method: None for r in results if r.positions == policy} for policy in ("keep", "renumber"))
+    if not keeping or not counting:
+        return []
+    return [
+        f"positions are kept by {', '.join(keeping)} and counted anew by {', '.join(counting)}, as released; "
+        "--track harmonised or --positions give all the same"
+    ]
 
 
 def outlier_notes(results: Sequence[CaseResult]) -> list[str]:

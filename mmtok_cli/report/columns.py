@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mmtok_cli.report.units import count, number, ratio, seconds, share, size
+from mmtok_cli.report.answers import retention_interval
+from mmtok_cli.report.units import count, number, p_value, ratio, seconds, share, size
 
 if TYPE_CHECKING:
-    from mmtok_cli.bench.results import CaseResult, Comparison, Speedup
+    from mmtok_cli.bench.results import CaseResult, Comparison, FailedCase, Speedup
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,30 @@ def trouble(case: CaseResult) -> str | None:
     return None if case.seconds else "not measured"
 
 
+@dataclass(frozen=True)
+class Row:
+    """One case in a table: its title, why it has no figures if that is so, and its cells."""
+
+    case: CaseResult | FailedCase
+    trouble: str | None
+    cells: tuple[Cell, ...]
+
+    @property
+    def title(self) -> str:
+        return self.case.title
+
+
+def rows(comparison: Comparison, columns: Sequence[Column]) -> list[Row]:
+    """The cases that were measured, then those that failed."""
+    measured = [Row(case, trouble(case), tuple(column.cell(case) for column in columns)) for case in comparison.results]
+    return measured + [_failed_row(failed, columns) for failed in comparison.failures]
+
+
+def _failed_row(failed: FailedCase, columns: Sequence[Column]) -> Row:
+    said = {KEPT.heading: Cell(failed.budget or "–"), BATCH.heading: Cell(str(failed.batch_size), failed.batch_size)}
+    return Row(failed, failed.reason, tuple(said.get(column.heading, Cell()) for column in columns))
+
+
 def stage_seconds(case: CaseResult, stage: str) -> float | None:
     """Median seconds of a stage, where it was measured."""
     times = case.seconds.get(stage)
@@ -59,7 +84,7 @@ def comparison_columns(comparison: Comparison) -> list[Column]:
     """Tokens, seconds, speedups, memory, operations and quality, as far as the comparison has them."""
     cases = [case for case in comparison.results if trouble(case) is None]
     scored = any(case.score is not None for case in cases)
-    columns = [KEPT]
+    columns = [*([BATCH] if isinstance(comparison.schedule.batch_size, list) else []), KEPT]
     if layers_differ(cases):
         columns.append(Column("avg", "vision tokens per decoder layer, on average", _layer_average))
     columns += [
@@ -77,16 +102,24 @@ def comparison_columns(comparison: Comparison) -> list[Column]:
     columns.append(Column("FLOPs", "per sample", _measured(count, lambda case: case.flops.get("total")), False))
     if scored:
         columns += [
-            Column("score", "right answers", _measured(share, lambda case: case.score)),
-            Column("retention", "score / score of the unreduced model", _measured(share, lambda case: case.retention)),
+            Column("score", "F1" if any(case.yes_no for case in cases) else "right answers", _score),
+            Column("retention", "score / score of the unreduced model, 95 % interval over images", _retention),
+            Column(
+                "lost / gained", "answers that the unreduced model alone has right, and alone has wrong", _flips, False
+            ),
+            Column("p", "McNemar's exact test of lost against gained", _p_value, False),
         ]
-    top1 = _measured(share, lambda case: case.fidelity.top1 if case.fidelity else None)
-    kl = _measured("{:.3f}".format, lambda case: case.fidelity.kl if case.fidelity else None)
-    return [
-        *columns,
-        Column("top-1", "agreement with the unreduced model on the first token of the answer", top1, not scored),
-        Column("KL", "divergence from the unreduced model on the first token of the answer, nats", kl, not scored),
-    ]
+    if any(case.fidelity for case in cases):
+        same = _measured(share, lambda case: case.fidelity.same if case.fidelity else None)
+        top1 = _measured(share, lambda case: case.fidelity.top1 if case.fidelity else None)
+        kl = _measured("{:.3f}".format, lambda case: case.fidelity.kl if case.fidelity else None)
+        if any(case.fidelity and case.fidelity.same is not None for case in cases):
+            columns.append(Column("same", "answers in the same words as the unreduced model's", same, not scored))
+        columns += [
+            Column("top-1", "agreement with the unreduced model at each token of its answer", top1, not scored),
+            Column("KL", "divergence from the unreduced model at each token of its answer, nats", kl, not scored),
+        ]
+    return columns
 
 
 def kind_columns(comparison: Comparison) -> list[Column]:
@@ -135,6 +168,23 @@ def speedup_cell(speedup: Speedup | None) -> Cell:
     return Cell(f"{ratio(speedup.median)}x", speedup.median, interval, not speedup.conclusive)
 
 
+_score = _measured(share, lambda case: case.score)
+_p_value = _measured(p_value, lambda case: case.flips.p_value if case.flips else None)
+
+
+def _retention(case: CaseResult) -> Cell:
+    if trouble(case) or case.retention is None:
+        return Cell()
+    return Cell(share(case.retention), case.retention, retention_interval(case))
+
+
+def _flips(case: CaseResult) -> Cell:
+    if trouble(case) or case.flips is None:
+        return Cell()
+    lost, gained = case.flips.right_wrong, case.flips.wrong_right
+    return Cell(f"{lost} / {gained}", lost - gained)
+
+
 def _kept(case: CaseResult) -> Cell:
     if trouble(case):
         return Cell(case.budget or "–")
@@ -146,3 +196,4 @@ def _layer_average(case: CaseResult) -> Cell:
 
 
 KEPT = Column("kept", "vision tokens behind the last reduction, of those of the image", _kept)
+BATCH = Column("batch", "samples in a batch", lambda case: Cell(str(case.batch_size), case.batch_size))

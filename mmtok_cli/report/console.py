@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from pydantic import BaseModel
@@ -10,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from mmtok_cli.bench.results import json_text
 from mmtok_cli.errors import MMTokError
 
 
@@ -25,12 +25,7 @@ def notes_console(quiet: bool = False) -> Console:
 
 def print_json(result: BaseModel | dict[str, Any]) -> None:
     """One JSON object on standard output, unwrapped and uncoloured."""
-    text = (
-        result.model_dump_json(by_alias=True, indent=2)
-        if isinstance(result, BaseModel)
-        else json.dumps(result, indent=2)
-    )
-    results_console().file.write(text + "\n")
+    results_console().file.write(json_text(result, indent=2) + "\n")
 
 
 def print_error(error: MMTokError) -> None:

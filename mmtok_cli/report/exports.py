@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 from rich.cells import cell_len
 
+from mmtok_cli.bench.results import FailedCase, json_text
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.files import write_whole
-from mmtok_cli.report.columns import comparison_columns, trouble
+from mmtok_cli.report.checks import failure_notes
+from mmtok_cli.report.columns import comparison_columns, rows
 from mmtok_cli.report.tables import environment_line, rules_text
 
 if TYPE_CHECKING:
@@ -38,6 +40,11 @@ COLUMN_NAMES = {
     "flops": "{}_flops",
     "score_counts": "score_{}",
     "fidelity": "{}",
+    "flips": "flips_{}",
+    "yes_no": "yes_no_{}",
+    "flop_coverage": "flop_coverage_{}",
+    "gpu": "gpu_{}",
+    "drift": "drift_{}",
 }
 UNITS = {"kl": "kl_nats", "overhead": "select_overhead"}
 
@@ -49,7 +56,7 @@ def write_export(comparison: Comparison, path: Path, *, overlays: Sequence[Overl
     """
     kind = path.suffix.lower()
     if kind == ".json":
-        text = json.dumps(comparison.model_dump(by_alias=True), indent=2, ensure_ascii=False) + "\n"
+        text = json_text(comparison, indent=2) + "\n"
     elif kind == ".csv":
         text = csv_text(comparison)
     elif kind == ".md":
@@ -67,23 +74,26 @@ def write_export(comparison: Comparison, path: Path, *, overlays: Sequence[Overl
 def csv_text(comparison: Comparison) -> str:
     """One row for each case, columns named with their units; raw values are left to JSON."""
     context = _context(comparison)
-    rows = []
-    for case in comparison.results:
+    found = []
+    cases: list[CaseResult | FailedCase] = [*comparison.results, *comparison.failures]
+    for case in cases:
         row = dict(_flat(case))
-        rows.append(row | {name: value for name, value in context.items() if name not in row})
-    names = dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row)
+        found.append(row | {name: value for name, value in context.items() if name not in row})
+    names = dict.fromkeys(name for row in sorted(found, key=len, reverse=True) for name in row)
     out = io.StringIO()
     writer = csv.DictWriter(out, list(names), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows(found)
     return out.getvalue()
 
 
-def _flat(case: CaseResult) -> Iterator[tuple[str, Any]]:
+def _flat(case: CaseResult | FailedCase) -> Iterator[tuple[str, Any]]:
     """Names and values of one case's columns. A part that is missing has none."""
     for field, value in case:
         if field == "parameters":
             yield field, json.dumps(value, default=str)
+        elif isinstance(case, FailedCase) and field in ("round", "reason", "message"):
+            yield f"failure_{field}", value
         elif field not in COLUMN_NAMES or value is not None:
             pattern = COLUMN_NAMES.get(field, f"{field}_{{}}")
             for path, leaf in _leaves(value):
@@ -113,15 +123,15 @@ def _context(comparison: Comparison) -> dict[str, Any]:
 def markdown_text(comparison: Comparison) -> str:
     """A table for a pull request or a paper's notes, with a line on what it was measured on and one on reading it."""
     columns = [column for column in comparison_columns(comparison) if column.brief]
-    rows = [["method", *(column.heading for column in columns)]]
-    for case in comparison.results:
-        reason = trouble(case)
-        name = _escaped(case.method) + (f" ({_escaped(reason)})" if reason else "")
-        rows.append([name, *(_escaped(str(column.cell(case))) for column in columns)])
-    widths = [max(4, *map(cell_len, column)) for column in zip(*rows, strict=True)]
+    table = [["method", *(column.heading for column in columns)]]
+    for row in rows(comparison, columns):
+        name = _escaped(row.title) + (f" ({_escaped(row.trouble)})" if row.trouble else "")
+        table.append([name, *(_escaped(str(cell)) for cell in row.cells)])
+    widths = [max(4, *map(cell_len, column)) for column in zip(*table, strict=True)]
     rule = [":" + "-" * (widths[0] - 1), *("-" * (width - 1) + ":" for width in widths[1:])]
-    lines = ["| " + " | ".join(map(_padded, row, widths, rule)) + " |" for row in (rows[0], rule, *rows[1:])]
-    return "\n".join([*lines, "", _escaped(_conditions(comparison)), "", _escaped(READING), ""])
+    lines = ["| " + " | ".join(map(_padded, row, widths, rule)) + " |" for row in (table[0], rule, *table[1:])]
+    said = [_conditions(comparison), READING, *failure_notes(comparison), *comparison.left_out, *comparison.remarks]
+    return "\n".join([*lines, "", "\n\n".join(map(_escaped, said)), ""])
 
 
 def _conditions(comparison: Comparison) -> str:

@@ -38,9 +38,9 @@ def quality_of(case: CaseResult, comparison: Comparison) -> Quality | None:
     asked = comparison.schedule.samples
     if case is comparison.results[0]:
         return Quality(1.0, 1.0, 1.0, None)  # agrees with itself by definition
-    return _quality(round(case.fidelity.top1 * asked), asked, case.fidelity.top1) if case.fidelity else None
+    return _quality(case.fidelity.top1 * asked, asked, case.fidelity.top1) if case.fidelity else None
 
 
-def _quality(right: int, asked: int, retained: float | None) -> Quality:
-    interval = binomtest(right, asked).proportion_ci(0.95, method="wilson")
+def _quality(right: float, asked: int, retained: float | None) -> Quality:
+    interval = binomtest(round(right), asked).proportion_ci(0.95, method="wilson")
     return Quality(right / asked, float(interval.low), float(interval.high), retained)

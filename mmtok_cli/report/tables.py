@@ -64,7 +64,7 @@ def by_batch_size(comparison: Comparison) -> list[Comparison]:
 
 def speed_table(comparison: Comparison) -> Table:
     """Methods x budgets: tokens, seconds and speedups; and what failed."""
-    table = _case_table(
+    table = case_table(
         "Speed",
         comparison.results,
         [
@@ -77,82 +77,13 @@ def speed_table(comparison: Comparison) -> Table:
     )
     for failed in comparison.failures:
         kept = "–" if failed.budget is None else failed.budget
-        table.add_row(failed.method, kept, "–", "–", Text(failed.reason, style="red"), "–", "–")
+        table.add_row(failed.title, kept, "–", "–", Text(failed.reason, style="red"), "–", "–")
     return table
-
-
-def quality_table(comparison: Comparison) -> Table:
-    """Methods x budgets: what is lost, and the memory and operations that are saved."""
-    results = comparison.results
-    columns: list[Column] = []
-    differ = _layers_differ((r.tokens.kept, r.tokens.layer_average) for r in results)
-    if differ:
-        columns.append(("avg", lambda r: number(round(r.tokens.layer_average, 1))))
-    if any(r.score is not None for r in results):
-        columns.append(("score", lambda r: share(r.score)))
-        columns.append(("retention", lambda r: share(r.retention)))
-    columns.append(("top-1", lambda r: share(r.fidelity.top1 if r.fidelity else None)))
-    columns.append(("KL", lambda r: f"{r.fidelity.kl:.3f}" if r.fidelity else "–"))
-    columns.append(("KV cache", lambda r: size(r.memory.kv_cache)))
-    if any(r.memory.peak is not None for r in results):
-        columns.append(("peak", lambda r: size(r.memory.peak)))
-    columns.append(("FLOPs", lambda r: count(r.flops["total"])))
-    return _case_table("Quality, memory, operations", results, columns, tight=differ)
-
-
-def kind_table(comparison: Comparison) -> Table | None:
-    """Score by kind of question, where there are kinds."""
-    results = comparison.results
-    counts = results[0].score_counts
-    if counts is None or len(counts.by_kind) < 2:
-        return None
-    columns: list[Column] = [(kind, _kind_cell(kind)) for kind in counts.by_kind]
-    asked = ", ".join(f"{total} {kind}" for kind, (_, total) in counts.by_kind.items())
-    return _case_table(f"Score by kind of question ({asked})", results, columns)
-
-
-def _kind_cell(kind: str) -> Callable[[CaseResult], str]:
-    def cell(result: CaseResult) -> str:
-        right, asked = result.score_counts.by_kind[kind] if result.score_counts else (0, 1)
-        return share(right / asked)
-
-    return cell
-
-
-def comparison_notes(comparison: Comparison) -> list[str]:
-    """How to read the tables, and what to do where they do not settle the matter."""
-    others = [result for result in comparison.results if not is_baseline(result)]
-    methods = [result for result in others if not result.again]
-    counts = [result.score_counts for result in comparison.results if result.score_counts]
-    notes = [
-        "times are medians over rounds, of a whole batch; speedups are paired within rounds, with a 95 % interval",
-        "TTFT, the time to the first token: prepare, encode, select and prefill. KV cache and FLOPs are per sample",
-    ]
-    notes += [*overhead_notes(methods), *layer_notes(methods), *position_notes(methods)]
-    for part in by_batch_size(comparison):
-        head = f"batches of {part.schedule.batch_size}: " if part is not comparison else ""
-        doubtful = [result for result in part.results if not is_baseline(result)]
-        notes += [head + note for note in inconclusive_notes(doubtful, ("prefill", "ttft"))]
-    if counts and counts[0].asked < 200:
-        notes.append(f"scores of so few questions ({counts[0].asked}) vary by several points: raise --limit")
-    if comparison.interrupted:
-        planned = f" of {comparison.planned_rounds}" if comparison.planned_rounds else ""
-        notes.append(f"interrupted: {comparison.schedule.rounds}{planned} whole rounds were measured")
-    return notes
-
-
-def overhead_notes(results: Sequence[CaseResult]) -> list[str]:
-    """What each method costs, at the budget where that is most."""
-    largest: dict[str, float] = {}
-    for result in results:
-        largest[result.method] = max(result.overhead, largest.get(result.method, 0.0))
-    shares = ", ".join(f"{method} {share(value)}" for method, value in largest.items())
-    return [f"choosing tokens costs, as a share of encode and prefill: {shares}"] if shares else []
 
 
 def layer_notes(results: Sequence[CaseResult]) -> list[str]:
     """What the layer average is, where it is shown."""
-    if not _layers_differ((r.tokens.kept, r.tokens.layer_average) for r in results):
+    if not layers_differ((r.tokens.kept, r.tokens.layer_average) for r in results):
         return []
     return [
         "layer average (avg): vision tokens per decoder layer; methods inside the language model make the first layers "
@@ -184,17 +115,6 @@ def part_text(layers: tuple[int, int] | None) -> str:
         f"{run} of {of} decoder layers were run, so answers mean nothing, and prefill, decode, their sums, KV cache "
         "and FLOPs are estimates (~): each missing layer is taken for as costly as the last one that was run"
     )
-
-
-def position_notes(results: Sequence[CaseResult]) -> list[str]:
-    """A warning where methods differ in what they do with positions."""
-    keeping, counting = ({r.method: None for r in results if r.positions == policy} for policy in ("keep", "renumber"))
-    if not keeping or not counting:
-        return []
-    return [
-        f"positions are kept by {', '.join(keeping)} and counted anew by {', '.join(counting)}, as released; "
-        "--track harmonised or --positions give all the same"
-    ]
 
 
 def inconclusive_notes(results: Sequence[CaseResult], stages: Sequence[str]) -> list[str]:
@@ -275,7 +195,7 @@ def cost_table(profile: Profile) -> Table:
     for case in cases:
         table.add_column(str(case), justify="right")
     table.add_row("vision tokens kept", *(_tokens(case) for case in cases))
-    if _layers_differ((case.tokens.kept, case.tokens.layer_average) for case in cases):
+    if layers_differ((case.tokens.kept, case.tokens.layer_average) for case in cases):
         table.add_row("layer average", *(number(round(case.tokens.layer_average, 1)) for case in cases))
     table.add_row("text tokens", *(number(case.tokens.text) for case in cases))
     table.add_row("new tokens", *(number(case.tokens.new) for case in cases))
@@ -313,7 +233,7 @@ def answer_table(names: Sequence[str], runs: Sequence[Run]) -> Table:
     for name in names:
         table.add_column(name, justify="right")
     table.add_row("vision tokens kept", *(f"{r.tokens[0].kept}/{r.tokens[0].total}" for r in runs))
-    if _layers_differ((run.tokens[0].kept, run.tokens[0].layer_average) for run in runs):
+    if layers_differ((run.tokens[0].kept, run.tokens[0].layer_average) for run in runs):
         table.add_row("layer average", *(number(round(run.tokens[0].layer_average, 1)) for run in runs))
     table.add_row("text tokens", *(str(run.tokens[0].text) for run in runs))
     table.add_row("new tokens", *(str(run.steps) for run in runs))
@@ -326,7 +246,7 @@ def answer_table(names: Sequence[str], runs: Sequence[Run]) -> Table:
     return table
 
 
-def _case_table(title: str, results: Sequence[CaseResult], columns: Sequence[Column], *, tight: bool = False) -> Table:
+def case_table(title: str, results: Sequence[CaseResult], columns: Sequence[Column], *, tight: bool = False) -> Table:
     """A row for each case; `tight` saves a space between columns."""
     table = plain_table(title)
     table.padding = (0, 0 if tight else 1, 0, 0)
@@ -340,7 +260,7 @@ def _case_table(title: str, results: Sequence[CaseResult], columns: Sequence[Col
     return table
 
 
-def _layers_differ(tokens: Iterable[tuple[float, float]]) -> bool:
+def layers_differ(tokens: Iterable[tuple[float, float]]) -> bool:
     """Whether the tokens kept and their layer average differ anywhere, so that the average says something."""
     return any(abs(average - kept) > 0.05 for kept, average in tokens)
 

@@ -53,6 +53,16 @@ def share(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f} %"
 
 
+def shares(value: float) -> str:
+    """A share in percent, without the sign."""
+    return f"{100 * value:.1f}"
+
+
+def p_value(value: float) -> str:
+    """A probability; what is smaller than a thousandth is said to be so."""
+    return "<0.001" if value < 0.001 else f"{value:.3f}"
+
+
 def ratio(value: float) -> str:
     """A speedup without its x: three digits."""
     return f"{value:.2f}" if value < 10 else f"{value:.1f}"

@@ -15,8 +15,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL.Image import Image
 
-from mmtok_cli.report import tables
-from mmtok_cli.report.columns import Column, comparison_columns, kind_columns, trouble
+from mmtok_cli.report import checks, tables
+from mmtok_cli.report.columns import Column, comparison_columns, kind_columns, rows, trouble
 from mmtok_cli.report.page import charts
 from mmtok_cli.report.page.facts import headline
 from mmtok_cli.report.quality import is_scored
@@ -87,7 +87,7 @@ def page_text(comparison: Comparison, overlays: Sequence[OverlayGroup] = ()) -> 
             (group.title, [(o.caption, o.note, *_picture(o.image)) for o in group.overlays]) for group in overlays
         ],
         ceiling="" if trouble(comparison.results[0]) else tables.ceiling(comparison.results[0]),
-        notes=tables.comparison_notes(comparison),
+        notes=checks.notes(comparison, ceilings=False),
         environment=_environment(comparison),
         command=shlex.join(comparison.environment.command),
     )
@@ -95,27 +95,29 @@ def page_text(comparison: Comparison, overlays: Sequence[OverlayGroup] = ()) -> 
 
 def _rows(comparison: Comparison, columns: Sequence[Column]) -> list[dict[str, Any]]:
     numbers = charts.method_numbers(comparison)
+    first = comparison.results[0] if comparison.results else None
     return [
         {
-            "method": case.method,
-            "number": numbers[case.method] if i else None,
-            "trouble": trouble(case),
-            "cells": [column.cell(case) for column in columns],
+            "method": row.title,
+            "number": numbers.get(charts.series_name(row.case, comparison)) if row.case is not first else None,
+            "baseline": row.case is first,
+            "trouble": row.trouble,
+            "cells": row.cells,
         }
-        for i, case in enumerate(comparison.results)
+        for row in rows(comparison, columns)
     ]
 
 
 def _subtitle(comparison: Comparison) -> str:
     schedule, environment = comparison.schedule, comparison.environment
     others: list[CaseResult] = comparison.results[1:]
-    methods = dict.fromkeys(case.method for case in others)
+    methods = dict.fromkeys(case.title for case in others)
     budgets = dict.fromkeys(case.budget for case in others if case.budget)
     said = [
         f"{len(methods)} {'method' if len(methods) == 1 else 'methods'}"
         + (f" at {'a budget' if len(budgets) == 1 else 'budgets'} of {', '.join(budgets)}" if budgets else ""),
         f"{number(schedule.samples)} samples",
-        f"batches of {schedule.batch_size}",
+        f"batches of {_sizes(comparison)}",
         f"{environment.processor} ({environment.device}, {environment.dtype})",
         tables.rules_text(comparison.rules) or f"{comparison.rules.track} track",
         tables.weights_text(environment.weights),
@@ -124,15 +126,24 @@ def _subtitle(comparison: Comparison) -> str:
     return " · ".join(filter(None, said))
 
 
+def _sizes(comparison: Comparison) -> str:
+    sizes = comparison.schedule.batch_size
+    return " and ".join(map(str, sizes)) if isinstance(sizes, list) else str(sizes)
+
+
 def _environment(comparison: Comparison) -> list[tuple[str, str]]:
     e, s = comparison.environment, comparison.schedule
+    timed = f" on {s.timed} samples" if s.timed else ""
     commit = f"{e.git_commit}{' (changed)' if e.git_dirty else ''}" if e.git_commit else "not from a checkout"
     return [
         ("processor", e.processor),
         ("device", f"{e.device}, {e.threads} {'thread' if e.threads == 1 else 'threads'}"),
         ("weights", f"{e.weights}, {e.dtype}, {e.attention} attention"),
-        ("data", f"{s.data}, {s.samples} samples, batches of {s.batch_size}, at most {s.max_new_tokens} new tokens"),
-        ("schedule", f"{s.rounds} rounds after {s.warmup} to warm up, in random order, seed {s.seed}"),
+        (
+            "data",
+            f"{s.data}, {s.samples} samples, batches of {_sizes(comparison)}, {s.max_new_tokens} new tokens at most",
+        ),
+        ("schedule", f"{s.rounds} rounds{timed} after {s.warmup} to warm up, in random order, seed {s.seed}"),
         ("rules", tables.rules_text(comparison.rules) or f"{comparison.rules.track} track"),
         ("versions", f"mmtok {e.mmtok}, torch {e.torch}, transformers {e.transformers}, Python {e.python}"),
         ("platform", e.platform),

@@ -12,7 +12,7 @@ from mmtok_cli.report.quality import Quality, is_scored, quality_of
 from mmtok_cli.report.units import number, seconds, share
 
 if TYPE_CHECKING:
-    from mmtok_cli.bench.results import CaseResult, Comparison
+    from mmtok_cli.bench.results import CaseResult, Comparison, FailedCase
 
 STAGES = ("prepare", "encode", "select", "prefill", "decode")
 
@@ -93,9 +93,18 @@ class Span:
     high: float
 
 
+def series_name(case: CaseResult | FailedCase, comparison: Comparison) -> str:
+    """What a case's method is called; the batch size belongs to it where there are several."""
+    several = isinstance(comparison.schedule.batch_size, list)
+    return f"{case.title}, batches of {case.batch_size}" if several else case.title
+
+
 def method_numbers(comparison: Comparison) -> dict[str, int]:
     """Each method's number, by which plot, legend and table share a colour and a shape."""
-    return {name: i for i, name in enumerate(dict.fromkeys(case.method for case in comparison.results[1:]))}
+    return {
+        name: i
+        for i, name in enumerate(dict.fromkeys(series_name(case, comparison) for case in comparison.results[1:]))
+    }
 
 
 def tradeoff_plots(comparison: Comparison) -> list[Plot]:
@@ -141,7 +150,8 @@ def _plot(
     baseline = comparison.results[0]
     series = []
     for name, i in method_numbers(comparison).items():
-        mine = sorted((p for p in placed if p[0].method == name), key=lambda p: p[0].tokens.kept)
+        of_it = [p for p in placed if p[0] is not baseline and series_name(p[0], comparison) == name]
+        mine = sorted(of_it, key=lambda p: p[0].tokens.kept)
         if mine:
             series.append(Series(i, name, tuple(point(*p) for p in mine)))
     full = next((point(*p) for p in placed if p[0] is baseline), None)
@@ -179,5 +189,6 @@ def stage_stacks(comparison: Comparison) -> tuple[list[Stack], Scale | None]:
             bars.append(Bar(stage, scale.place(start), scale.place(value), f"{case}, {stage}: {seconds(value)}"))
             start += value
         total = stage_seconds(case, "total")
-        stacks.append(Stack(str(case), tuple(bars), "" if total is None else seconds(total)))
+        name = str(case) + (f" ({case.batch_size})" if isinstance(comparison.schedule.batch_size, list) else "")
+        stacks.append(Stack(name, tuple(bars), "" if total is None else seconds(total)))
     return stacks, scale

@@ -1,0 +1,171 @@
+"""Pictures of what each method keeps, made while the model is loaded and left in the run directory for a page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image as PILImage
+from PIL.Image import Image
+
+from mmtok_cli.bench.memory import is_out_of_memory, release_memory
+from mmtok_cli.bench.results import Record, from_json, json_text
+from mmtok_cli.errors import MMTokError
+from mmtok_cli.files import write_whole
+from mmtok_cli.pipeline import answer, reduce
+from mmtok_cli.report.overlay import overlay, save_image, side_by_side
+
+if TYPE_CHECKING:
+    from mmtok_cli.bench.runner import Case
+    from mmtok_cli.bench.store import RunDirectory
+    from mmtok_cli.data.datasets import Dataset
+    from mmtok_cli.data.samples import Sample
+    from mmtok_cli.models.base import VisionLanguageModel
+    from mmtok_cli.report.page import OverlayGroup
+
+FOLDER = "overlays"
+INDEX = "index.json"
+SAMPLES = 3
+LONGEST_SIDE = 480  # pixels
+
+
+class Picture(Record):
+    file: str
+    caption: str
+    note: str
+
+
+class Pictures(Record):
+    """The pictures of one sample, side by side."""
+
+    title: str
+    pictures: list[Picture]
+
+
+class Album(Record):
+    groups: list[Pictures]
+
+
+def save_pictures(model: VisionLanguageModel, cases: Sequence[Case], dataset: Dataset, store: RunDirectory) -> None:
+    """Draw what each case of the middle budget keeps of the first few images, unless that was done before.
+
+    A case that fails is left out. Raises MMTokError where pictures cannot be written.
+    """
+    folder = store.path / FOLDER
+    if (folder / INDEX).exists():
+        return
+    chosen = dict(_of_middle_budget(cases))
+    groups = []
+    for number, sample in _different(dataset.samples):
+        pictures = []
+        for place, case in chosen.items():
+            if place in store.failures:
+                continue
+            drawn = _drawn(model, case, sample)
+            if drawn is not None:
+                name = f"{number:06d}-{place:03d}.webp"
+                folder.mkdir(parents=True, exist_ok=True)
+                save_image(drawn, folder / name)
+                pictures.append(Picture(file=name, caption=str(case), note=_said(store, place, number)))
+        title = sample.question if sample.answer is None else f"{sample.question} ({sample.answer})"
+        groups.append(Pictures(title=title, pictures=pictures))
+    album = Album(groups=[group for group in groups if group.pictures])
+    write_whole(folder / INDEX, lambda part: part.write_text(json_text(album), encoding="utf-8"))
+
+
+def has_pictures(run: Path) -> bool:
+    return (run / FOLDER / INDEX).exists()
+
+
+def read_pictures(run: Path) -> list[OverlayGroup]:
+    """The pictures of a run, none where none were drawn. Raises MMTokError for those that cannot be read."""
+    from mmtok_cli.report.page import Overlay, OverlayGroup
+
+    folder = run / FOLDER
+    if not (folder / INDEX).exists():
+        return []
+    try:
+        album = from_json(Album, (folder / INDEX).read_text(encoding="utf-8"))
+        return [
+            OverlayGroup(g.title, [Overlay(p.caption, _opened(folder / p.file), p.note) for p in g.pictures])
+            for g in album.groups
+        ]
+    except (OSError, ValueError) as error:
+        raise MMTokError(f"the pictures in {folder} cannot be read", "delete them to go without") from error
+
+
+def _opened(path: Path) -> Image:
+    with PILImage.open(path) as image:
+        return image.convert("RGB")
+
+
+def _of_middle_budget(cases: Sequence[Case]) -> Iterator[tuple[int, Case]]:
+    """Cases of the first batch size that take a budget, at the middle one, and their places."""
+    budgets = list(dict.fromkeys(case.budget for case in cases if case.budget is not None))
+    for place, case in enumerate(cases):
+        if budgets and case.budget == budgets[len(budgets) // 2] and case.batch_size == cases[0].batch_size:
+            yield place, case
+
+
+def _different(samples: Sequence[Sample]) -> Iterator[tuple[int, Sample]]:
+    """The first samples whose image can be read, each about another image, and their numbers."""
+    seen: set[tuple[str, ...]] = set()
+    for number, sample in enumerate(samples):
+        if len(seen) == SAMPLES:
+            return
+        if sample.image_ids in seen:
+            continue
+        try:
+            opened = sample.open()
+        except MMTokError:
+            continue
+        seen.add(sample.image_ids)
+        yield number, opened
+
+
+def _drawn(model: VisionLanguageModel, case: Case, sample: Sample) -> Image | None:
+    """What the case keeps of the sample's first image; None where it cannot be run."""
+    try:
+        return _draw(model, case, sample)
+    except MMTokError:
+        return None
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    release_memory(model.device)
+    return None
+
+
+def _draw(model: VisionLanguageModel, case: Case, sample: Sample) -> Image:
+    run = partial(reduce, model, case.method, [sample], case.budget, rules=case.rules)
+    reduced = run()
+    selections = reduced.selections
+    if reduced.cuts:  # what is dropped inside the language model is known only when the prompt has been read
+        said = answer(model, case.method, [sample], case.budget, rules=case.rules, max_new_tokens=1)
+        reduced, selections = said.reduced, said.selections
+    selection = selections[0]
+    kept = selection.places.tolist()
+    order = None if selection.order is None else [place for place in selection.order.tolist() if place >= 0]
+    merged = [] if selection.merged is None else selection.indices[selection.merged].tolist()
+    picture = sample.images[0]
+    panels = []
+    for panel in model.panels(picture, reduced.prompt.grids[0]):
+        cell_of = {token: cell for cell, token in enumerate(panel.tokens)}
+        cells = [[cell_of[t] for t in some if t in cell_of] for some in (kept, order or [], merged)]
+        panels.append(overlay(picture, panel.boxes, cells[0], cells[1] if order is not None else None, merged=cells[2]))
+    drawn = side_by_side(panels)
+    drawn.thumbnail((LONGEST_SIDE * len(panels), LONGEST_SIDE))
+    return drawn
+
+
+def _said(store: RunDirectory, case: int, number: int) -> str:
+    """What the case answered at the batch size at which it was asked; nothing where it was not."""
+    plan = store.plan
+    for batch in store.asked.values():
+        for outcome in batch.outcomes:
+            asked, mine = plan.cases[outcome.case], plan.cases[case]
+            if outcome.number == number and (asked.method, asked.budget) == (mine.method, mine.budget):
+                return f"“{outcome.answer}”"
+    return ""

@@ -1,0 +1,166 @@
+"""The quality half of `mmtok compare`: any data, by one process or several, stopped and gone on with."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli_helpers import refused, run, run_json
+from conftest import picture
+
+from mmtok_cli.bench import parallel
+
+CASES = ["full", "mmtok", "fastv"]
+
+
+@pytest.fixture()
+def command(tiny_directory: Path) -> tuple[Any, ...]:
+    common = ("-m", tiny_directory, "-b", "4", "--max-new-tokens", 2, "--warmup", 0, "--rounds", 1)
+    return ("compare", *common, "--methods", "mmtok,fastv")
+
+
+def quality(comparison: dict[str, Any]) -> list[dict[str, Any]]:
+    names = ("score", "score_counts", "retention", "retention_low", "retention_high", "flips", "yes_no", "fidelity")
+    return [{name: case[name] for name in ("method", *names)} for case in comparison["results"]]
+
+
+def pope(folder: Path, images: int) -> Path:
+    """A POPE file of two questions about each image."""
+    folder.mkdir()
+    lines = []
+    for i in range(images):
+        picture(90, 60 + i, i).save(folder / f"{i}.png")
+        for j, label in enumerate(("yes", "no")):
+            lines.append({"question_id": 2 * i + j, "image": f"{i}.png", "text": "Is there a dog?", "label": label})
+    (folder / "pope.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return folder / "pope.jsonl"
+
+
+def test_yes_and_no(command: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    file = pope(tmp_path / "data", 3)
+    (tmp_path / "data" / "1.png").unlink()
+    (tmp_path / "data" / "2.png").write_bytes(b"no picture")
+    shown = run(*command, "--data", f"pope:{file}", "--export", tmp_path / "t.json")
+    assert shown.exit_code == 0, shown.output
+    assert "Yes or no" in shown.stdout and "says yes" in shown.stdout and "2 samples of pope.jsonl" in shown.stdout
+    assert max(map(len, shown.stdout.splitlines())) <= 80
+    said = " ".join(shown.stderr.split())
+    assert "image files missing: 1, and so 2 samples were left out" in said and "2.png is not an image" in said
+    result = json.loads((tmp_path / "t.json").read_text())
+    assert result["schedule"]["samples"] == 2 and result["schedule"]["planned_samples"] == 4
+    assert len(result["left_out"]) == 3
+    full = result["results"][0]
+    assert full["score"] == full["yes_no"]["f1"] and full["score_counts"]["asked"] == 2
+
+
+def test_pictures_without_answers(command: tuple[Any, ...], tmp_path: Path) -> None:
+    pope(tmp_path / "data", 3)
+    shown = run(*command, "--data", tmp_path / "data", "--question", "What is it?", "--export", tmp_path / "t.json")
+    assert shown.exit_code == 0, shown.output
+    assert "Fidelity" in shown.stdout and "Quality" not in shown.stdout and "retention" not in shown.stdout
+    result = json.loads((tmp_path / "t.json").read_text())
+    assert all(case["score"] is None and case["flips"] is None for case in result["results"])
+    assert 0 <= result["results"][1]["fidelity"]["same"] <= 1
+
+
+def test_bad_data(command: tuple[Any, ...], tmp_path: Path) -> None:
+    refused(run(*command, "--data", tmp_path / "gone.jsonl"), "there is no dataset")
+    refused(run(*command, "--question", "What?"), "demo questions are fixed")
+    refused(run(*command, "--columns", "question"), "'question' is not field=name")
+    file = pope(tmp_path / "data", 1)
+    (tmp_path / "data" / "0.png").write_bytes(b"no picture")
+    refused(run(*command, "--data", file), "only 0 of 2 samples can be read", "0.png is not an image")
+
+
+def test_times_alone(command: tuple[Any, ...], tmp_path: Path) -> None:
+    shown = run(*command, "--limit", 2, "--no-quality", "--export", tmp_path / "t.json")
+    assert "score" not in shown.stdout and "same" not in shown.stdout and "Memory, operations" in shown.stdout
+    result = json.loads((tmp_path / "t.json").read_text())
+    assert all(case["score"] is None and case["fidelity"] is None for case in result["results"])
+    assert not result["interrupted"] and not (Path(result["run_directory"]) / "quality").exists()
+
+
+def test_part_of_a_model_is_not_asked(command: tuple[Any, ...]) -> None:
+    shown = run(*command, "--limit", 2, "--layers", 1, "--methods", "mmtok")
+    assert shown.exit_code == 0, shown.output
+    assert "quality is not measured with --layers" in shown.stderr and "score" not in shown.stdout
+
+
+def test_the_attention_kernel_belongs_to_the_run(command: tuple[Any, ...], tmp_path: Path) -> None:
+    place = ("--run-dir", tmp_path / "run")
+    eager = run_json(*command, "--limit", 2, "--attention", "eager", *place)
+    assert eager["environment"]["attention"] == "eager"
+    refused(run("compare", *place, "--resume", "--attention", "sdpa"), "--attention is sdpa here and eager in the run")
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
+def test_stopped_while_asking_and_gone_on_with(
+    stop: type[BaseException], command: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[int]] = []
+    usual = parallel.ask_batch
+
+    def ask_batch(model: Any, cases: Any, dataset: Any, numbers: list[int], *rest: Any) -> Any:
+        asked.append(numbers)
+        if stopping and len(asked) == 3:
+            raise stop
+        return usual(model, cases, dataset, numbers, *rest)
+
+    monkeypatch.setattr(parallel, "ask_batch", ask_batch)
+    options = ("--limit", 7, "--batch-size", "1,2", "--run-dir", tmp_path / "run")
+    stopping = True
+    shown = run(*command, *options)
+    if stop is KeyboardInterrupt:
+        assert shown.exit_code == 0 and "interrupted: 4 of 7 samples were asked" in " ".join(shown.stderr.split())
+    before = {file.name: file.read_bytes() for file in (tmp_path / "run" / "quality").iterdir()}
+    assert len(before) == 2
+    stopping = False
+    resumed = run_json("compare", "--run-dir", tmp_path / "run", "--resume")
+    assert asked[3:] == [[4, 5], [6]]  # whole batches of the larger size, and none twice
+    after = {file.name: file.read_bytes() for file in (tmp_path / "run" / "quality").iterdir()}
+    assert before.items() <= after.items()
+    whole = run_json(*command, *options[:-1], tmp_path / "whole")
+    assert quality(resumed) == quality(whole) and not resumed["interrupted"]
+    small, large = quality(whole)[:3], quality(whole)[3:]
+    assert small == large and [case["method"] for case in small] == CASES
+
+
+def test_a_case_that_is_refused_an_answer_keeps_its_times(command: tuple[Any, ...], tmp_path: Path) -> None:
+    """A later image leaves fewer tokens than the budget; that is found out when it is asked about."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    picture(84, 84, 1).save(folder / "a.png")
+    picture(160, 100, 2).save(folder / "b.png")
+    result = run_json(*command, "--data", folder, "--question", "What?", "-b", "30", "--methods", "mmtok,none")
+    assert [case["method"] for case in result["results"]] == ["full", "mmtok", "none"]
+    (failed,) = result["unasked"]
+    assert (failed["method"], failed["reason"]) == ("mmtok", "refused") and "b.png" in failed["message"]
+    assert result["results"][1]["fidelity"] is None and result["results"][2]["fidelity"] is not None
+
+
+def test_two_processes_give_the_scores_of_one(command: tuple[Any, ...], tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    options = [str(word) for word in (*command, "--limit", 12, "--batch-size", 2, "--device", "cpu", "--json")]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mmtok_cli"]
+    done = subprocess.run(
+        [*launch, *options, "--run-dir", str(tmp_path / "two")], capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    two = json.loads(done.stdout)  # one object: one of the processes speaks
+    one = run_json(*options[:-1], "--run-dir", tmp_path / "one")
+
+    def without_noise(comparison: dict[str, Any]) -> list[Any]:
+        """KL is a sum whose last digits hang on the number of threads."""
+        return [
+            {**case, "fidelity": case["fidelity"] and {**case["fidelity"], "kl": round(case["fidelity"]["kl"], 4)}}
+            for case in quality(comparison)
+        ]
+
+    assert without_noise(two) == without_noise(one)
+    assert len(list((tmp_path / "two" / "quality").iterdir())) == 6
+    assert not list((tmp_path / "two").rglob("*.part"))

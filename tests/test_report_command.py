@@ -1,0 +1,104 @@
+"""`mmtok report`: runs shown again without a model."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli_helpers import refused, run, run_json
+
+from mmtok_cli.bench.merging import label
+
+
+@pytest.fixture(scope="module")
+def measured(tiny_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with pictures, and the page and the JSON that came of it."""
+    place = tmp_path_factory.mktemp("measured")
+    command = ("compare", "-m", tiny_directory, "--limit", 4, "-b", "8,4", "--max-new-tokens", 2, "--warmup", 0)
+    outputs = [option for name in ("page.html", "result.json") for option in ("--export", place / name)]
+    result = run(*command, "--methods", "mmtok,fastv", "--run-dir", place / "run", *outputs)
+    assert result.exit_code == 0, result.output
+    return place
+
+
+@pytest.fixture(autouse=True)
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmtok_cli.models.load_model", None)
+
+
+@pytest.fixture()
+def other(measured: Path, tmp_path: Path) -> Path:
+    """The same run, as if it had been measured on another machine."""
+    other = tmp_path / "other"
+    shutil.copytree(measured / "run", other)
+    plan = json.loads((other / "plan.json").read_text())
+    plan["environment"] |= {"device": "cuda:0", "dtype": "float16", "git_commit": "f" * 40}
+    (other / "plan.json").write_text(json.dumps(plan))
+    return other
+
+
+def test_one_run_says_what_it_said_when_it_was_measured(measured: Path, tmp_path: Path) -> None:
+    outputs = [option for name in ("page.html", "t.md", "t.csv") for option in ("--export", tmp_path / name)]
+    shown = run_json("report", measured / "run", *outputs)
+    assert shown == json.loads((measured / "result.json").read_text())
+    assert (tmp_path / "page.html").read_text() == (measured / "page.html").read_text()
+    assert next(csv.DictReader((tmp_path / "t.csv").read_text().splitlines()))["method"] == "full"
+
+
+def test_the_page_shows_what_is_kept_at_the_middle_budget(measured: Path) -> None:
+    page = (measured / "page.html").read_text()
+    assert page.count("Vision tokens kept by mmtok @ 4") == page.count("Vision tokens kept by fastv @ 4") > 0
+    assert "Vision tokens kept by mmtok @ 8" not in page
+    index = json.loads((measured / "run" / "overlays" / "index.json").read_text())
+    assert [[p["caption"] for p in group["pictures"]] for group in index["groups"]] == [["mmtok @ 4", "fastv @ 4"]] * 3
+    assert all(p["note"].startswith("“") for group in index["groups"] for p in group["pictures"])
+
+
+def test_runs_of_one_kind_share_their_tables(
+    measured: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    outputs = [option for name in ("page.html", "t.md", "t.csv") for option in ("--export", tmp_path / name)]
+    shown = run("report", measured / "run", other, *outputs)
+    assert shown.exit_code == 0, shown.output
+    assert shown.stdout.count("Speed ") == 1 and max(map(len, shown.stdout.splitlines())) <= 80
+    names = [line.split("  ")[0].strip() for line in shown.stdout.splitlines()]
+    assert names.count("A: full") == names.count("B: full") > 0 and "B: mmtok" in names
+    said = " ".join(shown.stderr.split())
+    assert "device differs: cpu (A), cuda:0 (B)" in said and "dtype differs: float32 (A), float16 (B)" in said
+    assert "git commit differs: " in said and f"{'f' * 9} (" in said and "torch differs" not in said
+    rows = list(csv.DictReader((tmp_path / "t.csv").read_text().splitlines()))
+    assert [row["run"] for row in rows] == ["A"] * 5 + ["B"] * 5
+    assert "B: fastv" in (tmp_path / "t.md").read_text() and "B: fastv" in (tmp_path / "page.html").read_text()
+    merged = run_json("report", measured / "run", other)
+    alone = run_json("report", other)
+    theirs = [case | {"run": None} for case in merged["results"] if case["run"] == "B"]
+    assert theirs == alone["results"]  # speedups and retention are those against their own baseline
+
+
+def test_runs_that_do_not_belong_together(measured: Path, other: Path, tmp_path: Path) -> None:
+    plan: dict[str, Any] = json.loads((other / "plan.json").read_text())
+    (other / "plan.json").write_text(json.dumps(plan | {"data_digest": "0"}))
+    shown = run("report", measured / "run", other)
+    assert shown.exit_code == 0 and shown.stdout.count("Speed ") == 2 and "A: " not in shown.stdout
+    refused(run("report", measured / "run", other, "--json"), "not of one model on the same samples", "4 samples")
+    refused(run("report", measured / "run", other, "--export", tmp_path / "t.csv"), "one after another")
+    assert not (tmp_path / "t.csv").exists()
+
+
+def test_what_cannot_be_reported(measured: Path, tmp_path: Path) -> None:
+    refused(run("report", tmp_path), "holds no run")
+    refused(run("report", measured / "run", measured / "run" / ".." / "run"), "named twice")
+    refused(run("report", measured / "run", "--export", tmp_path / "t.xlsx"), "--export", ".csv")
+    begun = tmp_path / "begun"
+    shutil.copytree(measured / "run", begun)
+    shutil.rmtree(begun / "rounds")
+    refused(run("report", begun), "no round of", "--resume")
+
+
+def test_labels() -> None:
+    assert [label(i) for i in (0, 25, 26, 53)] == ["A", "Z", "A2", "B3"]
