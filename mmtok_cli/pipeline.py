@@ -286,6 +286,12 @@ def _cuts(method: Method, entering: int, keep: int, model: VisionLanguageModel) 
                 "the layer in front of them or the one behind",
             )
         before, tokens = cut.before, cut.keep
+    if cuts and cuts[0].before < model.first_cut:
+        raise MMTokError(
+            f"{type(method).__name__} drops tokens before layer {cuts[0].before + 1}, and the first {model.first_cut} "
+            f"decoder layers of {model.name} add to all vision tokens (DeepStack)",
+            "let it cut later; `mmtok methods` followed by its name shows the parameter",
+        )
     if before >= model.loaded_layers:
         raise MMTokError(
             f"{type(method).__name__} drops tokens before layer {before + 1} of {layers}, and only "

@@ -21,7 +21,7 @@ from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.models.llava_next import LlavaNext
 from mmtok_cli.models.room import laid_out
 from mmtok_cli.models.sources import architecture
-from mmtok_cli.pipeline import answer, reduce
+from mmtok_cli.pipeline import answer, check_budget, reduce
 from mmtok_cli.profiles import known_profiles
 from mmtok_cli.rules import Rules
 from mmtok_cli.tokens import CLASS_TOKEN, PADDING, Selection, VisionTokens
@@ -328,9 +328,31 @@ def test_deepstack_rows_follow_the_selection(samples: list[Sample]) -> None:
 def test_cuts_before_deepstack_is_done_are_refused(samples: list[Sample]) -> None:
     model = FAMILIES["qwen3_vl"]("sdpa")
     model.model.config.vision_config.deepstack_visual_indexes = [0, 1]
-    with pytest.raises(MMTokError, match="first 2 decoder layers") as error:
-        answer(model, make_method("fastv", layer=1), samples[:1], Budget(count=5))
-    assert "--set fastv.layer=2" in error.value.hint
+    with pytest.raises(MMTokError, match="FastV drops tokens before layer 2, and the first 2 decoder layers"):
+        check_budget(model, make_method("fastv", layer=1), samples[:1], Budget(count=5))
+    answer(model, make_method("fastv", layer=2), samples[:1], Budget(count=5), max_new_tokens=1)
+
+
+@pytest.mark.parametrize("size", [(30, 5970), (5970, 30)])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_qwen_sees_images_as_thin_as_it_may(family: str, size: tuple[int, int]) -> None:
+    model = FAMILIES[family]("sdpa")
+    sample = Sample((picture(*size),), "How many stars?", ("x",))
+    for method in ("mmtok", "resize"):
+        assert answer(model, make_method(method), [sample], Budget(count=5), max_new_tokens=1).reduced.tokens[0].kept
+    with pytest.raises(MMTokError, match="cannot see an image of 1x5000") as error:
+        model.total(picture(1, 5000))
+    assert "crop" in error.value.hint
+
+
+@pytest.mark.parametrize("size", [(5000, 1), (2000, 30), (1, 5000), (30, 2000)])
+def test_next_panels_of_thin_images(size: tuple[int, int], tiny_next: LlavaNext) -> None:
+    """Of the thinnest nothing is left of the crops; what is left is drawn inside the picture."""
+    image = picture(*size)
+    first, *others = tiny_next.panels(image, None)
+    assert len(first.tokens) == 36 and len(others) <= 1
+    for panel in others:
+        assert panel.grid[0] * panel.grid[1] == len(panel.tokens) > 0
 
 
 def test_qwen_positions_cannot_be_counted_anew(samples: list[Sample]) -> None:

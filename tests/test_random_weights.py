@@ -143,8 +143,8 @@ def test_models_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> 
     assert "--dtype bfloat16, which takes 13.6 GiB" in error.value.hint
     with pytest.raises(MMTokError, match=r"13\.35 B weights take 49\.7 GiB") as error:
         load_model("llava-next-13b", device="cpu", weights="random")
-    layers = int(error.value.hint.partition("--layers ")[2].partition(";")[0])
-    assert f"time {layers} of its 40 decoder layers" in error.value.hint and "--dtype bfloat16" in error.value.hint
+    layers = int(error.value.hint.partition("--layers ")[2])
+    assert f"time {layers} of its 40 decoder layers" in error.value.hint
     monkeypatch.undo()
     config = shortened(architecture("llava-next-13b", ""), layers, "llava-next-13b")
     within = needs_of(laid_out(config, torch.float32), torch.float32, 2340)

@@ -101,7 +101,7 @@ def prune(
     from mmtok_cli.report import console as report
     from mmtok_cli.report.catalogues import kept_map
     from mmtok_cli.report.overlay import overlay, save_image, side_by_side
-    from mmtok_cli.report.tables import rules_text, weights_text
+    from mmtok_cli.report.tables import part_text, rules_text, weights_text
     from mmtok_cli.tokens import CLASS_TOKEN
 
     reduced, selection, seconds = _reduce(vlm, case, sample)
@@ -115,6 +115,7 @@ def prune(
             raise MMTokError("everything was kept, so there are no gains to plot", "choose a smaller --budget")
         raise MMTokError(f"{method} has no gains to plot", "use --method mmtok, or leave --gain-curve out")
 
+    part = (vlm.loaded_layers, vlm.layer_count) if vlm.loaded_layers < vlm.layer_count else None
     picture = sample.images[0]
     panels = vlm.panels(picture, reduced.prompt.grids[0])
     cells = [{token: cell for cell, token in enumerate(panel.tokens)} for panel in panels]
@@ -149,11 +150,13 @@ def prune(
         shown = None if case.budget is None else str(case.budget)
         head = {"schema": "mmtok.prune/1", "model": model, "weights": weights, "method": method, "budget": shown}
         rules = {"rules": asdict(setup.rules), "positions": reduced.positions}
+        if part:
+            rules["layers"] = list(part)
         report.print_json(head | rules | {"images": [entry], "seconds": seconds})
         return
     out = report.results_console()
     out.print(_sentence(case, reduced, selection, [panel.grid for panel in panels]), soft_wrap=True)
-    for remark in filter(None, (rules_text(setup.rules, settings), weights_text(vlm.weights))):
+    for remark in filter(None, (rules_text(setup.rules, settings), weights_text(vlm.weights), part_text(part))):
         out.print(remark, style="dim", markup=False)
     for panel, k, o, m in zip(panels, kept, picks, hollow, strict=True):
         if out.width >= 3 * panel.grid[1]:
@@ -171,6 +174,7 @@ def _reduce(vlm: VisionLanguageModel, case: Case, sample: Sample) -> tuple[Reduc
     What a method drops inside the language model is known only when the prompt has been read.
     """
     from mmtok_cli.bench.clock import Clock
+    from mmtok_cli.bench.part import last_layer, missing_layers, of_whole_model
     from mmtok_cli.pipeline import answer, reduce
 
     asked = (vlm, case.method, [sample], case.budget)
@@ -178,13 +182,15 @@ def _reduce(vlm: VisionLanguageModel, case: Case, sample: Sample) -> tuple[Reduc
     if inside:
         answer(*asked, rules=case.rules, max_new_tokens=1)
     clock = Clock(vlm.device)
-    if inside:
-        said = answer(*asked, rules=case.rules, max_new_tokens=1, stage=clock.stage)
+    with last_layer(vlm, clock.now) as spans:
+        said = answer(*asked, rules=case.rules, max_new_tokens=1, stage=clock.stage) if inside else None
+    if said:
         reduced, selections = said.reduced, said.selections
     else:
         reduced = reduce(*asked, rules=case.rules, stage=clock.stage)
         selections = reduced.selections
-    seconds = {stage: value for stage, value in clock.seconds().items() if stage in TIMED}
+    stages = of_whole_model(clock.stages(), clock.sums(spans), missing_layers(vlm))
+    seconds = {stage: value for stage, value in stages.items() if stage in TIMED}
     return reduced, selections[0], seconds
 
 

@@ -44,8 +44,20 @@ def make_setup(
     from mmtok_cli.methods.parameters import read_settings
 
     require_methods(names)
+    hush()
     rules = Rules(cast(Track, track), cast(Positions | None, positions), cast(BudgetMeaning, budget_means))
     return Setup(model, seed, rules, read_settings(settings or [], names))
+
+
+def hush() -> None:
+    """Silence transformers' and the hub client's own chatter."""
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging
+
+    hub_logging.set_verbosity_error()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 def open_model(
@@ -65,16 +77,10 @@ def open_model(
     from mmtok_cli.report.console import notes_console, printable
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler would write its own diary to standard error
+    hush()
     with notes_console(quiet).status(Text(f"loading {printable(name)}")):
-        from huggingface_hub.utils import logging as hub_logging
-        from transformers.utils import logging
-
         from mmtok_cli.models import load_model
 
-        hub_logging.set_verbosity_error()
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        warnings.filterwarnings("ignore", category=FutureWarning)
         return load_model(
             name,
             device=device,

@@ -24,7 +24,8 @@ class MMTok(Method):
     The defaults are the paper's for LLaVA (section 4.1); a model's profile may override them. As in the authors'
     release, the words are those of the question less its stop words (on Qwen all of them, behind "Question:"), padding
     is never kept on LLaVA-1.5, an image that is cut into crops is covered crop by crop, and one whose tokens all fit
-    the budget is left alone.
+    the budget is left alone. Not as released: several images in a prompt have a budget each, on Qwen too, where the
+    release chooses from all of them at once.
     """
 
     summary: ClassVar[str] = "covers question + image"

@@ -76,6 +76,8 @@ class VisionZip(Method):
     def _select_without_class_token(self, vision: VisionTokens, budget: int) -> Selection:
         require_eligible(vision, budget)
         contextual = self._share(budget)
+        if self.contextual is None and budget > 1:
+            contextual = max(1, contextual)  # as in that file
         if contextual > budget:
             raise MMTokError(
                 f"the budget of {budget} does not hold {contextual} contextual tokens",

@@ -73,8 +73,8 @@ def load_model(
     vision_tokens = profile.vision_tokens if profile else VISION_TOKENS
     require_room(name, needs_of(layout, stored, vision_tokens, attention), stored, where, gpus)
     if weights == "random":
-        model = _random(layout, where, gpus)
         processor = _processor_without_download(name, source, family, config)
+        model = _random(layout, where, gpus)
     else:
         model, processor = _pretrained(name, source, family, kind, where, attention, layers, device_map)
     built = family(name, model.eval(), processor, **_text_tower(name))
@@ -124,10 +124,10 @@ def _pretrained(
     if layers is not None:
         config = shortened(config, layers, name)
     try:
+        processor = family.load_processor(source)
         model = AutoModelForImageTextToText.from_pretrained(
             source, config=config, dtype=dtype or "auto", attn_implementation=attention, device_map=device_map
         )
-        processor = family.load_processor(source)
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:

@@ -132,6 +132,16 @@ class VisionLanguageModel(ABC):
         ids = self.model.generation_config.eos_token_id
         return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
 
+    @property
+    def reserved(self) -> tuple[str, ...]:
+        """What must not stand in a question, since it says where images are."""
+        return (self.processor.image_token,)
+
+    @property
+    def first_cut(self) -> int:
+        """The first decoder layer before which vision tokens may leave; earlier ones need all of them."""
+        return 0
+
     @classmethod
     @abstractmethod
     def stand_in_processor(cls, config: Any, chat_template: str) -> Any:
@@ -203,14 +213,15 @@ class VisionLanguageModel(ABC):
 
     def _chat(self, question: str, images: int) -> str:
         """The prompt with one image token for each image."""
-        token, markers = self.processor.image_token, question.count(IMAGE_MARKER)
+        markers = question.count(IMAGE_MARKER)
         if markers not in (0, images):
             raise MMTokError(
                 f"the question has {markers} {IMAGE_MARKER} markers for {images} image{'s' * (images != 1)}",
                 "put one where each image belongs, or none at all",
             )
-        if token != IMAGE_MARKER and token in question:
-            raise MMTokError(f"the question contains {token}, which stands for an image", "leave it out")
+        for token in self.reserved:
+            if token != IMAGE_MARKER and token in question:
+                raise MMTokError(f"the question contains {token}, which stands for an image", "leave it out")
         content = [] if markers else [{"type": "image"} for _ in range(images)]
         content.append({"type": "text", "text": question.replace(IMAGE_MARKER, self.image_text)})
         conversation = [{"role": "user", "content": content}]

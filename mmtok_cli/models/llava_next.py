@@ -125,9 +125,11 @@ class LlavaNext(ClipEncoded):
             return [Panel("", grid, tuple(range(grid[0] * grid[1])), cells(grid, whole))]
         packing, base = self._packing(image.height, image.width), (self.side, self.side)
         first = self.side**2
+        inner = [i for i in range(first, len(packing.sources)) if packing.sources[i] >= 0]
+        if not inner:  # of an image so thin, nothing is left of the crops but ends of lines
+            return [Panel("whole image", base, tuple(range(first)), cells(base, whole))]
         lines = int((packing.sources < 0).sum())
         columns = (len(packing.sources) - first) // lines
-        inner = [i for i in range(first, len(packing.sources)) if packing.sources[i] >= 0]
         boxes = cells((packing.stitched[0] * self.side, packing.stitched[1] * self.side), self._area(image))
         ranks = packing.ranks.flatten() - first
         covered = [boxes[int(ranks[packing.sources[i]])] for i in inner]

@@ -13,9 +13,7 @@ from torch import Tensor
 
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.models.base import Grid, Panel, Prompt, Stage, VisionLanguageModel, cells, unwatched
-from mmtok_cli.models.inside import Inside
 from mmtok_cli.models.qwen_signals import SIGNALS, calls_of
-from mmtok_cli.models.sequences import CutImage
 from mmtok_cli.rules import Positions
 from mmtok_cli.tokens import Selection, VisionTokens
 
@@ -48,6 +46,10 @@ class QwenVL(VisionLanguageModel):
     @property
     def image_text(self) -> str:
         return f"<|vision_start|>{self.processor.image_token}<|vision_end|>"
+
+    @property
+    def reserved(self) -> tuple[str, ...]:
+        return self.processor.image_token, "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"
 
     @property
     def merge(self) -> int:
@@ -83,15 +85,11 @@ class QwenVL(VisionLanguageModel):
         side = self.token_size
         if image.size != (columns * side, rows * side):
             image = image.resize((columns * side, rows * side), PILImage.Resampling.BICUBIC)
-        area = rows * columns * side**2
-        size = {"shortest_edge": min(area, self._bounds[0]), "longest_edge": max(area, self._bounds[1])}
-        return self.processor.image_processor(image, size=size, return_tensors="pt")["pixel_values"]
+        return self.processor.image_processor(image, do_resize=False, return_tensors="pt")["pixel_values"]
 
     def encode(self, prompt: Prompt, signals: Sequence[str] = (), *, stage: Stage = unwatched) -> list[VisionTokens]:
         self._check_signals(signals)
-        grids = [grid or self._grid(image) for grid, image in zip(prompt.grids, prompt.images, strict=True)]
-        sizes = torch.tensor([[1, rows * self.merge, columns * self.merge] for rows, columns in grids])
-        sizes = sizes.to(self.device)
+        grids, sizes = self._sizes(prompt)
         counts = [rows * columns for rows, columns in grids]
         with calls_of(self._last_attention(), wanted=bool(signals)) as calls:
             out = self.model.model.get_image_features(torch.cat(prompt.pixel_values), sizes, return_dict=True)
@@ -130,12 +128,11 @@ class QwenVL(VisionLanguageModel):
 
     def position_ids(self, prompt: Prompt, sources: Tensor, mask: Tensor, positions: Positions) -> Tensor:
         """[4, batch, length]: a count of the tokens, and time, row and column as in the whole prompt."""
-        grids = [grid or self._grid(image) for grid, image in zip(prompt.grids, prompt.images, strict=True)]
-        sizes = torch.tensor([[1, rows * self.merge, columns * self.merge] for rows, columns in grids])
+        _, sizes = self._sizes(prompt)
         whole, _ = self.model.model.get_rope_index(
             prompt.input_ids,
             mm_token_type_ids=(prompt.input_ids == self.image_token_id).int(),
-            image_grid_thw=sizes.to(self.device),
+            image_grid_thw=sizes,
             attention_mask=prompt.attention_mask,
         )
         counted = mask.long().cumsum(1) - 1
@@ -156,8 +153,16 @@ class QwenVL(VisionLanguageModel):
                 image.height, image.width, self.token_size, min_pixels=self._bounds[0], max_pixels=self._bounds[1]
             )
         except ValueError as error:
-            raise MMTokError(f"{self.name} cannot see an image of {image.width}x{image.height}: {error}") from error
+            raise MMTokError(
+                f"{self.name} cannot see an image of {image.width}x{image.height}: {error}", "crop the image, or pad it"
+            ) from error
         return height // self.token_size, width // self.token_size
+
+    def _sizes(self, prompt: Prompt) -> tuple[list[Grid], Tensor]:
+        """The grid of each image, and [images, 3], its time, rows and columns in patches."""
+        grids = [grid or self._grid(image) for grid, image in zip(prompt.grids, prompt.images, strict=True)]
+        sizes = [[1, rows * self.merge, columns * self.merge] for rows, columns in grids]
+        return grids, torch.tensor(sizes, device=self.device).view(-1, 3)
 
     def _raster_order(self, sizes: Tensor) -> Tensor:
         """Where each vision token in raster order comes from in the order of the encoder's windows."""
@@ -211,17 +216,9 @@ class Qwen3VL(QwenVL):
             deepstack_features=[[v.deepstack[layer][s.indices] for v, s in pairs] for layer in range(depth)],
         )
 
-    def inside(
-        self, attention_mask: Tensor, images: Sequence[CutImage], positions: Positions, stage: Stage = unwatched
-    ) -> Inside:
-        first = len(self.model.config.vision_config.deepstack_visual_indexes)
-        if any(cut.before < first for image in images for cut in image.cuts):
-            raise MMTokError(
-                f"the first {first} decoder layers of {self.name} add to all vision tokens (DeepStack), so none can "
-                "leave before them",
-                f"cut behind layer {first}, as in --set fastv.layer={first}",
-            )
-        return super().inside(attention_mask, images, positions, stage)
+    @property
+    def first_cut(self) -> int:
+        return len(self.model.config.vision_config.deepstack_visual_indexes)
 
     def _raster_order(self, sizes: Tensor) -> Tensor:
         return torch.arange(int(sizes.prod(-1).sum()) // self.merge**2, device=self.device)

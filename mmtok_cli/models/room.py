@@ -21,7 +21,7 @@ class Needs:
     """Bytes that a model takes to read one unreduced prompt.
 
     weights: all of them; layer: those of one decoder layer. working: an estimate of the KV cache of all layers and of
-    what one layer holds at a time; cache: the KV cache of one layer alone.
+    what one layer holds at a time, for an image of so many vision tokens; cache: the KV cache of one layer alone.
     """
 
     weights: int
@@ -29,6 +29,7 @@ class Needs:
     working: int
     cache: int
     layers: int
+    vision_tokens: int
 
     @property
     def total(self) -> int:
@@ -67,6 +68,7 @@ def needs_of(model: Any, dtype: torch.dtype, vision_tokens: int, attention: str 
         working=len(layers) * cache + tokens * states * width + matrix,
         cache=cache,
         layers=len(layers),
+        vision_tokens=vision_tokens,
     )
 
 
@@ -86,7 +88,8 @@ def require_room(
     place = f"{len(others)} GPUs have" if others else f"{device} has"
     raise MMTokError(
         f"{name} does not fit: its {parameters / 1e9:.2f} B weights take {needs.weights / GIB:.1f} GiB in {kind}, KV "
-        f"cache and activations about {needs.working / GIB:.1f} GiB more, and {place} {free / GIB:.1f} GiB free",
+        f"cache and activations for {needs.vision_tokens} vision tokens about {needs.working / GIB:.1f} GiB more, and "
+        f"{place} {free / GIB:.1f} GiB free",
         _what_would_fit(needs, dtype, free, device, spread=bool(others)),
     )
 
@@ -100,9 +103,9 @@ def _what_would_fit(needs: Needs, dtype: torch.dtype, free: int, device: torch.d
     if device.type == "cuda" and len(gpus) > 1 and needs.total <= sum(gpus.values()):
         ways.append(f"spread it over {len(gpus)} GPUs by --device-map auto")
     if layers := needs.layers_within(free):
-        ways.append(f"time {layers} of its {needs.layers} decoder layers and estimate the rest by --layers {layers}")
-    if dtype not in NARROW:
-        ways.append(f"use --dtype bfloat16, which takes {narrow / GIB:.1f} GiB in all")
+        ways.append(
+            f"time {layers} of its {needs.layers} decoder layers and estimate the rest: profile --layers {layers}"
+        )
     return "; or ".join(ways) or "choose a smaller model (`mmtok models`), or a device with more memory"
 
 
