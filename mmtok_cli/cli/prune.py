@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -149,7 +149,7 @@ def prune(
             entry["panels"] = [{"title": p.title, "grid": list(p.grid), "kept": k} for p, k in shapes]
         shown = None if case.budget is None else str(case.budget)
         head = {"schema": "mmtok.prune/1", "model": model, "weights": weights, "method": method, "budget": shown}
-        rules = {"rules": asdict(setup.rules), "positions": reduced.positions}
+        rules: dict[str, Any] = {"rules": asdict(setup.rules), "positions": reduced.positions}
         if part:
             rules["layers"] = list(part)
         report.print_json(head | rules | {"images": [entry], "seconds": seconds})

@@ -113,8 +113,8 @@ def part_text(layers: tuple[int, int] | None) -> str:
     run, of = layers
     return (
         f"{run} of {of} decoder layers were run, so answers mean nothing, and prefill, decode, their sums, KV cache "
-        "and FLOPs are estimates (~): each missing layer is taken for as costly as the last one that was run. Peaks are "
-        "those of the layers that were run"
+        "and FLOPs are estimates (~): each missing layer is taken for as costly as the last one that was run. Peaks "
+        "are those of the layers that were run"
     )
 
 
