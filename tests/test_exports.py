@@ -12,9 +12,10 @@ from comparisons import case, comparison, usual
 from pydantic import BaseModel
 from rich.cells import cell_len
 
-from mmtok_cli.bench.results import Comparison, Fidelity
+from mmtok_cli.bench.results import Comparison, FailedCase, Fidelity, Flips
 from mmtok_cli.errors import MMTokError
-from mmtok_cli.report.exports import EXPORTS, markdown_text, write_export
+from mmtok_cli.report.exports import EXPORTS, csv_text, markdown_text, write_export
+from mmtok_cli.report.page import page_text
 
 
 def written(result: Comparison, path: Path) -> str:
@@ -150,3 +151,30 @@ def test_names_that_are_no_text_are_escaped(suffix: str, tmp_path: Path) -> None
     text = written(comparison([case("full", 576), case("mmtok")], model="a\udcffb"), tmp_path / f"results{suffix}")
     assert "udcffb" in text
     assert suffix != ".json" or json.loads(text)["model"] == "a\udcffb"
+
+
+def test_what_failed_has_a_row_in_every_table(tmp_path: Path) -> None:
+    failed = FailedCase(
+        method="fastv", parameters={}, budget="64", batch_size=8, round=2, reason="out of memory", message="2 GiB short"
+    )
+    sizes = usual().schedule.model_copy(update={"batch_size": [1, 8]})
+    result = usual().model_copy(update={"failures": [failed], "schedule": sizes})
+    row = rows_of(markdown_text(result))[-1]
+    assert row[:3] == ["fastv (out of memory)", "8", "64"] and set(row[3:]) == {"–"}
+    assert "2 GiB short" in markdown_text(result)
+    last = list(csv.DictReader(written(result, tmp_path / "t.csv").splitlines()))[-1]
+    assert (last["method"], last["batch_size"], last["failure_reason"]) == ("fastv", "8", "out of memory")
+    page = page_text(result)
+    assert page.count('class="trouble"') == 2 and "2 GiB short" in page and "mmtok, batches of 1" in page
+    assert rows_of(markdown_text(result))[0][1] == "batch" and rows_of(markdown_text(usual()))[0][1] == "kept"
+
+
+def test_quality_is_told_with_its_doubt() -> None:
+    flips = Flips(right_right=35, right_wrong=4, wrong_right=1, wrong_wrong=0, p_value=0.375)
+    one = case("mmtok", retention_low=0.85, retention_high=0.95, flips=flips, again=True)
+    result = comparison([case("full", 576, right=40), one])
+    row = rows_of(markdown_text(result))[3]
+    assert row[0] == "mmtok (again)" and row[-1] == "90.0 % (85.0–95.0)"
+    assert "4 / 1" in page_text(result) and "0.375" in page_text(result) and "mmtok (again)" in page_text(result)
+    written_row = list(csv.DictReader(csv_text(result).splitlines()))[1]
+    assert (written_row["flips_right_wrong"], written_row["retention_low"]) == ("4", "0.85")

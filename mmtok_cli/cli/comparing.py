@@ -108,8 +108,7 @@ class Session:
             asked, stopped_too = self._until_stopped(store, lambda: self._ask(prepared, questions, processes, store))
             stopped = stopped or stopped_too
             if timed and asked and self.pictures:
-                self.notes.print("drawing what is kept")
-                save_pictures(prepared.model, prepared.cases, prepared.dataset, store)
+                self._until_stopped(store, lambda: self._draw(prepared, store))
         comparison = summarise_run(store)
         try:
             store.write_result(comparison)
@@ -137,6 +136,14 @@ class Session:
             raise
         return True, None
 
+    def _draw(self, prepared: Prepared, store: RunDirectory) -> None:
+        """Draw what is kept. What was measured does not hang on it, so that a fault is told and no more."""
+        with self.notes.status("drawing what is kept"):
+            try:
+                save_pictures(prepared.model, prepared.cases, prepared.dataset, store)
+            except MMTokError as error:
+                console.print_error(error)
+
     def plot(self, comparison: Comparison, path: Path) -> None:
         """Plot the cases of the first batch size. Raises MMTokError where there is nothing to plot."""
         from mmtok_cli.report.plots import save_tradeoff
@@ -144,6 +151,8 @@ class Session:
         first, *others = tables.by_batch_size(comparison)
         if not first.results or not tables.is_baseline(first.results[0]) or len(first.results) < 2:
             raise MMTokError("there is nothing to plot", "it takes the unreduced baseline and one case more")
+        if not any(result.fidelity for result in first.results):
+            raise MMTokError("there is nothing to plot", "it takes quality: leave --no-quality and --layers out")
         save_tradeoff(first, path)
         which = f" (batches of {first.schedule.batch_size})" if others else ""
         self.notes.print(f"wrote {console.printable(path)}{which}", soft_wrap=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mmtok_cli.report.columns import speedup_cell, stage_seconds, trouble
+from mmtok_cli.report.columns import speedup_cell, stage_seconds
 from mmtok_cli.report.quality import Quality, is_scored, quality_of
 from mmtok_cli.report.units import number, seconds, share
 
@@ -44,7 +44,7 @@ def headline(comparison: Comparison) -> list[Fact]:
         facts.append(_fewest(enough, bar, scored))
         if timed := [(case, quality) for case, quality in enough if "ttft" in case.speedup]:
             facts.append(_earliest(timed, bar, scored))
-    elif any(trouble(case) is None for case in others):
+    elif any(quality_of(case, comparison) for case in others):
         facts.append(Fact(f"Cases {bar}", "none", "every reduction measured here loses more than that"))
     return facts
 
