@@ -153,7 +153,7 @@ def environment_line(model: str, environment: Environment) -> Text:
     driver = f", driver {e.driver}" if e.driver else ""
     remarks = "".join(f"; {text}" for text in (weights_text(e.weights), part_text(e.layers)) if text)
     return Text(
-        f"{model} on {e.processor} ({e.device}, {e.dtype}, {e.attention} attention, {e.threads} threads), "
+        f"{model} on {e.processor} ({e.device}, {e.dtype}, {e.attention} attention, {e.threads} thread{'s' * (e.threads > 1)}), "
         f"torch {e.torch}, transformers {e.transformers}, mmtok {e.mmtok}{commit}{driver}{remarks}",
         style="dim",
     )
