@@ -151,9 +151,10 @@ def environment_line(model: str, environment: Environment) -> Text:
     e = environment
     commit = f", git {e.git_commit[:9]}{' (changed)' if e.git_dirty else ''}" if e.git_commit else ""
     driver = f", driver {e.driver}" if e.driver else ""
+    threads = "1 thread" if e.threads == 1 else f"{e.threads} threads"
     remarks = "".join(f"; {text}" for text in (weights_text(e.weights), part_text(e.layers)) if text)
     return Text(
-        f"{model} on {e.processor} ({e.device}, {e.dtype}, {e.attention} attention, {e.threads} thread{'s' * (e.threads > 1)}), "
+        f"{model} on {e.processor} ({e.device}, {e.dtype}, {e.attention} attention, {threads}), "
         f"torch {e.torch}, transformers {e.transformers}, mmtok {e.mmtok}{commit}{driver}{remarks}",
         style="dim",
     )
