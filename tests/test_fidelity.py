@@ -33,8 +33,7 @@ def budget_of(name: str) -> Budget | None:
 @torch.inference_mode()
 def stock_logits(model: Llava, sample: Sample, answer_ids: torch.Tensor) -> torch.Tensor:
     """[steps, vocabulary] of an answer's tokens, by one plain forward pass over prompt and answer, without a cache."""
-    grid = model.grid(sample.images[0])
-    prompt = model.prepare([sample.question], [sample.images], [sample.image_ids], [grid])
+    prompt = model.prepare([sample.question], [sample.images], [sample.image_ids], [None])
     ids = torch.cat([prompt.input_ids, answer_ids[None]], dim=1)
     out = model.model(
         input_ids=ids,
