@@ -82,8 +82,12 @@ def layers_differ(cases: Sequence[CaseResult]) -> bool:
 
 def comparison_columns(comparison: Comparison) -> list[Column]:
     """Tokens, seconds, speedups, memory, operations and quality, as far as the comparison has them."""
+    return [*cost_columns(comparison), *quality_columns(comparison)]
+
+
+def cost_columns(comparison: Comparison) -> list[Column]:
+    """Tokens, seconds, speedups, memory and operations."""
     cases = [case for case in comparison.results if trouble(case) is None]
-    scored = any(case.score is not None for case in cases)
     columns = [*([BATCH] if isinstance(comparison.schedule.batch_size, list) else []), KEPT]
     if layers_differ(cases):
         columns.append(Column("avg", "vision tokens per decoder layer, on average", _layer_average))
@@ -100,6 +104,14 @@ def comparison_columns(comparison: Comparison) -> list[Column]:
             Column("peak", "bytes of a batch above the weights", _measured(size, lambda case: case.memory.peak), False)
         )
     columns.append(Column("FLOPs", "per sample", _measured(count, lambda case: case.flops.get("total")), False))
+    return columns
+
+
+def quality_columns(comparison: Comparison) -> list[Column]:
+    """Scores, retention, flips and fidelity."""
+    cases = [case for case in comparison.results if trouble(case) is None]
+    scored = any(case.score is not None for case in cases)
+    columns: list[Column] = []
     if scored:
         columns += [
             Column("score", "F1" if any(case.yes_no for case in cases) else "right answers", _score),

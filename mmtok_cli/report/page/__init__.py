@@ -16,7 +16,7 @@ from markupsafe import Markup
 from PIL.Image import Image
 
 from mmtok_cli.report import checks, tables
-from mmtok_cli.report.columns import Column, comparison_columns, kind_columns, rows, trouble
+from mmtok_cli.report.columns import KEPT, Column, cost_columns, kind_columns, quality_columns, rows, trouble
 from mmtok_cli.report.page import charts
 from mmtok_cli.report.page.facts import headline
 from mmtok_cli.report.quality import is_scored
@@ -54,7 +54,8 @@ def page_text(comparison: Comparison, overlays: Sequence[OverlayGroup] = ()) -> 
     style, script = (Markup(_resource(name)) for name in ("page.css", "page.js"))
     plots = charts.tradeoff_plots(comparison)
     stacks, stack_scale = charts.stage_stacks(comparison)
-    columns, kinds = comparison_columns(comparison), kind_columns(comparison)
+    columns, kinds = cost_columns(comparison), kind_columns(comparison)
+    answers = [KEPT, *quality] if (quality := quality_columns(comparison)) else []
     page = Environment(
         loader=PackageLoader("mmtok_cli.report", "page"),
         autoescape=True,
@@ -81,6 +82,8 @@ def page_text(comparison: Comparison, overlays: Sequence[OverlayGroup] = ()) -> 
         stack_scale=stack_scale,
         columns=columns,
         rows=_rows(comparison, columns),
+        answers=answers,
+        answer_rows=_rows(comparison, answers),
         kinds=kinds,
         kind_rows=_rows(comparison, kinds),
         overlays=[
