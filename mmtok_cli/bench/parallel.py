@@ -79,6 +79,7 @@ def join_processes(device: str = "auto") -> Iterator[Processes]:
     state = PartialState(cpu=on_cpu, backend="gloo", timeout=LONGEST_WAIT)
     try:
         yield Processes(state)
+        state.wait_for_everyone()  # one that leaves while another still speaks to it may crash on its way out
     finally:
         state.destroy_process_group()
 
