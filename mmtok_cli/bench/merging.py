@@ -10,7 +10,7 @@ from mmtok_cli.bench.results import CaseResult, Comparison, FailedCase
 
 NamedCase = TypeVar("NamedCase", CaseResult, FailedCase)
 
-SHOWN = ("device", "processor", "dtype", "attention", "weights", "threads", "torch", "transformers", "git_commit")
+UNSHOWN = ("command", "git_commit", "git_dirty")  # the former says what is asked in other words
 
 
 def same_kind(comparisons: Sequence[Comparison]) -> list[list[Comparison]]:
@@ -70,7 +70,8 @@ def differences(comparisons: Sequence[Comparison]) -> dict[str, list[str]]:
 
 def _facts(comparison: Comparison) -> dict[str, Any]:
     environment, schedule, rules = comparison.environment, comparison.schedule, comparison.rules
-    facts = {name.replace("_", " "): getattr(environment, name) for name in SHOWN}
+    names = [name for name in type(environment).model_fields if name not in UNSHOWN]
+    facts = {name.replace("_", " "): getattr(environment, name) for name in names}
     facts["git commit"] = (environment.git_commit or "none")[:9] + (" (changed)" if environment.git_dirty else "")
     return facts | {
         "track": rules.track,
@@ -78,6 +79,10 @@ def _facts(comparison: Comparison) -> dict[str, Any]:
         "budgets mean": rules.budget_means,
         "seed": schedule.seed,
         "rounds": schedule.rounds,
+        "runs": schedule.runs,
+        "warmup": schedule.warmup,
+        "least time": schedule.min_time,
+        "batch size": schedule.batch_size,
         "new tokens": schedule.max_new_tokens,
         "samples asked": schedule.samples,
     }

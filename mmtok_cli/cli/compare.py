@@ -165,6 +165,8 @@ def compare(
 
     if plot:
         require_writable(plot, PLOTS, "--plot")
+        if no_quality or layers is not None:
+            raise MMTokError("--plot shows quality, and none is measured", "leave --plot out")
     for path in exports or []:
         require_writable(path, EXPORTS, "--export")
     request = Request(
@@ -217,10 +219,10 @@ def compare(
             raise typer.Exit(1) from error
         show(comparison, session.request.settings, as_json, quiet)
         session.tell_how_to_resume(comparison)
-        if plot:
-            session.plot(comparison, plot)
         if comparison.results:
             export(comparison, exports or [], session.directory, quiet)
+        if plot:
+            session.plot(comparison, plot)
         if stopped is not None:
             print_error(stopped)
         if not judge(comparison, fail_below, fail_below_stage) or stopped is not None or not comparison.results:

@@ -16,7 +16,7 @@ from rich.cells import cell_len
 from mmtok_cli.bench.results import FailedCase, json_text
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.files import write_whole
-from mmtok_cli.report.checks import failure_notes
+from mmtok_cli.report.checks import failure_notes, interruption_notes
 from mmtok_cli.report.columns import comparison_columns, rows
 from mmtok_cli.report.tables import environment_line, rules_text
 
@@ -130,7 +130,8 @@ def markdown_text(comparison: Comparison) -> str:
     widths = [max(4, *map(cell_len, column)) for column in zip(*table, strict=True)]
     rule = [":" + "-" * (widths[0] - 1), *("-" * (width - 1) + ":" for width in widths[1:])]
     lines = ["| " + " | ".join(map(_padded, row, widths, rule)) + " |" for row in (table[0], rule, *table[1:])]
-    said = [_conditions(comparison), READING, *failure_notes(comparison), *comparison.left_out, *comparison.remarks]
+    notes = [*interruption_notes(comparison), *failure_notes(comparison), *comparison.left_out, *comparison.remarks]
+    said = [_conditions(comparison), READING, *notes]
     return "\n".join([*lines, "", "\n\n".join(map(_escaped, said)), ""])
 
 
