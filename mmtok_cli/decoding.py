@@ -24,26 +24,40 @@ def decode(
     The first token comes of the prefill's logits; each further one costs a forward pass. Answers that have ended are
     padded. Gives the same tokens as transformers' `generate`, with prefill and decode apart so that each can be timed.
     """
-    mask, position = inputs["attention_mask"], inputs["position_ids"][..., -1:]
-    ends = torch.tensor(model.eos_token_ids, device=mask.device)
+    behind = Continuation(model, inputs, cache)
     token = first_logits.argmax(-1)
+    ends = torch.tensor(model.eos_token_ids, device=token.device)
     tokens = [token]
     ended = torch.isin(token, ends)
     while len(tokens) < max_new_tokens and not bool(ended.all()):
-        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-        position = position + 1
-        out = model.model(
-            input_ids=token[:, None],
-            attention_mask=mask,
-            position_ids=position,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        token = torch.where(ended, model.tokenizer.pad_token_id, out.logits[:, -1].argmax(-1))
+        token = torch.where(ended, model.tokenizer.pad_token_id, behind.read(token).argmax(-1))
         tokens.append(token)
         ended = ended | torch.isin(token, ends)
     return torch.stack(tokens, dim=1)
+
+
+class Continuation:
+    """What follows a prompt that has been read into a KV cache, one token at a time."""
+
+    def __init__(self, model: VisionLanguageModel, inputs: dict[str, Any], cache: Any) -> None:
+        self._model = model
+        self._cache = cache
+        self._mask = inputs["attention_mask"]
+        self._position = inputs["position_ids"][..., -1:]  # of one axis or of several
+
+    def read(self, token: Tensor) -> Tensor:
+        """Read a token of each row, [batch]: logits of the next one, [batch, vocabulary]."""
+        self._mask = torch.cat([self._mask, torch.ones_like(self._mask[:, :1])], dim=1)
+        self._position = self._position + 1
+        out = self._model.model(
+            input_ids=token[:, None],
+            attention_mask=self._mask,
+            position_ids=self._position,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return out.logits[:, -1]
 
 
 def cache_bytes(cache: Any, missing_layers: int = 0) -> int:

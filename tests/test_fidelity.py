@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_models import stock_inputs
 
 from mmtok_cli.bench.fidelity import Closeness, answer_mask, compare_logits, forced_logits, reference_of
 from mmtok_cli.budget import Budget
@@ -11,7 +12,6 @@ from mmtok_cli.data.samples import Sample, demo_samples
 from mmtok_cli.methods import make_method
 from mmtok_cli.models import load_model
 from mmtok_cli.models.base import VisionLanguageModel
-from mmtok_cli.models.llava import Llava
 from mmtok_cli.pipeline import answer
 from mmtok_cli.rules import Rules
 
@@ -31,49 +31,47 @@ def budget_of(name: str) -> Budget | None:
 
 
 @torch.inference_mode()
-def stock_logits(model: Llava, sample: Sample, answer_ids: torch.Tensor) -> torch.Tensor:
+def plain_logits(model: VisionLanguageModel, sample: Sample, answer_ids: torch.Tensor) -> torch.Tensor:
     """[steps, vocabulary] of an answer's tokens, by one plain forward pass over prompt and answer, without a cache."""
-    prompt = model.prepare([sample.question], [sample.images], [sample.image_ids], [None])
-    ids = torch.cat([prompt.input_ids, answer_ids[None]], dim=1)
-    out = model.model(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        pixel_values=torch.stack(prompt.pixel_values),
-        use_cache=False,
-        logits_to_keep=len(answer_ids) + 1,
-    )
-    return out.logits[0, :-1]
+    inputs = stock_inputs(model, sample)
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], answer_ids[None]], dim=1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    if "mm_token_type_ids" in inputs:
+        inputs["mm_token_type_ids"] = (inputs["input_ids"] == model.image_token_id).int()
+    return model.model(**inputs, use_cache=False, logits_to_keep=len(answer_ids) + 1).logits[0, :-1]
 
 
-def test_forced_logits_equal_a_plain_forward_over_prompt_and_answer(tiny: Llava, samples: list[Sample]) -> None:
+def test_forced_logits_equal_a_plain_forward_over_prompt_and_answer(
+    vlm: VisionLanguageModel, samples: list[Sample]
+) -> None:
     """Of a batch whose prompts differ in length, and of an answer that the model would not give."""
     token_ids = torch.randint(5, 60, (3, STEPS), generator=torch.Generator().manual_seed(0))
-    found = forced_logits(tiny, make_method("full"), samples, None, token_ids)
+    found = forced_logits(vlm, make_method("full"), samples, None, token_ids)
     for row, sample in enumerate(samples):
-        torch.testing.assert_close(found[row], stock_logits(tiny, sample, token_ids[row]), atol=2e-4, rtol=1e-4)
+        torch.testing.assert_close(found[row], plain_logits(vlm, sample, token_ids[row]), atol=2e-4, rtol=1e-4)
 
 
-def test_the_unreduced_model_is_true_to_itself(tiny: Llava, samples: list[Sample]) -> None:
-    reference = reference_of(tiny, samples, max_new_tokens=STEPS)
+def test_the_unreduced_model_is_true_to_itself(vlm: VisionLanguageModel, samples: list[Sample]) -> None:
+    reference = reference_of(vlm, samples, max_new_tokens=STEPS)
     assert reference.logits.shape == (
         3,
         *reference.answers.token_ids.shape[1:],
-        tiny.model.config.text_config.vocab_size,
+        vlm.model.config.text_config.vocab_size,
     )
     assert reference.logits.argmax(-1)[reference.mask].equal(reference.answers.token_ids[reference.mask])
-    again = forced_logits(tiny, make_method("full"), samples, None, reference.answers.token_ids)
+    again = forced_logits(vlm, make_method("full"), samples, None, reference.answers.token_ids)
     assert compare_logits(reference.logits, again, reference.mask) == [Closeness(0.0, 1.0, True)] * 3
 
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("rules", [Rules(), Rules("harmonised")], ids=["released", "harmonised"])
 def test_forced_on_its_own_answer_a_method_says_it_again(
-    name: str, rules: Rules, tiny: Llava, samples: list[Sample]
+    name: str, rules: Rules, vlm: VisionLanguageModel, samples: list[Sample]
 ) -> None:
     """The way through a ragged cache is that of decoding."""
-    said = answer(tiny, METHODS[name], samples, budget_of(name), rules=rules, max_new_tokens=STEPS)
-    logits = forced_logits(tiny, METHODS[name], samples, budget_of(name), said.token_ids, rules=rules)
-    mask = answer_mask(said.token_ids, tiny.eos_token_ids)
+    said = answer(vlm, METHODS[name], samples, budget_of(name), rules=rules, max_new_tokens=STEPS)
+    logits = forced_logits(vlm, METHODS[name], samples, budget_of(name), said.token_ids, rules=rules)
+    mask = answer_mask(said.token_ids, vlm.eos_token_ids)
     assert logits[:, 0].equal(said.first_logits)
     assert logits.argmax(-1)[mask].equal(said.token_ids[mask])
 

@@ -15,10 +15,11 @@ from torch.nn.functional import kl_div
 
 from mmtok_cli.budget import Budget
 from mmtok_cli.data.samples import Sample
+from mmtok_cli.decoding import Continuation, prefill
 from mmtok_cli.methods import make_method
 from mmtok_cli.methods.base import Method
 from mmtok_cli.models.base import VisionLanguageModel
-from mmtok_cli.pipeline import RELEASED, Answers, answer, inside, prefill, reduce
+from mmtok_cli.pipeline import RELEASED, Answers, answer, inside, reduce
 from mmtok_cli.rules import Rules
 
 
@@ -74,23 +75,10 @@ def forced_logits(
     methods inside the language model too. Raises MMTokError where a budget cannot be met.
     """
     reduced = reduce(model, method, samples, budget, rules=rules)
-    inputs = reduced.inputs
-    mask, position = inputs["attention_mask"], inputs["position_ids"][:, -1:]
     with inside(model, reduced):
-        first, cache = prefill(model, inputs)
-        logits = [first]
-        for token in token_ids[:, :-1].unbind(1):
-            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-            position = position + 1
-            out = model.model(
-                input_ids=token[:, None],
-                attention_mask=mask,
-                position_ids=position,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            logits.append(out.logits[:, -1])
+        first, cache = prefill(model, reduced.inputs)
+        behind = Continuation(model, reduced.inputs, cache)
+        logits = [first, *(behind.read(token) for token in token_ids[:, :-1].unbind(1))]
     return torch.stack(logits, dim=1)
 
 
