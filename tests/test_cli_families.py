@@ -1,0 +1,52 @@
+"""Every family through the command line, from a directory in the hub's format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from cli_helpers import run_json
+from tiny_models import FAMILIES
+
+METHODS = "mmtok,visionzip,divprune,fastv,resize"
+SETTINGS = ("--set", "fastv.layer=2")
+
+
+@pytest.fixture(scope="module", params=["llava_next", "qwen2_5_vl", "qwen3_vl"])
+def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("families") / request.param
+    model = FAMILIES[request.param]("sdpa")
+    model.model.save_pretrained(path)
+    model.processor.save_pretrained(path)
+    return path
+
+
+def test_infer_and_prune(directory: Path, photo: Path, tmp_path: Path) -> None:
+    said = run_json("infer", photo, "How many stars?", "-m", directory, "-b", "25%", "--max-new-tokens", 3)
+    assert 0 < said["tokens"]["kept"] < said["tokens"]["total"]
+    picture = tmp_path / "kept.png"
+    (image,) = run_json("prune", photo, "How many?", "-m", directory, "-b", "25%", "-o", picture)["images"]
+    assert image["kept"] == said["tokens"]["kept"] and picture.stat().st_size > 0
+    assert ("panels" in image) == (directory.name == "llava_next")
+
+
+def test_compare(directory: Path, tmp_path: Path) -> None:
+    found = run_json(
+        *("compare", "-m", directory, "--limit", 4, "--rounds", 2, "--batch-size", 2, "-b", "25%"),
+        *("--methods", METHODS, *SETTINGS, "--max-new-tokens", 3, "--run-dir", tmp_path / "run"),
+    )
+    assert not found["failures"] and not found["unasked"]
+    full, *others = found["results"]
+    assert [case["method"] for case in others] == METHODS.split(",")
+    assert all(0 < case["tokens"]["kept"] < full["tokens"]["total"] for case in others)
+    assert all(case["fidelity"]["kl"] > 0 and case["score_counts"]["asked"] == 4 for case in others)
+
+
+def test_a_part_is_profiled(directory: Path, tmp_path: Path) -> None:
+    found = run_json(
+        *("profile", "-m", directory, "--layers", 2, "-b", "25%", "--runs", 2, "--warmup", 0),
+        *("--max-new-tokens", 2, "--trace-dir", tmp_path / "traces"),
+    )
+    assert found["environment"]["layers"] == [2, 4]
+    for case in found["cases"]:
+        assert case["seconds"]["measured_prefill"]["median"] < case["seconds"]["prefill"]["median"]
