@@ -73,7 +73,7 @@ def ask_questions(
         processes=processes,
         batch_size=agreed.batch_size,
         max_new_tokens=max_new_tokens,
-        todo=agreed.batches,
+        only=agreed.batches,
     )
     for found in asked:
         for batch in found:

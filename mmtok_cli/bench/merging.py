@@ -10,7 +10,7 @@ from mmtok_cli.bench.results import CaseResult, Comparison, FailedCase
 
 NamedCase = TypeVar("NamedCase", CaseResult, FailedCase)
 
-UNSHOWN = ("command", "git_commit", "git_dirty")  # the former says what is asked in other words
+UNSHOWN = ("command", "git_commit", "git_dirty")  # the commit is shown in short, with its mark
 
 
 def same_kind(comparisons: Sequence[Comparison]) -> list[list[Comparison]]:

@@ -101,9 +101,9 @@ def ask_all(
     processes: Processes,
     batch_size: int,
     max_new_tokens: int,
-    todo: Sequence[int] | None = None,
+    only: Sequence[int] | None = None,
 ) -> Iterator[list[Found]]:
-    """Ask all cases about all samples, or those batches that are still to do, one batch for each process at a time.
+    """Ask all cases about all samples, or `only` these batches, one batch for each process at a time.
 
     Batches are those that one process alone would make. Yields after each step what all processes found, the same in
     each of them, so that one can write it down at once. A case that was refused an answer is not asked again. Raises
@@ -111,7 +111,7 @@ def ask_all(
     """
     groups = list(batches(range(len(dataset.samples)), batch_size))
     refused: set[int] = set()
-    for step in batches(range(len(groups)) if todo is None else todo, processes.count):
+    for step in batches(range(len(groups)) if only is None else only, processes.count):
         mine, interrupted = [], False
         try:
             for number in step[processes.index : processes.index + 1]:

@@ -12,10 +12,11 @@ from PIL.Image import Image
 
 from mmtok_cli.bench.memory import is_out_of_memory, release_memory
 from mmtok_cli.bench.results import Record, from_json, json_text
+from mmtok_cli.cli.panels import draw, lay_out
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.files import write_whole
 from mmtok_cli.pipeline import answer, reduce
-from mmtok_cli.report.overlay import overlay, save_image, side_by_side
+from mmtok_cli.report.overlay import save_image
 
 if TYPE_CHECKING:
     from mmtok_cli.bench.runner import Case
@@ -102,7 +103,7 @@ def _opened(path: Path) -> Image:
 
 
 def _of_middle_budget(cases: Sequence[Case]) -> Iterator[tuple[int, Case]]:
-    """Cases of the first batch size that take a budget, at the middle one, and their places."""
+    """Cases of the first batch size that take a budget, at the middle one of those named, and their places."""
     budgets = list(dict.fromkeys(case.budget for case in cases if case.budget is not None))
     for place, case in enumerate(cases):
         if budgets and case.budget == budgets[len(budgets) // 2] and case.batch_size == cases[0].batch_size:
@@ -145,18 +146,9 @@ def _draw(model: VisionLanguageModel, case: Case, sample: Sample) -> Image:
     if reduced.cuts:  # what is dropped inside the language model is known only when the prompt has been read
         said = answer(model, case.method, [sample], case.budget, rules=case.rules, max_new_tokens=1)
         reduced, selections = said.reduced, said.selections
-    selection = selections[0]
-    kept = selection.places.tolist()
-    order = None if selection.order is None else [place for place in selection.order.tolist() if place >= 0]
-    merged = [] if selection.merged is None else selection.indices[selection.merged].tolist()
-    picture = sample.images[0]
-    panels = []
-    for panel in model.panels(picture, reduced.prompt.grids[0]):
-        cell_of = {token: cell for cell, token in enumerate(panel.tokens)}
-        cells = [[cell_of[t] for t in some if t in cell_of] for some in (kept, order or [], merged)]
-        panels.append(overlay(picture, panel.boxes, cells[0], cells[1] if order is not None else None, merged=cells[2]))
-    drawn = side_by_side(panels)
-    drawn.thumbnail((LONGEST_SIDE * len(panels), LONGEST_SIDE))
+    shown = lay_out(model, reduced, selections[0])
+    drawn = draw(sample.images[0], shown)
+    drawn.thumbnail((LONGEST_SIDE * len(shown), LONGEST_SIDE))
     return drawn
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -98,9 +98,10 @@ def prune(
     case = make_case(method, wanted, setup)
     vlm = open_model(model, device, dtype, weights, quiet, layers=layers, attention=attention, device_map=device_map)
 
+    from mmtok_cli.cli.panels import draw, lay_out
     from mmtok_cli.report import console as report
     from mmtok_cli.report.catalogues import kept_map
-    from mmtok_cli.report.overlay import overlay, save_image, side_by_side
+    from mmtok_cli.report.overlay import save_image
     from mmtok_cli.report.tables import part_text, rules_text, weights_text
     from mmtok_cli.tokens import CLASS_TOKEN
 
@@ -117,14 +118,9 @@ def prune(
 
     part = (vlm.loaded_layers, vlm.layer_count) if vlm.loaded_layers < vlm.layer_count else None
     picture = sample.images[0]
-    panels = vlm.panels(picture, reduced.prompt.grids[0])
-    cells = [{token: cell for cell, token in enumerate(panel.tokens)} for panel in panels]
-    kept = [_cells(cell, indices) for cell in cells]
-    picks = [None if order is None else _cells(cell, order) for cell in cells]
-    hollow = [_cells(cell, merged) for cell in cells]
+    shown = lay_out(vlm, reduced, selection)
     if output:
-        drawn = zip(panels, kept, picks, hollow, strict=True)
-        save_image(side_by_side([overlay(picture, p.boxes, k, o, mark, m) for p, k, o, m in drawn]), output)
+        save_image(draw(picture, shown, mark), output)
     if gain_curve and gains is not None:
         from mmtok_cli.report.plots import save_gain_curve
 
@@ -134,7 +130,7 @@ def prune(
             "path": str(image),
             "width": picture.width,
             "height": picture.height,
-            "grid": list(panels[0].grid),
+            "grid": list(shown[0].panel.grid),
             "total": tokens.total,
             "kept": tokens.kept,
             "layer_average": tokens.layer_average,
@@ -144,26 +140,26 @@ def prune(
         }
         entry |= {"order": order} if order is not None else {}
         entry |= {"gains": gains} if gains is not None else {}
-        if len(panels) > 1:
-            shapes = zip(panels, kept, strict=True)
-            entry["panels"] = [{"title": p.title, "grid": list(p.grid), "kept": k} for p, k in shapes]
-        shown = None if case.budget is None else str(case.budget)
-        head = {"schema": "mmtok.prune/1", "model": model, "weights": weights, "method": method, "budget": shown}
+        if len(shown) > 1:
+            entry["panels"] = [{"title": s.panel.title, "grid": list(s.panel.grid), "kept": s.kept} for s in shown]
+        asked = None if case.budget is None else str(case.budget)
+        head = {"schema": "mmtok.prune/1", "model": model, "weights": weights, "method": method, "budget": asked}
         rules: dict[str, Any] = {"rules": asdict(setup.rules), "positions": reduced.positions}
         if part:
             rules["layers"] = list(part)
         report.print_json(head | rules | {"images": [entry], "seconds": seconds})
         return
     out = report.results_console()
-    out.print(_sentence(case, reduced, selection, [panel.grid for panel in panels]), soft_wrap=True)
+    out.print(_sentence(case, reduced, selection, [each.panel.grid for each in shown]), soft_wrap=True)
     for remark in filter(None, (rules_text(setup.rules, settings), weights_text(vlm.weights), part_text(part))):
         out.print(remark, style="dim", markup=False)
-    for panel, k, o, m in zip(panels, kept, picks, hollow, strict=True):
+    for each in shown:
+        panel = each.panel
         if out.width >= 3 * panel.grid[1]:
             if panel.title:
                 out.print(panel.title, style="bold")
             eligible = vision.eligible[list(panel.tokens)].tolist()
-            out.print(kept_map(panel.grid, k, o, mark, eligible, m))
+            out.print(kept_map(panel.grid, each.kept, each.order, mark, eligible, each.merged))
     for path in filter(None, (output, gain_curve)):
         out.print(f"wrote {report.printable(path)}", soft_wrap=True)
 
@@ -192,11 +188,6 @@ def _reduce(vlm: VisionLanguageModel, case: Case, sample: Sample) -> tuple[Reduc
     stages = of_whole_model(clock.stages(), clock.sums(spans), missing_layers(vlm))
     seconds = {stage: value for stage, value in stages.items() if stage in TIMED}
     return reduced, selections[0], seconds
-
-
-def _cells(cell_of: Mapping[int, int], tokens: Sequence[int]) -> list[int]:
-    """The cells of a panel that show some of the tokens, in the order of the tokens."""
-    return [cell_of[token] for token in tokens if token in cell_of]
 
 
 def _sentence(case: Case, reduced: Reduced, selection: Selection, grids: Sequence[tuple[int, int]]) -> str:
