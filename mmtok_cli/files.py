@@ -32,7 +32,10 @@ def require_writable(path: Path, suffixes: Sequence[str], option: str) -> None:
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
             pass
     except OSError as error:
-        raise MMTokError(f"{option} {path} cannot be written: {error.strerror}", "choose another place") from error
+        hint = (
+            "choose another place" if path.parent.exists() else f"create {path.parent} first, or choose another place"
+        )
+        raise MMTokError(f"{option} {path} cannot be written: {error.strerror}", hint) from error
 
 
 def require_writable_directory(path: Path, option: str) -> None:

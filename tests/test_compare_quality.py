@@ -50,7 +50,7 @@ def test_yes_and_no(command: tuple[Any, ...], tmp_path: Path, monkeypatch: pytes
     assert "Yes or no" in shown.stdout and "says yes" in shown.stdout and "2 samples of pope.jsonl" in shown.stdout
     assert max(map(len, shown.stdout.splitlines())) <= 80
     said = " ".join(shown.stderr.split())
-    assert "image files missing: 1, and so 2 samples were left out" in said and "2.png is not an image" in said
+    assert "image files missing: 1; samples left out because of that: 2" in said and "2.png is not an image" in said
     result = json.loads((tmp_path / "t.json").read_text())
     assert result["schedule"]["samples"] == 2 and result["schedule"]["planned_samples"] == 4
     assert len(result["left_out"]) == 3

@@ -41,7 +41,7 @@ class Dataset:
         notes = [f"left out: {problem}" for problem in self.problems]
         if self.missing:
             notes.append(
-                f"{self.name}: image files missing: {self.missing}, and so {self.left_out} samples were left out"
+                f"{self.name}: image files missing: {self.missing}; samples left out because of that: {self.left_out}"
             )
         return notes
 
