@@ -162,7 +162,10 @@ def test_official_pope_files(prefix: str, tmp_path: Path) -> None:
     assert [(s.id, s.question, s.answer, s.image_ids[0]) for s in found.samples] == [
         (str(e["question_id"]), e["text"], e["label"], e["image"]) for e in POPE if e != POPE[1]
     ]
-    assert (found.missing, found.left_out) == (1, 1) and "image files missing: 1, and so 1 samples" in found.notes()[0]
+    assert (found.missing, found.left_out) == (
+        1,
+        1,
+    ) and "image files missing: 1; samples left out because of that: 1" in found.notes()[0]
     with pytest.raises(MMTokError, match="none of the 3 images") as error:
         open_dataset(f"{prefix}{file}")
     assert "--image-root" in error.value.hint
