@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmtok_cli.models import hf
 from mmtok_cli.models.base import VisionLanguageModel
 
 
 def prefill(model: VisionLanguageModel, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
     """The forward pass over the whole prompt: logits of the next token, [batch, vocabulary], and the KV cache."""
-    out = model.model(**inputs, use_cache=True, logits_to_keep=1)
-    return out.logits[:, -1], out.past_key_values
+    return hf.forward(model.model, inputs)
 
 
 def decode(
@@ -49,18 +49,12 @@ class Continuation:
         """Read a token of each row, [batch]: logits of the next one, [batch, vocabulary]."""
         self._mask = torch.cat([self._mask, torch.ones_like(self._mask[:, :1])], dim=1)
         self._position = self._position + 1
-        out = self._model.model(
-            input_ids=token[:, None],
-            attention_mask=self._mask,
-            position_ids=self._position,
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return out.logits[:, -1]
+        step = {"input_ids": token[:, None], "attention_mask": self._mask, "position_ids": self._position}
+        logits, self._cache = hf.forward(self._model.model, step, self._cache)
+        return logits
 
 
 def cache_bytes(cache: Any, missing_layers: int = 0) -> int:
     """Bytes of the keys and values of all layers; layers that are not run count as the last one that is."""
-    layers = [layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.keys is not None]
+    layers = hf.cached_bytes(cache)
     return sum(layers) + missing_layers * layers[-1]

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 def environment_of(model: VisionLanguageModel) -> Environment:
     """Versions, device, driver, attention kernel, threads, git commit (of a source checkout) and command line."""
     import torch
-    import transformers
 
     from mmtok_cli.bench.gpu import open_gpu
     from mmtok_cli.bench.results import Environment
+    from mmtok_cli.models import hf
 
     on_gpu = model.device.type == "cuda"
     gpu = open_gpu(model.device)
@@ -32,7 +32,7 @@ def environment_of(model: VisionLanguageModel) -> Environment:
         git_dirty=bool(_git("status", "--porcelain")) if commit else None,
         python=platform.python_version(),
         torch=torch.__version__,
-        transformers=transformers.__version__,
+        transformers=hf.VERSION,
         platform=platform.platform(),
         processor=torch.cuda.get_device_name(model.device) if on_gpu else _processor(),
         device=str(model.device),

@@ -11,6 +11,7 @@ import torch
 from mmtok_cli.bench.clock import Clock
 from mmtok_cli.bench.part import missing_layers
 from mmtok_cli.bench.results import CaseResult, Profile, Record
+from mmtok_cli.models import hf
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.models.room import free_memory
 
@@ -83,8 +84,9 @@ def weights_read(model: VisionLanguageModel) -> int:
     reads a row, which is not counted; nor is the KV cache. Layers that are not run count as the last one that is."""
     embedding = model.model.get_input_embeddings().weight
     head = model.model.get_output_embeddings().weight
-    language_model = model.model.model.language_model
-    missing = missing_layers(model) * sum(weight.nbytes for weight in language_model.layers[-1].parameters())
+    language_model = hf.language_model(model.model)
+    last = hf.decoder_layers(language_model)[-1]
+    missing = missing_layers(model) * sum(weight.nbytes for weight in last.parameters())
     return head.nbytes + missing + sum(w.nbytes for w in language_model.parameters() if w is not embedding)
 
 

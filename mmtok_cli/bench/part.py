@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from mmtok_cli.models import hf
 from mmtok_cli.models.base import VisionLanguageModel
 
 Mark = TypeVar("Mark")
@@ -27,7 +28,7 @@ def last_layer(model: VisionLanguageModel, read: Callable[[], Mark]) -> Iterator
     if not missing_layers(model):
         yield spans
         return
-    layer = model.model.model.language_model.layers[-1]
+    layer = hf.decoder_layers(hf.language_model(model.model))[-1]
     started: list[Mark] = []
 
     def begin(*_: Any) -> None:
@@ -37,7 +38,7 @@ def last_layer(model: VisionLanguageModel, read: Callable[[], Mark]) -> Iterator
         hidden = output[0] if isinstance(output, tuple) else output
         spans.append(("prefill" if hidden.shape[1] > 1 else "decode", started.pop(), read()))
 
-    handles = [layer.input_layernorm.register_forward_pre_hook(begin), layer.register_forward_hook(end)]
+    handles = [hf.first_norm(layer).register_forward_pre_hook(begin), layer.register_forward_hook(end)]
     try:
         yield spans
     finally:

@@ -50,13 +50,10 @@ def make_setup(
 
 
 def hush() -> None:
-    """Silence transformers' and the hub client's own chatter."""
-    from huggingface_hub.utils import logging as hub_logging
-    from transformers.utils import logging
+    """Silence the log messages, progress bars and deprecation warnings of other libraries."""
+    from mmtok_cli.models import hf
 
-    hub_logging.set_verbosity_error()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    hf.silence()
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 

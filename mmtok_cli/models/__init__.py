@@ -99,9 +99,11 @@ def _random(layout: Any, device: torch.device, gpus: Mapping[int, int] | None) -
         return fill_randomly(layout, device)
     from accelerate import dispatch_model, infer_auto_device_map
 
+    from mmtok_cli.models import hf
+
     # A sixth of each GPU is left for activations and the KV cache.
     room = {gpu: free * 5 // 6 for gpu, free in gpus.items()}
-    places = infer_auto_device_map(layout, max_memory=room, no_split_module_classes=layout._no_split_modules)
+    places = infer_auto_device_map(layout, max_memory=room, no_split_module_classes=hf.unsplittable_modules(layout))
     return dispatch_model(fill_randomly(layout, device, places), places)
 
 
@@ -118,16 +120,15 @@ def _pretrained(
     """Model and processor with the weights that were trained."""
     import torch
     from safetensors import SafetensorError
-    from transformers import AutoModelForImageTextToText
+
+    from mmtok_cli.models import hf
 
     config = configuration(source, name)
     if layers is not None:
         config = shortened(config, layers, name)
     try:
         processor = family.load_processor(source)
-        model = AutoModelForImageTextToText.from_pretrained(
-            source, config=config, dtype=dtype or "auto", attn_implementation=attention, device_map=device_map
-        )
+        model = hf.load_weights(source, config, dtype=dtype, attention=attention, device_map=device_map)
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mmtok_cli.budget import Budget
 from mmtok_cli.errors import MMTokError
+from mmtok_cli.models import hf
 from mmtok_cli.models.inside import Inside
 from mmtok_cli.models.sequences import CutImage
 from mmtok_cli.rules import Positions, Track
@@ -101,7 +102,7 @@ class VisionLanguageModel(ABC):
     @property
     def attention(self) -> str:
         """The attention kernel in use: sdpa, eager, flash_attention_2."""
-        return self.model.config._attn_implementation
+        return hf.attention_kernel(self.model)
 
     @property
     def context_length(self) -> int:
@@ -150,9 +151,7 @@ class VisionLanguageModel(ABC):
     @classmethod
     def load_processor(cls, source: str, *, local_files_only: bool = False) -> Any:
         """The processor of a directory or hub id. Raises OSError or ValueError where there is none."""
-        from transformers import AutoProcessor
-
-        return AutoProcessor.from_pretrained(source, backend="pil", local_files_only=local_files_only)
+        return hf.load_processor(source, local_files_only=local_files_only)
 
     @abstractmethod
     def total(self, image: Image) -> int:
@@ -293,7 +292,7 @@ class VisionLanguageModel(ABC):
             "input_ids": prompt.input_ids.gather(1, columns).masked_fill(~mask, self.tokenizer.pad_token_id),
             "attention_mask": mask.long(),
             "position_ids": self.position_ids(prompt, sources.gather(1, columns), mask, positions),
-            "mm_encoder_outputs": {"image": self.encoder_outputs(rows, vision, selections)},
+            **self.encoded_images(rows, vision, selections),
         }
 
     def position_ids(self, prompt: Prompt, sources: Tensor, mask: Tensor, positions: Positions) -> Tensor:
@@ -305,13 +304,11 @@ class VisionLanguageModel(ABC):
         counted = mask.long().cumsum(1) - 1
         return (kept if positions == "keep" else counted).masked_fill(~mask, 0)
 
-    def encoder_outputs(
+    def encoded_images(
         self, rows: list[Tensor], vision: Sequence[VisionTokens], selections: Sequence[Selection]
-    ) -> Any:
-        """What the model's forward takes for the output of its vision encoder. rows: [kept, dim] for each image."""
-        from transformers.modeling_outputs import BaseModelOutputWithPooling
-
-        return BaseModelOutputWithPooling(pooler_output=rows)
+    ) -> dict[str, Any]:
+        """Arguments of the model's forward that take the place of pixels. rows: [kept, dim] for each image."""
+        return hf.encoded_images(rows)
 
     def inside(
         self, attention_mask: Tensor, images: Sequence[CutImage], positions: Positions, stage: Stage = unwatched
@@ -326,7 +323,7 @@ class VisionLanguageModel(ABC):
                 f"methods inside the language model do not run under {self.attention!r} attention",
                 "load the model with sdpa attention",
             )
-        return Inside(self.model.model.language_model, attention_mask, images, positions, stage)
+        return Inside(hf.language_model(self.model), attention_mask, images, positions, stage)
 
     def image_starts(self, input_ids: Tensor, totals: Sequence[int]) -> list[tuple[int, int]]:
         """(row, column) of each image's first placeholder; the `totals` placeholders of an image stand side by side.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mmtok_cli.budget import rectangle
 from mmtok_cli.errors import MMTokError
+from mmtok_cli.models import hf
 from mmtok_cli.models.base import Grid, Stage, VisionLanguageModel
 from mmtok_cli.models.clip_signals import ATTENTION_SIGNALS, SIGNALS, TOWER_SIGNALS, Encoded, inputs_of
 from mmtok_cli.models.clip_text import ClipText
@@ -71,11 +72,9 @@ class ClipEncoded(VisionLanguageModel):
 
     def resized_pixels(self, image: Image, grid: Grid) -> Tensor:
         """The whole image at so many patches, [3, height, width]: none of the budget goes to padding."""
-        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
         size = {"height": grid[0] * self.patch_size, "width": grid[1] * self.patch_size}
         own = self.processor.image_processor
-        processor = CLIPImageProcessorPil(
+        processor = hf.image_processor_class("clip")(
             size=size, crop_size=size, resample=own.resample, image_mean=own.image_mean, image_std=own.image_std
         )
         return processor(image, return_tensors="pt")["pixel_values"][0]
@@ -98,14 +97,11 @@ class ClipEncoded(VisionLanguageModel):
         watched: AbstractContextManager[list[Tensor]] = inputs_of(attention) if attention else nullcontext([])
         grid = pixels.shape[2] // self.patch_size, pixels.shape[3] // self.patch_size
         with watched as seen:
-            out = self.model.model.vision_tower(
-                pixels,
-                output_hidden_states=True,
-                interpolate_pos_encoding=grid != (self.side, self.side),
-                return_dict=True,
+            states = hf.clip_hidden_states(
+                self.model, pixels, self._layers(), interpolate=grid != (self.side, self.side)
             )
-        hidden = torch.cat([out.hidden_states[layer] for layer in self._layers()], dim=-1)
-        projected = self.model.model.multi_modal_projector(hidden[:, 1:])
+        hidden = torch.cat(states, dim=-1)
+        projected = hf.project(self.model, hidden[:, 1:])
         found: dict[str, Any] = {}
         if signals:
             with stage("select"):
@@ -126,7 +122,7 @@ class ClipEncoded(VisionLanguageModel):
         ]
 
     def _project(self, features: Tensor) -> Tensor:
-        return self.model.model.multi_modal_projector(features.to(self.dtype))
+        return hf.project(self.model, features.to(self.dtype))
 
     def _check_signals(self, signals: Sequence[str]) -> None:
         unknown = [name for name in signals if name not in SIGNALS]
@@ -158,7 +154,7 @@ class ClipEncoded(VisionLanguageModel):
                 f"{self.name} does not take its features from one layer of its encoder, so it has no attention to read",
                 "use a method that reads none of the encoder's attention",
             )
-        return self.model.model.vision_tower.encoder.layers[index].self_attn
+        return hf.clip_attention(self.model, index)
 
     def _layers(self) -> list[int]:
         layers = self.model.config.vision_feature_layer

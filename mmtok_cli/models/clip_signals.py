@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmtok_cli.models import hf
 from mmtok_cli.models.clip_text import ClipText
 
 
@@ -47,7 +48,7 @@ def inputs_of(module: torch.nn.Module) -> Iterator[list[Tensor]]:
     seen: list[Tensor] = []
 
     def remember(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append(args[0] if args else kwargs["hidden_states"])
+        seen.append(hf.hidden_of(args, kwargs))
 
     handle = module.register_forward_pre_hook(remember, with_kwargs=True)
     try:
@@ -58,7 +59,7 @@ def inputs_of(module: torch.nn.Module) -> Iterator[list[Tensor]]:
 
 def patch_keys(attention: Any, hidden: Tensor) -> Tensor:
     """The attention module's keys: [batch, heads, 1 + patches, head dim]. hidden: what it was called with."""
-    return attention.k_proj(hidden).unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2)
+    return hf.clip_keys(attention, hidden)
 
 
 def class_attention(attention: Any, hidden: Tensor, keys: Tensor) -> Tensor:
@@ -67,8 +68,8 @@ def class_attention(attention: Any, hidden: Tensor, keys: Tensor) -> Tensor:
     hidden: [batch, 1 + patches, dim], what the attention module was called with; keys: of `patch_keys`. The class
     token's own share stays in the softmax, so that rows add up to less than one.
     """
-    query = attention.q_proj(hidden[:, :1]).unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2)
-    logits = query.float() @ keys.float().transpose(2, 3) * attention.scale
+    query = hf.clip_queries(attention, hidden[:, :1])
+    logits = query.float() @ keys.float().transpose(2, 3) * hf.clip_attention_scale(attention)
     return logits.softmax(-1)[:, :, 0, 1:]
 
 

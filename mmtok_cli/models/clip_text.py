@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mmtok_cli.errors import MMTokError
+from mmtok_cli.models import hf
 
 
 class ClipText(nn.Module):
@@ -20,10 +21,8 @@ class ClipText(nn.Module):
     def __init__(self, clip: Any, tokenizer: Any) -> None:
         super().__init__()
         self.tokenizer = tokenizer
-        self.text_model = clip.text_model
-        self.text_projection = clip.text_projection
-        self.post_layernorm = clip.vision_model.post_layernorm
-        self.visual_projection = clip.visual_projection
+        parts = hf.clip_text_parts(clip)
+        self.text_model, self.text_projection, self.post_layernorm, self.visual_projection = parts
         self.requires_grad_(False).eval()
 
     @classmethod
@@ -32,11 +31,9 @@ class ClipText(nn.Module):
 
         Raises MMTokError where it is neither here nor to be had, or is not a CLIP model.
         """
-        from transformers import AutoTokenizer, CLIPModel
-
         try:
-            clip, loading = CLIPModel.from_pretrained(source, dtype=dtype, output_loading_info=True)
-            tokenizer = AutoTokenizer.from_pretrained(source)
+            clip, missing = hf.load_clip(source, dtype)
+            tokenizer = hf.load_tokenizer(source)
         except torch.OutOfMemoryError:
             raise
         except OSError as error:
@@ -48,8 +45,8 @@ class ClipText(nn.Module):
             ) from error
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise _damaged(source, str(error)) from error
-        if loading["missing_keys"]:  # transformers would make them up
-            raise _damaged(source, f"it lacks {min(loading['missing_keys'])}")
+        if missing:  # transformers would make them up
+            raise _damaged(source, f"it lacks {missing[0]}")
         return cls(clip, tokenizer)
 
     @torch.no_grad()
@@ -71,7 +68,7 @@ class ClipText(nn.Module):
         """The question in the shared space: `[pieces, clip dim]`, one row for each piece that the tower can read."""
         device = self.text_projection.weight.device
         pieces = [torch.tensor([piece], device=device) for piece in self._pieces(question)]
-        return torch.cat([self.text_projection(self.text_model(piece).pooler_output) for piece in pieces])
+        return torch.cat([self.text_projection(hf.pooled(self.text_model, piece)) for piece in pieces])
 
     def _pieces(self, question: str) -> list[list[int]]:
         """The question's tokens, split to fit the tower (77 of CLIP's, its two special ones included)."""

@@ -52,9 +52,9 @@ def require_attention(name: str, device: torch.device, dtype: torch.dtype | None
         raise MMTokError(f"there is no attention kernel {name!r}", f"choose one of {', '.join(ATTENTION)}")
     if name != "flash_attention_2":
         return
-    from transformers.utils import is_flash_attn_2_available
+    from mmtok_cli.models import hf
 
-    if device.type != "cuda" or not is_flash_attn_2_available():
+    if device.type != "cuda" or not hf.has_flash_attention():
         raise MMTokError(
             "flash_attention_2 needs a CUDA device and the package flash-attn",
             "use --attention sdpa, whose kernels are fused as well",

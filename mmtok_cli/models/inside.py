@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from mmtok_cli.errors import MMTokError
+from mmtok_cli.models import hf
 from mmtok_cli.models.attention_rows import attention_rows, rotary_response
 from mmtok_cli.models.sequences import CutImage, ImageTokens, LayerSequence, Row, as_mask, causal_mask, gather_slots
 from mmtok_cli.rules import Positions
@@ -48,6 +49,7 @@ class Inside:
     ) -> None:
         self.selections: list[Selection] = []
         self._model = language_model
+        self._layers = hf.decoder_layers(language_model)
         self._images = images
         self._positions = positions
         self._stage = stage
@@ -71,9 +73,9 @@ class Inside:
     def __enter__(self) -> Inside:
         if self._handles:
             raise RuntimeError("this context is open already")
-        layers = list(self._model.layers)
+        layers = list(self._layers)
         if len(layers) in self._cut_layers:
-            layers.append(self._model.norm)  # a cut behind the last layer comes before the final norm
+            layers.append(hf.final_norm(self._model))  # a cut behind the last layer comes before the final norm
         for index, layer in enumerate(layers):
             self._handles.append(layer.register_forward_pre_hook(partial(self._enter_layer, index), with_kwargs=True))
         return self
@@ -84,49 +86,42 @@ class Inside:
         self._handles.clear()
 
     def _enter_layer(self, index: int, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        hidden, *others = args
-        behind_last = index == len(self._model.layers)
-        if index == 0:
-            self._begin(hidden, kwargs)
+        # The final norm is called with hidden states alone.
+        call = hf.LayerCall.read(args, kwargs) if index < len(self._layers) else None
+        hidden = hf.hidden_of(args, kwargs)
+        if index == 0 and call:
+            self._begin(call)
         now = self._reached
         if now is None:
-            return args, kwargs if behind_last else kwargs | self._step_arguments(index, hidden, kwargs)
+            return args, kwargs | self._step_arguments(index, call) if call else kwargs
         if index in self._cut_layers:
             with self._stage("select"):
-                hidden, now = self._cut(index, now, hidden, kwargs.get("past_key_values"))
+                hidden, now = self._cut(index, now, hidden, call.cache if call else None)
             self._reached = now
             self._behind[index] = replace(now, mask=None)  # decoding builds its own
             self._read.clear()
         if index in self._read_layers:
             self._read[index] = hidden
-        if self._behind and not behind_last:
-            kwargs = kwargs | {
-                "attention_mask": now.mask,
-                "position_ids": now.position_ids,
-                "position_embeddings": now.rotary,
-            }
-        return (hidden, *others), kwargs
+        if self._behind and call:
+            kwargs = kwargs | hf.layer_arguments(now.mask, now.position_ids, now.rotary)
+        return hf.with_hidden(args, kwargs, hidden)
 
-    def _begin(self, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+    def _begin(self, call: hf.LayerCall) -> None:
         """Tell a prefill from a step of decoding, and refuse what is neither."""
-        from transformers.cache_utils import DynamicCache, DynamicLayer
-
-        cache = kwargs.get("past_key_values")
-        if cache is not None and not (
-            type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
-        ):
+        hidden, cache = call.hidden, call.cache
+        if cache is not None and not hf.is_plain_cache(cache):
             raise MMTokError(
                 f"methods inside the language model cannot use a {type(cache).__name__}, since their layers cache "
                 "different lengths",
                 "use the default cache, without cache_implementation or a sliding window",
             )
-        cached = 0 if cache is None else cache.get_seq_length()
+        cached = 0 if cache is None else hf.cached_tokens(cache)
         batch, width, _ = hidden.shape
         fits = width == self._width or (cache is None and width > self._width)
         if cached == 0 and fits and batch % len(self._lengths) == 0:
             self._behind.clear()
             self._prefilled = width
-            self._reached = self._start(hidden, kwargs)
+            self._reached = self._start(call)
         elif 0 < self._prefilled <= cached and width == 1:
             self._reached = None
             self._generated = cached + 1 - self._prefilled
@@ -139,8 +134,9 @@ class Inside:
                 "leave prefill_chunk_size, assistant models and caches of other prompts out",
             )
 
-    def _start(self, hidden: Tensor, kwargs: dict[str, Any]) -> LayerSequence:
+    def _start(self, call: hf.LayerCall) -> LayerSequence:
         """The sequence before any cut. Beams repeat rows; without a cache, generated tokens stand behind the prompt."""
+        hidden = call.hidden
         batch, width, _ = hidden.shape
         copies = batch // len(self._lengths)
         rows = []
@@ -164,18 +160,17 @@ class Inside:
                 with self._stage("select"):
                     row = self._with_queries(row, hidden[number, width - row.length :])
             rows.append(row)
-        mask = kwargs.get("attention_mask")
-        if self._positions == "renumber" and kwargs.get("position_ids") is None:
-            raise MMTokError("this model's positions cannot be counted anew", "use --positions keep")
+        if self._positions == "renumber" and call.position_ids is None:
+            raise MMTokError("the positions of this model cannot be renumbered", "use --positions keep")
         return LayerSequence(
             rows=rows,
             width=width,
             live=None,
             removed=torch.zeros(batch, dtype=torch.long, device=hidden.device),
-            mask=mask,
-            mask_dtype=torch.bool if mask is None else mask.dtype,
-            position_ids=kwargs.get("position_ids"),
-            rotary=kwargs["position_embeddings"],
+            mask=call.mask,
+            mask_dtype=torch.bool if call.mask is None else call.mask.dtype,
+            position_ids=call.position_ids,
+            rotary=call.rotary,
         )
 
     def _with_queries(self, row: Row, hidden: Tensor) -> Row:
@@ -217,7 +212,7 @@ class Inside:
         else:
             counted = torch.arange(width, device=hidden.device)
             position_ids = torch.stack([(counted - (width - length)).clamp(min=0) for length in lengths])
-            rotary = self._model.rotary_emb(remaining, position_ids)
+            rotary = hf.rotary_embedding(self._model, remaining, position_ids)
         copies = batch // len(self._lengths)
         images = {id(image.plan): image for row in rows[::copies] for image in row.images}
         left = [images[id(plan)] for plan in self._images]
@@ -286,34 +281,33 @@ class Inside:
         cos, sin = (part.expand(len(now.rows), -1, -1)[number, offset:] for part in now.rotary)
         attention = None
         if cut.reads is not None:
-            layer, seen, keys = self._model.layers[cut.reads], hidden, None
+            layer, seen, keys = self._layers[cut.reads], hidden, None
             if cut.reads < cut.before:
                 seen = self._read[cut.reads][number, offset:]
-                keys = None if cache is None else cache.layers[cut.reads].keys[number, :, offset:]
+                keys = None if cache is None else hf.cached_keys(cache, cut.reads)[number, :, offset:]
             attention = attention_rows(layer, seen, (cos, sin), queries, keys)[:, :, image.start : image.end]
         places = torch.arange(image.start, image.end, device=hidden.device)
         return LayerTokens(
             hidden=hidden[image.start : image.end],
             attention=attention,
-            rotary_response=partial(rotary_response, self._model.layers[0], (cos, sin), queries, places),
+            rotary_response=partial(rotary_response, self._layers[0], (cos, sin), queries, places),
             eligible=image.eligible,
             image_id=image.plan.image_id,
         )
 
-    def _step_arguments(self, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _step_arguments(self, index: int, call: hf.LayerCall) -> dict[str, Any]:
         """What a layer is called with at a step of decoding, where that differs from what the model would pass."""
         behind = max((layer for layer in self._behind if layer <= index), default=None)
         if behind is None:
             return {}
         if behind not in self._step:
             sequence = self._behind[behind]
-            arguments: dict[str, Any] = {"attention_mask": None}
+            mask, position_ids, rotary = None, call.position_ids, call.rotary
             if sequence.live is not None:
                 visible = pad(sequence.live, (0, self._generated), value=True)[:, None, None]
-                arguments["attention_mask"] = as_mask(visible, sequence.mask_dtype)
-            if self._positions == "renumber":
-                position_ids = kwargs["position_ids"] - sequence.removed[:, None]
-                arguments["position_ids"] = position_ids
-                arguments["position_embeddings"] = self._model.rotary_emb(hidden, position_ids)
-            self._step[behind] = arguments
+                mask = as_mask(visible, sequence.mask_dtype)
+            if self._positions == "renumber" and position_ids is not None:
+                position_ids = position_ids - sequence.removed[:, None]
+                rotary = hf.rotary_embedding(self._model, call.hidden, position_ids)
+            self._step[behind] = hf.layer_arguments(mask, position_ids, rotary)
         return self._step[behind]

@@ -15,6 +15,7 @@ from torch import Tensor
 from mmtok_cli.budget import Budget, rectangle
 from mmtok_cli.crops import Crops
 from mmtok_cli.errors import MMTokError
+from mmtok_cli.models import hf
 from mmtok_cli.models.base import Box, Grid, Panel, Prompt, Stage, cells, unwatched
 from mmtok_cli.models.clip import ClipEncoded
 from mmtok_cli.rules import Track
@@ -142,12 +143,8 @@ class LlavaNext(ClipEncoded):
         """The vision tokens of an image from those of its crops, as the model itself packs them."""
         packing = self._packing(image.height, image.width)
         sources, places = packing.sources.to(self.device), packing.places.to(self.device)
-        (projected,), _ = self.model.model.pack_image_features(
-            [torch.stack([tile.projected for tile in tiles])],
-            [(image.height, image.width)],
-            vision_feature_select_strategy="default",
-            image_newline=self.model.model.image_newline,
-        )
+        stacked = torch.stack([tile.projected for tile in tiles])
+        projected = hf.pack_crops(self.model, stacked, image.height, image.width)
         features = torch.cat([tile.features for tile in tiles])[sources.clamp(min=0)]
         crops = Crops(
             tokens=tuple(replace(tile, eligible=place >= 0) for tile, place in zip(tiles, places, strict=True)),
@@ -166,17 +163,10 @@ class LlavaNext(ClipEncoded):
 
     def _pack(self, height: int, width: int) -> Packing:
         """The model's own packing, asked with numbers in the place of features."""
-        from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
-
-        rows, columns = get_anyres_image_grid_shape((height, width), self.pinpoints, self.image_size)
+        rows, columns = hf.crop_grid(height, width, self.pinpoints, self.image_size)
         crops, tokens = 1 + rows * columns, self.side**2
         numbers = torch.arange(crops * tokens, dtype=torch.float64).view(crops, tokens, 1)
-        (packed,), _ = self.model.model.pack_image_features(
-            [numbers],
-            [(height, width)],
-            vision_feature_select_strategy="default",
-            image_newline=torch.tensor([-1.0], dtype=torch.float64),
-        )
+        packed = hf.pack_crops(self.model, numbers, height, width, newline=torch.tensor([-1.0], dtype=torch.float64))
         sources = packed[:, 0].long()
         places = torch.full((crops * tokens,), PADDING)
         places[sources[sources >= 0]] = (sources >= 0).nonzero().squeeze(1)

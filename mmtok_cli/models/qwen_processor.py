@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mmtok_cli.errors import MMTokError
+from mmtok_cli.models import hf
 
 IMAGE_TOKEN = "<|image_pad|>"
 
@@ -27,13 +28,9 @@ class QwenProcessor:
 
         Raises MMTokError where there is no chat template or no image token, and OSError for files that are missing.
         """
-        from transformers import AutoTokenizer, ProcessorMixin
-        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local_files_only)
-        image_processor = Qwen2VLImageProcessorPil.from_pretrained(source, local_files_only=local_files_only)
-        settings, _ = ProcessorMixin.get_processor_dict(source, local_files_only=local_files_only)
-        template = settings.get("chat_template") or tokenizer.chat_template
+        tokenizer = hf.load_tokenizer(source, local_files_only=local_files_only)
+        image_processor = hf.load_image_processor("qwen2_vl", source, local_files_only=local_files_only)
+        template = hf.load_chat_template(source, local_files_only=local_files_only) or tokenizer.chat_template
         if isinstance(template, dict):  # several by name
             template = template.get("default")
         if not template:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from mmtok_cli.models import hf
 
 QUERIES_AT_ONCE = 256
 Call = tuple[Tensor, tuple[Tensor, Tensor]]  # what the attention module was called with: hidden states and rotary
@@ -23,7 +24,7 @@ def calls_of(attention: torch.nn.Module, *, wanted: bool) -> Iterator[list[Call]
         return
 
     def remember(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.append((args[0] if args else kwargs["hidden_states"], kwargs["position_embeddings"]))
+        calls.append(hf.vision_call(args, kwargs))
 
     handle = attention.register_forward_pre_hook(remember, with_kwargs=True)
     try:
@@ -43,7 +44,7 @@ def received_attention(attention: Any, call: Call, lengths: Sequence[int]) -> Te
     for q, k in zip(queries.split(list(lengths), 1), keys.split(list(lengths), 1), strict=True):
         total = torch.zeros(k.shape[1], device=k.device)
         for rows in q.float().split(QUERIES_AT_ONCE, 1):
-            total += (rows @ k.float().mT * attention.scaling).softmax(-1).mean(0).sum(0)
+            total += (rows @ k.float().mT * hf.vision_attention_scale(attention)).softmax(-1).mean(0).sum(0)
         received.append(total)
     return torch.cat(received)
 
@@ -55,11 +56,8 @@ def mean_keys(attention: Any, call: Call, lengths: Sequence[int]) -> Tensor:
 
 def _rotated(attention: Any, call: Call) -> tuple[Tensor, Tensor]:
     """Queries and keys [heads, patches, head dim], as the module itself makes them."""
-    hidden, (cos, sin) = call
-    queries, keys, _ = attention.qkv(hidden).unflatten(-1, (3, attention.num_heads, -1)).unbind(1)
-    rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb_vision
-    queries, keys = rotate(queries, keys, cos, sin)
-    return queries.transpose(0, 1), keys.transpose(0, 1)
+    hidden, rotary = call
+    return hf.vision_queries_and_keys(attention, hidden, rotary)
 
 
 # Each gives one row per patch, in the order in which the encoder has them.

@@ -12,6 +12,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from mmtok_cli.errors import MMTokError
+from mmtok_cli.models import hf
 from mmtok_cli.models.base import Grid, Panel, Prompt, Stage, VisionLanguageModel, cells, unwatched
 from mmtok_cli.models.qwen_signals import SIGNALS, calls_of
 from mmtok_cli.rules import Positions
@@ -30,6 +31,7 @@ class QwenVL(VisionLanguageModel):
     family: ClassVar[str] = "qwen2_5_vl"
     positions: ClassVar[tuple[Positions, ...]] = ("keep",)
     has_class_token: ClassVar[bool] = False
+    has_deepstack: ClassVar[bool] = False  # whether the encoder gives the first decoder layers features of their own
 
     @classmethod
     def stand_in_processor(cls, config: Any, chat_template: str) -> Any:
@@ -92,9 +94,9 @@ class QwenVL(VisionLanguageModel):
         grids, sizes = self._sizes(prompt)
         counts = [rows * columns for rows, columns in grids]
         with calls_of(self._last_attention(), wanted=bool(signals)) as calls:
-            out = self.model.model.get_image_features(torch.cat(prompt.pixel_values), sizes, return_dict=True)
+            out = hf.encode_qwen(self.model, torch.cat(prompt.pixel_values), sizes, deepstack=self.has_deepstack)
         order = self._raster_order(sizes)
-        cells_of_patches = out.last_hidden_state.unflatten(0, (-1, self.merge**2))
+        cells_of_patches = out.patches.unflatten(0, (-1, self.merge**2))
         features = cells_of_patches.mean(1)[order].split(counts)
         found: dict[str, Sequence[Tensor]] = {}
         if signals:
@@ -103,17 +105,16 @@ class QwenVL(VisionLanguageModel):
                     values = SIGNALS[name](self._last_attention(), calls[0], [n * self.merge**2 for n in counts])
                     per_token = values.unflatten(0, (-1, self.merge**2)).mean(1)
                     found[name] = per_token[order].split(counts)
-        deepstack = getattr(out, "deepstack_features", None) or []
         return [
             VisionTokens(
-                projected=out.pooler_output[i],
+                projected=out.tokens[i],
                 features=features[i],
                 grid=grid,
                 eligible=torch.ones(counts[i], dtype=torch.bool, device=self.device),
                 image_id=prompt.image_ids[i],
                 project=self._project,
                 signals={name: values[i] for name, values in found.items()},
-                deepstack=tuple(layer[i] for layer in deepstack),
+                deepstack=tuple(layer[i] for layer in out.deepstack),
             )
             for i, grid in enumerate(grids)
         ]
@@ -129,12 +130,7 @@ class QwenVL(VisionLanguageModel):
     def position_ids(self, prompt: Prompt, sources: Tensor, mask: Tensor, positions: Positions) -> Tensor:
         """[4, batch, length]: a count of the tokens, and time, row and column as in the whole prompt."""
         _, sizes = self._sizes(prompt)
-        whole, _ = self.model.model.get_rope_index(
-            prompt.input_ids,
-            mm_token_type_ids=(prompt.input_ids == self.image_token_id).int(),
-            image_grid_thw=sizes,
-            attention_mask=prompt.attention_mask,
-        )
+        whole = hf.qwen_positions(self.model, prompt.input_ids, prompt.attention_mask, self.image_token_id, sizes)
         counted = mask.long().cumsum(1) - 1
         return torch.cat([counted[None], whole.gather(2, sources.expand(3, -1, -1))]).masked_fill(~mask, 0)
 
@@ -146,12 +142,8 @@ class QwenVL(VisionLanguageModel):
 
     def _grid(self, image: Image) -> Grid:
         """(rows, columns) of vision tokens as the processor would have them."""
-        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
-
         try:
-            height, width = smart_resize(
-                image.height, image.width, self.token_size, min_pixels=self._bounds[0], max_pixels=self._bounds[1]
-            )
+            height, width = hf.qwen_size(image.height, image.width, self.token_size, *self._bounds)
         except ValueError as error:
             raise MMTokError(
                 f"{self.name} cannot see an image of {image.width}x{image.height}: {error}", "crop the image, or pad it"
@@ -166,21 +158,12 @@ class QwenVL(VisionLanguageModel):
 
     def _raster_order(self, sizes: Tensor) -> Tensor:
         """Where each vision token in raster order comes from in the order of the encoder's windows."""
-        from transformers.vision_utils import get_vision_window_index
-
-        config = self.model.config.vision_config
-        index, _ = get_vision_window_index(
-            sizes,
-            spatial_merge_size=config.spatial_merge_size,
-            window_size=config.window_size,
-            patch_size=config.patch_size,
-        )
-        return torch.as_tensor(index, device=self.device).argsort()
+        return hf.qwen_window_order(self.model.config.vision_config, sizes).to(self.device).argsort()
 
     def _last_attention(self) -> Any:
         """The attention of the last block that sees whole images."""
-        blocks = self.model.model.visual.blocks
-        return blocks[max(self.model.config.vision_config.fullatt_block_indexes)].attn
+        last = max(self.model.config.vision_config.fullatt_block_indexes)
+        return hf.vision_attention(hf.vision_blocks(self.model)[last])
 
     def _project(self, features: Tensor) -> Tensor:
         raise MMTokError(
@@ -203,17 +186,15 @@ class Qwen3VL(QwenVL):
     to the vision tokens, whose rows follow the selection."""
 
     family: ClassVar[str] = "qwen3_vl"
+    has_deepstack: ClassVar[bool] = True
 
-    def encoder_outputs(
+    def encoded_images(
         self, rows: list[Tensor], vision: Sequence[VisionTokens], selections: Sequence[Selection]
-    ) -> Any:
-        from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
-
+    ) -> dict[str, Any]:
         pairs = list(zip(vision, selections, strict=True))
         depth = len(vision[0].deepstack) if vision else 0
-        return BaseModelOutputWithDeepstackFeatures(
-            pooler_output=rows,
-            deepstack_features=[[v.deepstack[layer][s.indices] for v, s in pairs] for layer in range(depth)],
+        return hf.encoded_images(
+            rows, deepstack=[[v.deepstack[layer][s.indices] for v, s in pairs] for layer in range(depth)]
         )
 
     @property
@@ -224,4 +205,4 @@ class Qwen3VL(QwenVL):
         return torch.arange(int(sizes.prod(-1).sum()) // self.merge**2, device=self.device)
 
     def _last_attention(self) -> Any:
-        return self.model.model.visual.blocks[-1].attn
+        return hf.vision_attention(hf.vision_blocks(self.model)[-1])

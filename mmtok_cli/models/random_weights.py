@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from mmtok_cli.models import hf
+
 
 def fill_randomly(model: Any, device: torch.device, places: Mapping[str, int | str] | None = None) -> Any:
     """Give a laid-out model memory straight on the device, and weights from a fixed seed.
@@ -25,6 +27,5 @@ def fill_randomly(model: Any, device: torch.device, places: Mapping[str, int | s
         model.to_empty(device=device)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if device.type == "cuda" else []):
         torch.manual_seed(0)
-        model.initialize_weights()
-    model.tie_weights()
+        hf.initialize_weights(model)
     return model

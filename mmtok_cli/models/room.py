@@ -10,6 +10,7 @@ import psutil
 import torch
 
 from mmtok_cli.errors import MMTokError
+from mmtok_cli.models import hf
 
 GIB = 2**30
 NARROW = (torch.bfloat16, torch.float16)
@@ -43,10 +44,7 @@ class Needs:
 
 def laid_out(config: Any, dtype: torch.dtype | None, attention: str = "sdpa") -> Any:
     """The model of a configuration without memory behind it."""
-    from transformers import AutoModelForImageTextToText
-
-    with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation=attention)
+    return hf.empty_model(config, dtype, attention)
 
 
 def needs_of(model: Any, dtype: torch.dtype, vision_tokens: int, attention: str = "sdpa") -> Needs:
@@ -61,7 +59,7 @@ def needs_of(model: Any, dtype: torch.dtype, vision_tokens: int, attention: str 
     cache = 2 * text.num_key_value_heads * head * tokens * width
     states = 4 * text.hidden_size + 2 * text.num_attention_heads * head + 3 * text.intermediate_size
     matrix = text.num_attention_heads * tokens**2 * (width + 4) if attention == "eager" else 0
-    layers = model.model.language_model.layers
+    layers = hf.decoder_layers(hf.language_model(model))
     return Needs(
         weights=sum(p.numel() for p in model.parameters()) * width,
         layer=sum(p.numel() for p in layers[0].parameters()) * width,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmtok_cli.models.attention_rows import Rotary
+from mmtok_cli.models.hf import Rotary
 from mmtok_cli.tokens import Cut, LayerTokens, Selection
 
 

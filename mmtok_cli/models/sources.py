@@ -57,10 +57,10 @@ def source_of(name: str, *, weights: bool = True) -> str:
 
 def configuration(source: str, name: str) -> Any:
     """The configuration of a directory or hub id. Raises MMTokError where there is none."""
-    from transformers import AutoConfig
+    from mmtok_cli.models import hf
 
     try:
-        return AutoConfig.from_pretrained(source)
+        return hf.load_config(source)
     except (OSError, ValueError, json.JSONDecodeError) as error:
         if Path(source).is_dir():
             raise MMTokError(
@@ -75,11 +75,11 @@ def configuration(source: str, name: str) -> Any:
 
 def architecture(name: str, source: str) -> Any:
     """The configuration that a model has, from its profile if that knows it all, without any download then."""
-    from transformers import AutoConfig
+    from mmtok_cli.models import hf
 
     profile = profile_of(name)
     if profile and profile.architecture:
-        return AutoConfig.for_model(profile.family, **copy.deepcopy(profile.architecture))
+        return hf.make_config(profile.family, copy.deepcopy(profile.architecture))
     return configuration(source, name)
 
 

@@ -7,9 +7,7 @@ import zlib
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import PreTrainedTokenizer
-from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-
+from mmtok_cli.models import hf
 from mmtok_cli.models.qwen_processor import IMAGE_TOKEN, QwenProcessor
 
 LETTERS_PER_TOKEN = 4  # about what vocabularies of 32,000 pieces make of English
@@ -21,13 +19,13 @@ QWEN_LETTERS_PER_TOKEN = 10  # most English words are one piece of 150,000
 QWEN_WORDS = r"\n+|\d|[^\W\d]+|[^\w\s]"  # lines end and numbers are spelled in tokens of their own
 
 QWEN_MOST_TOKENS = 16384  # per image, of all checkpoints
-QWEN_IMAGES: dict[str, tuple[int, list[float], list[float]]] = {  # fewest tokens, mean and deviation of the pixels
-    "qwen2_5_vl": (4, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
-    "qwen3_vl": (64, IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD),
+QWEN_IMAGES = {  # fewest tokens per image, and the statistics that pixels are normalised with
+    "qwen2_5_vl": (4, "OPENAI_CLIP"),
+    "qwen3_vl": (64, "IMAGENET_STANDARD"),
 }
 
 
-class StandInTokenizer(PreTrainedTokenizer):
+class StandInTokenizer(hf.PreTrainedTokenizer):
     """Cuts text into pieces of a few letters and gives each an id below `size` by its hash.
 
     Prompts come out about as long as with the real vocabulary, and equal words get equal ids. Ids cannot be turned back
@@ -94,12 +92,11 @@ class StandInTokenizer(PreTrainedTokenizer):
 
 def llava_processor(config: Any, chat_template: str) -> Any:
     """A LLaVA-1.5 processor for a configuration, with a stand-in for the vocabulary."""
-    from transformers import LlavaProcessor
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
     side = config.vision_config.image_size
-    return LlavaProcessor(
-        image_processor=CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}),
+    return hf.processor_class("LlavaProcessor")(
+        image_processor=hf.image_processor_class("clip")(
+            size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+        ),
         tokenizer=_llama_tokenizer(config),
         patch_size=config.vision_config.patch_size,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
@@ -110,12 +107,9 @@ def llava_processor(config: Any, chat_template: str) -> Any:
 
 def llava_next_processor(config: Any, chat_template: str) -> Any:
     """A LLaVA-NeXT processor for a configuration, with a stand-in for the vocabulary."""
-    from transformers import LlavaNextProcessor
-    from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
-
     side = config.vision_config.image_size
-    return LlavaNextProcessor(
-        image_processor=LlavaNextImageProcessorPil(
+    return hf.processor_class("LlavaNextProcessor")(
+        image_processor=hf.image_processor_class("llava_next")(
             size={"shortest_edge": side},
             crop_size={"height": side, "width": side},
             image_grid_pinpoints=config.image_grid_pinpoints,
@@ -130,12 +124,11 @@ def llava_next_processor(config: Any, chat_template: str) -> Any:
 
 def qwen_processor(config: Any, chat_template: str) -> QwenProcessor:
     """A processor for a configuration of Qwen2.5-VL or Qwen3-VL, with a stand-in for the vocabulary."""
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
     vision = config.vision_config
-    fewest, mean, deviation = QWEN_IMAGES[config.model_type]
+    fewest, statistics = QWEN_IMAGES[config.model_type]
+    mean, deviation = hf.pixel_statistics(statistics)
     pixels = (vision.patch_size * vision.spatial_merge_size) ** 2  # of one token
-    image_processor = Qwen2VLImageProcessorPil(
+    image_processor = hf.image_processor_class("qwen2_vl")(
         size={"shortest_edge": fewest * pixels, "longest_edge": QWEN_MOST_TOKENS * pixels},
         patch_size=vision.patch_size,
         temporal_patch_size=vision.temporal_patch_size,

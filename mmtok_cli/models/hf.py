@@ -1,0 +1,616 @@
+"""Everything mmtok knows about the inside of transformers: names of classes, modules, arguments and outputs.
+
+transformers renames such things between minor releases, so no other file of this package mentions them. They are read
+strictly: a name that is not found raises an MMTokError with the installed version and the tested range. A missing name
+never stands for "none".
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, PreTrainedTokenizer
+
+from mmtok_cli.errors import MMTokError
+
+__all__ = ["PreTrainedTokenizer"]  # for the stand-in tokenizer, which derives from it
+
+VERSION: str = transformers.__version__
+OLDEST, BEYOND = "5.18", "5.25"  # minor releases that the compatibility tests ran with: from OLDEST, below BEYOND
+Rotary = tuple[Tensor, Tensor]  # cosine and sine of the positions
+
+# Newer releases first. Decoder layers, models and their outputs all use the same name.
+CACHE_NAMES = ("cache", "past_key_values")
+
+# Arguments that decorators take out of **kwargs, so that no signature shows them. What they ask for is checked on the
+# output instead.
+UNNAMED_ARGUMENTS = {"use_cache", "return_dict", "output_hidden_states"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Strict reading
+
+
+def tested_range() -> str:
+    """The tested releases as a requirement: "transformers>=5.18,<5.25"."""
+    return f"transformers>={OLDEST},<{BEYOND}"
+
+
+def is_tested(version: str = VERSION) -> bool:
+    """Whether the release lies in the tested range."""
+
+    def minor(text: str) -> tuple[int, ...]:
+        return tuple(int(part) for part in text.split(".")[:2])
+
+    return minor(OLDEST) <= minor(version) < minor(BEYOND)
+
+
+def changed(missing: str) -> MMTokError:
+    """The error for a name that this release of transformers does not have."""
+    tested = f"{OLDEST} up to, but not including, {BEYOND}"
+    return MMTokError(
+        f"transformers {VERSION} has no {missing}, which mmtok needs; mmtok was tested with {tested}",
+        f'pip install "{tested_range()}"',
+    )
+
+
+def part(parent: Any, path: str) -> Any:
+    """The attribute at a dotted path. Raises MMTokError where there is none."""
+    for name in path.split("."):
+        try:
+            parent = getattr(parent, name)
+        except AttributeError as error:
+            raise changed(f"{type(parent).__name__}.{name}") from error
+    return parent
+
+
+def imported(module: str, name: str) -> Any:
+    """An object of one of transformers' modules. Raises MMTokError where there is none."""
+    try:
+        return getattr(importlib.import_module(f"transformers.{module}"), name)
+    except (ImportError, AttributeError) as error:
+        raise changed(f"transformers.{module}.{name}") from error
+
+
+def call(function: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call a function, method or module of transformers whose signature must name the keyword arguments.
+
+    Their `**kwargs` would swallow a renamed argument without a word: images given to a forward pass would be ignored.
+    Raises MMTokError for an argument that the signature does not name.
+    """
+    if isinstance(function, nn.Module):
+        owner, signature = type(function).__name__, _parameters(type(function).forward)
+    else:
+        owner, signature = function.__qualname__, _parameters(getattr(function, "__func__", function))
+    for name in kwargs:
+        if name not in signature and name not in UNNAMED_ARGUMENTS:
+            raise changed(f"argument {name!r} of {owner}")
+    return function(*args, **kwargs)
+
+
+@lru_cache(maxsize=256)
+def _parameters(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(name for name, p in inspect.signature(function).parameters.items() if p.kind is not p.VAR_KEYWORD)
+
+
+def _output(output: Any, name: str) -> Any:
+    """A field of a model output that must be set."""
+    value = part(output, name)
+    if value is None:
+        raise changed(f"value in {type(output).__name__}.{name}")
+    return value
+
+
+def silence() -> None:
+    """Silence the log messages and progress bars of transformers and its hub client."""
+    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    disable_progress_bars()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """`silence` while the context is open; afterwards everything is as before."""
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging
+
+    levels = logging.get_verbosity(), hub_logging.get_verbosity()
+    bar, hub_bars = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    silence()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(levels[0])
+        hub_logging.set_verbosity(levels[1])
+        if bar:
+            logging.enable_progress_bar()
+        if hub_bars:
+            enable_progress_bars()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading
+
+
+def load_config(source: str) -> Any:
+    """The configuration of a directory or hub id. Raises OSError or ValueError where there is none."""
+    with quiet():
+        return AutoConfig.from_pretrained(source)
+
+
+def make_config(model_type: str, settings: Mapping[str, Any]) -> Any:
+    """A configuration of the given architecture."""
+    return AutoConfig.for_model(model_type, **settings)
+
+
+def load_weights(
+    source: str, config: Any, *, dtype: torch.dtype | None, attention: str, device_map: str | None = None
+) -> Any:
+    """The model of a directory or hub id; without a dtype, in that of the stored weights."""
+    with quiet():
+        return AutoModelForImageTextToText.from_pretrained(
+            source, config=config, dtype=dtype or "auto", attn_implementation=attention, device_map=device_map
+        )
+
+
+def empty_model(config: Any, dtype: torch.dtype | None, attention: str) -> Any:
+    """The model of a configuration on the meta device, without memory for its weights."""
+    with quiet(), torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation=attention)
+
+
+def initialize_weights(model: Any) -> None:
+    """Draw the weights of a model of `empty_model` that has got its memory, and compute its buffers."""
+    part(model, "initialize_weights")()
+    part(model, "tie_weights")()
+
+
+def unsplittable_modules(model: Any) -> Any:
+    """Classes of modules that must lie on one device each."""
+    return part(model, "_no_split_modules")
+
+
+def load_processor(source: str, *, local_files_only: bool = False) -> Any:
+    """The processor of a directory or hub id, with image processors that do not need torchvision.
+
+    Raises OSError or ValueError where there is none.
+    """
+    with quiet():
+        return AutoProcessor.from_pretrained(source, backend="pil", local_files_only=local_files_only)
+
+
+def load_tokenizer(source: str | Path, *, local_files_only: bool = False) -> Any:
+    with quiet():
+        return AutoTokenizer.from_pretrained(source, local_files_only=local_files_only)
+
+
+def load_chat_template(source: str | Path, *, local_files_only: bool = False) -> Any:
+    """The chat template among a processor's settings: text, several by name, or None."""
+    with quiet():
+        read = part(imported("processing_utils", "ProcessorMixin"), "get_processor_dict")
+        settings, _ = read(source, local_files_only=local_files_only)
+    return settings.get("chat_template")
+
+
+def image_processor_class(kind: str) -> Any:
+    """The image processor that works on PIL images, without torchvision. kind: clip, llava, llava_next, qwen2_vl."""
+    names = {"clip": "CLIP", "llava": "Llava", "llava_next": "LlavaNext", "qwen2_vl": "Qwen2VL"}
+    return imported(f"models.{kind}.image_processing_pil_{kind}", f"{names[kind]}ImageProcessorPil")
+
+
+def load_image_processor(kind: str, source: str | Path, *, local_files_only: bool = False) -> Any:
+    with quiet():
+        return image_processor_class(kind).from_pretrained(source, local_files_only=local_files_only)
+
+
+def processor_class(name: str) -> Any:
+    """A public processor class: LlavaProcessor, LlavaNextProcessor."""
+    try:
+        return getattr(importlib.import_module("transformers"), name)
+    except AttributeError as error:
+        raise changed(f"class {name}") from error
+
+
+def pixel_statistics(kind: str) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation per channel that images are normalised with. kind: OPENAI_CLIP, IMAGENET_STANDARD."""
+    return imported("image_utils", f"{kind}_MEAN"), imported("image_utils", f"{kind}_STD")
+
+
+def load_clip(source: str, dtype: torch.dtype) -> tuple[Any, list[str]]:
+    """A whole CLIP model, and the names of the weights that its files lack."""
+    with quiet():
+        clip, loading = processor_class("CLIPModel").from_pretrained(source, dtype=dtype, output_loading_info=True)
+    return clip, sorted(loading["missing_keys"])
+
+
+def has_flash_attention() -> bool:
+    """Whether the package flash-attn is installed and usable."""
+    return bool(imported("utils", "is_flash_attn_2_available")())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The parts of a vision-language model
+
+
+def attention_kernel(model: Any) -> str:
+    return str(part(model, "config._attn_implementation"))
+
+
+def language_model(model: Any) -> Any:
+    return part(model, "model.language_model")
+
+
+def decoder_layers(language: Any) -> Any:
+    """The decoder layers of a language model, a list of modules."""
+    return part(language, "layers")
+
+
+def vision_tower(model: Any) -> Any:
+    """The CLIP encoder of a LLaVA model."""
+    return part(model, "model.vision_tower")
+
+
+def vision_blocks(model: Any) -> Any:
+    """The blocks of a Qwen model's vision encoder."""
+    return part(model, "model.visual.blocks")
+
+
+def project(model: Any, features: Tensor) -> Tensor:
+    """The projector of a LLaVA model: [..., vision dim] to [..., dim]."""
+    return part(model, "model.multi_modal_projector")(features)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The forward pass and its cache
+
+
+def forward(model: Any, inputs: Mapping[str, Any], cache: Any = None) -> tuple[Tensor, Any]:
+    """One forward pass of the whole model: logits of the last position, [batch, vocabulary], and the KV cache.
+
+    inputs: arguments of the forward. cache: what was read before; None starts a new one.
+    """
+    known = {} if cache is None else {_cache_name(_parameters(type(model).forward)): cache}
+    out = call(model, **inputs, **known, use_cache=True, logits_to_keep=1)
+    found = out[_cache_name(out.keys())]
+    return _output(out, "logits")[:, -1], found
+
+
+def _cache_name(names: Any) -> str:
+    for name in CACHE_NAMES:
+        if name in names:
+            return name
+    raise changed("argument or output " + " or ".join(repr(name) for name in CACHE_NAMES) + " for the KV cache")
+
+
+def encoded_images(rows: Sequence[Tensor], deepstack: Sequence[Sequence[Tensor]] | None = None) -> dict[str, Any]:
+    """Arguments of a forward pass whose images are encoded already.
+
+    rows: [kept, dim] of each image. deepstack: for each of the first decoder layers, [kept, dim] of each image. Made
+    for each call, since beam search changes them in place.
+    """
+    if deepstack is None:
+        output = imported("modeling_outputs", "BaseModelOutputWithPooling")(pooler_output=list(rows))
+    else:
+        kind = imported("models.qwen3_vl.modeling_qwen3_vl", "BaseModelOutputWithDeepstackFeatures")
+        output = kind(pooler_output=list(rows), deepstack_features=[list(layer) for layer in deepstack])
+    return {"mm_encoder_outputs": {"image": output}}
+
+
+def is_plain_cache(cache: Any) -> bool:
+    """Whether every layer of the cache grows with what it is given, whatever the other layers hold."""
+    plain, layer = imported("cache_utils", "DynamicCache"), imported("cache_utils", "DynamicLayer")
+    return type(cache) is plain and all(type(each) is layer for each in part(cache, "layers"))
+
+
+def cached_tokens(cache: Any) -> int:
+    """Tokens that the first layer of the cache holds."""
+    return int(part(cache, "get_seq_length")())
+
+
+def cached_keys(cache: Any, layer: int) -> Tensor:
+    """The keys of a decoder layer, behind the rotary embedding: [batch, KV heads, tokens, head dim]."""
+    keys: Tensor = part(part(cache, "layers")[layer], "keys")
+    return keys
+
+
+def cached_bytes(cache: Any) -> list[int]:
+    """Bytes of the keys and values of each decoder layer that has any."""
+    layers = [(part(layer, "keys"), part(layer, "values")) for layer in part(cache, "layers")]
+    return [keys.nbytes + values.nbytes for keys, values in layers if keys is not None]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Decoder layers
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """What a decoder layer is called with, as its forward pre-hook sees it.
+
+    hidden: [batch, tokens, dim]. mask: the attention mask in the kernel's form. position_ids: [batch or 1, tokens].
+    rotary: cosine and sine, [batch or 1, tokens, head dim] each.
+    """
+
+    hidden: Tensor
+    mask: Tensor | None
+    position_ids: Tensor | None
+    rotary: Rotary
+    cache: Any
+
+    @staticmethod
+    def read(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> LayerCall:
+        """Raises MMTokError where an argument is missing; those that may be None must be there too."""
+        missing = [name for name in ("attention_mask", "position_ids", "position_embeddings") if name not in kwargs]
+        if missing:
+            raise changed(f"argument {missing[0]!r} in the calls of decoder layers")
+        return LayerCall(
+            hidden=hidden_of(args, kwargs),
+            mask=kwargs["attention_mask"],
+            position_ids=kwargs["position_ids"],
+            rotary=kwargs["position_embeddings"],
+            cache=kwargs[_cache_name(kwargs)],
+        )
+
+
+def with_hidden(
+    args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a module with other hidden states."""
+    return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
+
+
+def layer_arguments(mask: Tensor | None, position_ids: Tensor | None, rotary: Rotary) -> dict[str, Any]:
+    """Arguments of a decoder layer by their names; see LayerCall."""
+    return {"attention_mask": mask, "position_ids": position_ids, "position_embeddings": rotary}
+
+
+def hidden_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The hidden states that a module is called with."""
+    if args:
+        return args[0]
+    if "hidden_states" not in kwargs:
+        raise changed("argument 'hidden_states' in the calls of layers")
+    return kwargs["hidden_states"]
+
+
+def first_norm(layer: Any) -> Any:
+    """The norm in front of a decoder layer's attention."""
+    return part(layer, "input_layernorm")
+
+
+def final_norm(language: Any) -> Any:
+    """The norm behind a language model's last layer."""
+    return part(language, "norm")
+
+
+def rotary_embedding(language: Any, hidden: Tensor, position_ids: Tensor) -> Rotary:
+    """Cosine and sine, [batch, tokens, head dim] each, of positions. hidden says the device and the data type."""
+    return part(language, "rotary_emb")(hidden, position_ids)
+
+
+def queries(layer: Any, hidden: Tensor, rotary: Rotary) -> Tensor:
+    """A decoder layer's queries behind the rotary embedding: [heads, tokens, head dim]. hidden: [tokens, dim]."""
+    return _projected(layer, hidden, rotary, "q_proj", "q_norm")
+
+
+def keys(layer: Any, hidden: Tensor, rotary: Rotary) -> Tensor:
+    """A decoder layer's keys behind the rotary embedding: [KV heads, tokens, head dim]. hidden: [tokens, dim]."""
+    return _projected(layer, hidden, rotary, "k_proj", "k_norm")
+
+
+def attention_scale(layer: Any) -> float:
+    return float(part(layer, "self_attn.scaling"))
+
+
+def rotate(layer: Any, rows: Tensor, rotary: Rotary) -> Tensor:
+    """The architecture's own rotary embedding. rows: [heads, tokens, head dim]; cosine and sine: [tokens, head dim]."""
+    apply = _sibling(part(layer, "self_attn"), "apply_rotary_pos_emb")
+    rotated: Tensor = apply(rows[None], rows[None], rotary[0][None], rotary[1][None])[0][0]
+    return rotated
+
+
+def _projected(layer: Any, hidden: Tensor, rotary: Rotary, projection: str, norm: str) -> Tensor:
+    attention = part(layer, "self_attn")
+    # Attention modules have four projections and, in some architectures, norms of queries and keys. Anything else would
+    # take part in the attention without being known here.
+    children = {name for name, _ in attention.named_children()}
+    projections, norms = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"q_norm", "k_norm"}
+    if children not in (projections, projections | norms):
+        unknown = sorted(children ^ projections)
+        raise MMTokError(
+            f"the attention of {type(attention).__name__} is not supported: it differs in {', '.join(unknown)}",
+            "use a method that drops tokens before the language model, or a model whose language model is a Llama, "
+            "Mistral or Qwen",
+        )
+    split = part(attention, projection)(first_norm(layer)(hidden)).unflatten(-1, (-1, part(attention, "head_dim")))
+    if norm in children:
+        split = part(attention, norm)(split)
+    return rotate(layer, split.transpose(0, 1), rotary)
+
+
+def _sibling(module: nn.Module, name: str) -> Any:
+    """A function of the file that a module is defined in."""
+    return part(sys.modules[type(module).__module__], name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CLIP encoders
+
+
+def clip_hidden_states(model: Any, pixels: Tensor, layers: Sequence[int], *, interpolate: bool) -> list[Tensor]:
+    """Hidden states [images, 1 + patches, dim] of a LLaVA model's encoder, those of `layers`, which the model reads.
+
+    interpolate: fit the position embedding to images of another size.
+    """
+    out = call(
+        vision_tower(model), pixels, output_hidden_states=True, interpolate_pos_encoding=interpolate, return_dict=True
+    )
+    states = _output(out, "hidden_states")
+    # Recent releases leave out the layers that the model does not read.
+    if any(states[layer] is None for layer in layers):
+        raise changed("hidden state of the layer that the vision features come from")
+    return [states[layer] for layer in layers]
+
+
+def clip_attention(model: Any, index: int) -> Any:
+    """The attention module of an encoder layer."""
+    return part(part(vision_tower(model), "encoder.layers")[index], "self_attn")
+
+
+def clip_queries(attention: Any, hidden: Tensor) -> Tensor:
+    """[images, heads, tokens, head dim]. hidden: [images, tokens, dim], what the module is called with."""
+    return _clip_heads(attention, part(attention, "q_proj")(hidden))
+
+
+def clip_keys(attention: Any, hidden: Tensor) -> Tensor:
+    """[images, heads, tokens, head dim]. hidden: [images, tokens, dim], what the module is called with."""
+    return _clip_heads(attention, part(attention, "k_proj")(hidden))
+
+
+def clip_attention_scale(attention: Any) -> float:
+    return float(part(attention, "scale"))
+
+
+def _clip_heads(attention: Any, projected: Tensor) -> Tensor:
+    shape = part(attention, "num_heads"), part(attention, "head_dim")
+    return projected.unflatten(-1, shape).transpose(1, 2)
+
+
+def clip_text_parts(clip: Any) -> tuple[Any, Any, Any, Any]:
+    """The text model, its projection, the norm behind the encoder and the encoder's projection of a CLIP model."""
+    names = ("text_model", "text_projection", "vision_model.post_layernorm", "visual_projection")
+    text_model, text_projection, post_layernorm, visual_projection = (part(clip, name) for name in names)
+    return text_model, text_projection, post_layernorm, visual_projection
+
+
+def pooled(text_model: Any, ids: Tensor) -> Tensor:
+    """CLIP's summary of a text, [batch, dim]. ids: [batch, length]."""
+    summary: Tensor = _output(text_model(ids), "pooler_output")
+    return summary
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LLaVA-NeXT
+
+
+def crop_grid(height: int, width: int, pinpoints: Sequence[Sequence[int]], side: int) -> tuple[int, int]:
+    """(rows, columns) of the crops of `side` pixels that an image is cut into."""
+    grid = imported("models.llava_next.modeling_llava_next", "get_anyres_image_grid_shape")
+    rows, columns = grid((height, width), pinpoints, side)
+    return rows, columns
+
+
+def pack_crops(model: Any, features: Tensor, height: int, width: int, newline: Tensor | None = None) -> Tensor:
+    """The rows of an image's crops as the model packs them: [total, dim].
+
+    features: [crops, tokens of a crop, dim]. newline: [dim], ends each line; the model's own unless given.
+    """
+    inner = part(model, "model")
+    packed, _ = call(
+        part(inner, "pack_image_features"),
+        [features],
+        [(height, width)],
+        vision_feature_select_strategy="default",
+        image_newline=part(inner, "image_newline") if newline is None else newline,
+    )
+    rows: Tensor = packed[0]
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Qwen-VL
+
+
+@dataclass(frozen=True)
+class QwenEncoded:
+    """What Qwen's vision encoder makes of several images.
+
+    patches: [patches of all images, dim], behind the last block, in the order of the encoder's windows.
+    tokens: [tokens, dim] of each image, in raster order. deepstack: for each of the first decoder layers, the same.
+    """
+
+    patches: Tensor
+    tokens: Sequence[Tensor]
+    deepstack: Sequence[Sequence[Tensor]]
+
+
+def encode_qwen(model: Any, pixels: Tensor, sizes: Tensor, *, deepstack: bool) -> QwenEncoded:
+    """sizes: [images, 3], the time, rows and columns of each image in patches."""
+    out = call(part(model, "model.get_image_features"), pixels, sizes, return_dict=True)
+    layers = _output(out, "deepstack_features") if deepstack else ()
+    return QwenEncoded(_output(out, "last_hidden_state"), _output(out, "pooler_output"), layers)
+
+
+def qwen_positions(model: Any, input_ids: Tensor, attention_mask: Tensor, image_token_id: int, sizes: Tensor) -> Tensor:
+    """Positions of a prompt in time, row and column: [3, batch, length]. sizes: as in `encode_qwen`."""
+    positions, _ = call(
+        part(model, "model.get_rope_index"),
+        input_ids,
+        mm_token_type_ids=(input_ids == image_token_id).int(),
+        image_grid_thw=sizes,
+        attention_mask=attention_mask,
+    )
+    found: Tensor = positions
+    return found
+
+
+def qwen_window_order(config: Any, sizes: Tensor) -> Tensor:
+    """The raster number of each vision token in the order of the encoder's windows. config: of the encoder."""
+    index, _ = call(
+        imported("vision_utils", "get_vision_window_index"),
+        sizes,
+        spatial_merge_size=config.spatial_merge_size,
+        window_size=config.window_size,
+        patch_size=config.patch_size,
+    )
+    return torch.as_tensor(index)
+
+
+def qwen_size(height: int, width: int, factor: int, fewest: int, most: int) -> tuple[int, int]:
+    """(height, width) to which the image processor scales an image: multiples of `factor` with between `fewest` and
+    `most` pixels. Raises ValueError for an image that is too thin."""
+    resize = imported("models.qwen2_vl.image_processing_pil_qwen2_vl", "smart_resize")
+    scaled = call(resize, height, width, factor, min_pixels=fewest, max_pixels=most)
+    return scaled[0], scaled[1]
+
+
+def vision_attention(block: Any) -> Any:
+    """The attention module of a block of Qwen's vision encoder."""
+    return part(block, "attn")
+
+
+def vision_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Rotary]:
+    """The hidden states and the rotary embedding that such an attention module is called with."""
+    if "position_embeddings" not in kwargs:
+        raise changed("argument 'position_embeddings' in the calls of vision attention")
+    return hidden_of(args, kwargs), kwargs["position_embeddings"]
+
+
+def vision_queries_and_keys(attention: Any, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+    """[heads, patches, head dim] each, behind the rotary embedding. hidden: [patches, dim]."""
+    split = part(attention, "qkv")(hidden).unflatten(-1, (3, part(attention, "num_heads"), -1))
+    found_queries, found_keys, _ = split.unbind(1)
+    apply = _sibling(attention, "apply_rotary_pos_emb_vision")
+    found_queries, found_keys = apply(found_queries, found_keys, *rotary)
+    return found_queries.transpose(0, 1), found_keys.transpose(0, 1)
+
+
+def vision_attention_scale(attention: Any) -> float:
+    return float(part(attention, "scaling"))
