@@ -21,6 +21,7 @@ def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return path
 
 
+@pytest.mark.compat
 def test_infer_and_prune(directory: Path, photo: Path, tmp_path: Path) -> None:
     said = run_json("infer", photo, "How many stars?", "-m", directory, "-b", "25%", "--max-new-tokens", 3)
     assert 0 < said["tokens"]["kept"] < said["tokens"]["total"]
@@ -30,6 +31,7 @@ def test_infer_and_prune(directory: Path, photo: Path, tmp_path: Path) -> None:
     assert ("panels" in image) == (directory.name == "llava_next")
 
 
+@pytest.mark.compat
 def test_compare(directory: Path, tmp_path: Path) -> None:
     found = run_json(
         *("compare", "-m", directory, "--limit", 4, "--rounds", 2, "--batch-size", 2, "-b", "25%"),

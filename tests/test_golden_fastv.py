@@ -12,10 +12,12 @@ from golden_cases import golden_cases, golden_directory, golden_tensors, require
 from transformers import LlamaForCausalLM
 
 from mmtok_cli.methods.fastv import FastV
+from mmtok_cli.models import hf
 from mmtok_cli.models.inside import Inside
 from mmtok_cli.models.sequences import CutImage
 
 CASES = golden_cases("fastv")
+pytestmark = pytest.mark.compat
 
 
 @lru_cache(maxsize=4)
@@ -66,19 +68,19 @@ def test_with_cache(case: dict[str, Any], attention: str) -> None:
         torch.testing.assert_close(out.logits[0], expected["expected_prefill_logits"], atol=atol, rtol=0)
         for name in [name for name in expected if name.startswith("kv.")]:
             _, layer, part = name.split(".")
-            cached = getattr(out.past_key_values.layers[int(layer)], f"{part}s")[0]
+            cached = getattr(hf.cache_of(out).layers[int(layer)], f"{part}s")[0]
             torch.testing.assert_close(cached, expected[name], atol=atol, rtol=0)
-        lengths = [[layer.keys.shape[2] for layer in out.past_key_values.layers]]
+        lengths = [[layer.keys.shape[2] for layer in hf.cache_of(out).layers]]
         tokens = [out.logits[0, -1].argmax()]
         for step, position in enumerate(case["decode"]["position_ids"]):
             out = model(
                 input_ids=tokens[-1][None, None],
                 position_ids=torch.tensor([[position]]),
-                past_key_values=out.past_key_values,
+                **hf.cache_argument(model, hf.cache_of(out)),
                 use_cache=True,
             )
             torch.testing.assert_close(out.logits[0, -1], expected["expected_decode_logits"][step], atol=atol, rtol=0)
-            lengths.append([layer.keys.shape[2] for layer in out.past_key_values.layers])
+            lengths.append([layer.keys.shape[2] for layer in hf.cache_of(out).layers])
             tokens.append(out.logits[0, -1].argmax())
     assert lengths == case["decode"]["kv_lengths_per_layer_after_each_forward"]
     assert torch.stack(tokens).equal(expected["expected_tokens"])

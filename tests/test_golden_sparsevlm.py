@@ -13,9 +13,12 @@ from transformers import LlamaForCausalLM
 
 from mmtok_cli.methods.base import highest
 from mmtok_cli.methods.sparsevlm import SparseVLM, SparseVLM2, cluster_and_merge, heads_by_attention, raters
+from mmtok_cli.models import hf
 from mmtok_cli.models.inside import Inside
 from mmtok_cli.models.sequences import CutImage
 from mmtok_cli.tokens import Cut, LayerTokens, Selection
+
+pytestmark = pytest.mark.compat
 
 
 @lru_cache(maxsize=4)
@@ -86,7 +89,7 @@ def test_end_to_end(case: dict[str, Any], attention: str) -> None:
     with Inside(model, mask, [image], method.positions, lambda name: nullcontext()):
         out = model(inputs_embeds=embeds, use_cache=True)
         torch.testing.assert_close(out.last_hidden_state[0], expected["expected_last_hidden_state"], atol=atol, rtol=0)
-        assert [layer.keys.shape[2] for layer in out.past_key_values.layers] == lengths
+        assert [layer.keys.shape[2] for layer in hf.cache_of(out).layers] == lengths
         for number, (scores, chosen) in enumerate(stages):
             torch.testing.assert_close(scores, expected[f"stage{number}.scores"], atol=atol, rtol=0)
             kept = expected[f"stage{number}.kept_mask"].nonzero().squeeze(1)
@@ -95,10 +98,10 @@ def test_end_to_end(case: dict[str, Any], attention: str) -> None:
             out = model(
                 input_ids=token[None, None],
                 position_ids=torch.tensor([[length + step]]),
-                past_key_values=out.past_key_values,
+                **hf.cache_argument(model, hf.cache_of(out)),
                 use_cache=True,
             )
             hidden = expected["expected_decode_hidden"][step]
             torch.testing.assert_close(out.last_hidden_state[0, -1], hidden, atol=atol, rtol=0)
-        assert [layer.keys.shape[2] for layer in out.past_key_values.layers] == case["kv_lengths_after_3_decodes"]
+        assert [layer.keys.shape[2] for layer in hf.cache_of(out).layers] == case["kv_lengths_after_3_decodes"]
     assert torch.equal(model(inputs_embeds=embeds).last_hidden_state[0], stock)

@@ -19,7 +19,7 @@ ALLOWED = {
     "pipeline": SHARED | {"models", "methods", "data", "decoding"},
     "bench": SHARED | {"bench", "pipeline", "decoding", "data", "models", "methods", "files"},
     "report": {"report", "bench", "errors", "files", "profiles", "rules"},
-    "demo": {"demo", "errors"},
+    "demo": {"demo", "errors", "models"},
     "tokens": {"crops"},  # for a type alone
     "crops": {"tokens", "errors"},
     "errors": set(),

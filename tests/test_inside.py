@@ -16,6 +16,7 @@ from mmtok_cli.data.samples import Sample
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.methods import make_method
 from mmtok_cli.methods.base import Method
+from mmtok_cli.models import hf
 from mmtok_cli.models.attention_rows import attention_rows
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.models.llava import Llava
@@ -25,6 +26,7 @@ from mmtok_cli.tokens import Cut, LayerTokens, Selection, TextTokens, VisionToke
 
 BUDGET = Budget(count=8)
 STEPS = 8
+pytestmark = pytest.mark.compat
 INSIDE = {
     "fastv": make_method("fastv", layer=2),
     "random:inside": make_method("random:inside", layer=1),
@@ -171,7 +173,7 @@ def test_the_cache_holds_what_the_layer_average_says(name: str, tiny: Llava, sam
     for sample in samples:
         reduced = reduce(tiny, INSIDE[name], [sample], BUDGET)
         with torch.inference_mode(), inside(tiny, reduced):
-            cache = tiny.model(**reduced.inputs, use_cache=True).past_key_values
+            cache = hf.cache_of(tiny.model(**reduced.inputs, use_cache=True))
         lengths = [layer.keys.shape[2] - reduced.tokens[0].text for layer in cache.layers]
         assert sum(lengths) / len(lengths) == pytest.approx(reduced.tokens[0].layer_average)
         assert lengths[0] == 36 and lengths[-1] == 8
@@ -228,9 +230,7 @@ def test_attention_row_equals_eager(samples: list[Sample], tiny: Llava) -> None:
             rotary = (seen["rotary"][0][0], seen["rotary"][1][0])
             queries = torch.tensor([seen["hidden"].shape[1] - 1, 20])
             rows = attention_rows(layers[1], seen["hidden"][0], rotary, queries)
-            cached = attention_rows(
-                layers[1], seen["hidden"][0], rotary, queries, out.past_key_values.layers[1].keys[0]
-            )
+            cached = attention_rows(layers[1], seen["hidden"][0], rotary, queries, hf.cache_of(out).layers[1].keys[0])
     finally:
         handle.remove()
         tiny.model.set_attn_implementation(kernel)
@@ -270,9 +270,9 @@ def test_other_kernels_are_refused(tiny_sdpa: Llava, samples: list[Sample], monk
 def test_a_cache_of_another_prompt_is_refused(tiny_sdpa: Llava, samples: list[Sample]) -> None:
     reduced, other = (reduce(tiny_sdpa, INSIDE["fastv"], [sample], BUDGET) for sample in samples[1:])
     with torch.inference_mode():
-        cache = tiny_sdpa.model(**other.inputs, use_cache=True).past_key_values
+        cache = hf.cache_of(tiny_sdpa.model(**other.inputs, use_cache=True))
         with inside(tiny_sdpa, reduced), pytest.raises(MMTokError, match="were read behind"):
-            tiny_sdpa.model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+            tiny_sdpa.model(input_ids=torch.tensor([[5]]), **hf.cache_argument(tiny_sdpa.model, cache))
         longer = reduce(tiny_sdpa, INSIDE["fastv"], [samples[0]], BUDGET)
         assert longer.inputs["input_ids"].shape[1] > other.inputs["input_ids"].shape[1]
         with inside(tiny_sdpa, other), pytest.raises(MMTokError, match=r"need it in one piece"):

@@ -65,6 +65,7 @@ def test_what_a_family_cannot_show_is_refused(family: str, name: str, samples: l
     assert "visionzip" in str(error.value.hint)
 
 
+@pytest.mark.compat
 @TRACKS
 @pytest.mark.parametrize("name", [name for name in ALL if name != "none"])
 def test_identity_at_full_budget(name: str, track: Track, vlm: VisionLanguageModel, samples: list[Sample]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -29,6 +30,16 @@ class Commands(TyperGroup):
                 raise
             typer.echo("error: there is no space left to write to", err=True)
             raise typer.Exit(1) from error
+        except Exception as error:
+            _note_untested_release(error)
+            raise
+
+
+def _note_untested_release(error: Exception) -> None:
+    """Say below the traceback that the installed transformers, if it was imported, was not tested."""
+    hf = sys.modules.get("mmtok_cli.models.hf")
+    if hf and not hf.is_tested():
+        error.add_note(f'transformers {hf.VERSION} was not tested with mmtok; try: pip install "{hf.tested_range()}"')
 
 
 app = typer.Typer(

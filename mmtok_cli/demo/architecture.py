@@ -14,10 +14,10 @@ from transformers import (
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
-from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from mmtok_cli.demo.questions import CHOICES, PHRASES
 from mmtok_cli.demo.scenes import COLOURS, IMAGE_SIZE, SHAPES
+from mmtok_cli.models import hf
 
 PATCH_SIZE = 14
 GRID = IMAGE_SIZE // PATCH_SIZE
@@ -69,7 +69,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 def build_processor() -> LlavaProcessor:
     """Pads images to a square and resizes them to 336 px, as LLaVA-1.5 does; 576 vision tokens per image."""
     square = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    images = LlavaImageProcessorPil(do_pad=True, size={"shortest_edge": IMAGE_SIZE}, crop_size=square)
+    images = hf.image_processor_class("llava")(do_pad=True, size={"shortest_edge": IMAGE_SIZE}, crop_size=square)
     return LlavaProcessor(
         image_processor=images,
         tokenizer=build_tokenizer(),

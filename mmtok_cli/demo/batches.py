@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from mmtok_cli.demo import questions as ask
 from mmtok_cli.demo.architecture import GRID, PATCH_SIZE, vocabulary
 from mmtok_cli.demo.drawing import digit_box, outline
 from mmtok_cli.demo.scenes import COLOURS, OBJECTS, PAIRS, RADII, SHAPES, Density, Scene, generator, sample_scene
+from mmtok_cli.models import hf
 
 BLOCK = 14  # tokens of the longest question, "assistant :", the answer and </s>
 IGNORE = -100
@@ -65,7 +65,8 @@ def training_scene(seed: int, grid: int, density: Density) -> Scene:
 
 def _pixels(scene: Scene) -> np.ndarray:
     pixels = np.asarray(scene.image(), dtype=np.float32) / 255
-    pixels = (pixels - np.float32(OPENAI_CLIP_MEAN)) / np.float32(OPENAI_CLIP_STD)
+    mean, deviation = hf.pixel_statistics("OPENAI_CLIP")
+    pixels = (pixels - np.asarray(mean, np.float32)) / np.asarray(deviation, np.float32)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 

@@ -286,10 +286,19 @@ def forward(model: Any, inputs: Mapping[str, Any], cache: Any = None) -> tuple[T
 
     inputs: arguments of the forward. cache: what was read before; None starts a new one.
     """
-    known = {} if cache is None else {_cache_name(_parameters(type(model).forward)): cache}
+    known = {} if cache is None else cache_argument(model, cache)
     out = call(model, **inputs, **known, use_cache=True, logits_to_keep=1)
-    found = out[_cache_name(out.keys())]
-    return _output(out, "logits")[:, -1], found
+    return _output(out, "logits")[:, -1], cache_of(out)
+
+
+def cache_argument(model: Any, cache: Any) -> dict[str, Any]:
+    """The KV cache as an argument of the model's forward."""
+    return {_cache_name(_parameters(type(model).forward)): cache}
+
+
+def cache_of(output: Any) -> Any:
+    """The KV cache that a forward pass has filled."""
+    return output[_cache_name(output.keys())]
 
 
 def _cache_name(names: Any) -> str:
