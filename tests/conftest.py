@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -17,6 +18,11 @@ from tiny_models import FAMILIES, build_tiny_llava
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.models.llava import Llava
+
+# One thread, here and in the processes that tests start: tiny models gain nothing from more, and threads that share
+# busy cores wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 # No example fails, and no test, for being slow.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-from cli_helpers import QUESTION, refused, run, run_json, run_process
+from cli_helpers import QUESTION, refused, run, run_json
 from PIL import Image
 
+from mmtok_cli.bench.runner import Case
 from mmtok_cli.methods import method_names
 from mmtok_cli.profiles import known_profiles
 
@@ -236,29 +239,28 @@ def test_partial_batches_are_asked_and_not_timed(tiny_directory: Path) -> None:
     refused(run(*command, "--limit", 1, "--batch-size", 2), "less than one batch")
 
 
-# A shell's background jobs ignore the signal, and so would what they start.
-INTERRUPT = """
-import os, signal
-from mmtok_cli.bench.runner import Case
-signal.signal(signal.SIGINT, signal.default_int_handler)
-usual, answered = Case.answer, []
-def answer(self, *arguments):
-    answered.append(self)
-    if len(answered) == 24:
-        os.kill(os.getpid(), signal.SIGINT)
-    return usual(self, *arguments)
-Case.answer = answer
-"""
-
-
 @pytest.mark.parametrize(
     "command", [("profile", "--runs", "100000"), ("compare", "--rounds", "100000", "--methods", "mmtok")]
 )
-def test_interrupting_keeps_what_was_measured(command: tuple[str, ...], tiny_directory: Path) -> None:
-    """A real signal to a real process, in the middle of a round."""
-    done = run_process(*command, "-m", tiny_directory, "-b", 4, "--json", before=INTERRUPT)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
+def test_interrupting_keeps_what_was_measured(
+    command: tuple[str, ...], tiny_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real signal, in the middle of a round."""
+    usual, answered = Case.answer, []
+
+    def answer(self: Case, *arguments: Any) -> Any:
+        answered.append(self)
+        if len(answered) == 24:
+            signal.raise_signal(signal.SIGINT)
+        return usual(self, *arguments)
+
+    monkeypatch.setattr(Case, "answer", answer)
+    # A shell's background jobs ignore the signal, and so would what they start.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        result = run_json(*command, "-m", tiny_directory, "-b", 4)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert result["interrupted"] and result["schedule"]["rounds"] == len(result["schedule"]["order"])
     assert 0 < result["schedule"]["rounds"] < 24 / 2
 
@@ -280,17 +282,14 @@ def test_help_does_not_import_torch(command: str) -> None:
 
 
 def test_budget_that_cannot_be_met_is_refused_before_measuring() -> None:
-    """A real process, the real model of four layers: two of them see all 576 tokens whatever is dropped behind."""
-    command = [str(Path(sys.executable).with_name("mmtok")), "compare", "--methods", "fastv", "--set", "fastv.layer=2"]
-    command += ["--budget-means", "layer-average", "--budget", "100"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == ""
-    error, hint = done.stderr.splitlines()
-    assert (
-        error.startswith("error: fastv @ 100: a layer average of 100 vision tokens cannot be reached")
-        and "288.5" in error
+    """The demo model has four layers: two of them see all 576 tokens whatever is dropped behind."""
+    command = ("compare", "--methods", "fastv", "--set", "fastv.layer=2", "--budget-means", "layer-average")
+    refused(
+        run(*command, "--budget", 100),
+        "error: fastv @ 100: a layer average of 100 vision tokens cannot be reached",
+        "288.5",
+        "hint: choose 289 to 576",
     )
-    assert hint.startswith("hint: choose 289 to 576")
 
 
 def test_installed_command_on_the_demo_model(tmp_path: Path) -> None:
