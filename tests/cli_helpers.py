@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from typing import Any
 
 from typer.testing import CliRunner, Result
@@ -20,6 +22,13 @@ def run_json(*arguments: object) -> dict[str, Any]:
     result = run(*arguments, "--json")
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout)
+
+
+def run_process(*arguments: object, before: str = "") -> subprocess.CompletedProcess[str]:
+    """`mmtok` in a process of its own, in which the code `before` runs first."""
+    code = f"{before}\nfrom mmtok_cli.cli.main import main\nmain()\n"
+    command = [sys.executable, "-c", code, *(str(a) for a in arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def refused(result: Result, *words: str) -> None:

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import os
+from functools import partial
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from PIL import Image
 from tiny_models import FAMILIES, build_tiny_llava
 
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.models.llava import Llava
+
+# One thread, here and in the processes that tests start: tiny models gain nothing from more, and threads that share
+# busy cores wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+# No example fails, and no test, for being slow.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -33,6 +47,13 @@ def vlm(request: pytest.FixtureRequest) -> VisionLanguageModel:
 def elsewhere(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands leave runs where they are called; that is not to be the checkout."""
     monkeypatch.chdir(tmp_path_factory.mktemp("work"))
+
+
+@pytest.fixture()
+def ticking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each time the clock of a stage is read, 10 ms have passed."""
+    read = partial(next, count(step=0.01))
+    monkeypatch.setattr("mmtok_cli.bench.clock.time", SimpleNamespace(perf_counter=read))
 
 
 @pytest.fixture(scope="session", params=["sdpa", "eager"])

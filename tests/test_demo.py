@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import FrozenInstanceError
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from mmtok_cli.demo.scenes import COLOURS, POPULAR_PAIRS, SHAPES, make_scene
 
 PARTS = (("train", "sparse"), ("train", "dense"), ("eval", "sparse"), ("eval", "dense"))
 DESCRIPTIONS_HASH = "26dde6d655c5f7ba"
+WEIGHTS_HASH = "b82df92a6b7002fb"
 
 
 @pytest.fixture(scope="module")
@@ -234,6 +236,81 @@ def test_shipped_weights_are_small() -> None:
     from mmtok_cli.demo.evaluate import WEIGHTS
 
     assert sum(path.stat().st_size for path in WEIGHTS.iterdir()) < 10_000_000
+
+
+def hub_names() -> set[str]:
+    """The names in llava-hf/llava-1.5-7b-hf, for as many layers as the demo model has."""
+    vision, language = "vision_tower.vision_model.", "language_model.model."
+    names = {f"multi_modal_projector.linear_{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")}
+    for part in ("class_embedding", "patch_embedding.weight", "position_embedding.weight"):
+        names.add(vision + f"embeddings.{part}")
+    names |= {vision + f"{part}.{kind}" for part in ("pre_layrnorm", "post_layernorm") for kind in ("weight", "bias")}
+    attention = [f"self_attn.{part}_proj" for part in ("q", "k", "v", "out")]
+    for i in range(5):
+        for part in (*attention, "mlp.fc1", "mlp.fc2", "layer_norm1", "layer_norm2"):
+            names |= {vision + f"encoder.layers.{i}.{part}.{kind}" for kind in ("weight", "bias")}
+    names |= {language + "embed_tokens.weight", language + "norm.weight", "language_model.lm_head.weight"}
+    attention = [f"self_attn.{part}_proj" for part in "qkvo"]
+    mlp = [f"mlp.{part}_proj" for part in ("gate", "up", "down")]
+    for i in range(4):
+        for part in (*attention, *mlp, "input_layernorm", "post_attention_layernorm"):
+            names.add(language + f"layers.{i}.{part}.weight")
+    return names
+
+
+def test_shipped_weights_are_in_the_hubs_layout() -> None:
+    from safetensors import safe_open
+
+    from mmtok_cli.demo.evaluate import WEIGHTS
+
+    digest = hashlib.sha256()
+    with safe_open(WEIGHTS / "model.safetensors", "np") as weights:
+        assert set(weights.keys()) == hub_names()
+        assert weights.metadata() == {"format": "pt"}
+        for name in sorted(weights.keys()):
+            tensor = weights.get_tensor(name)
+            assert tensor.dtype == np.float16
+            digest.update(f"{name} {tensor.shape}".encode() + tensor.tobytes())
+    assert digest.hexdigest()[:16] == WEIGHTS_HASH
+
+
+def test_every_shipped_tensor_is_loaded() -> None:
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModelForImageTextToText
+
+    from mmtok_cli.demo.architecture import hub_layout
+    from mmtok_cli.demo.evaluate import WEIGHTS
+
+    model, found = AutoModelForImageTextToText.from_pretrained(
+        WEIGHTS, dtype="auto", local_files_only=True, output_loading_info=True
+    )
+    assert not any(found.values()), found
+    loaded, stored = hub_layout(model.state_dict()), load_file(WEIGHTS / "model.safetensors")
+    assert loaded.keys() == stored.keys()
+    assert all(torch.equal(loaded[name], stored[name]) for name in stored)
+
+
+def test_training_saves_what_is_shipped(shipped, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    from mmtok_cli.demo.evaluate import WEIGHTS
+    from mmtok_cli.demo.train import save
+
+    save(shipped[0], tmp_path)
+    saved, stored = (load_file(directory / "model.safetensors") for directory in (tmp_path, WEIGHTS))
+    assert saved.keys() == stored.keys()
+    assert all(saved[name].dtype == torch.float16 and torch.equal(saved[name], stored[name]) for name in stored)
+
+
+def test_layout_refuses_names_it_does_not_know() -> None:
+    import torch
+
+    from mmtok_cli.demo.architecture import hub_layout
+
+    with pytest.raises(ValueError, match="vision_encoder"):
+        hub_layout({"model.vision_encoder.norm.weight": torch.zeros(1)})
 
 
 def test_reduced_pictures_of_the_last_stage() -> None:

@@ -208,9 +208,7 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     script = Path(parallel_quality.__file__)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launch, str(script), str(tmp_path / "found.json")], capture_output=True, text=True, timeout=300
-    )
+    done = subprocess.run([*launch, str(script), str(tmp_path / "found.json")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
     alone = parallel_quality.ask(Processes())

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cli_helpers import refused, run, run_json
+from cli_helpers import refused, run, run_json, run_process
 
 import mmtok_cli.bench.measurement as measurement
 from mmtok_cli.bench.records import Run
@@ -62,28 +59,37 @@ def stopping_after(runs: int, stop: BaseException, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(measurement, "run_case", run_case)
 
 
+KILL = f"""
+import os, signal
+from pathlib import Path
+usual, written = Path.replace, []
+def replace(self, target):
+    if Path(target).parent.name == "rounds":
+        written.append(target)
+        if len(written) == {3 * CASES + 3}:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return usual(self, target)
+Path.replace = replace
+"""
+
+
 def test_killed_and_resumed(command: tuple[Any, ...], tmp_path: Path) -> None:
-    """kill -9 of a real process, at some moment or other; nothing is measured twice and nothing is broken."""
+    """kill -9 of a real process while it writes a record; nothing is measured twice and nothing is broken."""
     directory = tmp_path / "run"
-    arguments = [str(a) for a in (*command, "--rounds", 30, "--run-dir", directory)]
-    process = subprocess.Popen([sys.executable, "-m", "mmtok_cli", *arguments, "--quiet"], stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while len(records(directory)) < 3 * CASES + 2 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait(timeout=20) == -signal.SIGKILL
+    killed = run_process(*command, "--rounds", 8, "--run-dir", directory, "--quiet", before=KILL)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     before = records(directory)
-    assert 3 * CASES + 2 <= len(before) < 30 * CASES
+    assert len(before) == 3 * CASES + 2 and len(list((directory / "rounds").iterdir())) == len(before) + 1
     assert all(from_json(Run, record.decode()) for record in before.values())
 
     resumed = run_json("compare", "--run-dir", directory, "--resume")
     after = records(directory)
-    assert len(after) == 30 * CASES
+    assert len(after) == len(list((directory / "rounds").iterdir())) == 8 * CASES
     assert all(after[name] == record for name, record in before.items())
-    assert not resumed["interrupted"] and resumed["schedule"]["rounds"] == 30
-    whole = run_json(*command, "--rounds", 30, "--run-dir", tmp_path / "whole")
+    assert not resumed["interrupted"] and resumed["schedule"]["rounds"] == 8
+    whole = run_json(*command, "--rounds", 8, "--run-dir", tmp_path / "whole")
     assert without_figures(resumed) == without_figures(whole)
-    assert all(len(case["seconds"]["ttft"]["values"]) == 30 for case in resumed["results"])
+    assert all(len(case["seconds"]["ttft"]["values"]) == 8 for case in resumed["results"])
 
 
 @pytest.mark.parametrize("runs", [1, 2, 3, CASES, CASES + 3])
@@ -286,7 +292,7 @@ def test_damaged_and_missing_runs(command: tuple[Any, ...], tmp_path: Path) -> N
     assert run_json("compare", "--resume")["schedule"]["rounds"] == 6
 
 
-def test_rounds_go_on_until_enough_was_measured(command: tuple[Any, ...], tmp_path: Path) -> None:
+def test_rounds_go_on_until_enough_was_measured(command: tuple[Any, ...], tmp_path: Path, ticking: None) -> None:
     result = run_json(*command, "--rounds", 2, "--min-time", 2, "--run-dir", tmp_path / "run")
     rounds = result["schedule"]["rounds"]
     taken = [sum(values) for values in zip(*(c["seconds"]["total"]["values"] for c in result["results"]), strict=True)]

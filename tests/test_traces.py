@@ -59,25 +59,27 @@ def tensorboard(trace: Trace, tmp_path_factory: pytest.TempPathFactory) -> Itera
         stderr=subprocess.DEVNULL,
         env={**os.environ, "TMPDIR": str(tmp_path_factory.mktemp("plugin"))},
     )
+    address = f"http://127.0.0.1:{port}/data/plugin/pytorch_profiler"
+    runs: dict = {}
     try:
-        yield f"http://127.0.0.1:{port}/data/plugin/pytorch_profiler"
+        while not (runs.get("runs") and not runs.get("loading")):
+            assert server.poll() is None
+            time.sleep(0.3)
+            with suppress(URLError, ConnectionError):  # it is still starting
+                runs = get(f"{address}/runs")
+        yield address
     finally:
-        server.terminate()
-        server.wait(timeout=20)
+        server.kill()
+        server.wait()
 
 
 def get(url: str) -> dict:
-    with urlopen(url, timeout=20) as answer:
+    with urlopen(url) as answer:
         return json.loads(answer.read())
 
 
 def test_tensorboard_plugin_opens_the_trace(tensorboard: str, trace: Trace) -> None:
-    deadline = time.monotonic() + 90
-    runs: dict = {}
-    while time.monotonic() < deadline and not (runs.get("runs") and not runs.get("loading")):
-        with suppress(URLError, ConnectionError, TimeoutError):  # it is still starting
-            runs = get(f"{tensorboard}/runs")
-        time.sleep(0.3)
+    runs = get(f"{tensorboard}/runs")
     assert runs["runs"] == [trace.path.parent.name]
     run = f"run={runs['runs'][0]}"
     worker = get(f"{tensorboard}/workers?{run}&view=Operator")[0]

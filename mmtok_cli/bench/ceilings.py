@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -16,18 +18,25 @@ from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.models.room import free_memory
 
 REPETITIONS = 5
-LONG_ENOUGH = {"cpu": 5e-3}  # seconds of one matrix product
+TIME_LIMIT = 1.0  # seconds of the repetitions at one size, after which no other begins
+TOO_LONG = 0.5  # seconds of one product or copy: what is expected to take longer is not begun
+LONG_ENOUGH = {"cpu": 10e-3}  # seconds of one product
 LONG_ENOUGH_ELSEWHERE = 1e-3
-SMALLEST_PRODUCT, LARGEST_PRODUCT = 1024, 16384  # rows
-COPIED = {"cpu": 256 * 2**20}  # bytes: more than caches hold
-COPIED_ELSEWHERE = 2**30
+RISE = 1.1  # what the FLOP/s of a product must gain over those of the size before for a larger one to be tried
+SMALLEST_PRODUCT, LARGEST_PRODUCT = 64, 16384  # rows
+SMALLEST_COPY = 2**20  # bytes
+LARGEST_COPY = {"cpu": 256 * 2**20}  # bytes: more than caches hold
+LARGEST_COPY_ELSEWHERE = 2**30
+
+Work = Callable[[], Any]
 
 
 class Ceilings(Record):
     """FLOP/s of the product of two square matrices in the model's data type, and bytes/s of a copy.
 
-    Medians over repetitions, whose seconds are kept. rows: of the matrices. copied: bytes of what was copied; every
-    one was read and written, and counts twice. tf32: whether float32 products were rounded to TF32, as the model's are.
+    Medians over repetitions, whose seconds are kept: five, or fewer where the device is slow. rows: of the matrices.
+    copied: bytes of what was copied; every one was read and written, and counts twice. tf32: whether float32 products
+    were rounded to TF32, as the model's are.
     """
 
     flops_per_second: float
@@ -59,7 +68,7 @@ class CeilingProfile(Profile):
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """Time a large matrix product and a large copy, sized to the device; a fraction of a second in all."""
+    """Time a large matrix product and a large copy, sized to the device; seconds in all, however slow it is."""
     rows, products = _products(device, dtype)
     copied, copies = _copies(device)
     return Ceilings(
@@ -103,32 +112,77 @@ def _achieved(result: CaseResult, weights_read: int) -> Achieved:
     )
 
 
-def _products(device: torch.device, dtype: torch.dtype) -> tuple[int, list[float]]:
-    """Rows of square matrices whose product takes long enough, and seconds of each of a few products."""
-    enough, rows = LONG_ENOUGH.get(device.type, LONG_ENOUGH_ELSEWHERE), SMALLEST_PRODUCT
+def grow(
+    prepare: Callable[[int], Work],
+    time: Callable[[Work], float],
+    *,
+    smallest: int,
+    largest: int,
+    power: int,
+    enough: float = math.inf,
+) -> tuple[int, list[float]]:
+    """Double the size of a piece of work until it is large enough; returns that size and the seconds of its runs.
+
+    prepare: the work of a size, which is in proportion to size ** power. time: does it and returns its seconds.
+
+    A size is large enough when a run takes `enough` seconds and its rate is no longer rising, as it does while a fixed
+    cost, such as that of threads on a busy machine, is most of the time. Nothing larger than `largest` is tried, nor
+    what is expected to take more than `TOO_LONG`, except for the smallest size, so that the whole is bounded on any
+    machine. Each size has one run to warm up and `REPETITIONS` more, fewer (but one) where they exceed `TIME_LIMIT`.
+    The fastest decides, since others may have been disturbed.
+    """
+    size, rate_before = smallest, 0.0
     while True:
+        work = prepare(size)
+        time(work)
+        seconds: list[float] = []
+        while len(seconds) < REPETITIONS and sum(seconds) < TIME_LIMIT:
+            seconds.append(time(work))
+        fastest, larger = min(seconds), min(2 * size, largest)
+        rate = size**power / fastest
+        settled = fastest >= enough and rate < RISE * rate_before
+        if settled or size == largest or fastest * (larger / size) ** power > TOO_LONG:
+            return size, seconds
+        size, rate_before = larger, rate
+
+
+def _products(device: torch.device, dtype: torch.dtype) -> tuple[int, list[float]]:
+    """Rows of square matrices, and seconds of each of a few of their products."""
+
+    def prepare(rows: int) -> Work:
         a, b = (torch.randn(rows, rows, dtype=dtype, device=device) for _ in range(2))
         product = torch.empty_like(a)
-        seconds = _timed(lambda: torch.mm(a, b, out=product), device)  # noqa: B023 (called before the loop goes on)
-        if median(seconds) >= enough or 2 * rows > LARGEST_PRODUCT:
-            return rows, seconds
-        rows *= 2
+        return lambda: torch.mm(a, b, out=product)
+
+    return grow(
+        prepare,
+        partial(_seconds, device),
+        smallest=SMALLEST_PRODUCT,
+        largest=LARGEST_PRODUCT,
+        power=3,
+        enough=LONG_ENOUGH.get(device.type, LONG_ENOUGH_ELSEWHERE),
+    )
 
 
 def _copies(device: torch.device) -> tuple[int, list[float]]:
     """Bytes that are copied, and seconds of each of a few copies."""
-    wanted, free = COPIED.get(device.type, COPIED_ELSEWHERE), free_memory(device)
-    count = wanted if free is None else max(2**20, min(wanted, free // 8))
-    source, target = (torch.zeros(count, dtype=torch.uint8, device=device) for _ in range(2))
-    return count, _timed(lambda: target.copy_(source), device)
+
+    def prepare(count: int) -> Work:
+        source, target = (torch.zeros(count, dtype=torch.uint8, device=device) for _ in range(2))
+        return lambda: target.copy_(source)
+
+    wanted, free = LARGEST_COPY.get(device.type, LARGEST_COPY_ELSEWHERE), free_memory(device)
+    return grow(
+        prepare,
+        partial(_seconds, device),
+        smallest=SMALLEST_COPY,
+        largest=wanted if free is None else max(SMALLEST_COPY, min(wanted, free // 8)),
+        power=1,
+    )
 
 
-def _timed(work: Callable[[], Any], device: torch.device) -> list[float]:
-    work()  # warms up
-    seconds = []
-    for _ in range(REPETITIONS):
-        clock = Clock(device)
-        with clock.stage("work"):
-            work()
-        seconds.append(clock.seconds()["work"])
-    return seconds
+def _seconds(device: torch.device, work: Work) -> float:
+    clock = Clock(device)
+    with clock.stage("work"):
+        work()
+    return clock.seconds()["work"]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from functools import cache
 
+import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
     CLIPVisionConfig,
@@ -24,6 +26,15 @@ GRID = IMAGE_SIZE // PATCH_SIZE
 WIDTH = 128
 LAYERS = 4  # of the language model
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
+
+# Where the parts of a LlavaForConditionalGeneration are in its state dict, and in checkpoints such as
+# llava-hf/llava-1.5-7b-hf. transformers and vLLM read the latter.
+HUB_PREFIXES = {
+    "model.vision_tower.": "vision_tower.vision_model.",
+    "model.multi_modal_projector.": "multi_modal_projector.",
+    "model.language_model.": "language_model.model.",
+    "lm_head.": "language_model.lm_head.",
+}
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -121,3 +132,17 @@ def build_config(attention: str = "sdpa") -> LlavaConfig:
 def build_model(attention: str = "sdpa") -> LlavaForConditionalGeneration:
     """The untrained model in float32."""
     return LlavaForConditionalGeneration(build_config(attention))
+
+
+def hub_layout(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a LLaVA's state dict, named as in the hub's LLaVA-1.5 checkpoints.
+
+    Raises ValueError for a name that belongs to none of `HUB_PREFIXES`.
+    """
+    renamed = {}
+    for name, tensor in state.items():
+        prefix = next((prefix for prefix in HUB_PREFIXES if name.startswith(prefix)), None)
+        if prefix is None:
+            raise ValueError(f"{name!r} is not a tensor of a LLaVA: its name begins with none of {list(HUB_PREFIXES)}")
+        renamed[HUB_PREFIXES[prefix] + name.removeprefix(prefix)] = tensor
+    return renamed

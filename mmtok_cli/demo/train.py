@@ -16,7 +16,7 @@ from torch import nn
 from transformers import GenerationConfig, LlavaForConditionalGeneration
 
 from mmtok_cli.demo import losses
-from mmtok_cli.demo.architecture import GRID, PATCH_SIZE, WIDTH, build_model, build_processor
+from mmtok_cli.demo.architecture import GRID, PATCH_SIZE, WIDTH, build_model, build_processor, hub_layout
 from mmtok_cli.demo.batches import IGNORE, Batch, make_batch
 from mmtok_cli.demo.forward import Outputs, forward
 from mmtok_cli.demo.questions import KINDS
@@ -254,7 +254,8 @@ def train(output: Path, settings: Settings = SETTINGS) -> None:
 
 
 def save(model: LlavaForConditionalGeneration, output: Path) -> None:
-    """Writes a directory that `from_pretrained` loads: float16 weights, configs, tokenizer and processor."""
+    """Writes a directory that `from_pretrained` loads: float16 weights in the hub's layout, configs, tokenizer and
+    processor."""
     half = build_model()
     half.load_state_dict(model.state_dict())
     half.half()
@@ -262,7 +263,8 @@ def save(model: LlavaForConditionalGeneration, output: Path) -> None:
     half.generation_config = GenerationConfig(
         bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id
     )
-    half.save_pretrained(output)
+    # A model that was built, not loaded, would be saved under names that the hub's checkpoints do not have.
+    half.save_pretrained(output, state_dict=hub_layout(half.state_dict()), save_original_format=False)
     build_processor().save_pretrained(output)
 
 
