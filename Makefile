@@ -5,7 +5,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint .ci/c
 EXAMPLE := mmtok_cli/demo/example.png
 QUESTION ?= What color is the star?
 
-.PHONY: help demo test check lock bench train-demo clean
+.PHONY: help demo test test-floor test-newest check lock bench train-demo clean
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -29,6 +29,12 @@ demo: .venv/installed ## answer, draw and compare with the model that comes with
 
 test: .venv/installed-test ## run the test suite
 	$(BIN)/pytest
+
+test-floor: .venv/installed-test ## run the tests marked compat with the lowest transformers that pyproject.toml admits
+	$(BIN)/python .ci/compat.py floor
+
+test-newest: .venv/installed-test ## run the tests marked compat with the newest transformers on the package index
+	$(BIN)/python .ci/compat.py newest
 
 check: .venv/installed-test ## lint, format and types
 	$(BIN)/ruff check .
