@@ -1,23 +1,24 @@
-# Everything runs in .venv; the first target that needs it creates it.
+# Everything runs in .venv; the first target that needs it creates it, with the releases named in .ci/constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
 EXAMPLE := mmtok_cli/demo/example.png
 QUESTION ?= What color is the star?
 
-.PHONY: help demo test check bench train-demo clean
+.PHONY: help demo test test-floor test-newest check lock bench train-demo clean
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
 
-# torch goes first and at a fixed version, so that nothing else chooses a build of it.
-.venv/installed: pyproject.toml
+# pip does not apply constraints to the packages that build a project, so those are installed like any other.
+.venv/installed: pyproject.toml .ci/constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
+	$(PIP) hatchling editables
+	$(PIP) --no-build-isolation --editable .
 	@touch $@
 
 .venv/installed-test: .venv/installed
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test]'
+	$(PIP) --no-build-isolation --editable '.[test]'
 	@touch $@
 
 demo: .venv/installed ## answer, draw and compare with the model that comes with mmtok
@@ -29,10 +30,19 @@ demo: .venv/installed ## answer, draw and compare with the model that comes with
 test: .venv/installed-test ## run the test suite
 	$(BIN)/pytest
 
+test-floor: .venv/installed-test ## run the tests marked compat with the lowest transformers that pyproject.toml admits
+	$(BIN)/python .ci/compat.py floor
+
+test-newest: .venv/installed-test ## run the tests marked compat with the newest transformers on the package index
+	$(BIN)/python .ci/compat.py newest
+
 check: .venv/installed-test ## lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+lock: ## renew .ci/constraints.txt: the newest releases that pyproject.toml admits, torch excepted
+	PYTHON=$(PYTHON) .ci/lock
 
 bench: .venv/installed-test ## time the selection against the paper's plain loop
 	$(BIN)/python tests/bench_selection.py
