@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING
 from mmtok_cli import __version__
 
 if TYPE_CHECKING:
-    from mmtok_cli.bench.results import Environment
     from mmtok_cli.models.base import VisionLanguageModel
+    from mmtok_cli.results.schema import Environment
 
 
 def environment_of(model: VisionLanguageModel) -> Environment:
     """Versions, device, driver, attention kernel, threads, git commit (of a source checkout) and command line."""
     import torch
 
-    from mmtok_cli.bench.gpu import open_gpu
-    from mmtok_cli.bench.results import Environment
     from mmtok_cli.models import hf
+    from mmtok_cli.results.schema import Environment
+    from mmtok_cli.timing.gpu import open_gpu
 
     on_gpu = model.device.type == "cuda"
     gpu = open_gpu(model.device)

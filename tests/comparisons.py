@@ -7,7 +7,8 @@ from typing import Any
 
 from PIL import Image
 
-from mmtok_cli.bench.results import (
+from mmtok_cli.report.page import Overlay, OverlayGroup
+from mmtok_cli.results.schema import (
     CaseResult,
     Comparison,
     Environment,
@@ -19,9 +20,8 @@ from mmtok_cli.bench.results import (
     Times,
     Tokens,
 )
-from mmtok_cli.bench.statistics import paired_speedup, summarise
-from mmtok_cli.report.page import Overlay, OverlayGroup
 from mmtok_cli.rules import Rules
+from mmtok_cli.timing.statistics import paired_speedup, summarise
 
 HOSTILE = "<script>alert(1)</script>"
 

@@ -53,7 +53,7 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 def ticking(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each time the clock of a stage is read, 10 ms have passed."""
     read = partial(next, count(step=0.01))
-    monkeypatch.setattr("mmtok_cli.bench.clock.time", SimpleNamespace(perf_counter=read))
+    monkeypatch.setattr("mmtok_cli.timing.clock.time", SimpleNamespace(perf_counter=read))
 
 
 @pytest.fixture(scope="session", params=["sdpa", "eager"])

@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mmtok_cli.bench.parallel import Processes, ask_all, join_processes
-from mmtok_cli.bench.quality import Outcome
-from mmtok_cli.bench.runner import Case
 from mmtok_cli.budget import Budget
 from mmtok_cli.data.datasets import open_dataset
+from mmtok_cli.evaluation.predictions import Outcome
+from mmtok_cli.evaluation.processes import Processes, ask_all, join_processes
 from mmtok_cli.methods import make_method
 from mmtok_cli.models import load_model
+from mmtok_cli.timing.runner import Case
 
 CASES = [
     Case("full", make_method("full"), None),

@@ -10,24 +10,24 @@ import numpy as np
 import pytest
 import torch
 
-from mmtok_cli.bench.clock import Clock
-from mmtok_cli.bench.flops import SeenOperators, count_flops, coverage, measure_flops
-from mmtok_cli.bench.memory import is_out_of_memory
-from mmtok_cli.bench.results import Comparison, Environment, Schedule
-from mmtok_cli.bench.runner import Case, run_case, run_rounds
-from mmtok_cli.bench.schedule import interleaved
-from mmtok_cli.bench.summary import summarise_cases
 from mmtok_cli.budget import Budget
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.environment import environment_of
 from mmtok_cli.methods import make_method
 from mmtok_cli.models.llava import Llava
+from mmtok_cli.results.schedule import interleaved
+from mmtok_cli.results.schema import Comparison, Environment, Schedule
+from mmtok_cli.results.summary import summarise_cases
 from mmtok_cli.rules import Rules
+from mmtok_cli.timing.clock import Clock
+from mmtok_cli.timing.flops import SeenOperators, count_flops, coverage, measure_flops
+from mmtok_cli.timing.memory import is_out_of_memory
+from mmtok_cli.timing.runner import Case, run_case, run_rounds
 
 
 def test_clock_sums_what_passes_in_each_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     readings = iter([1.0, 1.05, 2.0, 2.01, 2.03, 2.1, 3.0, 3.03])
-    monkeypatch.setattr("mmtok_cli.bench.clock.time", SimpleNamespace(perf_counter=lambda: next(readings)))
+    monkeypatch.setattr("mmtok_cli.timing.clock.time", SimpleNamespace(perf_counter=lambda: next(readings)))
     clock = Clock(torch.device("cpu"))
     with clock.stage("encode"):
         pass

@@ -11,10 +11,10 @@ import torch
 from cli_helpers import QUESTION, run, run_json
 from test_report import result
 
-from mmtok_cli.bench.ceilings import REPETITIONS, achieved, grow, measure_ceilings, weights_read
-from mmtok_cli.bench.results import Times
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.models.llava import Llava
+from mmtok_cli.results.schema import Times
+from mmtok_cli.timing.ceilings import REPETITIONS, achieved, grow, measure_ceilings, weights_read
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

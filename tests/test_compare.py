@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from cli_helpers import refused, run, run_json
 
-from mmtok_cli.bench.results import CaseResult, Comparison, Drift, FailedCase, FlopCoverage, GpuUse, Speedup, Times
-from mmtok_cli.bench.verdict import shortfalls
 from mmtok_cli.report.checks import duration, notes
 from mmtok_cli.report.tables import speed_table
+from mmtok_cli.results.schema import CaseResult, Comparison, Drift, FailedCase, FlopCoverage, GpuUse, Speedup, Times
+from mmtok_cli.results.shortfalls import shortfalls
 
 
 @pytest.fixture()

@@ -12,7 +12,7 @@ import pytest
 from cli_helpers import refused, run, run_json
 from conftest import picture
 
-from mmtok_cli.bench import parallel
+from mmtok_cli.evaluation import processes as parallel
 
 CASES = ["full", "mmtok", "fastv"]
 

@@ -12,10 +12,10 @@ from comparisons import case, comparison, usual
 from pydantic import BaseModel
 from rich.cells import cell_len
 
-from mmtok_cli.bench.results import Comparison, FailedCase, Fidelity, Flips
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.report.exports import EXPORTS, csv_text, markdown_text, write_export
 from mmtok_cli.report.page import page_text
+from mmtok_cli.results.schema import Comparison, FailedCase, Fidelity, Flips
 
 
 def written(result: Comparison, path: Path) -> str:

@@ -6,9 +6,9 @@ import pytest
 import torch
 from tiny_models import stock_inputs
 
-from mmtok_cli.bench.fidelity import Closeness, answer_mask, compare_logits, forced_logits, reference_of
 from mmtok_cli.budget import Budget
 from mmtok_cli.data.samples import Sample, demo_samples
+from mmtok_cli.evaluation.fidelity import Closeness, answer_mask, compare_logits, forced_logits, reference_of
 from mmtok_cli.methods import make_method
 from mmtok_cli.models import load_model
 from mmtok_cli.models.base import VisionLanguageModel

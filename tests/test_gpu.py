@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from mmtok_cli.bench.gpu import Gpu, GpuState, open_gpu, summarise_states
+from mmtok_cli.timing.gpu import Gpu, GpuState, open_gpu, summarise_states
 
 
 class FakeNVML:
@@ -121,8 +121,8 @@ def test_states_of_all_rounds_together() -> None:
 
 
 def test_a_gpu_that_is_asked_goes_into_the_record(tiny_sdpa: Any, samples: list[Any]) -> None:
-    from mmtok_cli.bench.runner import Case, run_case
     from mmtok_cli.methods import make_method
+    from mmtok_cli.timing.runner import Case, run_case
 
     class Counting(FakeNVML):
         spent = 0

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from comparisons import HOSTILE, case, comparison, overlays, unmeasured, usual
 
-from mmtok_cli.bench.results import Fidelity, Speedup
 from mmtok_cli.report.exports import write_export
 from mmtok_cli.report.page import page_text
 from mmtok_cli.report.page.charts import FRAME, stage_stacks, tradeoff_plots
 from mmtok_cli.report.page.facts import headline
 from mmtok_cli.report.page.scales import linear, logarithmic
 from mmtok_cli.report.quality import quality_of
+from mmtok_cli.results.schema import Fidelity, Speedup
 
 
 def test_escaped_without_a_browser() -> None:

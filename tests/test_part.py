@@ -8,13 +8,13 @@ import pytest
 import torch
 from tiny_models import FAMILIES
 
-from mmtok_cli.bench.flops import measure_flops
-from mmtok_cli.bench.part import last_layer, of_whole_model
-from mmtok_cli.bench.runner import Case, run_case
 from mmtok_cli.budget import Budget
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.methods import make_method
 from mmtok_cli.models.base import VisionLanguageModel
+from mmtok_cli.timing.flops import measure_flops
+from mmtok_cli.timing.partial import last_layer, of_whole_model
+from mmtok_cli.timing.runner import Case, run_case
 
 CASES = [
     Case("full", make_method("full"), None),

@@ -14,21 +14,23 @@ import parallel_quality
 import pytest
 from conftest import picture
 
-from mmtok_cli.bench import fidelity, parallel, quality
-from mmtok_cli.bench.fidelity import Closeness
-from mmtok_cli.bench.paired import f1_retention
-from mmtok_cli.bench.parallel import Processes, ask_all, join_processes
-from mmtok_cli.bench.quality import Item, Outcome, Refusal, Unread
-from mmtok_cli.bench.runner import Case
-from mmtok_cli.bench.verdicts import judge
 from mmtok_cli.budget import Budget
 from mmtok_cli.data.datasets import Dataset
 from mmtok_cli.data.samples import ClosedImages, Sample
 from mmtok_cli.errors import MMTokError
+from mmtok_cli.evaluation import fidelity
+from mmtok_cli.evaluation import predictions as quality
+from mmtok_cli.evaluation import processes as parallel
+from mmtok_cli.evaluation.fidelity import Closeness
+from mmtok_cli.evaluation.predictions import Item, Outcome, Refusal, Unread
+from mmtok_cli.evaluation.processes import Processes, ask_all, join_processes
+from mmtok_cli.evaluation.retention import f1_retention
+from mmtok_cli.evaluation.summary import judge
 from mmtok_cli.methods import make_method
 from mmtok_cli.methods.base import Method
 from mmtok_cli.models.llava import Llava
 from mmtok_cli.pipeline import answer
+from mmtok_cli.timing.runner import Case
 
 CASES = [
     Case("full", make_method("full"), None),

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from cli_helpers import refused, run, run_json
 
-from mmtok_cli.bench.merging import label
+from mmtok_cli.results.merge import label
 
 
 @pytest.fixture(scope="module")

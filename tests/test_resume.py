@@ -12,13 +12,13 @@ import pytest
 import torch
 from cli_helpers import refused, run, run_json, run_process
 
-import mmtok_cli.bench.measurement as measurement
-from mmtok_cli.bench.records import Run
-from mmtok_cli.bench.results import Comparison, from_json, json_text
-from mmtok_cli.bench.runner import Case
-from mmtok_cli.bench.store import NotWrittenError, RunDirectory
-from mmtok_cli.bench.summary import is_finished, summarise_run, whole_rounds
+import mmtok_cli.timing.rounds as measurement
 from mmtok_cli.data.samples import demo_samples
+from mmtok_cli.results.records import Run
+from mmtok_cli.results.run_directory import NotWrittenError, RunDirectory
+from mmtok_cli.results.schema import Comparison, from_json, json_text
+from mmtok_cli.results.summary import is_finished, summarise_run, whole_rounds
+from mmtok_cli.timing.runner import Case
 
 CASES = 4
 

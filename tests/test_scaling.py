@@ -13,18 +13,6 @@ from PIL import Image
 from test_report import shown
 from tiny_models import FAMILIES
 
-from mmtok_cli.bench import scaling
-from mmtok_cli.bench.runner import Case
-from mmtok_cli.bench.scaling import (
-    Point,
-    check_scaling,
-    fit_exponent,
-    growth_of,
-    measure_size,
-    needed_memory,
-    parse_tokens,
-    smallest_size,
-)
 from mmtok_cli.budget import Budget
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.errors import MMTokError
@@ -34,6 +22,18 @@ from mmtok_cli.models.llava import Llava
 from mmtok_cli.pipeline import reduce
 from mmtok_cli.report.console import results_console
 from mmtok_cli.report.scaling import growth_table, scaling_table
+from mmtok_cli.timing import scaling
+from mmtok_cli.timing.runner import Case
+from mmtok_cli.timing.scaling import (
+    Point,
+    check_scaling,
+    fit_exponent,
+    growth_of,
+    measure_size,
+    needed_memory,
+    parse_tokens,
+    smallest_size,
+)
 
 GIB = 2**30
 

@@ -6,7 +6,7 @@ from itertools import islice, pairwise
 
 import pytest
 
-from mmtok_cli.bench.schedule import Turn, interleaved, permutations, rotation
+from mmtok_cli.results.schedule import Turn, interleaved, permutations, rotation
 
 
 def test_every_round_holds_every_case_in_an_order_of_its_own() -> None:

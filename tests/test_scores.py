@@ -9,10 +9,10 @@ import pytest
 from scipy.stats import binom
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
-from mmtok_cli.bench import paired
-from mmtok_cli.bench.paired import Flips, count_flips, f1_retention, mean_retention
-from mmtok_cli.bench.scores import says_yes, score_of, soft_accuracy, yes_no
 from mmtok_cli.data.samples import Sample
+from mmtok_cli.evaluation import retention as paired
+from mmtok_cli.evaluation.metrics import says_yes, score_of, soft_accuracy, yes_no
+from mmtok_cli.evaluation.retention import Flips, count_flips, f1_retention, mean_retention
 
 
 @pytest.mark.parametrize(

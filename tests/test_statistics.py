@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mmtok_cli.bench.statistics import drift, outliers, paired_speedup, summarise
+from mmtok_cli.timing.statistics import drift, outliers, paired_speedup, summarise
 
 
 def student(rng: np.random.Generator, shape: tuple[int, ...]) -> NDArray[np.float64]:

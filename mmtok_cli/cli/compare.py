@@ -153,15 +153,15 @@ def compare(
 
     [dim]mmtok compare --methods mmtok,resize --budget 64,16[/dim]
     """
-    from mmtok_cli.bench.parallel import join_processes
-    from mmtok_cli.bench.store import NotWrittenError
     from mmtok_cli.cli.comparing import Session, check_verdict, judge
     from mmtok_cli.cli.request import Request
     from mmtok_cli.cli.showing import export, show
     from mmtok_cli.errors import MMTokError
+    from mmtok_cli.evaluation.processes import join_processes
     from mmtok_cli.files import require_writable
     from mmtok_cli.report.console import print_error
     from mmtok_cli.report.exports import EXPORTS
+    from mmtok_cli.results.run_directory import NotWrittenError
 
     if plot:
         require_writable(plot, PLOTS, "--plot")

@@ -7,25 +7,6 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mmtok_cli.bench.asking import Questions, ask_questions, questions_left
-from mmtok_cli.bench.gpu import open_gpu
-from mmtok_cli.bench.measurement import Measurement
-from mmtok_cli.bench.parallel import Processes
-from mmtok_cli.bench.planning import (
-    at_batch_sizes,
-    estimate,
-    in_batches,
-    make_plan,
-    require_same,
-    require_whole_batches,
-    timed_samples,
-)
-from mmtok_cli.bench.records import Plan
-from mmtok_cli.bench.results import Comparison
-from mmtok_cli.bench.runner import Case
-from mmtok_cli.bench.store import PLAN, NotWrittenError, RunDirectory, newest_run
-from mmtok_cli.bench.summary import is_finished, is_timed, summarise_run, whole_rounds
-from mmtok_cli.bench.verdict import shortfalls
 from mmtok_cli.budget import parse_budgets
 from mmtok_cli.cli.pictures import has_pictures, save_pictures
 from mmtok_cli.cli.request import RUNS, Request, new_directory
@@ -34,9 +15,28 @@ from mmtok_cli.data.datasets import Dataset
 from mmtok_cli.data.samples import ClosedImages
 from mmtok_cli.environment import environment_of
 from mmtok_cli.errors import MMTokError
+from mmtok_cli.evaluation.processes import Processes
+from mmtok_cli.evaluation.remaining import Questions, ask_questions, questions_left
 from mmtok_cli.files import require_writable_directory
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.report import checks, console, tables
+from mmtok_cli.results.planning import (
+    at_batch_sizes,
+    estimate,
+    in_batches,
+    make_plan,
+    require_same,
+    require_whole_batches,
+    timed_samples,
+)
+from mmtok_cli.results.records import Plan
+from mmtok_cli.results.run_directory import PLAN, NotWrittenError, RunDirectory, newest_run
+from mmtok_cli.results.schema import Comparison
+from mmtok_cli.results.shortfalls import shortfalls
+from mmtok_cli.results.summary import is_finished, is_timed, summarise_run, whole_rounds
+from mmtok_cli.timing.gpu import open_gpu
+from mmtok_cli.timing.rounds import Measurement
+from mmtok_cli.timing.runner import Case
 
 MOST_NOTES = 10
 

@@ -31,7 +31,7 @@ from mmtok_cli.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from mmtok_cli.bench.runner import Run
+    from mmtok_cli.timing.runner import Run
 
 
 def infer(
@@ -84,9 +84,9 @@ def infer(
 
     from rich.text import Text
 
-    from mmtok_cli.bench.runner import run_case
     from mmtok_cli.report.console import notes_console, print_json, results_console
     from mmtok_cli.report.tables import answer_table, rules_text, weights_text
+    from mmtok_cli.timing.runner import run_case
 
     with notes_console(quiet).status("answering"):
         for each in cases:  # kernels are chosen and memory is claimed in a first run, which is not timed

@@ -10,21 +10,21 @@ from typing import TYPE_CHECKING
 from PIL import Image as PILImage
 from PIL.Image import Image
 
-from mmtok_cli.bench.memory import is_out_of_memory, release_memory
-from mmtok_cli.bench.results import Record, from_json, json_text
 from mmtok_cli.cli.panels import draw, lay_out
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.files import write_whole
 from mmtok_cli.pipeline import answer, reduce
 from mmtok_cli.report.overlay import save_image
+from mmtok_cli.results.schema import Record, from_json, json_text
+from mmtok_cli.timing.memory import is_out_of_memory, release_memory
 
 if TYPE_CHECKING:
-    from mmtok_cli.bench.runner import Case
-    from mmtok_cli.bench.store import RunDirectory
     from mmtok_cli.data.datasets import Dataset
     from mmtok_cli.data.samples import Sample
     from mmtok_cli.models.base import VisionLanguageModel
     from mmtok_cli.report.page import OverlayGroup
+    from mmtok_cli.results.run_directory import RunDirectory
+    from mmtok_cli.timing.runner import Case
 
 FOLDER = "overlays"
 INDEX = "index.json"

@@ -33,11 +33,11 @@ from mmtok_cli.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from mmtok_cli.bench.ceilings import CeilingProfile
-    from mmtok_cli.bench.runner import Case
-    from mmtok_cli.bench.scaling import ScalingProfile
     from mmtok_cli.data.samples import Sample
     from mmtok_cli.models.base import VisionLanguageModel
+    from mmtok_cli.timing.ceilings import CeilingProfile
+    from mmtok_cli.timing.runner import Case
+    from mmtok_cli.timing.scaling import ScalingProfile
 
 SCALING_TOKENS = "576,1024,2304,4096,9216,16384"
 
@@ -106,12 +106,12 @@ def profile(
 
     [dim]mmtok profile --method mmtok,divprune --budget 64 --scaling --plot scaling.png[/dim]
     """
-    from mmtok_cli.bench.scaling import parse_tokens
     from mmtok_cli.budget import Budget
     from mmtok_cli.cli.session import make_cases, make_setup, open_model
     from mmtok_cli.data.samples import demo_samples, sample_from_file
     from mmtok_cli.errors import MMTokError
     from mmtok_cli.files import require_writable, require_writable_directory
+    from mmtok_cli.timing.scaling import parse_tokens
 
     if not scaling and (plot or scaling_tokens):
         option = "--plot" if plot else "--scaling-tokens"
@@ -129,20 +129,20 @@ def profile(
     sizes = parse_tokens(scaling_tokens or SCALING_TOKENS)
     vlm = open_model(model, device, dtype, weights, quiet, layers=layers, attention=attention, device_map=device_map)
 
-    from mmtok_cli.bench.ceilings import CeilingProfile, achieved, measure_ceilings, weights_read
-    from mmtok_cli.bench.flops import count_flops
-    from mmtok_cli.bench.results import Schedule
-    from mmtok_cli.bench.runner import run_case, run_rounds
-    from mmtok_cli.bench.scaling import ScalingProfile, check_scaling
-    from mmtok_cli.bench.schedule import interleaved
-    from mmtok_cli.bench.summary import summarise_cases
-    from mmtok_cli.bench.traces import trace_case
     from mmtok_cli.environment import environment_of
     from mmtok_cli.report import console as report
     from mmtok_cli.report import tables
     from mmtok_cli.report.plots import save_scaling
     from mmtok_cli.report.profiles import ceiling_notes, ceiling_table, profile_tables
     from mmtok_cli.report.scaling import growth_table, scaling_notes, scaling_table
+    from mmtok_cli.results.schedule import interleaved
+    from mmtok_cli.results.schema import Schedule
+    from mmtok_cli.results.summary import summarise_cases
+    from mmtok_cli.timing.ceilings import CeilingProfile, achieved, measure_ceilings, weights_read
+    from mmtok_cli.timing.flops import count_flops
+    from mmtok_cli.timing.runner import run_case, run_rounds
+    from mmtok_cli.timing.scaling import ScalingProfile, check_scaling
+    from mmtok_cli.timing.traces import trace_case
 
     if scaling:
         check_scaling(vlm, cases, sample, sizes)
@@ -248,8 +248,8 @@ def _with_scaling(
     quiet: bool,
 ) -> ScalingProfile:
     """The profile with what is measured against the number of tokens: as far as that went, if it is interrupted."""
-    from mmtok_cli.bench.scaling import Point, ScalingProfile, growth_of, measure_size, smallest_size
     from mmtok_cli.report.console import progress_bar
+    from mmtok_cli.timing.scaling import Point, ScalingProfile, growth_of, measure_size, smallest_size
 
     smallest = smallest_size(model, cases, sample, sizes)
     points: dict[int, list[Point]] = {}

@@ -33,10 +33,10 @@ from mmtok_cli.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from mmtok_cli.bench.runner import Case
     from mmtok_cli.data.samples import Sample
     from mmtok_cli.models.base import VisionLanguageModel
     from mmtok_cli.pipeline import Reduced
+    from mmtok_cli.timing.runner import Case
     from mmtok_cli.tokens import Selection
 
 TIMED = ("prepare", "encode", "select", "prefill")
@@ -169,9 +169,9 @@ def _reduce(vlm: VisionLanguageModel, case: Case, sample: Sample) -> tuple[Reduc
 
     What a method drops inside the language model is known only when the prompt has been read.
     """
-    from mmtok_cli.bench.clock import Clock
-    from mmtok_cli.bench.part import last_layer, missing_layers, of_whole_model
     from mmtok_cli.pipeline import answer, reduce
+    from mmtok_cli.timing.clock import Clock
+    from mmtok_cli.timing.partial import last_layer, missing_layers, of_whole_model
 
     asked = (vlm, case.method, [sample], case.budget)
     inside = bool(reduce(*asked, rules=case.rules).cuts)

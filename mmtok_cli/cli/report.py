@@ -20,14 +20,14 @@ def report(
 
     [dim]mmtok report runs/monday runs/tuesday --export both.html[/dim]
     """
-    from mmtok_cli.bench.merging import merge, same_kind
-    from mmtok_cli.bench.store import RunDirectory
-    from mmtok_cli.bench.summary import summarise_run
     from mmtok_cli.cli.showing import export, show
     from mmtok_cli.errors import MMTokError
     from mmtok_cli.files import require_writable
     from mmtok_cli.report.console import print_json
     from mmtok_cli.report.exports import EXPORTS
+    from mmtok_cli.results.merge import merge, same_kind
+    from mmtok_cli.results.run_directory import RunDirectory
+    from mmtok_cli.results.summary import summarise_run
 
     for path in exports or []:
         require_writable(path, EXPORTS, "--export")

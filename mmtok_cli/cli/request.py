@@ -13,8 +13,8 @@ from pydantic import BaseModel, ConfigDict
 from mmtok_cli.errors import MMTokError
 
 if TYPE_CHECKING:
-    from mmtok_cli.bench.records import Plan
     from mmtok_cli.data.datasets import Dataset
+    from mmtok_cli.results.records import Plan
 
 RUNS = Path("runs")
 

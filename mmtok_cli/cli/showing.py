@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmtok_cli.bench.results import Comparison
 from mmtok_cli.cli.pictures import read_pictures
 from mmtok_cli.report import answers, checks, console, tables
+from mmtok_cli.results.schema import Comparison
 
 
 def show(comparison: Comparison, settings: Sequence[str], as_json: bool, quiet: bool) -> None:

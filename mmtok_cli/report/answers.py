@@ -11,7 +11,7 @@ from mmtok_cli.report.tables import Column, case_table, layers_differ
 from mmtok_cli.report.units import count, number, p_value, share, shares, size
 
 if TYPE_CHECKING:
-    from mmtok_cli.bench.results import CaseResult, Comparison
+    from mmtok_cli.results.schema import CaseResult, Comparison
 
 
 def quality_table(comparison: Comparison) -> Table | None:

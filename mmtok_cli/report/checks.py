@@ -20,8 +20,8 @@ from mmtok_cli.report.units import seconds, share
 FEW = 3
 
 if TYPE_CHECKING:
-    from mmtok_cli.bench.planning import Estimate, EstimatedCase
-    from mmtok_cli.bench.results import CaseResult, Comparison
+    from mmtok_cli.results.planning import Estimate, EstimatedCase
+    from mmtok_cli.results.schema import CaseResult, Comparison
 
 
 def notes(comparison: Comparison, *, ceilings: bool = True) -> list[str]:

@@ -10,7 +10,7 @@ from mmtok_cli.report.answers import retention_interval
 from mmtok_cli.report.units import count, number, p_value, ratio, seconds, share, size
 
 if TYPE_CHECKING:
-    from mmtok_cli.bench.results import CaseResult, Comparison, FailedCase, Speedup
+    from mmtok_cli.results.schema import CaseResult, Comparison, FailedCase, Speedup
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from mmtok_cli.bench.results import json_text
 from mmtok_cli.errors import MMTokError
+from mmtok_cli.results.schema import json_text
 
 
 def results_console() -> Console:

@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 from rich.cells import cell_len
 
-from mmtok_cli.bench.results import FailedCase, json_text
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.files import write_whole
 from mmtok_cli.report.checks import failure_notes, interruption_notes
 from mmtok_cli.report.columns import comparison_columns, rows
 from mmtok_cli.report.tables import environment_line, rules_text
+from mmtok_cli.results.schema import FailedCase, json_text
 
 if TYPE_CHECKING:
-    from mmtok_cli.bench.results import CaseResult, Comparison
     from mmtok_cli.report.page import OverlayGroup
+    from mmtok_cli.results.schema import CaseResult, Comparison
 
 EXPORTS = (".json", ".csv", ".md", ".html")
 

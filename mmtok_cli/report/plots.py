@@ -14,8 +14,8 @@ from mmtok_cli.report.scaling import case_name
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from mmtok_cli.bench.results import CaseResult, Comparison
-    from mmtok_cli.bench.scaling import Point, ScalingProfile
+    from mmtok_cli.results.schema import CaseResult, Comparison
+    from mmtok_cli.timing.scaling import Point, ScalingProfile
 
 
 def save_gain_curve(gains: Sequence[float], path: Path, title: str) -> None:

@@ -11,8 +11,8 @@ from mmtok_cli.report import tables
 from mmtok_cli.report.units import count, number, seconds, size
 
 if TYPE_CHECKING:
-    from mmtok_cli.bench.ceilings import CeilingProfile
-    from mmtok_cli.bench.results import Profile
+    from mmtok_cli.results.schema import Profile
+    from mmtok_cli.timing.ceilings import CeilingProfile
 
 SIDE_BY_SIDE = 2  # cases that fit beside each other with their spread
 SPEEDUPS = ("prefill", "ttft", "total")

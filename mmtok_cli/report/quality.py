@@ -10,7 +10,7 @@ from scipy.stats import binomtest
 from mmtok_cli.report.columns import trouble
 
 if TYPE_CHECKING:
-    from mmtok_cli.bench.results import CaseResult, Comparison
+    from mmtok_cli.results.schema import CaseResult, Comparison
 
 
 @dataclass(frozen=True)

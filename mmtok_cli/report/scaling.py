@@ -13,7 +13,7 @@ from mmtok_cli.report.tables import plain_table
 from mmtok_cli.report.units import seconds, size
 
 if TYPE_CHECKING:
-    from mmtok_cli.bench.scaling import Growth, Point, ScalingProfile
+    from mmtok_cli.timing.scaling import Growth, Point, ScalingProfile
 
 
 def scaling_table(points: Sequence[Point]) -> Table:
@@ -74,7 +74,7 @@ def case_name(case: Growth | Point) -> str:
 
 def scaling_notes(profile: ScalingProfile, context_length: int) -> list[str]:
     """How to read the tables."""
-    from mmtok_cli.bench.scaling import DOMINATES, FEWEST_POINTS
+    from mmtok_cli.timing.scaling import DOMINATES, FEWEST_POINTS
 
     notes = [
         "encoded at square grids other than its own, the model sees the image in one piece: times mean something "

@@ -23,7 +23,7 @@ from mmtok_cli.report.quality import is_scored
 from mmtok_cli.report.units import number
 
 if TYPE_CHECKING:
-    from mmtok_cli.bench.results import CaseResult, Comparison
+    from mmtok_cli.results.schema import CaseResult, Comparison
 
 LONGEST_SIDE = 480  # pixels of an embedded picture: sharp at its widest on a screen of twice the density
 STYLES, SHAPES = 8, 5  # colours of the style sheet, shapes of the template

@@ -12,7 +12,7 @@ from mmtok_cli.report.quality import Quality, is_scored, quality_of
 from mmtok_cli.report.units import number, seconds, share
 
 if TYPE_CHECKING:
-    from mmtok_cli.bench.results import CaseResult, Comparison, FailedCase
+    from mmtok_cli.results.schema import CaseResult, Comparison, FailedCase
 
 STAGES = ("prepare", "encode", "select", "prefill", "decode")
 

@@ -10,7 +10,7 @@ from mmtok_cli.report.quality import Quality, is_scored, quality_of
 from mmtok_cli.report.units import number, seconds, share
 
 if TYPE_CHECKING:
-    from mmtok_cli.bench.results import CaseResult, Comparison
+    from mmtok_cli.results.schema import CaseResult, Comparison
 
 ENOUGH = 0.95  # the share of the unreduced model's quality below which a saving is not called one
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from string import ascii_uppercase
 from typing import Any, TypeVar
 
-from mmtok_cli.bench.results import CaseResult, Comparison, FailedCase
+from mmtok_cli.results.schema import CaseResult, Comparison, FailedCase
 
 NamedCase = TypeVar("NamedCase", CaseResult, FailedCase)
 

@@ -8,18 +8,18 @@ from statistics import median
 
 from torch import Tensor
 
-from mmtok_cli.bench.clock import Clock, with_sums
-from mmtok_cli.bench.gpu import Gpu
-from mmtok_cli.bench.memory import Peak, host_memory, peak_memory
-from mmtok_cli.bench.part import last_layer, missing_layers, of_whole_model
-from mmtok_cli.bench.records import PlannedCase, Run, parameters_of, sample_name
 from mmtok_cli.budget import Budget
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.methods.base import Method
 from mmtok_cli.models.base import Stage, VisionLanguageModel
 from mmtok_cli.pipeline import RELEASED, Answers, answer, check_budget
+from mmtok_cli.results.records import PlannedCase, Run, parameters_of, sample_name
 from mmtok_cli.rules import Rules
+from mmtok_cli.timing.clock import Clock, with_sums
+from mmtok_cli.timing.gpu import Gpu
+from mmtok_cli.timing.memory import Peak, host_memory, peak_memory
+from mmtok_cli.timing.partial import last_layer, missing_layers, of_whole_model
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from mmtok_cli.bench.results import GpuUse, Record
+from mmtok_cli.results.schema import GpuUse, Record
 
 # Bits of the driver's answer to why the clock is not at its highest, as far as they disturb a measurement: an idle card
 # and clocks that somebody has fixed do not.

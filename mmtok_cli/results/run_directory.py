@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mmtok_cli.bench.asked import AskedBatch
-from mmtok_cli.bench.records import Counted, Failure, Plan, Run, digest
-from mmtok_cli.bench.results import Kind, Record, from_json, json_text
 from mmtok_cli.errors import MMTokError
+from mmtok_cli.evaluation.records import AskedBatch
 from mmtok_cli.files import write_whole
+from mmtok_cli.results.records import Counted, Failure, Plan, Run, digest
+from mmtok_cli.results.schema import Kind, Record, from_json, json_text
 
 PLAN = "plan.json"
 

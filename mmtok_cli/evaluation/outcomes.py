@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mmtok_cli.bench.asked import common_outcomes, dataset_of, refusals_of
-from mmtok_cli.bench.asking import asked_cases
-from mmtok_cli.bench.records import PlannedCase, digest
-from mmtok_cli.bench.results import FailedCase, Score
-from mmtok_cli.bench.store import RunDirectory
-from mmtok_cli.bench.verdicts import Quality, judge
+from mmtok_cli.evaluation.records import common_outcomes, dataset_of, refusals_of
+from mmtok_cli.evaluation.remaining import asked_cases
+from mmtok_cli.evaluation.summary import Quality, judge
+from mmtok_cli.results.records import PlannedCase, digest
+from mmtok_cli.results.run_directory import RunDirectory
+from mmtok_cli.results.schema import FailedCase, Score
 
 NAMED = {"method", "parameters", "budget", "batch_size", "again"}  # what a failure has of the case that it is of
 

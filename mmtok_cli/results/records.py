@@ -11,13 +11,13 @@ from typing import Any, Literal
 from pydantic import Field
 from pydantic_core import to_jsonable_python
 
-from mmtok_cli.bench.gpu import GpuState
-from mmtok_cli.bench.results import Environment, FlopCoverage, Record
-from mmtok_cli.bench.schedule import Rotation
 from mmtok_cli.data.datasets import Metric
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.pipeline import TokenCounts
+from mmtok_cli.results.schedule import Rotation
+from mmtok_cli.results.schema import Environment, FlopCoverage, Record
 from mmtok_cli.rules import Positions, Rules
+from mmtok_cli.timing.gpu import GpuState
 
 
 class Run(Record):

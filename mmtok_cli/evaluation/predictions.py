@@ -6,15 +6,15 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from mmtok_cli.bench.fidelity import Closeness, Reference, compare_logits, forced_logits, reference_of
-from mmtok_cli.bench.memory import first_line, is_out_of_memory, release_memory
-from mmtok_cli.bench.runner import Case
-from mmtok_cli.bench.scores import score_of
 from mmtok_cli.data.datasets import Dataset
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.errors import MMTokError
+from mmtok_cli.evaluation.fidelity import Closeness, Reference, compare_logits, forced_logits, reference_of
+from mmtok_cli.evaluation.metrics import score_of
 from mmtok_cli.methods.full import Full
 from mmtok_cli.models.base import VisionLanguageModel, unwatched
+from mmtok_cli.timing.memory import first_line, is_out_of_memory, release_memory
+from mmtok_cli.timing.runner import Case
 
 
 @dataclass(frozen=True)

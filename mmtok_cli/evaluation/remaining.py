@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from mmtok_cli.bench.asked import AskedBatch, refusals_of, subjects_of
-from mmtok_cli.bench.parallel import Found, Processes, ask_all
-from mmtok_cli.bench.quality import Outcome, Refusal, Unread
-from mmtok_cli.bench.runner import Case
-from mmtok_cli.bench.store import RunDirectory
 from mmtok_cli.data.datasets import Dataset
+from mmtok_cli.evaluation.predictions import Outcome, Refusal, Unread
+from mmtok_cli.evaluation.processes import Found, Processes, ask_all
+from mmtok_cli.evaluation.records import AskedBatch, refusals_of, subjects_of
 from mmtok_cli.models.base import VisionLanguageModel
+from mmtok_cli.results.run_directory import RunDirectory
+from mmtok_cli.timing.runner import Case
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from mmtok_cli.bench.paired import Retention, count_flips, f1_retention, mean_retention
-from mmtok_cli.bench.quality import Outcome
-from mmtok_cli.bench.results import Fidelity, Flips, YesNo
-from mmtok_cli.bench.scores import is_yes, says_yes, yes_no
 from mmtok_cli.data.datasets import Dataset
 from mmtok_cli.data.samples import Sample
+from mmtok_cli.evaluation.metrics import is_yes, says_yes, yes_no
+from mmtok_cli.evaluation.predictions import Outcome
+from mmtok_cli.evaluation.retention import Retention, count_flips, f1_retention, mean_retention
+from mmtok_cli.results.schema import Fidelity, Flips, YesNo
 
 RIGHT = 0.5  # a soft accuracy of so much is right where an answer must be either right or wrong
 

@@ -11,13 +11,13 @@ from typing import Any, TypeVar
 
 import torch
 
-from mmtok_cli.bench.quality import Item as Said
-from mmtok_cli.bench.quality import Refusal, ask_batch
-from mmtok_cli.bench.runner import Case
 from mmtok_cli.data.datasets import Dataset
 from mmtok_cli.data.samples import batches
 from mmtok_cli.errors import MMTokError
+from mmtok_cli.evaluation.predictions import Item as Said
+from mmtok_cli.evaluation.predictions import Refusal, ask_batch
 from mmtok_cli.models.base import VisionLanguageModel
+from mmtok_cli.timing.runner import Case
 
 Item = TypeVar("Item")
 

@@ -9,9 +9,7 @@ from itertools import islice
 from statistics import fmean, median
 from typing import Any
 
-from mmtok_cli.bench.asking import questions_left
-from mmtok_cli.bench.gpu import summarise_states
-from mmtok_cli.bench.outcomes import (
+from mmtok_cli.evaluation.outcomes import (
     asked_samples,
     identity,
     left_out,
@@ -19,8 +17,10 @@ from mmtok_cli.bench.outcomes import (
     result_fields,
     unasked,
 )
-from mmtok_cli.bench.records import PlannedCase, Run
-from mmtok_cli.bench.results import (
+from mmtok_cli.evaluation.remaining import questions_left
+from mmtok_cli.results.records import PlannedCase, Run
+from mmtok_cli.results.run_directory import RunDirectory
+from mmtok_cli.results.schema import (
     CaseResult,
     Comparison,
     FailedCase,
@@ -31,9 +31,9 @@ from mmtok_cli.bench.results import (
     Score,
     Tokens,
 )
-from mmtok_cli.bench.runner import Case
-from mmtok_cli.bench.statistics import drift, outliers, paired_speedup, summarise
-from mmtok_cli.bench.store import RunDirectory
+from mmtok_cli.timing.gpu import summarise_states
+from mmtok_cli.timing.runner import Case
+from mmtok_cli.timing.statistics import drift, outliers, paired_speedup, summarise
 
 
 def summarise_run(store: RunDirectory) -> Comparison:

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from mmtok_cli.bench.clock import Clock
-from mmtok_cli.bench.part import missing_layers
-from mmtok_cli.bench.results import CaseResult, Profile, Record
 from mmtok_cli.models import hf
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.models.room import free_memory
+from mmtok_cli.results.schema import CaseResult, Profile, Record
+from mmtok_cli.timing.clock import Clock
+from mmtok_cli.timing.partial import missing_layers
 
 REPETITIONS = 5
 TIME_LIMIT = 1.0  # seconds of the repetitions at one size, after which no other begins

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from mmtok_cli.bench.quality import Outcome, Refusal, Unread
-from mmtok_cli.bench.results import Record
 from mmtok_cli.data.datasets import Dataset, Metric
 from mmtok_cli.data.samples import Sample
+from mmtok_cli.evaluation.predictions import Outcome, Refusal, Unread
+from mmtok_cli.results.schema import Record
 
 
 class Subject(Record):

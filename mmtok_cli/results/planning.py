@@ -8,14 +8,14 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from mmtok_cli.bench.records import Plan, PlannedCase, digest_of_samples, with_key
-from mmtok_cli.bench.results import Environment, Record
-from mmtok_cli.bench.runner import Case
-from mmtok_cli.bench.schedule import rotation
 from mmtok_cli.data.datasets import Metric
 from mmtok_cli.data.samples import Sample, batches
 from mmtok_cli.errors import MMTokError
+from mmtok_cli.results.records import Plan, PlannedCase, digest_of_samples, with_key
+from mmtok_cli.results.schedule import rotation
+from mmtok_cli.results.schema import Environment, Record
 from mmtok_cli.rules import Rules
+from mmtok_cli.timing.runner import Case
 
 SHOWN_ROUNDS = 5
 MOST_ROUNDS = 30  # unless more are asked for: by then intervals are as narrow as the machine's own unrest allows

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import binomtest, bootstrap
 
-from mmtok_cli.bench.results import Flips
-from mmtok_cli.bench.statistics import CONFIDENCE
+from mmtok_cli.results.schema import Flips
+from mmtok_cli.timing.statistics import CONFIDENCE
 
 RESAMPLES = 4000
 CELLS = 4_000_000  # numbers resampled at a time

@@ -8,16 +8,16 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 
-from mmtok_cli.bench.flops import measure_flops
-from mmtok_cli.bench.gpu import Gpu
-from mmtok_cli.bench.memory import first_line, is_out_of_memory, release_memory
-from mmtok_cli.bench.records import Counted, Failure
-from mmtok_cli.bench.runner import Case, run_case
-from mmtok_cli.bench.schedule import Turn
-from mmtok_cli.bench.store import NotWrittenError, RunDirectory
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.models.base import VisionLanguageModel
+from mmtok_cli.results.records import Counted, Failure
+from mmtok_cli.results.run_directory import NotWrittenError, RunDirectory
+from mmtok_cli.results.schedule import Turn
+from mmtok_cli.timing.flops import measure_flops
+from mmtok_cli.timing.gpu import Gpu
+from mmtok_cli.timing.memory import first_line, is_out_of_memory, release_memory
+from mmtok_cli.timing.runner import Case, run_case
 
 QUICK = 2.0  # seconds
 

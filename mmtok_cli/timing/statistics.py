@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from scipy.stats import kendalltau, median_abs_deviation, theilslopes
 from scipy.stats.mstats import median_cihs
 
-from mmtok_cli.bench.results import Drift, Speedup, Times
+from mmtok_cli.results.schema import Drift, Speedup, Times
 
 CONFIDENCE = 0.95
 FEWEST = 6  # of fewer values even the smallest and the largest hold the median less often than that

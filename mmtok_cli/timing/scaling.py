@@ -11,20 +11,20 @@ import torch
 from pydantic import Field
 from scipy.stats import linregress, t
 
-from mmtok_cli.bench.ceilings import CeilingProfile
-from mmtok_cli.bench.clock import Clock
-from mmtok_cli.bench.memory import peak_memory
-from mmtok_cli.bench.part import last_layer, missing_layers, of_whole_model
-from mmtok_cli.bench.results import Record
-from mmtok_cli.bench.runner import Case
-from mmtok_cli.bench.schedule import interleaved
-from mmtok_cli.bench.statistics import CONFIDENCE
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.decoding import prefill
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.models.room import GIB, free_memory
 from mmtok_cli.pipeline import check_budget, inside, reduce
+from mmtok_cli.results.schedule import interleaved
+from mmtok_cli.results.schema import Record
+from mmtok_cli.timing.ceilings import CeilingProfile
+from mmtok_cli.timing.clock import Clock
+from mmtok_cli.timing.memory import peak_memory
+from mmtok_cli.timing.partial import last_layer, missing_layers, of_whole_model
+from mmtok_cli.timing.runner import Case
+from mmtok_cli.timing.statistics import CONFIDENCE
 
 PATIENCE = 10.0  # seconds for a case at one number of tokens; there are fewer runs where it would take longer
 FEWEST_RUNS = 3

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mmtok_cli.bench.results import YesNo
 from mmtok_cli.data.datasets import Metric
 from mmtok_cli.data.samples import Sample, normalise
+from mmtok_cli.results.schema import YesNo
 
 AGREEING = 3  # people who make an answer wholly right
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mmtok_cli.bench.results import Comparison
+from mmtok_cli.results.schema import Comparison
 
 
 def shortfalls(comparison: Comparison, stage: str, least: float) -> list[str]:

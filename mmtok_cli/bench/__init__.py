@@ -1,1 +1,0 @@
-"""Measuring: clock, memory, FLOPs, statistics, schedule, runner, results, traces."""
