@@ -9,6 +9,7 @@ from PIL import Image
 
 from mmtok_cli.report.page import Overlay, OverlayGroup
 from mmtok_cli.results.schema import (
+    CaseId,
     CaseResult,
     Comparison,
     Environment,
@@ -50,10 +51,14 @@ def case(
     seconds = {stage: times(median) for stage, median in medians.items()}
     full = {"prefill": times(0.02), "ttft": times(0.046)}
     speedup = {stage: paired_speedup(full[stage].values, seconds[stage].values[::-1]) for stage in full}
-    fields: dict[str, Any] = {
+    described = {
         "method": method,
         "parameters": {} if baseline else {"alpha": 0.5},
         "budget": None if baseline else str(kept),
+    }
+    of = {name: changes.pop(name) for name in ("parameters", "batch_size", "again", "run") if name in changes}
+    fields: dict[str, Any] = {
+        "case": CaseId(**(described | of)),
         "positions": "renumber",
         "tokens": Tokens(total=576, kept=kept, text=12.9, layer_average=average or kept, new=2),
         "seconds": seconds,

@@ -131,7 +131,7 @@ def test_profile_shows_them(tiny_directory: Path, photo: Path, tmp_path: Path, m
     found = run_json(*command)
     assert found["ceilings"]["flops_per_second"] > 0 and found["weights_read"] > 0
     full, ours = found["achieved"]
-    assert (full["method"], ours["method"], ours["budget"]) == ("full", "mmtok", "4")
+    assert (full["case"]["method"], ours["case"]["method"], ours["case"]["budget"]) == ("full", "mmtok", "4")
     case = found["cases"][1]
     assert ours["flops_per_second"]["prefill"] == pytest.approx(
         case["flops"]["prefill"] / case["seconds"]["prefill"]["median"]

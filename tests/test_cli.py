@@ -155,7 +155,7 @@ def test_settings_override_the_seed_and_the_profile(tiny_directory: Path, monkey
     monkeypatch.setattr("mmtok_cli.models.sources.profile_of", lambda name: mine)
     command = ("compare", "-m", tiny_directory, "-b", 4, "--limit", 1, "--max-new-tokens", 2)
     parameters = {
-        case["method"]: case["parameters"]
+        case["case"]["method"]: case["case"]["parameters"]
         for case in run_json(
             *(*command, "--methods", "mmtok,mmtok:text,random", "--seed", 5),
             *("--set", "mmtok.alpha=0.75", "--set", "random.seed=9"),
@@ -171,14 +171,14 @@ def test_settings_override_the_seed_and_the_profile(tiny_directory: Path, monkey
 def test_compare(tiny_directory: Path, tmp_path: Path) -> None:
     command = ("compare", "-m", tiny_directory, "--limit", 6, "-b", "4,8", "--max-new-tokens", 2)
     result = run_json(*command, "--methods", "mmtok,random,none")
-    assert result["schema"] == "mmtok.compare/1" and not result["interrupted"]
-    cases = [(case["method"], case["budget"]) for case in result["results"]]
+    assert result["schema"] == "mmtok.compare/2" and not result["interrupted"]
+    cases = [(case["case"]["method"], case["case"]["budget"]) for case in result["results"]]
     assert cases == [("full", None), ("mmtok", "4"), ("mmtok", "8"), ("random", "4"), ("random", "8"), ("none", None)]
     order = result["schedule"]["order"]
     assert len(order) == 6 and all(sorted(round_) == list(range(6)) for round_ in order)
     for case in result["results"]:
         assert len(case["seconds"]["prefill"]["values"]) == 6
-        assert case["tokens"]["kept"] == (36 if case["method"] == "full" else int(case["budget"] or 0))
+        assert case["tokens"]["kept"] == (36 if case["case"]["method"] == "full" else int(case["case"]["budget"] or 0))
     assert result["results"][1]["speedup"]["prefill"]["low"] <= result["results"][1]["speedup"]["prefill"]["high"]
     assert result["results"][0]["score_counts"]["asked"] == 6
 
@@ -191,7 +191,7 @@ def test_profile(tiny_directory: Path, photo: Path, tmp_path: Path) -> None:
     traces = tmp_path / "traces"
     command = ("profile", photo, QUESTION, "-m", tiny_directory, "-b", 4, "--runs", 3, "--trace-dir", traces)
     result = run_json(*command, "--max-new-tokens", 3)
-    assert result["schema"] == "mmtok.profile/1" and result["trace"] == str(traces)
+    assert result["schema"] == "mmtok.profile/2" and result["trace"] == str(traces)
     full, reduced = result["cases"]
     assert len(full["seconds"]["encode"]["values"]) == 3
     assert reduced["flops"]["prefill"] < full["flops"]["prefill"]

@@ -39,7 +39,7 @@ def test_compare(directory: Path, tmp_path: Path) -> None:
     )
     assert not found["failures"] and not found["unasked"]
     full, *others = found["results"]
-    assert [case["method"] for case in others] == METHODS.split(",")
+    assert [case["case"]["method"] for case in others] == METHODS.split(",")
     assert all(0 < case["tokens"]["kept"] < full["tokens"]["total"] for case in others)
     assert all(case["fidelity"]["kl"] > 0 and case["score_counts"]["asked"] == 4 for case in others)
 

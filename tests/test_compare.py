@@ -11,7 +11,17 @@ from cli_helpers import refused, run, run_json
 
 from mmtok_cli.report.checks import duration, notes
 from mmtok_cli.report.tables import speed_table
-from mmtok_cli.results.schema import CaseResult, Comparison, Drift, FailedCase, FlopCoverage, GpuUse, Speedup, Times
+from mmtok_cli.results.schema import (
+    CaseId,
+    CaseResult,
+    Comparison,
+    Drift,
+    FailedCase,
+    FlopCoverage,
+    GpuUse,
+    Speedup,
+    Times,
+)
 from mmtok_cli.results.shortfalls import shortfalls
 
 
@@ -30,8 +40,8 @@ def test_the_baseline_named_as_a_method_is_measured_once_more(
     assert "36/36" in row
     compared = run_json("compare", "--resume")
     first, again = compared["results"]
-    assert (first["method"], first["again"], first["speedup"]) == ("full", False, {})
-    assert (again["method"], again["again"]) == ("full", True)
+    assert (first["case"]["method"], first["case"]["again"], first["speedup"]) == ("full", False, {})
+    assert (again["case"]["method"], again["case"]["again"]) == ("full", True)
     assert again["fidelity"] == {"kl": 0, "top1": 1, "same": 1} and again["retention"] in (1, None)
     assert (again["flips"]["right_wrong"], again["flips"]["wrong_right"], again["flips"]["p_value"]) == (0, 0, 1)
     speedup = again["speedup"]["total"]
@@ -47,8 +57,8 @@ def test_dry_run(command: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("COLUMNS", "80")
     options = ("--methods", "full,mmtok", "--batch-size", "1,4", "--runs", 3, "--dry-run", "--run-dir", tmp_path / "r")
     plan = run_json(*command, *options)
-    assert plan["schema"] == "mmtok.estimate/1" and not (tmp_path / "r").exists()
-    cases = [(c["method"], c["again"], c["batch_size"], c["rounds"]) for c in plan["cases"]]
+    assert plan["schema"] == "mmtok.estimate/2" and not (tmp_path / "r").exists()
+    cases = [(c["case"]["method"], c["case"]["again"], c["case"]["batch_size"], c["rounds"]) for c in plan["cases"]]
     one = [("full", False, 1, 8), ("mmtok", False, 1, 8), ("full", True, 1, 8)]
     assert cases == one + [(name, again, 4, 6) for name, again, _, _ in one]
     assert plan["rounds"] == 8 and plan["runs"] == 3 and sorted(plan["order"][0]) == list(range(6))
@@ -57,7 +67,9 @@ def test_dry_run(command: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.M
         cases = estimate["cases"]
         counted = sum(case["seconds"] for case in cases)
         measured = max(sum(case["seconds"] * case["rounds"] * 3 for case in cases), estimate["min_time"] or 0)
-        asked = sum(2 * 2 * case["seconds"] for case in cases if case["batch_size"] == 4 and not case["again"])
+        asked = sum(
+            2 * 2 * case["seconds"] for case in cases if case["case"]["batch_size"] == 4 and not case["case"]["again"]
+        )
         assert estimate["quality_seconds"] == pytest.approx(asked)
         assert estimate["seconds"] == pytest.approx(counted + measured + asked)
 
@@ -123,7 +135,10 @@ def test_shortfalls() -> None:
     assert "no interval" in shortfalls(compared(case("full"), case("mmtok", low=None)), "ttft", 0.1)[0]
     assert "no interval" in shortfalls(good, "prefill", 0.1)[0]
     failed = FailedCase(
-        method="fastv", parameters={}, budget="64", batch_size=8, round=3, reason="out of memory", message="2 GiB"
+        case=CaseId(method="fastv", parameters={}, budget="64", batch_size=8),
+        round=3,
+        reason="out of memory",
+        message="2 GiB",
     )
     assert shortfalls(good.model_copy(update={"failures": [failed]}), "ttft", 1) == [
         "fastv @ 64, batch size 8: out of memory, so there is no speedup (ttft)"
@@ -182,7 +197,10 @@ def test_a_failed_case_fits_the_table() -> None:
     from test_report import shown
 
     failed = FailedCase(
-        method="sparsevlm:v2", parameters={}, budget="64", batch_size=1, round=None, reason="out of memory", message="x"
+        case=CaseId(method="sparsevlm:v2", parameters={}, budget="64", batch_size=1),
+        round=None,
+        reason="out of memory",
+        message="x",
     )
     lines = shown(speed_table(compared(case("full"), case("mmtok"), failures=[failed])), width=80).splitlines()
     row = next(line for line in lines if "sparsevlm:v2" in line)

@@ -25,7 +25,7 @@ def command(tiny_directory: Path) -> tuple[Any, ...]:
 
 def quality(comparison: dict[str, Any]) -> list[dict[str, Any]]:
     names = ("score", "score_counts", "retention", "retention_low", "retention_high", "flips", "yes_no", "fidelity")
-    return [{name: case[name] for name in ("method", *names)} for case in comparison["results"]]
+    return [{"method": case["case"]["method"]} | {name: case[name] for name in names} for case in comparison["results"]]
 
 
 def pope(folder: Path, images: int) -> Path:
@@ -140,9 +140,9 @@ def test_a_case_that_is_refused_an_answer_keeps_its_times(command: tuple[Any, ..
     picture(84, 84, 1).save(folder / "a.png")
     picture(160, 100, 2).save(folder / "b.png")
     result = run_json(*command, "--data", folder, "--question", "What?", "-b", "30", "--methods", "mmtok,none")
-    assert [case["method"] for case in result["results"]] == ["full", "mmtok", "none"]
+    assert [case["case"]["method"] for case in result["results"]] == ["full", "mmtok", "none"]
     (failed,) = result["unasked"]
-    assert (failed["method"], failed["reason"]) == ("mmtok", "refused") and "b.png" in failed["message"]
+    assert (failed["case"]["method"], failed["reason"]) == ("mmtok", "refused") and "b.png" in failed["message"]
     assert result["results"][1]["fidelity"] is None and result["results"][2]["fidelity"] is not None
 
 

@@ -15,7 +15,7 @@ from rich.cells import cell_len
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.report.exports import EXPORTS, csv_text, markdown_text, write_export
 from mmtok_cli.report.page import page_text
-from mmtok_cli.results.schema import Comparison, FailedCase, Fidelity, Flips
+from mmtok_cli.results.schema import CaseId, Comparison, FailedCase, Fidelity, Flips
 
 
 def written(result: Comparison, path: Path) -> str:
@@ -34,7 +34,7 @@ def rows_of(text: str) -> list[list[str]]:
 
 def test_json_is_the_schema_and_comes_back_whole(tmp_path: Path) -> None:
     text = written(usual(), tmp_path / "results.json")
-    assert json.loads(text)["schema"] == "mmtok.compare/1"
+    assert json.loads(text)["schema"] == "mmtok.compare/2"
     assert Comparison.model_validate_json(text) == usual()
 
 
@@ -42,7 +42,7 @@ def test_csv_has_a_row_for_each_case_and_units_in_its_names(tmp_path: Path) -> N
     result = usual()
     rows = list(csv.DictReader(written(result, tmp_path / "results.CSV").splitlines()))
     assert len(rows) == len(result.results)
-    assert [row["method"] for row in rows] == [one.method for one in result.results]
+    assert [row["method"] for row in rows] == [one.case.method for one in result.results]
     full, first = rows[0], rows[1]
     expected = result.results[1]
     assert float(first["prefill_median_s"]) == expected.seconds["prefill"].median
@@ -155,7 +155,10 @@ def test_names_that_are_no_text_are_escaped(suffix: str, tmp_path: Path) -> None
 
 def test_what_failed_has_a_row_in_every_table(tmp_path: Path) -> None:
     failed = FailedCase(
-        method="fastv", parameters={}, budget="64", batch_size=8, round=2, reason="out of memory", message="2 GiB short"
+        case=CaseId(method="fastv", parameters={}, budget="64", batch_size=8),
+        round=2,
+        reason="out of memory",
+        message="2 GiB short",
     )
     sizes = usual().schedule.model_copy(update={"batch_size": [1, 8]})
     result = usual().model_copy(update={"failures": [failed], "schedule": sizes})

@@ -19,7 +19,19 @@ ALLOWED = {
     "pipeline": SHARED | {"models", "methods", "data", "decoding"},
     **dict.fromkeys(
         ("timing", "evaluation", "results"),  # until the plan and the summary have left results
-        SHARED | {"timing", "evaluation", "results", "pipeline", "decoding", "data", "models", "methods", "files"},
+        SHARED
+        | {
+            "__version__",
+            "timing",
+            "evaluation",
+            "results",
+            "pipeline",
+            "decoding",
+            "data",
+            "models",
+            "methods",
+            "files",
+        },
     ),
     "report": {"report", "results", "timing", "errors", "files", "profiles", "rules"},
     "demo": {"demo", "errors", "models"},

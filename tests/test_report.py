@@ -15,7 +15,17 @@ from mmtok_cli.report.checks import comparison_notes
 from mmtok_cli.report.overlay import FIRST_FRAME, FRAME, overlay
 from mmtok_cli.report.tables import layer_notes, rules_text
 from mmtok_cli.report.units import count, number, seconds, size, spread
-from mmtok_cli.results.schema import CaseResult, Comparison, Environment, Fidelity, Memory, Schedule, Times, Tokens
+from mmtok_cli.results.schema import (
+    CaseId,
+    CaseResult,
+    Comparison,
+    Environment,
+    Fidelity,
+    Memory,
+    Schedule,
+    Times,
+    Tokens,
+)
 from mmtok_cli.rules import Rules
 
 USUAL = Rules()
@@ -75,9 +85,7 @@ def shown(table: Any, width: int = 84) -> str:
 def result(method: str, kept: float, average: float, overhead: float = 0.02) -> CaseResult:
     stages = ("prepare", "encode", "select", "prefill", "decode", "ttft", "total")
     return CaseResult(
-        method=method,
-        parameters={},
-        budget=None if method == "full" else f"{kept:.0f}",
+        case=CaseId(method=method, parameters={}, budget=None if method == "full" else f"{kept:.0f}"),
         positions="renumber",
         tokens=Tokens(total=576, kept=kept, text=20, layer_average=average, new=2),
         seconds={stage: Times(median=1, p10=1, p90=1, values=[1]) for stage in stages},

@@ -76,7 +76,7 @@ def test_runs_of_one_kind_share_their_tables(
     assert "B: fastv" in (tmp_path / "t.md").read_text() and "B: fastv" in (tmp_path / "page.html").read_text()
     merged = run_json("report", measured / "run", other)
     alone = run_json("report", other)
-    theirs = [case | {"run": None} for case in merged["results"] if case["run"] == "B"]
+    theirs = [case | {"case": case["case"] | {"run": None}} for case in merged["results"] if case["case"]["run"] == "B"]
     assert theirs == alone["results"]  # speedups and retention are those against their own baseline
 
 

@@ -35,7 +35,7 @@ def records(directory: Path) -> dict[str, bytes]:
 
 def without_figures(comparison: dict[str, Any]) -> dict[str, Any]:
     """What does not depend on the clock or on where the run was written."""
-    kept = ("method", "parameters", "budget", "batch_size", "positions", "tokens", "flops", "score", "score_counts")
+    kept = ("case", "positions", "tokens", "flops", "score", "score_counts")
     kept += ("retention", "retention_low", "retention_high", "flips", "yes_no", "fidelity")
     cases = [{key: case[key] for key in kept} for case in comparison["results"]]
     return {"schedule": comparison["schedule"], "rules": comparison["rules"], "cases": cases}
@@ -122,7 +122,7 @@ def test_a_run_says_the_same_whenever_it_is_read(
     assert is_finished(store) and json.loads(json_text(comparison)) == first
     assert from_json(Comparison, json_text(comparison)) == comparison
     assert json.loads((tmp_path / "run" / "comparison.json").read_text()) == first
-    assert [case["batch_size"] for case in first["results"]] == [1] * CASES + [3] * CASES
+    assert [case["case"]["batch_size"] for case in first["results"]] == [1] * CASES + [3] * CASES
     assert first["schedule"]["batch_size"] == [1, 3] and first["schedule"]["runs"] == 2
     ones, threes = first["results"][1], first["results"][CASES + 1]
     assert all(len(values) == 2 for values in ones["seconds"]["ttft"]["repetitions"])
@@ -191,8 +191,8 @@ def test_a_case_that_runs_out_of_memory_is_a_row(
     assert (str(error) or "MemoryError") in said
 
     resumed = run_json("compare", "--run-dir", tmp_path / "run", "--resume")
-    assert [case["method"] for case in resumed["results"]] == ["full", "mmtok", "random"]
-    assert [case["method"] for case in resumed["failures"]] == ["fastv"]
+    assert [case["case"]["method"] for case in resumed["results"]] == ["full", "mmtok", "random"]
+    assert [case["case"]["method"] for case in resumed["failures"]] == ["fastv"]
     assert all(len(case["seconds"]["ttft"]["values"]) == 6 for case in resumed["results"])
 
 
@@ -211,9 +211,9 @@ def test_a_baseline_that_runs_out_of_memory_leaves_the_others_without_speedups(
     shown = run(*command, *options, "--run-dir", tmp_path / "shown")
     assert shown.exit_code == 0 and shown.stdout.count("out of memory") == 1 and (tmp_path / "plot.png").exists()
     result = run_json(*command, *options)
-    small, large = ([c for c in result["results"] if c["batch_size"] == size] for size in (1, 3))
+    small, large = ([c for c in result["results"] if c["case"]["batch_size"] == size] for size in (1, 3))
     assert all("ttft" in case["speedup"] and case["fidelity"] for case in small[1:])
-    assert [case["method"] for case in large] == ["mmtok", "fastv", "random"]
+    assert [case["case"]["method"] for case in large] == ["mmtok", "fastv", "random"]
     assert all(case["speedup"] == {} for case in large)
     assert [case["score"] for case in large] == [case["score"] for case in small[1:]]  # asked one by one instead
 
@@ -238,7 +238,7 @@ def test_a_sample_that_a_case_cannot_follow_ends_that_case_alone(
 
     monkeypatch.setattr(Case, "answer", answer)
     result = run_json(*command, "--run-dir", tmp_path / "run")
-    assert [(case["method"], case["reason"], case["round"]) for case in result["failures"]] == [
+    assert [(case["case"]["method"], case["reason"], case["round"]) for case in result["failures"]] == [
         ("random", "refused", 2)
     ]
     assert len(result["results"]) == CASES - 1
@@ -261,7 +261,7 @@ def test_resuming_elsewhere_is_refused(
     refused(run(*resume), "another environment", "torch 1.0 then", f"{torch.__version__} now", "git commit abc then")
 
     other = json.loads(json.dumps(plan))
-    other["cases"][1]["parameters"]["alpha"] = 0.25
+    other["cases"][1]["case"]["parameters"]["alpha"] = 0.25
     (directory / "plan.json").write_text(json.dumps(other))
     refused(run(*resume), "mmtok @ 4 has changed", "alpha 0.25 then, 0.5 now")
 
@@ -318,3 +318,12 @@ def test_two_processes_do_not_measure_into_one_directory(
 def test_not_written_is_told_from_refused(tmp_path: Path) -> None:
     with pytest.raises(NotWrittenError, match="could not be written"):
         RunDirectory.create(Path("/proc/run"), Comparison.model_construct())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("written", ["mmtok.plan/1", "mmtok.plan/99"])
+def test_a_run_in_another_format_is_refused_by_its_version(written: str, tmp_path: Path) -> None:
+    directory = tmp_path / "old"
+    directory.mkdir()
+    (directory / "plan.json").write_text(json.dumps({"schema": written, "environment": {"mmtok": "0.0.7"}, "cases": 3}))
+    for command in (("report", directory), ("compare", "--resume", "--run-dir", directory)):
+        refused(run(*command), written, "mmtok 0.0.7", "mmtok.plan/2")

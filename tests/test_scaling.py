@@ -22,10 +22,11 @@ from mmtok_cli.models.llava import Llava
 from mmtok_cli.pipeline import reduce
 from mmtok_cli.report.console import results_console
 from mmtok_cli.report.scaling import growth_table, scaling_table
+from mmtok_cli.results.schema import CaseId
 from mmtok_cli.timing import scaling
 from mmtok_cli.timing.runner import Case
 from mmtok_cli.timing.scaling import (
-    Point,
+    ScalingPoint,
     check_scaling,
     fit_exponent,
     growth_of,
@@ -42,12 +43,11 @@ def case(name: str, budget: Budget | None = None, **parameters: object) -> Case:
     return Case(name, make_method(name, **parameters), budget)
 
 
-def point(tokens: int, select: float, prefill: float = 1.0, method: str = "mmtok") -> Point:
-    return Point(
+def point(tokens: int, select: float, prefill: float = 1.0, method: str = "mmtok") -> ScalingPoint:
+    return ScalingPoint(
         tokens=tokens,
         kept=4,
-        method=method,
-        budget="4",
+        case=CaseId(method=method, parameters={}, budget="4"),
         select_seconds=select,
         prefill_seconds=prefill,
         select_values=[select, select, 2 * select],
@@ -96,7 +96,11 @@ def test_what_keeps_every_token_selects_nothing() -> None:
 
 def test_refused_points_are_no_part_of_a_fit() -> None:
     points = [point(n, 1e-9 * n**2) for n in (100, 400, 1600)]
-    points.append(Point(tokens=6400, method="mmtok", budget="4", refused="needs 12.3 GiB, has 3.02"))
+    points.append(
+        ScalingPoint(
+            tokens=6400, case=CaseId(method="mmtok", parameters={}, budget="4"), refused="needs 12.3 GiB, has 3.02"
+        )
+    )
     fit = next(growth_of(points, []))
     assert fit.tokens == [100, 400, 1600] and fit.exponent == pytest.approx(2)
 
@@ -109,7 +113,7 @@ def test_counts_at_any_grid(budget: Budget, vlm: VisionLanguageModel, samples: l
     for tokens in (16, 64):
         for found in measure_size(vlm, cases, samples[1], tokens, runs=2, warmup=1, seed=0):
             assert found.tokens == tokens and not found.refused
-            assert found.kept == (tokens if found.method == "full" else budget.resolve(tokens))
+            assert found.kept == (tokens if found.case.method == "full" else budget.resolve(tokens))
             assert len(found.select_values) == len(found.prefill_values) == 2
             assert found.select_seconds == pytest.approx(sum(found.select_values) / 2)
             assert min(found.prefill_values) > 0
@@ -163,7 +167,7 @@ def test_what_does_not_fit_is_refused(tiny_sdpa: Llava, samples: list[Sample], m
     assert whole.select_seconds and not whole.refused
     assert loop.select_seconds is None and loop.refused is not None and loop.refused.startswith("needs 0.00")
     assert "mmtok:loop needs 0.00" in shown(scaling_table([whole, loop]), 80)
-    assert Point.model_validate_json(loop.model_dump_json()) == loop
+    assert ScalingPoint.model_validate_json(loop.model_dump_json()) == loop
 
 
 @pytest.mark.parametrize(
@@ -206,7 +210,9 @@ def test_tables_fit_and_say_what_was_fitted() -> None:
     points[2] = points[2].model_copy(update={"select_seconds": 1e-7})
     growth = list(growth_of(points, [point(81, 1e-7, 1e-7)]))
     assert "576 1024 4096 9216 16384" in shown(growth_table(growth, [p.tokens for p in points]), 80)
-    refusal = Point(tokens=16384, method="mmtok:loop", budget="4", refused="needs 12.3 GiB, has 3.02")
+    refusal = ScalingPoint(
+        tokens=16384, case=CaseId(method="mmtok:loop", parameters={}, budget="4"), refused="needs 12.3 GiB, has 3.02"
+    )
     text = shown(scaling_table([*points, refusal]), 80)
     assert "mmtok:loop needs 12.3 GiB, has 3.02 " in text and "…" not in text
     table = shown(scaling_table(points), 80)
@@ -221,7 +227,7 @@ def test_names_of_methods_are_no_emoji(capsys: pytest.CaptureFixture[str]) -> No
 def test_interrupting_keeps_the_sizes_that_were_measured(
     tiny_directory: Path, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def measure(model: Llava, cases: list[Case], sample: Sample, tokens: int, **options: object) -> list[Point]:
+    def measure(model: Llava, cases: list[Case], sample: Sample, tokens: int, **options: object) -> list[ScalingPoint]:
         if tokens == stop:
             raise KeyboardInterrupt
         return [point(tokens, 1.0, method=case.name) for case in cases]
@@ -243,15 +249,15 @@ def test_command(tiny_directory: Path, photo: Path, tmp_path: Path) -> None:
     command = ("profile", photo, QUESTION, "-m", tiny_directory, "-b", "10%", "--method", "mmtok,mmtok:loop")
     command += ("--runs", 2, "--warmup", 1, "--max-new-tokens", 2, "--trace-dir", tmp_path / "traces")
     result = run_json(*command, "--scaling", "--scaling-tokens", "324,100,196", "--plot", plot)
-    assert result["schema"] == "mmtok.profile/1" and not result["interrupted"]
-    assert [c["method"] for c in result["cases"]] == ["full", "mmtok", "mmtok:loop"]
-    assert [(p["tokens"], p["method"], p["kept"]) for p in result["scaling"]] == [
+    assert result["schema"] == "mmtok.profile/2" and not result["interrupted"]
+    assert [c["case"]["method"] for c in result["cases"]] == ["full", "mmtok", "mmtok:loop"]
+    assert [(p["tokens"], p["case"]["method"], p["kept"]) for p in result["scaling"]] == [
         (n, method, n if method == "full" else n // 10)
         for n in (100, 196, 324)
         for method in ("full", "mmtok", "mmtok:loop")
     ]
     assert all(p["select_seconds"] > 0 and p["prefill_seconds"] > 0 for p in result["scaling"])
-    assert {(g["method"], g["stage"]) for g in result["growth"]} == {
+    assert {(g["case"]["method"], g["stage"]) for g in result["growth"]} == {
         (method, stage) for method in ("full", "mmtok", "mmtok:loop") for stage in ("select", "prefill")
     }
     assert [p["tokens"] for p in result["fixed"]] == [64] * 3

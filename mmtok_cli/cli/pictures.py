@@ -157,7 +157,7 @@ def _said(store: RunDirectory, case: int, number: int) -> str:
     plan = store.plan
     for batch in store.asked.values():
         for outcome in batch.outcomes:
-            asked, mine = plan.cases[outcome.case], plan.cases[case]
+            asked, mine = plan.cases[outcome.case].case, plan.cases[case].case
             if outcome.number == number and (asked.method, asked.budget) == (mine.method, mine.budget):
                 return f"“{outcome.answer}”"
     return ""

@@ -249,10 +249,10 @@ def _with_scaling(
 ) -> ScalingProfile:
     """The profile with what is measured against the number of tokens: as far as that went, if it is interrupted."""
     from mmtok_cli.report.console import progress_bar
-    from mmtok_cli.timing.scaling import Point, ScalingProfile, growth_of, measure_size, smallest_size
+    from mmtok_cli.timing.scaling import ScalingPoint, ScalingProfile, growth_of, measure_size, smallest_size
 
     smallest = smallest_size(model, cases, sample, sizes)
-    points: dict[int, list[Point]] = {}
+    points: dict[int, list[ScalingPoint]] = {}
     interrupted = profile.interrupted
     with progress_bar(quiet) as progress:
         task = progress.add_task("scaling", total=len(sizes) + (smallest is not None))

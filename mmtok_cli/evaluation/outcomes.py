@@ -8,11 +8,9 @@ from typing import Any
 from mmtok_cli.evaluation.records import common_outcomes, dataset_of, refusals_of
 from mmtok_cli.evaluation.remaining import asked_cases
 from mmtok_cli.evaluation.summary import Quality, judge
-from mmtok_cli.results.records import PlannedCase, digest
+from mmtok_cli.results.records import digest
 from mmtok_cli.results.run_directory import RunDirectory
-from mmtok_cli.results.schema import FailedCase, Score
-
-NAMED = {"method", "parameters", "budget", "batch_size", "again"}  # what a failure has of the case that it is of
+from mmtok_cli.results.schema import CaseId, FailedCase, Score
 
 
 def qualities(store: RunDirectory) -> dict[str, Quality]:
@@ -29,19 +27,19 @@ def qualities(store: RunDirectory) -> dict[str, Quality]:
         return {}
     dataset = dataset_of(plan.data, plan.metric, batches, plan.samples)
     verdicts = judge(dataset, outcomes, len(asked), seed=plan.seed)
-    return {identity(plan.cases[case]): verdict for case, verdict in zip(asked, verdicts, strict=True)}
+    return {identity(plan.cases[case].case): verdict for case, verdict in zip(asked, verdicts, strict=True)}
 
 
-def identity(case: PlannedCase) -> str:
+def identity(case: CaseId) -> str:
     """What a case shares with itself at another batch size, where it answers the same."""
-    return digest(case.model_dump(exclude={"key", "batch_size"}))
+    return digest(case.model_dump(exclude={"batch_size"}))
 
 
 def unasked(store: RunDirectory) -> list[FailedCase]:
     """Cases that were timed and could not be asked."""
     return [
         FailedCase(
-            **store.plan.cases[case].model_dump(include=NAMED),
+            case=store.plan.cases[case].case,
             round=None,
             reason=refusal.reason,
             message=refusal.message,

@@ -41,8 +41,8 @@ def questions_left(store: RunDirectory) -> Questions | None:
 def asked_cases(store: RunDirectory) -> tuple[int, list[int]]:
     """The size of the batches that are asked, and the cases that are, the baseline first; 0 and none if nobody is."""
     plan = store.plan
-    for size in sorted({case.batch_size for case in plan.cases}, reverse=True):
-        cases = [i for i, case in enumerate(plan.cases) if case.batch_size == size]
+    for size in sorted({planned.case.batch_size for planned in plan.cases}, reverse=True):
+        cases = [i for i, planned in enumerate(plan.cases) if planned.case.batch_size == size]
         if cases[0] not in store.failures:
             return size, [case for case in cases if case not in store.failures]
     return 0, []

@@ -20,7 +20,7 @@ from mmtok_cli.report.units import seconds, share
 FEW = 3
 
 if TYPE_CHECKING:
-    from mmtok_cli.results.planning import Estimate, EstimatedCase
+    from mmtok_cli.results.planning import Estimate
     from mmtok_cli.results.schema import CaseResult, Comparison
 
 
@@ -50,8 +50,8 @@ def failure_notes(comparison: Comparison) -> list[str]:
     lines = []
     for failed in comparison.unasked:
         lines.append(
-            f"{failed}: {failed.reason} when it was asked in batches of {failed.batch_size}, so that its answers are "
-            f"not judged: {failed.message}"
+            f"{failed}: {failed.reason} during evaluation with batch size {failed.case.batch_size}; "
+            f"its answers are not scored: {failed.message}"
         )
     for failed in comparison.failures:
         when = "while it was warming up" if failed.round is None else f"in round {failed.round + 1}"
@@ -60,14 +60,16 @@ def failure_notes(comparison: Comparison) -> list[str]:
             if failed.reason == "out of memory"
             else "choose what suits all samples, or leave it out"
         )
-        lines.append(f"{failed} (batches of {failed.batch_size}): {failed.reason} {when}: {failed.message}; {remedy}")
+        lines.append(
+            f"{failed} (batches of {failed.case.batch_size}): {failed.reason} {when}: {failed.message}; {remedy}"
+        )
     return lines
 
 
 def comparison_notes(comparison: Comparison) -> list[str]:
     """How to read the tables, and what to do where they do not settle the matter."""
     others = [result for result in comparison.results if not is_baseline(result)]
-    methods = [result for result in others if not result.again]
+    methods = [result for result in others if not result.case.again]
     notes = [
         "times are medians over rounds, of a whole batch; speedups are paired within rounds, with a 95 % interval",
         "TTFT, the time to the first token: prepare, encode, select and prefill. KV cache and FLOPs are per sample",
@@ -121,14 +123,17 @@ def overhead_notes(results: Sequence[CaseResult]) -> list[str]:
     """What each method costs, at the budget where that is most."""
     largest: dict[str, float] = {}
     for result in results:
-        largest[result.method] = max(result.overhead, largest.get(result.method, 0.0))
+        method = result.case.method
+        largest[method] = max(result.overhead, largest.get(method, 0.0))
     shares = ", ".join(f"{method} {share(value)}" for method, value in largest.items())
     return [f"choosing tokens costs, as a share of encode and prefill: {shares}"] if shares else []
 
 
 def position_notes(results: Sequence[CaseResult]) -> list[str]:
     """A warning where methods differ in what they do with positions."""
-    keeping, counting = ({r.method: None for r in results if r.positions == policy} for policy in ("keep", "renumber"))
+    keeping, counting = (
+        {r.case.method: None for r in results if r.positions == policy} for policy in ("keep", "renumber")
+    )
     if not keeping or not counting:
         return []
     return [
@@ -222,7 +227,13 @@ def plan_table(plan: Estimate) -> Table:
     for place, case in enumerate(plan.cases):
         one = "out of memory" if case.seconds is None else seconds(case.seconds)
         table.add_row(
-            str(place), _name(case), case.budget or "–", str(case.batch_size), str(case.rounds), str(plan.runs), one
+            str(place),
+            case.case.title,
+            case.case.budget or "–",
+            str(case.case.batch_size),
+            str(case.rounds),
+            str(plan.runs),
+            one,
         )
     return table
 
@@ -242,10 +253,6 @@ def duration(value: float) -> str:
         return seconds(value)
     minutes = round(value / 60)
     return f"{minutes} minutes" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def _name(case: EstimatedCase) -> str:
-    return f"{case.method} (again)" if case.again else case.method
 
 
 def _count(number: int, noun: str, plural: str = "s") -> str:

@@ -55,7 +55,7 @@ class Row:
 
     @property
     def title(self) -> str:
-        return self.case.title
+        return self.case.case.title
 
 
 def rows(comparison: Comparison, columns: Sequence[Column]) -> list[Row]:
@@ -65,7 +65,10 @@ def rows(comparison: Comparison, columns: Sequence[Column]) -> list[Row]:
 
 
 def _failed_row(failed: FailedCase, columns: Sequence[Column]) -> Row:
-    said = {KEPT.heading: Cell(failed.budget or "–"), BATCH.heading: Cell(str(failed.batch_size), failed.batch_size)}
+    said = {
+        KEPT.heading: Cell(failed.case.budget or "–"),
+        BATCH.heading: Cell(str(failed.case.batch_size), failed.case.batch_size),
+    }
     return Row(failed, failed.reason, tuple(said.get(column.heading, Cell()) for column in columns))
 
 
@@ -199,7 +202,7 @@ def _flips(case: CaseResult) -> Cell:
 
 def _kept(case: CaseResult) -> Cell:
     if trouble(case):
-        return Cell(case.budget or "–")
+        return Cell(case.case.budget or "–")
     return Cell(f"{number(case.tokens.kept)}/{number(case.tokens.total)}", case.tokens.kept)
 
 
@@ -208,4 +211,4 @@ def _layer_average(case: CaseResult) -> Cell:
 
 
 KEPT = Column("kept", "vision tokens behind the last reduction, of those of the image", _kept)
-BATCH = Column("batch", "samples in a batch", lambda case: Cell(str(case.batch_size), case.batch_size))
+BATCH = Column("batch", "samples in a batch", lambda case: Cell(str(case.case.batch_size), case.case.batch_size))

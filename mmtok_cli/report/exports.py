@@ -89,7 +89,9 @@ def csv_text(comparison: Comparison) -> str:
 
 def _flat(case: CaseResult | FailedCase) -> Iterator[tuple[str, Any]]:
     """Names and values of one case's columns. A part that is missing has none."""
-    for field, value in case:
+    for field, value in [*case.case, *case]:
+        if field == "case":
+            continue
         if field == "parameters":
             yield field, json.dumps(value, default=str)
         elif isinstance(case, FailedCase) and field in ("round", "reason", "message"):

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmtok_cli.files import write_whole
-from mmtok_cli.report.scaling import case_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from mmtok_cli.results.schema import CaseResult, Comparison
-    from mmtok_cli.timing.scaling import Point, ScalingProfile
+    from mmtok_cli.timing.scaling import ScalingPoint, ScalingProfile
 
 
 def save_gain_curve(gains: Sequence[float], path: Path, title: str) -> None:
@@ -47,7 +46,7 @@ def save_tradeoff(comparison: Comparison, path: Path) -> None:
     scored = baseline.score is not None
     methods: dict[str, list[CaseResult]] = defaultdict(list)
     for result in results:
-        methods[result.method].append(result)
+        methods[result.case.method].append(result)
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     by_tokens, by_time = figure.subplots(1, 2, sharey=True)
@@ -89,11 +88,11 @@ def save_scaling(profile: ScalingProfile, path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
-    cases: dict[str, list[Point]] = defaultdict(list)
+    cases: dict[str, list[ScalingPoint]] = defaultdict(list)
     for point in profile.scaling:
         if not point.refused:
-            cases[case_name(point)].append(point)
-    fits = {(case_name(fit), fit.stage): fit for fit in profile.growth}
+            cases[str(point)].append(point)
+    fits = {(str(fit), fit.stage): fit for fit in profile.growth}
     sizes = sorted({point.tokens for point in profile.scaling})
     for axes, stage in zip(figure.subplots(1, 2), ("select", "prefill"), strict=True):
         for color, (name, points) in enumerate(cases.items()):

@@ -69,7 +69,7 @@ def ceiling_table(profile: CeilingProfile) -> Table:
     ceilings, stages = profile.ceilings, ("encode", "select", "prefill")
     table = _table("Against the device's ceilings", [f"{stage} FLOP/s" for stage in stages] + ["decode B/s"])
     for case in profile.achieved:
-        name = case.method if case.budget is None else f"{case.method} @ {case.budget}"
+        name = str(case)
         flops = [_of_ceiling(case.flops_per_second.get(stage), ceilings.flops_per_second) for stage in stages]
         table.add_row(name, *flops, _of_ceiling(case.decode_bytes_per_second, ceilings.bytes_per_second))
     ceiling = count(ceilings.flops_per_second)

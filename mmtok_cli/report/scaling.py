@@ -13,10 +13,10 @@ from mmtok_cli.report.tables import plain_table
 from mmtok_cli.report.units import seconds, size
 
 if TYPE_CHECKING:
-    from mmtok_cli.timing.scaling import Growth, Point, ScalingProfile
+    from mmtok_cli.timing.scaling import Growth, ScalingPoint, ScalingProfile
 
 
-def scaling_table(points: Sequence[Point]) -> Table:
+def scaling_table(points: Sequence[ScalingPoint]) -> Table:
     """A row for each case at each number of tokens."""
     table = plain_table("Against the number of vision tokens: medians")
     with_peaks = any(point.peak is not None for point in points)
@@ -29,12 +29,12 @@ def scaling_table(points: Sequence[Point]) -> Table:
             first, bold = (str(tokens), "bold") if rank == 0 else ("", "")
             if point.refused:
                 cells = ["–", "–", "–", *(["–"] if with_peaks else []), "0"]
-                table.add_row(first, f"{point.method} {point.refused}", *cells, style="dim")
+                table.add_row(first, f"{point.case.method} {point.refused}", *cells, style="dim")
                 continue
             chosen = "–" if point.kept == point.tokens else seconds(point.select_seconds or 0)
             peaks = [size(point.peak)] if with_peaks else []
             after = [seconds(point.prefill_seconds or 0), *peaks, str(len(point.select_values))]
-            table.add_row(first, point.method, str(point.kept), chosen, *after, style=bold)
+            table.add_row(first, point.case.method, str(point.kept), chosen, *after, style=bold)
         table.add_section()
     return table
 
@@ -47,7 +47,7 @@ def growth_table(growth: Sequence[Growth], sizes: Sequence[int]) -> Table:
     table.add_column("exponent", justify="right", no_wrap=True)
     table.add_column("fixed", justify="right", no_wrap=True)
     table.add_column("fitted at tokens")
-    for name, group in groupby(growth, key=case_name):
+    for name, group in groupby(growth, key=str):
         rows = [fit for fit in group if fit.exponent is not None]
         for rank, fit in enumerate(rows):
             fixed = "–" if fit.fixed_seconds is None else seconds(fit.fixed_seconds)
@@ -66,10 +66,6 @@ def _points(used: Sequence[int], sizes: Sequence[int]) -> str:
     """ "1024–16384 (5 points)", or all of them where some between were left out."""
     between = [tokens for tokens in sizes if used[0] <= tokens <= used[-1]]
     return f"{used[0]}–{used[-1]} ({len(used)} points)" if between == list(used) else " ".join(map(str, used))
-
-
-def case_name(case: Growth | Point) -> str:
-    return case.method if case.budget is None else f"{case.method} @ {case.budget}"
 
 
 def scaling_notes(profile: ScalingProfile, context_length: int) -> list[str]:

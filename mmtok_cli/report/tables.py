@@ -42,7 +42,7 @@ def speedup_text(speedup: Speedup | None) -> Text:
 
 def is_baseline(result: CaseResult) -> bool:
     """Whether a case is the unreduced one that the others are measured against."""
-    return result.method == "full" and not result.again
+    return result.case.is_baseline
 
 
 def by_batch_size(comparison: Comparison) -> list[Comparison]:
@@ -54,8 +54,8 @@ def by_batch_size(comparison: Comparison) -> list[Comparison]:
         comparison.model_copy(
             update={
                 "schedule": comparison.schedule.model_copy(update={"batch_size": size}),
-                "results": [result for result in comparison.results if result.batch_size == size],
-                "failures": [failed for failed in comparison.failures if failed.batch_size == size],
+                "results": [result for result in comparison.results if result.case.batch_size == size],
+                "failures": [failed for failed in comparison.failures if failed.case.batch_size == size],
             }
         )
         for size in sizes
@@ -76,8 +76,8 @@ def speed_table(comparison: Comparison) -> Table:
         ],
     )
     for failed in comparison.failures:
-        kept = "–" if failed.budget is None else failed.budget
-        table.add_row(failed.title, kept, "–", "–", Text(failed.reason, style="red"), "–", "–")
+        kept = "–" if failed.case.budget is None else failed.case.budget
+        table.add_row(failed.case.title, kept, "–", "–", Text(failed.reason, style="red"), "–", "–")
     return table
 
 
@@ -215,7 +215,7 @@ def cost_table(profile: Profile) -> Table:
 
 def operator_table(operators: Sequence[Operator], top: int) -> Table:
     """The operators of one case that take longest themselves, by stage."""
-    table = plain_table(f"Top operators of {operators[0].method} (from the trace)")
+    table = plain_table(f"Top operators of {operators[0].case} (from the trace)")
     table.add_column("stage", no_wrap=True)
     table.add_column("operator")
     for heading in ("calls", "CPU", "device"):
@@ -258,7 +258,7 @@ def case_table(title: str, results: Sequence[CaseResult], columns: Sequence[Colu
         table.add_column(heading, justify="right", no_wrap=not heading.startswith("speedup"))
     for result in results:
         style = "bold" if is_baseline(result) else ""
-        table.add_row(result.title, _tokens(result), *(cell(result) for _, cell in columns), style=style)
+        table.add_row(result.case.title, _tokens(result), *(cell(result) for _, cell in columns), style=style)
     return table
 
 

@@ -114,4 +114,4 @@ def _sizes(comparison: Comparison) -> list[int]:
 
 
 def _named(case: NamedCase, run: str) -> NamedCase:
-    return case.model_copy(update={"run": run})
+    return case.model_copy(update={"case": case.case.model_copy(update={"run": run})})

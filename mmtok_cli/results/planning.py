@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 from pydantic import Field
@@ -11,9 +11,9 @@ from pydantic import Field
 from mmtok_cli.data.datasets import Metric
 from mmtok_cli.data.samples import Sample, batches
 from mmtok_cli.errors import MMTokError
-from mmtok_cli.results.records import Plan, PlannedCase, digest_of_samples, with_key
+from mmtok_cli.results.records import Plan, digest_of_samples, planned_case
 from mmtok_cli.results.schedule import rotation
-from mmtok_cli.results.schema import Environment, Record
+from mmtok_cli.results.schema import CaseId, Environment, OfCase, Record
 from mmtok_cli.rules import Rules
 from mmtok_cli.timing.runner import Case
 
@@ -21,13 +21,9 @@ SHOWN_ROUNDS = 5
 MOST_ROUNDS = 30  # unless more are asked for: by then intervals are as narrow as the machine's own unrest allows
 
 
-class EstimatedCase(Record):
+class EstimatedCase(OfCase):
     """A case, in how many rounds it runs, and the seconds of one run; None where it ran out of memory."""
 
-    method: str
-    budget: str | None
-    batch_size: int
-    again: bool
     rounds: int
     seconds: float | None
 
@@ -38,7 +34,7 @@ class Estimate(Record):
     order: the first rounds, each the places of its cases in the order in which they run.
     """
 
-    schema_: Literal["mmtok.estimate/1"] = Field(default="mmtok.estimate/1", alias="schema")
+    schema_: Literal["mmtok.estimate/2"] = Field(default="mmtok.estimate/2", alias="schema")
     model: str
     environment: Environment
     cases: list[EstimatedCase]
@@ -116,6 +112,7 @@ def make_plan(
     turns = rotation([case.batch_size for case in cases], timed or len(samples), rounds, seed, MOST_ROUNDS)
     common = {
         "model": model,
+        "rules": asdict(rules),
         "data": digest_of_samples(samples),
         "max_new_tokens": max_new_tokens,
         "runs": runs,
@@ -128,7 +125,7 @@ def make_plan(
         model=model,
         options=dict(options),
         rules=rules,
-        cases=[with_key(case.planned(), environment, common) for case in cases],
+        cases=[planned_case(case.id, environment, common) for case in cases],
         environment=environment,
         data=data,
         data_digest=common["data"],
@@ -157,7 +154,7 @@ def require_same(then: Plan, now: Plan) -> None:
             "restore that and resume, or begin a new run without --resume; figures of the two do not belong together",
         )
     for before, after in zip(then.cases, now.cases, strict=False):
-        differences = _differences(_resolved(before), _resolved(after))
+        differences = _differences(_resolved(before.case) | vars(then.rules), _resolved(after.case) | vars(now.rules))
         if differences:
             raise MMTokError(f"{before} has changed: {'; '.join(differences)}", "begin a new run without --resume")
     if [case.key for case in then.cases] != [case.key for case in now.cases]:
@@ -175,14 +172,11 @@ def estimate(plan: Plan, seconds: Sequence[float | None]) -> Estimate:
         environment=plan.environment,
         cases=[
             EstimatedCase(
-                method=case.method,
-                budget=case.budget,
-                batch_size=case.batch_size,
-                again=case.again,
+                case=planned.case,
                 rounds=turns.turns_of(i),
                 seconds=seconds[i],
             )
-            for i, case in enumerate(plan.cases)
+            for i, planned in enumerate(plan.cases)
         ],
         samples=plan.samples,
         seed=plan.seed,
@@ -200,12 +194,12 @@ def _quality_seconds(plan: Plan, seconds: Sequence[float | None]) -> float:
     """Every sample is read back to each case and then answered, which is two runs."""
     if not plan.quality:
         return 0.0
-    size = max(case.batch_size for case in plan.cases)
+    size = max(planned.case.batch_size for planned in plan.cases)
     batches = -(-plan.samples // size)
     return sum(
         2 * batches * one
-        for case, one in zip(plan.cases, seconds, strict=True)
-        if one is not None and case.batch_size == size and not case.again
+        for planned, one in zip(plan.cases, seconds, strict=True)
+        if one is not None and planned.case.batch_size == size and not planned.case.again
     )
 
 
@@ -213,9 +207,8 @@ def _where(environment: Environment) -> dict[str, Any]:
     return environment.model_dump(exclude={"command"})
 
 
-def _resolved(case: PlannedCase) -> dict[str, Any]:
-    plain = case.model_dump(exclude={"key", "parameters", "rules"})
-    return {**plain, **case.parameters, **vars(case.rules)}
+def _resolved(case: CaseId) -> dict[str, Any]:
+    return {**case.model_dump(exclude={"parameters"}), **case.parameters}
 
 
 def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ from mmtok_cli.data.datasets import Metric
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.pipeline import TokenCounts
 from mmtok_cli.results.schedule import Rotation
-from mmtok_cli.results.schema import Environment, FlopCoverage, Record
+from mmtok_cli.results.schema import CaseId, Environment, FlopCoverage, OfCase, Record
 from mmtok_cli.rules import Positions, Rules
 from mmtok_cli.timing.gpu import GpuState
 
@@ -70,20 +70,10 @@ class Counted(Record):
     coverage: FlopCoverage
 
 
-class PlannedCase(Record):
-    """A case as it was resolved. key: a digest of it and of all else that its figures depend on."""
+class PlannedCase(OfCase):
+    """A case with a digest of it and of everything else that its figures depend on."""
 
-    method: str
-    parameters: dict[str, Any]
-    budget: str | None
-    rules: Rules
-    batch_size: int = 1
-    again: bool = False
-    key: str = ""
-
-    def __str__(self) -> str:
-        name = self.method if self.budget is None else f"{self.method} @ {self.budget}"
-        return f"{name} (again)" if self.again else name
+    key: str
 
 
 class Plan(Record):
@@ -95,7 +85,7 @@ class Plan(Record):
     are scored. left_out: a line for each part of the data that could not be used.
     """
 
-    schema_: Literal["mmtok.plan/1"] = Field(default="mmtok.plan/1", alias="schema")
+    schema_: Literal["mmtok.plan/2"] = Field(default="mmtok.plan/2", alias="schema")
     model: str
     options: dict[str, Any]
     rules: Rules
@@ -119,14 +109,14 @@ class Plan(Record):
 
     def rotation(self) -> Rotation:
         """Whose turn it is in which round."""
-        sizes = tuple(case.batch_size for case in self.cases)
+        sizes = tuple(planned.case.batch_size for planned in self.cases)
         batches = {size: (self.timed or self.samples) // size for size in sizes}
         return Rotation(sizes, batches, self.rounds, self.seed, self.every_round)
 
     def baseline_of(self, case: int) -> int:
         """The unreduced case of the same batch size: the first that has this size."""
-        size = self.cases[case].batch_size
-        return next(i for i, other in enumerate(self.cases) if other.batch_size == size)
+        size = self.cases[case].case.batch_size
+        return next(i for i, other in enumerate(self.cases) if other.case.batch_size == size)
 
 
 def plain(value: Any) -> Any:
@@ -155,8 +145,7 @@ def digest_of_samples(samples: Sequence[Sample]) -> str:
     return digest([[s.image_ids, s.question, s.answer, s.answers, s.kind] for s in samples])
 
 
-def with_key(case: PlannedCase, environment: Environment, common: Mapping[str, Any]) -> PlannedCase:
+def planned_case(case: CaseId, environment: Environment, common: Mapping[str, Any]) -> PlannedCase:
     """The case with the digest of itself, what all cases have in common, and what it is measured on."""
-    keyless = case.model_dump(exclude={"key"})
     where = environment.model_dump(exclude={"command"})
-    return case.model_copy(update={"key": digest([keyless, where, dict(common)])})
+    return PlannedCase(case=case, key=digest([case.model_dump(), where, dict(common)]))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from mmtok_cli import __version__
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.evaluation.records import AskedBatch
 from mmtok_cli.files import write_whole
@@ -13,6 +15,7 @@ from mmtok_cli.results.records import Counted, Failure, Plan, Run, digest
 from mmtok_cli.results.schema import Kind, Record, from_json, json_text
 
 PLAN = "plan.json"
+PLAN_FORMAT = Plan.model_fields["schema_"].default
 
 
 class NotWrittenError(MMTokError):
@@ -47,6 +50,7 @@ class RunDirectory:
         """A run that was begun. Raises MMTokError where there is none, and for a file that cannot be read."""
         if not (path / PLAN).is_file():
             raise MMTokError(f"{path} holds no run: there is no {PLAN} in it", "name one with --run-dir")
+        _require_format(path / PLAN)
         directory = cls(path, _read(path / PLAN, Plan))
         keys = [case.key for case in directory.plan.cases]
         for file in sorted((path / "rounds").glob("*.json")):
@@ -133,6 +137,21 @@ def _read(path: Path, kind: type[Kind]) -> Kind:
     except (OSError, ValueError) as error:
         hint = "begin a new run" if path.name == PLAN else "delete this file; what it held will be measured again"
         raise MMTokError(f"{path} cannot be read", hint) from error
+
+
+def _require_format(path: Path) -> None:
+    """Refuse a plan that another version of mmtok wrote in another format."""
+    try:
+        written = json.loads(path.read_text(encoding="utf-8"))
+        found, version = written["schema"], written["environment"]["mmtok"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # reading it as a plan says what is wrong
+    if found != PLAN_FORMAT:
+        raise MMTokError(
+            f"{path.parent} was written by mmtok {version} in the format {found}; "
+            f"mmtok {__version__} reads {PLAN_FORMAT}",
+            f"read it with mmtok {version}, or start a new run in another directory",
+        )
 
 
 def _require_key(path: Path, case: int, key: str, keys: list[str]) -> None:

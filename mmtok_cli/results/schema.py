@@ -198,20 +198,53 @@ class Flips(Record):
     p_value: float
 
 
-class CaseResult(Record):
-    """One method at one budget and one batch size. FLOPs are per sample, by stage, counted on the first batch.
+class CaseId(Record):
+    """A case, which is a row of every table: a method with its parameters, at a budget and a batch size.
 
-    positions: whether kept tokens kept their positions. overhead: seconds of select / (encode + prefill), median.
-    again: the baseline once more, as if it were a method: what it gains or loses is noise.
-    outliers: which of the values of `ttft` are far above the rest. drift: of `ttft`, if there is any.
-    score: F1 where answers are yes or no, else the mean; it and all below belong to the method and its budget, whatever
-    the batch size, and are None where they were not asked for. retention_low, retention_high: 95 %. run: which of
-    several runs the case belongs to.
+    budget: "64", "10%"; None where the method takes none. again: the baseline measured a second time as if it were a
+    method, so that what it gains or loses is noise. run: the label of the run, where several runs are merged.
     """
 
     method: str
     parameters: dict[str, Any]
     budget: str | None
+    batch_size: int = 1
+    again: bool = False
+    run: str | None = None
+
+    def __str__(self) -> str:
+        return self.title if self.budget is None else f"{self.title} @ {self.budget}"
+
+    @property
+    def title(self) -> str:
+        """The case without its budget, for tables that have a column for it."""
+        name = f"{self.method} (again)" if self.again else self.method
+        return f"{self.run}: {name}" if self.run else name
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether this is the unreduced model that the others are compared with."""
+        return self.method == "full" and not self.again
+
+
+class OfCase(Record):
+    """Anything that is said of one case, and is shown under its name."""
+
+    case: CaseId
+
+    def __str__(self) -> str:
+        return str(self.case)
+
+
+class CaseResult(OfCase):
+    """What was measured of a case. FLOPs are per sample, by stage, counted on the first batch.
+
+    positions: whether kept tokens kept their positions. overhead: seconds of select / (encode + prefill), median.
+    outliers: which of the values of `ttft` are far above the rest. drift: of `ttft`, if there is any.
+    score: F1 where answers are yes or no, else the mean; it and all below belong to the method and its budget, whatever
+    the batch size, and are None where they were not asked for. retention_low, retention_high: 95 %.
+    """
+
     positions: Positions
     tokens: Tokens
     seconds: dict[str, Times]
@@ -219,8 +252,6 @@ class CaseResult(Record):
     overhead: float
     memory: Memory
     flops: dict[str, float]
-    batch_size: int = 1
-    again: bool = False
     flop_coverage: FlopCoverage | None = None
     gpu: GpuUse | None = None
     outliers: list[int] = []
@@ -233,41 +264,18 @@ class CaseResult(Record):
     flips: Flips | None = None
     yes_no: YesNo | None = None
     fidelity: Fidelity | None = None
-    run: str | None = None
-
-    def __str__(self) -> str:
-        return self.title if self.budget is None else f"{self.title} @ {self.budget}"
-
-    @property
-    def title(self) -> str:
-        name = f"{self.method} (again)" if self.again else self.method
-        return f"{self.run}: {name}" if self.run else name
 
 
-class FailedCase(Record):
+class FailedCase(OfCase):
     """A case that could not be run to its end, and so has no result; or, among `unasked`, no quality.
 
     round: during which it failed, counted from 0; None while it was warming up, or asked. reason: "out of memory",
     or "refused" where a sample was such that the case could not be run on it.
     """
 
-    method: str
-    parameters: dict[str, Any]
-    budget: str | None
-    batch_size: int
     round: int | None
     reason: Literal["out of memory", "refused"]
     message: str
-    again: bool = False
-    run: str | None = None
-
-    def __str__(self) -> str:
-        return self.title if self.budget is None else f"{self.title} @ {self.budget}"
-
-    @property
-    def title(self) -> str:
-        name = f"{self.method} (again)" if self.again else self.method
-        return f"{self.run}: {name}" if self.run else name
 
 
 class Environment(Record):
@@ -329,7 +337,7 @@ class Comparison(Record):
     what else there is to know, a line each.
     """
 
-    schema_: Literal["mmtok.compare/1"] = Field(default="mmtok.compare/1", alias="schema")
+    schema_: Literal["mmtok.compare/2"] = Field(default="mmtok.compare/2", alias="schema")
     model: str
     rules: Rules
     environment: Environment
@@ -345,9 +353,9 @@ class Comparison(Record):
 
 
 class Operator(Record):
-    """One operator within one stage of a profiler trace."""
+    """One operator within one stage of the profiler trace of a case."""
 
-    method: str
+    case: str
     stage: str
     name: str
     calls: int
@@ -358,7 +366,7 @@ class Operator(Record):
 class Profile(Record):
     """What `mmtok profile --json` prints. stage_peaks: bytes by case and stage, from the traces."""
 
-    schema_: Literal["mmtok.profile/1"] = Field(default="mmtok.profile/1", alias="schema")
+    schema_: Literal["mmtok.profile/2"] = Field(default="mmtok.profile/2", alias="schema")
     model: str
     parameters: int
     rules: Rules

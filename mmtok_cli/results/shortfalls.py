@@ -13,11 +13,13 @@ def shortfalls(comparison: Comparison, stage: str, least: float) -> list[str]:
     """
     lines = []
     for failed in comparison.failures:
-        lines.append(f"{failed}, batch size {failed.batch_size}: {failed.reason}, so there is no speedup ({stage})")
+        lines.append(
+            f"{failed}, batch size {failed.case.batch_size}: {failed.reason}, so there is no speedup ({stage})"
+        )
     for result in comparison.results:
-        if result.method == "full" and not result.again:
+        if result.case.is_baseline:
             continue
-        name = f"{result}, batch size {result.batch_size}"
+        name = f"{result}, batch size {result.case.batch_size}"
         speedup = result.speedup.get(stage)
         if speedup is None or speedup.low is None or speedup.high is None:
             lines.append(f"{name}: the speedup ({stage}) has no interval; it takes six rounds and a baseline")

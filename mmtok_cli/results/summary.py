@@ -18,9 +18,10 @@ from mmtok_cli.evaluation.outcomes import (
     unasked,
 )
 from mmtok_cli.evaluation.remaining import questions_left
-from mmtok_cli.results.records import PlannedCase, Run
+from mmtok_cli.results.records import Run
 from mmtok_cli.results.run_directory import RunDirectory
 from mmtok_cli.results.schema import (
+    CaseId,
     CaseResult,
     Comparison,
     FailedCase,
@@ -51,11 +52,13 @@ def summarise_run(store: RunDirectory) -> Comparison:
             first = plan.baseline_of(i)
             baseline = None if first in store.failures else columns[first]
             counted = store.counted[i]
-            column = Column(plan.cases[i], runs, None if first == i else baseline, counted.flops, counted.coverage)
-            said = result_fields(found.get(identity(plan.cases[i])), is_baseline=first == i)
+            column = Column(plan.cases[i].case, runs, None if first == i else baseline, counted.flops, counted.coverage)
+            said = result_fields(found.get(identity(plan.cases[i].case)), is_baseline=first == i)
             results.append(column.result().model_copy(update=said))
-    sizes = list(dict.fromkeys(case.batch_size for case in plan.cases))
-    asked = {(case.batch_size, run.batch) for case, runs in zip(plan.cases, columns, strict=True) for run in runs}
+    sizes = list(dict.fromkeys(planned.case.batch_size for planned in plan.cases))
+    asked = {
+        (planned.case.batch_size, run.batch) for planned, runs in zip(plan.cases, columns, strict=True) for run in runs
+    }
     timed = max(size * sum(1 for other, _ in asked if other == size) for size in sizes)
     return Comparison(
         model=plan.model,
@@ -79,12 +82,7 @@ def summarise_run(store: RunDirectory) -> Comparison:
         interrupted=not is_finished(store),
         results=results,
         failures=[
-            FailedCase(
-                **plan.cases[failure.case].model_dump(
-                    include={"method", "parameters", "budget", "batch_size", "again"}
-                ),
-                **failure.model_dump(include={"round", "reason", "message"}),
-            )
+            FailedCase(case=plan.cases[failure.case].case, **failure.model_dump(include={"round", "reason", "message"}))
             for _, failure in sorted(store.failures.items())
         ],
         planned_rounds=plan.rounds,
@@ -133,7 +131,7 @@ def summarise_cases(
     """
     columns = [[runs[i] for runs in rounds] for i in range(len(cases))]
     return [
-        Column(case.planned(), columns[i], columns[0] if i else None, flops[i])
+        Column(case.id, columns[i], columns[0] if i else None, flops[i])
         .result()
         .model_copy(update=_answered(columns[i], columns[0] if i else None))
         for i, case in enumerate(cases)
@@ -156,7 +154,7 @@ def _answered(runs: Sequence[Run], baseline: Sequence[Run] | None) -> dict[str, 
 class Column:
     """All runs of one case, and those of the baseline in the same rounds; None for the baseline itself or for none."""
 
-    case: PlannedCase
+    case: CaseId
     runs: Sequence[Run]
     baseline: Sequence[Run] | None
     flops: Mapping[str, float]
@@ -169,11 +167,7 @@ class Column:
         repeated = any(len(run.repetitions["total"]) > 1 for run in runs)
         counts = [tokens for run in once for tokens in run.tokens]
         return CaseResult(
-            method=case.method,
-            parameters=case.parameters,
-            budget=case.budget,
-            batch_size=case.batch_size,
-            again=case.again,
+            case=case,
             positions=runs[0].positions,
             tokens=Tokens(
                 total=fmean(c.total for c in counts),

@@ -13,7 +13,7 @@ import torch
 from mmtok_cli.models import hf
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.models.room import free_memory
-from mmtok_cli.results.schema import CaseResult, Profile, Record
+from mmtok_cli.results.schema import CaseResult, OfCase, Profile, Record
 from mmtok_cli.timing.clock import Clock
 from mmtok_cli.timing.partial import missing_layers
 
@@ -49,12 +49,10 @@ class Ceilings(Record):
     copy_seconds: list[float]
 
 
-class Achieved(Record):
+class Achieved(OfCase):
     """What one case achieved: counted FLOPs / median seconds by stage, and bytes of the language model's weights read
     for each decoded token / seconds per token, None where a single token was made, which prefill had left over."""
 
-    method: str
-    budget: str | None
     flops_per_second: dict[str, float]
     decode_bytes_per_second: float | None
 
@@ -103,8 +101,7 @@ def _achieved(result: CaseResult, weights_read: int) -> Achieved:
     seconds = {stage: times.median for stage, times in result.seconds.items()}
     passes = result.tokens.new - 1  # the first token comes of the prefill's logits
     return Achieved(
-        method=result.method,
-        budget=result.budget,
+        case=result.case,
         flops_per_second={
             stage: flops / seconds[stage] for stage, flops in result.flops.items() if flops > 0 and seconds[stage] > 0
         },

@@ -14,7 +14,8 @@ from mmtok_cli.errors import MMTokError
 from mmtok_cli.methods.base import Method
 from mmtok_cli.models.base import Stage, VisionLanguageModel
 from mmtok_cli.pipeline import RELEASED, Answers, answer, check_budget
-from mmtok_cli.results.records import PlannedCase, Run, parameters_of, sample_name
+from mmtok_cli.results.records import Run, parameters_of, sample_name
+from mmtok_cli.results.schema import CaseId
 from mmtok_cli.rules import Rules
 from mmtok_cli.timing.clock import Clock, with_sums
 from mmtok_cli.timing.gpu import Gpu
@@ -54,13 +55,13 @@ class Case:
             model, self.method, samples, self.budget, rules=self.rules, max_new_tokens=max_new_tokens, stage=stage
         )
 
-    def planned(self) -> PlannedCase:
+    @property
+    def id(self) -> CaseId:
         """The case as plain data."""
-        return PlannedCase(
+        return CaseId(
             method=self.name,
             parameters=parameters_of(self.method),
             budget=None if self.budget is None else str(self.budget),
-            rules=self.rules,
             batch_size=self.batch_size,
             again=self.again,
         )

@@ -18,7 +18,7 @@ from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.models.room import GIB, free_memory
 from mmtok_cli.pipeline import check_budget, inside, reduce
 from mmtok_cli.results.schedule import interleaved
-from mmtok_cli.results.schema import Record
+from mmtok_cli.results.schema import OfCase
 from mmtok_cli.timing.ceilings import CeilingProfile
 from mmtok_cli.timing.clock import Clock
 from mmtok_cli.timing.memory import peak_memory
@@ -35,14 +35,12 @@ FEWEST_POINTS = 3
 STAGES = ("select", "prefill")
 
 
-class Point(Record):
+class ScalingPoint(OfCase):
     """One case at one number of vision tokens: medians of `select_values` and `prefill_values`, whose lengths are the
     runs. refused: why nothing was measured. peak: bytes of the largest run, None where the device does not count."""
 
     tokens: int
     kept: int | None = None
-    method: str
-    budget: str | None
     select_seconds: float | None = None
     prefill_seconds: float | None = None
     select_values: list[float] = Field(default_factory=list)
@@ -51,15 +49,13 @@ class Point(Record):
     refused: str | None = None
 
 
-class Growth(Record):
+class Growth(OfCase):
     """Seconds of a stage grow as tokens ** exponent; low and high bound a 95 % interval.
 
     fixed_seconds: what the fastest run of the stage takes at the smallest grid. tokens: the points that the line was
     fitted to. Without enough of them there is no exponent.
     """
 
-    method: str
-    budget: str | None
     stage: str
     exponent: float | None
     low: float | None
@@ -71,9 +67,9 @@ class Growth(Record):
 class ScalingProfile(CeilingProfile):
     """What `mmtok profile --scaling --json` prints. fixed: the points at the smallest grid, one for each case."""
 
-    scaling: list[Point]
+    scaling: list[ScalingPoint]
     growth: list[Growth]
-    fixed: list[Point]
+    fixed: list[ScalingPoint]
 
 
 @dataclass
@@ -137,7 +133,7 @@ def measure_size(
     runs: int,
     warmup: int,
     seed: int,
-) -> list[Point]:
+) -> list[ScalingPoint]:
     """Time all cases on the sample, encoded to `tokens` vision tokens, in rounds with an order of their own.
 
     A case is run as often as fits into `PATIENCE`, at least `FEWEST_RUNS` and at most `runs` times, after `warmup`
@@ -159,7 +155,7 @@ def measure_size(
     return [_point(case, tokens, measured[i], refused.get(i)) for i, case in enumerate(cases)]
 
 
-def growth_of(points: Sequence[Point], fixed: Sequence[Point]) -> Iterator[Growth]:
+def growth_of(points: Sequence[ScalingPoint], fixed: Sequence[ScalingPoint]) -> Iterator[Growth]:
     """How select and prefill of each case grow with the tokens.
 
     A stage takes some time however few the tokens are (launching operations, waiting for each pick), which hides how
@@ -167,17 +163,16 @@ def growth_of(points: Sequence[Point], fixed: Sequence[Point]) -> Iterator[Growt
     `DOMINATES` times what the fastest run takes at the smallest grid; without such a measurement, to all. What keeps
     every token selects nothing.
     """
-    floors = {(point.method, point.budget): point for point in fixed}
-    for key in dict.fromkeys((point.method, point.budget) for point in points):
+    floors = {str(point): point for point in fixed}
+    for name, case in {str(point): point.case for point in points}.items():
         for stage in STAGES:
-            floor = min(_values(floors[key], stage), default=None) if key in floors else None
-            mine = [p for p in points if (p.method, p.budget) == key and (stage != "select" or p.kept != p.tokens)]
+            floor = min(_values(floors[name], stage), default=None) if name in floors else None
+            mine = [p for p in points if str(p) == name and (stage != "select" or p.kept != p.tokens)]
             timed = [(p.tokens, _seconds(p, stage)) for p in mine]
             used = [(n, s) for n, s in timed if s and s >= DOMINATES * (floor or 0)]
             exponent, low, high = fit_exponent(*zip(*used, strict=True)) if used else (None, None, None)
             yield Growth(
-                method=key[0],
-                budget=key[1],
+                case=case,
                 stage=stage,
                 exponent=exponent,
                 low=low,
@@ -277,16 +272,14 @@ def _run(model: VisionLanguageModel, case: Case, sample: Sample, tokens: int, do
     return sum(stages.values())
 
 
-def _point(case: Case, tokens: int, done: _Runs, refused: str | None) -> Point:
-    budget = None if case.budget is None else str(case.budget)
+def _point(case: Case, tokens: int, done: _Runs, refused: str | None) -> ScalingPoint:
     if refused:
-        return Point(tokens=tokens, method=case.name, budget=budget, refused=refused)
+        return ScalingPoint(tokens=tokens, case=case.id, refused=refused)
     values = {stage: [run[stage] for run in done.seconds] for stage in STAGES}
-    return Point(
+    return ScalingPoint(
         tokens=tokens,
         kept=done.kept,
-        method=case.name,
-        budget=budget,
+        case=case.id,
         select_seconds=median(values["select"]),
         prefill_seconds=median(values["prefill"]),
         select_values=values["select"],
@@ -295,9 +288,9 @@ def _point(case: Case, tokens: int, done: _Runs, refused: str | None) -> Point:
     )
 
 
-def _seconds(point: Point, stage: str) -> float | None:
+def _seconds(point: ScalingPoint, stage: str) -> float | None:
     return point.select_seconds if stage == "select" else point.prefill_seconds
 
 
-def _values(point: Point, stage: str) -> list[float]:
+def _values(point: ScalingPoint, stage: str) -> list[float]:
     return point.select_values if stage == "select" else point.prefill_values

@@ -114,8 +114,8 @@ def _rows(comparison: Comparison, columns: Sequence[Column]) -> list[dict[str, A
 def _subtitle(comparison: Comparison) -> str:
     schedule, environment = comparison.schedule, comparison.environment
     others: list[CaseResult] = comparison.results[1:]
-    methods = dict.fromkeys(case.title for case in others)
-    budgets = dict.fromkeys(case.budget for case in others if case.budget)
+    methods = dict.fromkeys(result.case.title for result in others)
+    budgets = dict.fromkeys(result.case.budget for result in others if result.case.budget)
     said = [
         f"{len(methods)} {'method' if len(methods) == 1 else 'methods'}"
         + (f" at {'a budget' if len(budgets) == 1 else 'budgets'} of {', '.join(budgets)}" if budgets else ""),

@@ -96,7 +96,7 @@ class Span:
 def series_name(case: CaseResult | FailedCase, comparison: Comparison) -> str:
     """What a case's method is called; the batch size belongs to it where there are several."""
     several = isinstance(comparison.schedule.batch_size, list)
-    return f"{case.title}, batches of {case.batch_size}" if several else case.title
+    return f"{case.case.title}, batches of {case.case.batch_size}" if several else case.case.title
 
 
 def method_numbers(comparison: Comparison) -> dict[str, int]:
@@ -189,6 +189,6 @@ def stage_stacks(comparison: Comparison) -> tuple[list[Stack], Scale | None]:
             bars.append(Bar(stage, scale.place(start), scale.place(value), f"{case}, {stage}: {seconds(value)}"))
             start += value
         total = stage_seconds(case, "total")
-        name = str(case) + (f" ({case.batch_size})" if isinstance(comparison.schedule.batch_size, list) else "")
+        name = str(case) + (f" ({case.case.batch_size})" if isinstance(comparison.schedule.batch_size, list) else "")
         stacks.append(Stack(name, tuple(bars), "" if total is None else seconds(total)))
     return stacks, scale
