@@ -26,7 +26,12 @@ class VisPruner(Method):
     projector, padding competes with the rest (not on the harmonised track), and positions are counted anew.
     Corrected: the released code fails where the rest is odd in number (58 of 576), or where a round would drop more
     than it may. Here the half that is thinned takes the odd one, and no round drops more than that half holds.
-    Scores are computed in float32 in every model, and of equal scores the token first in line goes first.
+
+    Each round ranks cosines that may differ by 1e-8, and its order decides which tokens the next round compares, so the
+    last bits of the features decide, most of all in images without detail: the released code keeps other tokens of
+    such an image in float32 than in float64. Here scores are float64 in every model, and of equal scores the token
+    first in line goes first. An image is selected alike alone and in any batch as long as its encoder gives it the
+    same bits in both, as float32 on a CPU does; in half precision on a GPU it may not.
 
     important_ratio: share of the budget that goes to important tokens.
     """
@@ -36,7 +41,7 @@ class VisPruner(Method):
     signals: ClassVar[tuple[str, ...]] = ("class_attention",)
     per_crop: ClassVar[bool] = True
     keeps_padding: ClassVar[bool] = True
-    matrices: ClassVar[float] = 1.5
+    matrices: ClassVar[float] = 2.5
 
     important_ratio: float = IMPORTANT_RATIO
 
@@ -69,13 +74,14 @@ def important_and_diverse(
     features: [n, dim], before the projector. class_attention: [heads, n], probabilities with which the class token
     attends to each patch. eligible: [n], False for patches never to be selected; at least `k` must be eligible.
     """
-    scores, count = class_attention.mean(0, dtype=torch.float32), len(features)
+    attention, count = _in_float64(class_attention).mean(0), len(features)
     if eligible is not None:
-        scores, count = scores.masked_fill(~eligible, -torch.inf), int(eligible.sum())
-    ranking = scores.argsort(descending=True, stable=True)[:count]
+        attention = attention.masked_fill(~eligible.to(attention.device), -torch.inf)
+        count = int(eligible.sum())
+    ranking = attention.argsort(descending=True, stable=True)[:count]
     important = int(k * important_ratio)
     diverse = _thin_out(ranking[important:], features, k - important)
-    return torch.cat([ranking[:important], diverse]).sort().values
+    return torch.cat([ranking[:important], diverse]).sort().values.to(features.device)
 
 
 def _thin_out(pool: Tensor, features: Tensor, k: int) -> Tensor:
@@ -87,7 +93,7 @@ def _thin_out(pool: Tensor, features: Tensor, k: int) -> Tensor:
     """
     if k == 0:
         return pool[:0]
-    directions = normalize(features[pool].float(), dim=-1)
+    directions = normalize(_in_float64(features)[pool], dim=-1)
     similarity = directions @ directions.T
     line = torch.arange(len(pool), device=pool.device)  # rows of `similarity`
     while len(line) > k:
@@ -97,3 +103,8 @@ def _thin_out(pool: Tensor, features: Tensor, k: int) -> Tensor:
         survivors = closest.argsort(descending=True, stable=True)[drop:]
         line = torch.cat([thinned[survivors], compared])
     return pool[line]
+
+
+def _in_float64(values: Tensor) -> Tensor:
+    """On the CPU where the device has no float64 (Apple's GPUs)."""
+    return (values.cpu() if values.device.type == "mps" else values).double()

@@ -67,9 +67,13 @@ def class_attention(attention: Any, hidden: Tensor, keys: Tensor) -> Tensor:
     hidden: [batch, 1 + patches, dim], what the attention module was called with; keys: of `patch_keys`. The class
     token's own share stays in the softmax, so that rows add up to less than one.
     """
-    query = attention.q_proj(hidden[:, :1]).unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2)
-    logits = query.float() @ keys.float().transpose(2, 3) * attention.scale
-    return logits.softmax(-1)[:, :, 0, 1:]
+    heads = attention.num_heads, attention.head_dim
+    rows = []
+    # Image by image: the last bits of a product depend on its shape, and VisPruner's choice may hang on them.
+    for state, key in zip(hidden[:, :1], keys, strict=True):
+        query = attention.q_proj(state).unflatten(-1, heads).transpose(0, 1)
+        rows.append((query.float() @ key.float().mT * attention.scale).softmax(-1)[:, 0, 1:])
+    return torch.stack(rows)
 
 
 def mean_keys(keys: Tensor) -> Tensor:
