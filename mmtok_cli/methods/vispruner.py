@@ -11,6 +11,7 @@ from torch.nn.functional import normalize
 
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.methods.base import Method, require_eligible
+from mmtok_cli.methods.cosine import in_float64
 from mmtok_cli.tokens import Selection, TextTokens, VisionTokens
 
 IMPORTANT_RATIO = 0.5
@@ -23,15 +24,15 @@ class VisPruner(Method):
 
     As in the authors' code: attention is averaged over the heads, half of the budget (rounded down) is important
     tokens, the rest is thinned out round by round until it fits, similarity is that of the features before the
-    projector, padding competes with the rest (not on the harmonised track), and positions are counted anew.
+    projector, padding competes with the rest (not on the harmonised track), and positions are renumbered.
     Corrected: the released code fails where the rest is odd in number (58 of 576), or where a round would drop more
     than it may. Here the half that is thinned takes the odd one, and no round drops more than that half holds.
 
-    Each round ranks cosines that may differ by 1e-8, and its order decides which tokens the next round compares, so the
-    last bits of the features decide, most of all in images without detail: the released code keeps other tokens of
-    such an image in float32 than in float64. Here scores are float64 in every model, and of equal scores the token
-    first in line goes first. An image is selected alike alone and in any batch as long as its encoder gives it the
-    same bits in both, as float32 on a CPU does; in half precision on a GPU it may not.
+    Each round ranks cosines that may differ by no more than 1e-8, and this order decides which tokens the next round
+    compares. In images without detail the choice therefore depends on the last bits of the features: the released code
+    gives other tokens in float32 than in float64. Here scores are float64 in every model, and of equal scores the token
+    first in line goes first. An image is selected alike alone and in any batch wherever the encoder's features of it
+    are bit-identical in both, as those of CLIP ViT-L in float32 on a CPU; on a GPU they may depend on the batch size.
 
     important_ratio: share of the budget that goes to important tokens.
     """
@@ -74,7 +75,7 @@ def important_and_diverse(
     features: [n, dim], before the projector. class_attention: [heads, n], probabilities with which the class token
     attends to each patch. eligible: [n], False for patches never to be selected; at least `k` must be eligible.
     """
-    attention, count = _in_float64(class_attention).mean(0), len(features)
+    attention, count = in_float64(class_attention).mean(0), len(features)
     if eligible is not None:
         attention = attention.masked_fill(~eligible.to(attention.device), -torch.inf)
         count = int(eligible.sum())
@@ -93,7 +94,7 @@ def _thin_out(pool: Tensor, features: Tensor, k: int) -> Tensor:
     """
     if k == 0:
         return pool[:0]
-    directions = normalize(_in_float64(features)[pool], dim=-1)
+    directions = normalize(in_float64(features)[pool], dim=-1)
     similarity = directions @ directions.T
     line = torch.arange(len(pool), device=pool.device)  # rows of `similarity`
     while len(line) > k:
@@ -103,8 +104,3 @@ def _thin_out(pool: Tensor, features: Tensor, k: int) -> Tensor:
         survivors = closest.argsort(descending=True, stable=True)[drop:]
         line = torch.cat([thinned[survivors], compared])
     return pool[line]
-
-
-def _in_float64(values: Tensor) -> Tensor:
-    """On the CPU where the device has no float64 (Apple's GPUs)."""
-    return (values.cpu() if values.device.type == "mps" else values).double()
