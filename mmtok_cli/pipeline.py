@@ -261,7 +261,8 @@ def _select(
         if share is None or v.crops is None:
             units.append((v, t, budget))
         else:
-            units += [(crop, t, n) for crop, n in zip(v.crops.tokens, share, strict=True) if n]
+            crops = method.across_crops(v.crops.tokens)
+            units += [(crop, t, n) for crop, n in zip(crops, share, strict=True) if n]
     chosen = iter(method.select_batch(*map(list, zip(*units, strict=True))))
     selections = []
     for v, share in zip(vision, shares, strict=True):

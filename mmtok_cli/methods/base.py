@@ -25,7 +25,7 @@ class Method:
     signals: what the method must see of the encoder beside the tokens; nothing is computed that no method asked for.
     signals_without_class_token: what it reads instead of an encoder that has no class token, if it can.
     per_crop: where a model cuts an image into crops, the method chooses in each of them on its own, as authors do who
-        act on the encoder's output; otherwise in the packed sequence, ends of lines included.
+        act on the encoder's output (see `across_crops`); otherwise in the packed sequence, ends of lines included.
     positions: whether the authors' code leaves kept tokens at their positions or renumbers them.
     keeps_padding: the authors' code lets padding compete for the budget.
     matrices: what choosing holds at once that grows with the square of the tokens, in float32 matrices of all tokens
@@ -59,6 +59,13 @@ class Method:
         total: what the image has as it is. The model makes the image smaller, with its aspect ratio in mind.
         """
         return None
+
+    def across_crops(self, crops: Sequence[VisionTokens]) -> Sequence[VisionTokens]:
+        """The crops of one image as `select` is to see them; override it where a choice depends on the other crops.
+
+        Called for methods that are `per_crop`, once for each image. Results belong in the crops' `signals`.
+        """
+        return crops
 
     def select(self, vision: VisionTokens, text: TextTokens, budget: int) -> Selection:
         """Choose `budget` of the image's vision tokens."""
