@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from mmtok_cli.errors import MMTokError
@@ -29,8 +30,10 @@ class Budget:
             raise MMTokError("a budget of 0 keeps no vision token", "the method for that is `none`: --method none")
         raise MMTokError(f"{text!r} is not a budget", hint)
 
-    def resolve(self, total: int) -> int:
-        """Tokens to keep of `total`; shares are rounded down, as MMTok's release does.
+    def resolve(self, total: int, count: Callable[[float, int], int] | None = None) -> int:
+        """Tokens to keep of `total`.
+
+        count: how many tokens a share, 0.1 for 10 %, of `total` is; None rounds down (see `Method.count`).
 
         Raises MMTokError when `total` has fewer tokens than the budget, or the share comes to less than one.
         """
@@ -41,8 +44,8 @@ class Budget:
                     f"choose 1 to {total}, or a share such as 10%",
                 )
             return self.count
-        share = self.percent or 0.0
-        kept = math.floor(total * share / 100)
+        percent = self.percent or 0.0
+        kept = math.floor(total * percent / 100) if count is None else count(percent / 100, total)
         if kept < 1:
             raise MMTokError(
                 f"{self} of {total} vision tokens is less than one",

@@ -203,12 +203,15 @@ def _plan(
 ) -> tuple[list[int], list[int], list[Grid | None]]:
     """For each image its vision tokens, how many of them are to be kept, and the grid at which it is to be encoded
     where that is not the model's own choice."""
-    if grids:
-        totals = [rows * columns for rows, columns in grids]
-        keep = totals if budget is None else [budget.resolve(total) for total in totals]
+    totals = [rows * columns for rows, columns in grids] if grids else [model.total(image) for image in images]
+    if budget is None:
+        keep = totals
+    elif rules.track == "released" and budget.percent is not None:
+        keep = [budget.resolve(total, method.count) for total in totals]
+    elif grids:
+        keep = [budget.resolve(total) for total in totals]
     else:
-        totals = [model.total(image) for image in images]
-        keep = totals if budget is None else [model.keep(image, budget, rules.track) for image in images]
+        keep = [model.keep(image, budget, rules.track) for image in images]
     if rules.budget_means == "layer-average" and budget is not None:
         keep = [final_count(method, kept, n, model.layer_count) for kept, n in zip(keep, totals, strict=True)]
     wanted = [method.resize(total, kept) for total, kept in zip(totals, keep, strict=True)]
@@ -258,7 +261,8 @@ def _select(
         if share is None or v.crops is None:
             units.append((v, t, budget))
         else:
-            units += [(crop, t, n) for crop, n in zip(v.crops.tokens, share, strict=True) if n]
+            crops = method.across_crops(v.crops.tokens)
+            units += [(crop, t, n) for crop, n in zip(crops, share, strict=True) if n]
     chosen = iter(method.select_batch(*map(list, zip(*units, strict=True))))
     selections = []
     for v, share in zip(vision, shares, strict=True):

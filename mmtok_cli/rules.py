@@ -17,9 +17,10 @@ class Rules:
     """How every method of a comparison is run.
 
     track: `released` runs each method as its authors released it: padding competes for the budget where it does in
-        their code, features reach the method in the model's data type, and positions are kept or counted anew as they
-        do it. `harmonised` gives all methods the same: features in float32, padding never kept (as long as anything
-        else is left), and the position policy of the model's family.
+        their code, features reach the method in the model's data type, shares of an image's tokens are rounded and
+        positions kept or renumbered as they do it. `harmonised` gives all methods the same: features in float32,
+        padding never kept (as long as anything else is left), shares rounded down, and the position policy of the
+        model's family.
     positions: `keep` leaves kept tokens at the positions they had in the whole prompt, `renumber` counts anew; None
         leaves it to the track.
     budget_means: `final` counts the vision tokens that leave the last reduction, `layer-average` their mean over the

@@ -6,12 +6,18 @@ the small copies in tests/golden. Tests take whatever cases they find there; non
 
 import json
 import os
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
+
+from mmtok_cli.data.samples import Sample
+from mmtok_cli.models import load_model
+from mmtok_cli.models.base import VisionLanguageModel
 
 _TESTS = Path(__file__).parent
 _BESIDE = _TESTS.parents[1] / "shared" / "golden"
@@ -48,6 +54,20 @@ def golden_items(method: str, name: str) -> list[Any]:
 def golden_tensors(method: str, case: dict[str, Any]) -> dict[str, Tensor]:
     """Inputs and `expected_*` tensors of one case."""
     return load_file(golden_directory(method) / case["file"])
+
+
+@lru_cache(maxsize=4)
+def golden_model(method: str, name: str, attention: str) -> VisionLanguageModel:
+    """A model that lies beside the cases, as users load theirs."""
+    directory = (golden_directory(method) / name).resolve()
+    return load_model(str(directory), device="cpu", dtype="float32", attention=attention)
+
+
+def golden_sample(method: str, case: dict[str, Any]) -> Sample:
+    """The pictures of a case and its question."""
+    names = tuple(case["images"] if "images" in case else [case["image"]])
+    pictures = [Image.open(golden_directory(method) / "images" / name).convert("RGB") for name in names]
+    return Sample(tuple(pictures), case["question"], names)
 
 
 def require_cases(method: str) -> None:

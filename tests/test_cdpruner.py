@@ -1,5 +1,7 @@
 """CDPruner: its greedy determinant against determinants, its relevance against the formula, both at their limits."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -156,6 +158,46 @@ def test_excluded_tokens_might_as_well_not_be_there() -> None:
     assert found.order.equal(places[alone.order])
     with pytest.raises(MMTokError, match="more than the 20 vision tokens"):
         CDPruner().select(image_of(projected, embeds, text, eligible), TEXT, 21)
+
+
+def crops_of(seed: int, sizes: tuple[int, ...]) -> list[VisionTokens]:
+    """Crops of one image of which each is less relevant to the text than the one before."""
+    text = normal(seed, 2, 6)
+    return [
+        image_of(normal(seed + i, n, 8), normal(seed + 10 + i, n, 6) - i * text[0], text)
+        for i, n in enumerate(sizes, 1)
+    ]
+
+
+def test_crops_share_one_scale_of_relevance() -> None:
+    sizes = (30, 30, 20)
+    crops = crops_of(0, sizes)
+    embeds = torch.cat([crop.signals["clip_image_embeds"] for crop in crops])
+    expected = relevance(embeds[None], crops[0].signals["clip_text_embeds"])[0].split(sizes)
+    found = CDPruner().across_crops(crops)
+    assert all(crop.signals["relevance"].equal(share) for crop, share in zip(found, expected, strict=True))
+    for crop, share in zip(found, expected, strict=True):
+        order, _ = greedy_determinant(conditional_kernel(crop.projected[None], share[None]), 9)
+        assert CDPruner().select(crop, TEXT, 9).order.equal(order[0])
+    alone = [CDPruner().select(crop, TEXT, 9).order for crop in crops]
+    assert not all(CDPruner().select(c, TEXT, 9).order.equal(a) for c, a in zip(found, alone, strict=True))
+
+
+def test_excluded_tokens_of_crops_set_no_scale() -> None:
+    crops = crops_of(0, (20, 20))
+    plain = CDPruner().across_crops(crops)
+    text = crops[0].signals["clip_text_embeds"]
+    widened = [
+        replace(
+            crop,
+            projected=torch.cat([crop.projected, crop.projected[:2]]),
+            eligible=torch.arange(22) < 20,
+            signals={**crop.signals, "clip_image_embeds": torch.cat([crop.signals["clip_image_embeds"], sign * text])},
+        )
+        for crop, sign in zip(crops, (-9, 9), strict=True)
+    ]
+    for crop, other in zip(plain, CDPruner().across_crops(widened), strict=True):
+        assert CDPruner().select(crop, TEXT, 7).order.equal(CDPruner().select(other, TEXT, 7).order)
 
 
 def test_refusals() -> None:

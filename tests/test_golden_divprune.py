@@ -7,12 +7,12 @@ import torch
 from golden_cases import golden_cases, golden_tensors, require_cases
 from torch import Tensor
 
-from mmtok_cli.methods.divprune import cosine_distances, farthest_points
+from mmtok_cli.methods.divprune import DivPrune, cosine_distances, farthest_points
 
 
 def check_picks(case: dict[str, Any], tensors: dict[str, Tensor]) -> Tensor:
     features = tensors["features"]
-    k = round(case["params"]["ratio"] * len(features))
+    k = DivPrune().count(case["params"]["ratio"], len(features))
     assert k == case["params"]["kept"]
     order = farthest_points(features, k)
     assert order.tolist() == tensors["expected_pick_order"].tolist()

@@ -51,6 +51,12 @@ def test_there_are_cases() -> None:
     require_cases("fastv")
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_counts(case: dict[str, Any]) -> None:
+    params = case["params"]
+    assert FastV().count(1 - params["fastv_r"], params["image_length"]) == params["keep"]
+
+
 @torch.inference_mode()
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("case", [c for c in CASES if c.values[0]["params"]["use_cache"]])

@@ -154,6 +154,22 @@ def test_visionzip_without_a_class_token(samples: list[Sample]) -> None:
         torch.testing.assert_close(row, vision.projected[t] + vision.projected[groups[t]].mean(0))
 
 
+@torch.inference_mode()
+def test_visionzip_has_the_authors_two_settings_without_a_class_token() -> None:
+    model, method = FAMILIES["qwen2_5_vl"]("sdpa"), make_method("visionzip")
+    sample = Sample((picture(200, 160),), "What?", ("a",))
+    total = model.total(sample.images[0])
+    contextual = max(1, int(0.05 * total))
+    assert total > 40 and contextual > 1
+    for percent, dominant in ((70, int(0.65 * total)), (50, int(0.45 * total))):
+        (found,) = reduce(model, method, [sample], Budget(percent=percent)).selections
+        assert (found.kept, int(found.merged.sum())) == (dominant + contextual, contextual)
+        (counted,) = reduce(model, method, [sample], Budget(count=found.kept)).selections
+        assert counted.indices.equal(found.indices)
+        (other,) = reduce(model, method, [sample], Budget(count=found.kept - 3)).selections
+        assert int(other.merged.sum()) == round(other.kept / 6.4) != contextual
+
+
 def test_deepstack_rows_follow_the_selection(samples: list[Sample]) -> None:
     model = FAMILIES["qwen3_vl"]("sdpa")
     reduced = reduce(model, make_method("mmtok"), samples, Budget(count=5))

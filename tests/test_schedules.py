@@ -41,6 +41,15 @@ def test_published_schedules(
     assert layer_average(576, cuts, 32) == pytest.approx(average, abs=0.06)
 
 
+@pytest.mark.parametrize(
+    ("total", "budget", "counts"),
+    [(100, 12, [50, 25, 12]), (61, 7, [30, 15, 7]), (1598, 199, [799, 399, 199]), (100, 13, [51, 26, 13])],
+)
+def test_pyramiddrop_truncates_each_step_of_the_authors_schedule(total: int, budget: int, counts: list[int]) -> None:
+    """Budgets that are no eighth, as the last, are none of its schedule's."""
+    assert [cut.keep for cut in make_method("pyramiddrop").cuts(total, budget, 32)] == counts
+
+
 @pytest.mark.parametrize("row", V1_COUNTS)
 def test_counts_before_recycling_are_the_authors(row: tuple[int, ...]) -> None:
     before = 576

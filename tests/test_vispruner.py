@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import picture
+from PIL import Image
+from tiny_models import PATCH, VISION, build_tiny_llava, text_config
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from mmtok_cli.budget import Budget
+from mmtok_cli.data.samples import Sample
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.methods import make_method
 from mmtok_cli.methods.vispruner import important_and_diverse
+from mmtok_cli.models.llava import Llava
+from mmtok_cli.pipeline import reduce
 from mmtok_cli.tokens import TextTokens, VisionTokens
 
 TEXT = TextTokens("Is there a cat?", lambda words: torch.ones(len(words), 8))
@@ -109,3 +117,33 @@ def test_a_ratio_out_of_range_is_refused() -> None:
     for ratio in (-0.1, 1.5, float("nan")):
         with pytest.raises(MMTokError, match="no share of the budget"):
             make_method("vispruner", important_ratio=ratio)
+
+
+def encoder_of_real_size(seed: int) -> Llava:
+    """24 x 24 patches, as published models have; weights as transformers draws them."""
+    _, processor = build_tiny_llava()
+    vision = {**VISION, "image_size": 24 * PATCH, "hidden_size": 64, "num_attention_heads": 4}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**vision),
+        text_config=LlamaConfig(**text_config(processor.tokenizer)),
+        image_token_index=processor.tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    torch.manual_seed(seed)
+    return Llava("real size", LlavaForConditionalGeneration(config).eval(), processor)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_an_image_is_selected_alike_alone_and_in_batches(seed: int) -> None:
+    """Of flat images, cosines that decide differ by no more than rounding."""
+    model, method, budget = encoder_of_real_size(seed), make_method("vispruner"), Budget(count=64)
+    flat = [Image.new("RGB", (336, 336), colour) for colour in ("grey", "white", "navy", "green")]
+    noisy = [picture(336, 336, seed + i) for i in range(4)]
+    half = [Image.new("RGB", (336, 100 + 20 * i), (10, 60, 30 * i)) for i in range(4)]
+    for pictures in (flat, noisy, half):
+        samples = [Sample((each,), "What is it?", (f"picture-{i}",)) for i, each in enumerate(pictures)]
+        alone = [reduce(model, method, [sample], budget).selections[0].indices.tolist() for sample in samples]
+        assert all(len(set(kept)) == 64 for kept in alone)
+        for size in (2, 4):
+            for start in range(0, 4, size):
+                together = reduce(model, method, samples[start : start + size], budget).selections
+                assert [chosen.indices.tolist() for chosen in together] == alone[start : start + size]

@@ -25,8 +25,8 @@ class Method:
     signals: what the method must see of the encoder beside the tokens; nothing is computed that no method asked for.
     signals_without_class_token: what it reads instead of an encoder that has no class token, if it can.
     per_crop: where a model cuts an image into crops, the method chooses in each of them on its own, as authors do who
-        act on the encoder's output; otherwise in the packed sequence, ends of lines included.
-    positions: whether the authors' code leaves kept tokens at their positions or counts anew.
+        act on the encoder's output (see `across_crops`); otherwise in the packed sequence, ends of lines included.
+    positions: whether the authors' code leaves kept tokens at their positions or renumbers them.
     keeps_padding: the authors' code lets padding compete for the budget.
     matrices: what choosing holds at once that grows with the square of the tokens, in float32 matrices of all tokens
         against all; for knowing whether it fits before it starts.
@@ -45,12 +45,27 @@ class Method:
     keeps_padding: ClassVar[bool] = False
     matrices: ClassVar[float] = 0
 
+    def count(self, share: float, total: int) -> int:
+        """How many of `total` vision tokens a share is (0.1 for 10 %), rounded as the authors' code does.
+
+        Used on the released track; the harmonised track rounds the shares of all methods down. Default: MMTok's rule,
+        which truncates the floating-point product (0.29 of 100 is 28).
+        """
+        return int(share * total)
+
     def resize(self, total: int, budget: int) -> int | None:
         """How many vision tokens a smaller version of the image is to have when it is encoded; None leaves it as it is.
 
         total: what the image has as it is. The model makes the image smaller, with its aspect ratio in mind.
         """
         return None
+
+    def across_crops(self, crops: Sequence[VisionTokens]) -> Sequence[VisionTokens]:
+        """The crops of one image as `select` is to see them; override it where a choice depends on the other crops.
+
+        Called for methods that are `per_crop`, once for each image. Results belong in the crops' `signals`.
+        """
+        return crops
 
     def select(self, vision: VisionTokens, text: TextTokens, budget: int) -> Selection:
         """Choose `budget` of the image's vision tokens."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -15,6 +16,7 @@ from mmtok_cli.rules import Positions
 from mmtok_cli.tokens import Selection, TextTokens, VisionTokens
 
 RELEVANCE_FLOOR = 1e-6
+RELEVANCE = "relevance"  # among the signals: of each eligible token, scaled over all crops of the image
 
 
 @dataclass(frozen=True)
@@ -23,10 +25,12 @@ class CDPruner(Method):
 
     Needs a model that comes with its encoder's text tower. As in the authors' release, relevance is the *negated*
     cosine, since CLIP's patch features run against its text; `relevance_sign` 1 is the plain one, for comparison.
-    Padding competes for the budget there, relevance is computed in the model's data type, and positions are counted
-    anew. Defects of it that are not reproduced: infinity for an image whose tokens are all equally relevant, and NaN
-    once rounding has made a gain negative. On the harmonised track padding is neither picked nor looked at, and
-    relevance is float32. An image is always scaled by itself, so that it is selected alike alone and in a batch.
+    Padding competes for the budget there, relevance is computed in the model's data type, and positions are
+    renumbered. Where a model cuts an image into crops, relevance is scaled by the lowest and highest value of all its
+    crops, and tokens are then picked in each crop by itself. Two defects of it are not reproduced: infinity for an
+    image whose tokens are all equally relevant, and NaN once rounding has made a gain negative. On the harmonised track
+    padding is neither picked nor looked at, and relevance is float32. The authors' code scales whatever it encodes
+    together; here images never share a scale, so that an image is selected alike alone and in a batch.
     """
 
     summary: ClassVar[str] = "relevant + diverse ones"
@@ -44,14 +48,22 @@ class CDPruner(Method):
         if self.relevance_sign not in (-1, 1):
             raise MMTokError(f"the relevance sign is {self.relevance_sign}", "choose -1 (as released) or 1")
 
+    def across_crops(self, crops: Sequence[VisionTokens]) -> list[VisionTokens]:
+        embeds = torch.cat([crop.signals["clip_image_embeds"][crop.eligible] for crop in crops])
+        scores = relevance(embeds[None], crops[0].signals["clip_text_embeds"], self.relevance_sign)[0]
+        shares = scores.split([int(crop.eligible.sum()) for crop in crops])
+        return [
+            replace(crop, signals={**crop.signals, RELEVANCE: share}) for crop, share in zip(crops, shares, strict=True)
+        ]
+
     def select(self, vision: VisionTokens, text: TextTokens, budget: int) -> Selection:
         if budget == vision.total:
             return Selection.everything(vision)
         require_eligible(vision, budget)
-        places = vision.eligible.nonzero().squeeze(1)
-        image_embeds = vision.signals["clip_image_embeds"][places]
-        scores = relevance(image_embeds[None], vision.signals["clip_text_embeds"], self.relevance_sign)
-        order, _ = greedy_determinant(conditional_kernel(vision.projected[places][None], scores), budget)
+        if RELEVANCE not in vision.signals:
+            (vision,) = self.across_crops([vision])
+        places, scores = vision.eligible.nonzero().squeeze(1), vision.signals[RELEVANCE]
+        order, _ = greedy_determinant(conditional_kernel(vision.projected[places][None], scores[None]), budget)
         picks = places[order[0]]
         return Selection(picks.sort().values, picks)  # its gains are factors of a determinant, not sums
 

@@ -23,9 +23,10 @@ class DivPrune(Method):
     """Keeps tokens that lie far from each other, by cosine distance behind the projector.
 
     As in the authors' release, padding competes for the budget, distances are computed in the model's data type,
-    kept tokens stay in the order of the image, and positions are counted anew. Two defects of it are not reproduced:
-    equal tokens being picked twice, and NaN for tokens that are all zero. On the harmonised track padding is neither
-    picked nor anybody's neighbour, and distances are float32.
+    kept tokens stay in the order of the image, positions are renumbered, and a share of an image's tokens is rounded
+    to the nearest whole number, halves to the even one. Two defects of it are not reproduced: equal tokens being picked
+    twice, and NaN for tokens that are all zero. On the harmonised track padding is neither picked nor anybody's
+    neighbour, and distances are float32.
     """
 
     summary: ClassVar[str] = "mutually distant tokens"
@@ -33,6 +34,9 @@ class DivPrune(Method):
     positions: ClassVar[Positions] = "renumber"
     keeps_padding: ClassVar[bool] = True
     matrices: ClassVar[float] = 2
+
+    def count(self, share: float, total: int) -> int:
+        return round(share * total)
 
     def select(self, vision: VisionTokens, text: TextTokens, budget: int) -> Selection:
         if budget == vision.total:

@@ -16,9 +16,10 @@ class FastV(Method):
     of the prompt attends most in the last of these layers, on average over the heads.
 
     As released: the attention is that of the last token alone, where the paper's text averages over all; kept tokens
-    stay at their positions, and padding competes for the budget. Not as released: several images each keep a budget
-    of their own (their code knows one image), batches are served, and attention runs under any kernel, since the one
-    row is computed by hand. The budget is what the layers behind see; the layer average is printed beside it.
+    stay at their positions, padding competes for the budget, and a share of an image's tokens is rounded to the nearest
+    whole number, halves to the even one. Not as released: several images each keep a budget of their own (their code
+    knows one image), batches are served, and attention runs under any kernel, since the one row is computed by hand.
+    The budget is what the layers behind see; the layer average is printed beside it.
     """
 
     summary: ClassVar[str] = "last token's attention"
@@ -29,6 +30,10 @@ class FastV(Method):
     keeps_padding: ClassVar[bool] = True
 
     layer: int = 2
+
+    def count(self, share: float, total: int) -> int:
+        removed = 1 - share  # what their parameter says; halves fall as they do in their arithmetic
+        return round(total * (1 - removed))
 
     def cuts(self, total: int, budget: int, layers: int) -> tuple[Cut, ...]:
         require_layers("fastv.layer", (self.layer,), layers)

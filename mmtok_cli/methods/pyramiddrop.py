@@ -12,11 +12,12 @@ from mmtok_cli.tokens import Cut, LayerTokens, Selection
 @dataclass(frozen=True)
 class PyramidDrop(Method):
     """Before each of `layers` keeps the vision tokens to which the last token of the prompt would attend most in that
-    layer, on average over the heads. Every step keeps the same share, so that the last one leaves the budget: 72 of
-    576 tokens give the authors' schedule of a half, a quarter and an eighth.
+    layer, on average over the heads. The authors keep a half of all vision tokens, then a quarter, then an eighth, each
+    rounded down, and so does a budget of an eighth: 50, 25 and 12 of 100 tokens. Any other budget is reached in steps
+    that keep equal shares.
 
     As released: the attention is that of the layer about to run (its norm, queries, keys and positions on the states
-    that enter it), each shorter sequence is counted anew, decoding goes on from its end, and padding competes. Not as
+    that enter it), each shorter sequence is renumbered, decoding goes on from its end, and padding competes. Not as
     released: budgets other than an eighth, and batches. The authors also train with it; this is inference alone.
     """
 
@@ -32,8 +33,11 @@ class PyramidDrop(Method):
         require_layers("pyramiddrop.layers", self.layers, layers)
         if budget == total:
             return ()
-        step = (budget / total) ** (1 / len(self.layers))
-        counts = [*(round(total * step**i) for i in range(1, len(self.layers))), budget]
+        steps = len(self.layers)
+        counts = [int(total * 0.5**step) for step in range(1, steps + 1)]
+        if counts[-1] != budget:
+            share = (budget / total) ** (1 / steps)
+            counts = [*(round(total * share**step) for step in range(1, steps)), budget]
         return tuple(Cut(layer, keep, reads=layer) for layer, keep in zip(self.layers, counts, strict=True))
 
     def choose(self, tokens: LayerTokens, cut: Cut) -> Selection:

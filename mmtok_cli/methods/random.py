@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mmtok_cli.methods.base import Method, highest, require_eligible, require_layers
+from mmtok_cli.methods.fastv import FastV
 from mmtok_cli.rules import Positions
 from mmtok_cli.tokens import Cut, LayerTokens, Selection, TextTokens, VisionTokens
 
@@ -44,6 +45,9 @@ class RandomInside(Method):
 
     layer: int = 2
     seed: int = 0
+
+    def count(self, share: float, total: int) -> int:
+        return FastV().count(share, total)
 
     def cuts(self, total: int, budget: int, layers: int) -> tuple[Cut, ...]:
         require_layers("random:inside.layer", (self.layer,), layers)

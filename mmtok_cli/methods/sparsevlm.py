@@ -72,7 +72,7 @@ class SparseVLM(SparseVLM2):
     rate the vision tokens by their attention in each of `layers`; behind it the best rated go on, and of the others
     the best 30 % are clustered and averaged into a few tokens behind them.
 
-    As released: each shorter sequence is counted anew, decoding goes on from its end, and padding competes. `layers`
+    As released: each shorter sequence is renumbered, decoding goes on from its end, and padding competes. `layers`
     have run in full when their output is cut. The authors' settings 192, 128 and 64 leave 113, 39 and 18 tokens with
     the recycled ones, and layer averages of 206.5, 145.4 and 82.3: budgets here count recycled tokens and lie on the
     authors' table (linearly between its rows). Not as released: ties among densities are broken by index where the

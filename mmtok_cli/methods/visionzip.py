@@ -11,10 +11,15 @@ from torch.nn.functional import normalize, one_hot
 
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.methods.base import Method, ranking, require_eligible
+from mmtok_cli.methods.cosine import in_float64
 from mmtok_cli.tokens import Selection, TextTokens, VisionTokens
 
 Merge = Literal["sum", "mean"]
 TOKENS_PER_CONTEXTUAL = 6.4  # dominant : contextual = 5.4 : 1 in all budgets that the authors publish
+# The two settings of the authors' file for Qwen2.5-VL: the share of all tokens that is dominant, by the share that is
+# kept, and the share that is contextual.
+QWEN_DOMINANT = {0.7: 0.65, 0.5: 0.45}
+QWEN_CONTEXTUAL = 0.05
 
 
 @dataclass(frozen=True)
@@ -24,16 +29,19 @@ class VisionZip(Method):
     The first kind is called dominant (paper, section 3.2), the second contextual (section 3.3). As in the authors'
     code: the class token is one of the budget, it goes through the projector although LLaVA was never trained on
     it, padding competes with the rest, and the tokens enter the language model as class token, dominant patches,
-    contextual tokens, at positions counted anew (where positions are kept, the class token takes the image's
-    first). On the harmonised track padding is neither kept nor merged. Corrected: a budget without contextual
-    tokens works, instead of dividing by zero, and scores are computed in float32 in every model.
+    contextual tokens, at renumbered positions (where positions are kept, the class token takes the image's first). On
+    the harmonised track padding is neither kept nor merged. Corrected: a budget without contextual tokens works,
+    instead of dividing by zero. Attention is computed in float32 in every model, and the similarity of keys in float64,
+    since two targets may be within 1e-8 of being equally similar to a patch of padding.
 
     An encoder without a class token (Qwen) is read as in the authors' later file for Qwen2.5-VL: dominant are the
     tokens that receive most attention in the last block, merging happens behind the projector, and a contextual token
-    takes the place of its target. That file knows other ratios than those of the papers; here it is 5.4 : 1 as well.
+    takes the place of its target. That file has two settings: of n tokens int(0.65 n) or int(0.45 n) are dominant, and
+    int(0.05 n), at least one, are contextual. A budget of 70 % or 50 %, or of the same number of tokens, follows them;
+    every other budget is split 5.4 : 1, with at least one contextual token.
 
-    contextual: how many tokens of the budget are contextual. None follows the authors' 5.4 : 1, rounded: 162 + 30 of
-        192, 108 + 20 of 128, 54 + 10 of 64, 27 + 5 of 32, and none at all of 3 or fewer.
+    contextual: how many tokens of the budget are contextual. None follows the authors: 5.4 : 1, rounded (162 + 30 of
+        192, 108 + 20 of 128, 54 + 10 of 64, 27 + 5 of 32, and none at all of 3 or fewer), or their settings for Qwen.
     merge: `sum` is the released code's: a contextual token is its target *plus* the mean of the tokens that were
         assigned to it, twice as long as any other. `mean` is the average over the target and those tokens.
     """
@@ -53,6 +61,11 @@ class VisionZip(Method):
             raise MMTokError(f"VisionZip cannot merge by {self.merge!r}", f"choose {' or '.join(get_args(Merge))}")
         if self.contextual is not None and self.contextual < 0:
             raise MMTokError(f"VisionZip cannot make {self.contextual} contextual tokens", "choose 0 or more")
+
+    def count(self, share: float, total: int) -> int:
+        if share not in QWEN_DOMINANT:
+            return super().count(share, total)
+        return int(QWEN_DOMINANT[share] * total) + _qwen_contextual(total)
 
     def select(self, vision: VisionTokens, text: TextTokens, budget: int) -> Selection:
         if budget == vision.total:
@@ -77,7 +90,9 @@ class VisionZip(Method):
         require_eligible(vision, budget)
         contextual = self._share(budget)
         if self.contextual is None and budget > 1:
-            contextual = max(1, contextual)  # as in that file
+            contextual, released = max(1, contextual), _qwen_contextual(vision.total)
+            if budget - released in (int(share * vision.total) for share in QWEN_DOMINANT.values()):
+                contextual = released
         if contextual > budget:
             raise MMTokError(
                 f"the budget of {budget} does not hold {contextual} contextual tokens",
@@ -121,6 +136,10 @@ class VisionZip(Method):
                 feasible,
             )
         return contextual
+
+
+def _qwen_contextual(total: int) -> int:
+    return max(1, int(QWEN_CONTEXTUAL * total))
 
 
 def zip_tokens(
@@ -176,8 +195,9 @@ def _merge_into_targets(features: Tensor, keys: Tensor, count: int, merge: Merge
         return features[targets], targets
     is_target = torch.zeros(patches, dtype=torch.bool, device=features.device).index_fill(0, targets, True)
     members = is_target.logical_not().nonzero().squeeze(1)
-    directions = normalize(keys.float(), dim=-1)
-    nearest = (directions[members] @ directions[targets].T).argmax(1)  # the first on ties
+    directions = normalize(in_float64(keys), dim=-1)
+    cosines = directions[members.to(directions.device)] @ directions[targets.to(directions.device)].T
+    nearest = cosines.argmax(1).to(features.device)  # the first on ties
     belongs = one_hot(nearest, count).T.to(features.dtype)
     sizes = belongs.sum(1, keepdim=True)
     # Weights are divided before the sum: a sum of hundreds of features may be more than float16 can hold.

@@ -11,6 +11,7 @@ from torch.nn.functional import normalize
 
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.methods.base import Method, require_eligible
+from mmtok_cli.methods.cosine import in_float64
 from mmtok_cli.tokens import Selection, TextTokens, VisionTokens
 
 IMPORTANT_RATIO = 0.5
@@ -23,10 +24,15 @@ class VisPruner(Method):
 
     As in the authors' code: attention is averaged over the heads, half of the budget (rounded down) is important
     tokens, the rest is thinned out round by round until it fits, similarity is that of the features before the
-    projector, padding competes with the rest (not on the harmonised track), and positions are counted anew.
+    projector, padding competes with the rest (not on the harmonised track), and positions are renumbered.
     Corrected: the released code fails where the rest is odd in number (58 of 576), or where a round would drop more
     than it may. Here the half that is thinned takes the odd one, and no round drops more than that half holds.
-    Scores are computed in float32 in every model, and of equal scores the token first in line goes first.
+
+    Each round ranks cosines that may differ by no more than 1e-8, and this order decides which tokens the next round
+    compares. In images without detail the choice therefore depends on the last bits of the features: the released code
+    gives other tokens in float32 than in float64. Here scores are float64 in every model, and of equal scores the token
+    first in line goes first. An image is selected alike alone and in any batch wherever the encoder's features of it
+    are bit-identical in both, as those of CLIP ViT-L in float32 on a CPU; on a GPU they may depend on the batch size.
 
     important_ratio: share of the budget that goes to important tokens.
     """
@@ -36,7 +42,7 @@ class VisPruner(Method):
     signals: ClassVar[tuple[str, ...]] = ("class_attention",)
     per_crop: ClassVar[bool] = True
     keeps_padding: ClassVar[bool] = True
-    matrices: ClassVar[float] = 1.5
+    matrices: ClassVar[float] = 2.5
 
     important_ratio: float = IMPORTANT_RATIO
 
@@ -69,13 +75,14 @@ def important_and_diverse(
     features: [n, dim], before the projector. class_attention: [heads, n], probabilities with which the class token
     attends to each patch. eligible: [n], False for patches never to be selected; at least `k` must be eligible.
     """
-    scores, count = class_attention.mean(0, dtype=torch.float32), len(features)
+    attention, count = in_float64(class_attention).mean(0), len(features)
     if eligible is not None:
-        scores, count = scores.masked_fill(~eligible, -torch.inf), int(eligible.sum())
-    ranking = scores.argsort(descending=True, stable=True)[:count]
+        attention = attention.masked_fill(~eligible.to(attention.device), -torch.inf)
+        count = int(eligible.sum())
+    ranking = attention.argsort(descending=True, stable=True)[:count]
     important = int(k * important_ratio)
     diverse = _thin_out(ranking[important:], features, k - important)
-    return torch.cat([ranking[:important], diverse]).sort().values
+    return torch.cat([ranking[:important], diverse]).sort().values.to(features.device)
 
 
 def _thin_out(pool: Tensor, features: Tensor, k: int) -> Tensor:
@@ -87,7 +94,7 @@ def _thin_out(pool: Tensor, features: Tensor, k: int) -> Tensor:
     """
     if k == 0:
         return pool[:0]
-    directions = normalize(features[pool].float(), dim=-1)
+    directions = normalize(in_float64(features)[pool], dim=-1)
     similarity = directions @ directions.T
     line = torch.arange(len(pool), device=pool.device)  # rows of `similarity`
     while len(line) > k:

@@ -68,9 +68,13 @@ def class_attention(attention: Any, hidden: Tensor, keys: Tensor) -> Tensor:
     hidden: [batch, 1 + patches, dim], what the attention module was called with; keys: of `patch_keys`. The class
     token's own share stays in the softmax, so that rows add up to less than one.
     """
-    query = hf.clip_queries(attention, hidden[:, :1])
-    logits = query.float() @ keys.float().transpose(2, 3) * hf.clip_attention_scale(attention)
-    return logits.softmax(-1)[:, :, 0, 1:]
+    rows = []
+    # Image by image: the last bits of a product depend on its shape, and VisPruner's choice may depend on them.
+    for state, key in zip(hidden[:, :1], keys, strict=True):
+        query = hf.clip_queries(attention, state[None])[0]
+        logits = query.float() @ key.float().mT * hf.clip_attention_scale(attention)
+        rows.append(logits.softmax(-1)[:, 0, 1:])
+    return torch.stack(rows)
 
 
 def mean_keys(keys: Tensor) -> Tensor:
