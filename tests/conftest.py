@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from functools import partial
+from collections.abc import Iterator
+from functools import cache, partial
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from hypothesis import HealthCheck, settings
 from PIL import Image
 from tiny_models import FAMILIES, build_tiny_llava
 
+from mmtok_cli.bench import ceilings
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.models.llava import Llava
@@ -47,6 +49,14 @@ def vlm(request: pytest.FixtureRequest) -> VisionLanguageModel:
 def elsewhere(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands leave runs where they are called; that is not to be the checkout."""
     monkeypatch.chdir(tmp_path_factory.mktemp("work"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_measurement_of_ceilings() -> Iterator[None]:
+    """Every profile is shown against the ceilings of this machine, which need measuring but once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ceilings, "measure_ceilings", cache(ceilings.measure_ceilings))
+        yield
 
 
 @pytest.fixture()

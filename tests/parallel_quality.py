@@ -41,9 +41,14 @@ def ask(processes: Processes) -> dict[str, Any]:
     return {"outcomes": said, "batches": batches, "count": processes.count}
 
 
+def threads() -> list[str]:
+    """Names of this process's threads, where the system lists them."""
+    return sorted(path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm"))
+
+
 if __name__ == "__main__":
     with join_processes("cpu") as all_processes:
         found = ask(all_processes)
-        if all_processes.is_writer:
-            with Path(sys.argv[1]).open("x", encoding="utf-8") as file:
-                json.dump(found, file)
+    if all_processes.is_writer:
+        with Path(sys.argv[1]).open("x", encoding="utf-8") as file:
+            json.dump({**found, "threads": threads()}, file)

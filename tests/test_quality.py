@@ -214,6 +214,7 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
     alone = parallel_quality.ask(Processes())
+    assert not [name for name in found["threads"] if "gloo" in name]  # they could abort the process on its way out
     assert (found["count"], found["batches"]) == (2, [[0, 1], [2, 3], [4]])
     assert (alone["count"], alone["batches"]) == (1, [[0], [1], [2], [3], [4]])
     assert found["outcomes"] == [[*o[:4], pytest.approx(o[4], rel=1e-4, abs=1e-6), o[5]] for o in alone["outcomes"]]

@@ -74,6 +74,11 @@ def join_processes(device: str = "auto") -> Iterator[Processes]:
         from accelerate import PartialState
     except ImportError as error:
         raise MMTokError("several processes need the accelerate library", "pip install 'mmtok[accelerate]'") from error
+    # Its functions have the group that exists when they are imported as a default. Imported later, as by loading a
+    # model, they would keep this group and its threads until the interpreter is torn down, where a thread that still
+    # has something to do aborts the process.
+    from torch.distributed.nn import functional  # noqa: F401
+
     on_cpu = device == "cpu" or not torch.cuda.is_available()
     # Only results travel, so that gloo serves GPUs as well.
     state = PartialState(cpu=on_cpu, backend="gloo", timeout=LONGEST_WAIT)
