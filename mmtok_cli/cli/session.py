@@ -13,8 +13,8 @@ from mmtok_cli.rules import BudgetMeaning, Positions, Rules, Track
 
 if TYPE_CHECKING:
     from mmtok_cli.budget import Budget
+    from mmtok_cli.cases import Case
     from mmtok_cli.models.base import VisionLanguageModel
-    from mmtok_cli.timing.runner import Case
 
 
 @dataclass(frozen=True)
@@ -94,10 +94,10 @@ def make_case(name: str, budget: Budget | None, setup: Setup) -> Case:
 
     Raises MMTokError for a profile that says what the method cannot follow.
     """
+    from mmtok_cli.cases import Case
     from mmtok_cli.methods import accepted, make_method
     from mmtok_cli.methods.parameters import profile_parameters
     from mmtok_cli.models import guiding_profile
-    from mmtok_cli.timing.runner import Case
 
     known = guiding_profile(setup.model)
     parameters = accepted(name, {"seed": setup.seed})

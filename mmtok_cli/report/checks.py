@@ -48,7 +48,7 @@ def left_out_notes(comparison: Comparison) -> list[str]:
 def failure_notes(comparison: Comparison) -> list[str]:
     """Why a case has no figures, or none of quality."""
     lines = []
-    for failed in comparison.unasked:
+    for failed in comparison.unevaluated:
         lines.append(
             f"{failed}: {failed.reason} during evaluation with batch size {failed.case.batch_size}; "
             f"its answers are not scored: {failed.message}"

@@ -13,9 +13,9 @@ from rich.text import Text
 from mmtok_cli.report.units import count, number, ratio, seconds, share, size, spread
 
 if TYPE_CHECKING:
+    from mmtok_cli.results.records import TimedRun
     from mmtok_cli.results.schema import CaseResult, Comparison, Environment, Operator, Profile, Speedup, Times
     from mmtok_cli.rules import Rules
-    from mmtok_cli.timing.runner import Run
 
 STAGE_NAMES = ("prepare", "encode", "select", "prefill", "ttft", "decode", "total")
 COMPARED = tuple(stage for stage in STAGE_NAMES if stage != "select")  # the baseline has nothing to select
@@ -228,7 +228,7 @@ def operator_table(operators: Sequence[Operator], top: int) -> Table:
     return table
 
 
-def answer_table(names: Sequence[str], runs: Sequence[Run]) -> Table:
+def answer_table(names: Sequence[str], runs: Sequence[TimedRun]) -> Table:
     """Tokens and seconds of each stage, a column for each case."""
     table = plain_table()
     table.add_column("", no_wrap=True)

@@ -48,7 +48,7 @@ def merge(comparisons: Sequence[Comparison]) -> Comparison:
             "interrupted": any(one.interrupted for one in comparisons),
             "results": [_named(case, name) for one, name in runs for case in one.results],
             "failures": [_named(case, name) for one, name in runs for case in one.failures],
-            "unasked": [_named(case, name) for one, name in runs for case in one.unasked],
+            "unevaluated": [_named(case, name) for one, name in runs for case in one.unevaluated],
             "remarks": _remarks(comparisons, names),
             "run_directory": None,
         }
