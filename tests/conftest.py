@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from mmtok_cli.bench import ceilings
 from PIL import Image
 from tiny_models import FAMILIES, build_tiny_llava
 
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.models.llava import Llava
+from mmtok_cli.timing import ceilings
 
 # One thread, here and in the processes that tests start: tiny models gain nothing from more, and threads that share
 # busy cores wait for each other.
