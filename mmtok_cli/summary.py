@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mmtok_cli.evaluation.summary import evaluated_samples, left_out, summarise_predictions, unevaluated_cases
+from mmtok_cli.evaluation.summary import evaluated_samples, left_out, summarise_evaluation, unevaluated_cases
 from mmtok_cli.results.progress import is_finished, whole_rounds
 from mmtok_cli.results.records import TimedRun
 from mmtok_cli.results.run_directory import RunDirectory
@@ -36,7 +36,7 @@ def summarise_run(store: RunDirectory) -> Comparison:
 def _results(store: RunDirectory, columns: list[list[TimedRun]]) -> list[CaseResult]:
     """Results of the cases that did not fail. columns: the runs of each case."""
     plan = store.plan
-    summaries = summarise_predictions(store)
+    summaries = summarise_evaluation(store)
     results = []
     for number, runs in enumerate(columns):
         if not runs or number in store.failures:

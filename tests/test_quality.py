@@ -22,7 +22,7 @@ from mmtok_cli.errors import MMTokError
 from mmtok_cli.evaluation import predictions
 from mmtok_cli.evaluation.predictions import predict
 from mmtok_cli.evaluation.processes import Processes, join_processes
-from mmtok_cli.evaluation.summary import EvaluationSummary, f1_retention, summarise
+from mmtok_cli.evaluation.summary import EvaluationSummary, f1_retention, summarise_predictions
 from mmtok_cli.methods import make_method
 from mmtok_cli.methods.base import Method
 from mmtok_cli.models.llava import Llava
@@ -63,7 +63,7 @@ class Evaluated:
 
     def summary(self, metric: Metric | None) -> list[EvaluationSummary]:
         labels = {label.sample: label for batch in self.batches for label in batch.samples}
-        return list(summarise(self.predictions, labels, baseline=0, metric=metric, seed=0).values())
+        return list(summarise_predictions(self.predictions, labels, baseline=0, metric=metric, seed=0).values())
 
 
 def everything(dataset: Dataset, batch_size: int, cases: int) -> Remaining:
@@ -113,7 +113,7 @@ def test_cases_keep_the_numbers_of_the_plan(tiny_sdpa: Llava, samples: list[Samp
     assert [(p.sample, p.case) for p in batch.predictions] == [(2, 1), (2, 3)]
     usual = [p for p in run(tiny_sdpa, dataset).predictions if p.sample == 2]
     assert [p.answer for p in batch.predictions] == [usual[0].answer, usual[1].answer]
-    found = summarise(batch.predictions, {2: batch.samples[0]}, baseline=1, metric=None, seed=0)
+    found = summarise_predictions(batch.predictions, {2: batch.samples[0]}, baseline=1, metric=None, seed=0)
     assert list(found) == [1, 3] and found[1].fidelity.kl == 0 < found[3].fidelity.kl
 
 
@@ -220,7 +220,7 @@ def test_a_summary_by_hand() -> None:
         for case, texts in said.items()
         for i, text in enumerate(texts)
     ]
-    baseline, method = summarise(predicted, labels, baseline=0, metric="yes-no", seed=0).values()
+    baseline, method = summarise_predictions(predicted, labels, baseline=0, metric="yes-no", seed=0).values()
     assert baseline.yes_no and baseline.score == baseline.yes_no.f1 == pytest.approx(6 / 7)
     assert baseline.retention is None and baseline.flips is None
     assert method.yes_no and method.score == pytest.approx(0.5) and method.yes_no.accuracy == pytest.approx(4 / 6)
@@ -244,7 +244,7 @@ def test_soft_accuracies_are_averaged_and_split_in_the_middle() -> None:
         for case, row in scores.items()
         for i, score in enumerate(row)
     ]
-    _, method = summarise(predicted, labels, baseline=0, metric="vqa", seed=0).values()
+    _, method = summarise_predictions(predicted, labels, baseline=0, metric="vqa", seed=0).values()
     assert method.score == pytest.approx(0.5) and method.retention and method.retention.value == pytest.approx(0.75)
     assert method.flips and (method.flips.right_right, method.flips.right_wrong) == (1, 1)
 

@@ -52,7 +52,7 @@ class Reference:
     mask: Tensor
 
 
-Item = Prediction | UnreadableSample | CaseFailure
+BatchItem = Prediction | UnreadableSample | CaseFailure
 
 
 def evaluate(
@@ -125,13 +125,13 @@ def predict_batch(
     dataset: Dataset,
     numbers: Sequence[int],
     max_new_tokens: int,
-) -> list[Item]:
+) -> list[BatchItem]:
     """The predictions of all cases for some samples of a dataset, as one batch.
 
     cases: by their numbers in the plan, the baseline first. Samples that cannot be read, or are too long even for the
     baseline, are left out; a case that runs out of memory or cannot meet its budget on one of the samples fails.
     """
-    found: list[Item] = []
+    found: list[BatchItem] = []
     opened: dict[int, Sample] = {}
     for number in numbers:
         try:
@@ -247,7 +247,7 @@ def answer_mask(token_ids: Tensor, eos_token_ids: Sequence[int]) -> Tensor:
 
 
 def _batch_record(
-    batch: int, remaining: Remaining, dataset: Dataset, numbers: Sequence[int], items: Sequence[Item]
+    batch: int, remaining: Remaining, dataset: Dataset, numbers: Sequence[int], items: Sequence[BatchItem]
 ) -> PredictionBatch:
     labels = []
     for number in numbers:

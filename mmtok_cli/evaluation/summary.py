@@ -71,7 +71,7 @@ class EvaluationSummary:
         return Score(right=_whole(sum(right for right, _ in by_kind.values())), asked=self.samples, by_kind=by_kind)
 
 
-def summarise_predictions(store: RunDirectory) -> dict[int, EvaluationSummary]:
+def summarise_evaluation(store: RunDirectory) -> dict[int, EvaluationSummary]:
     """The summary of each case of the plan that was evaluated, by its number; empty without a baseline.
 
     A case is evaluated at one batch size. Its answers do not depend on it, so the summary holds at the others as well.
@@ -83,7 +83,7 @@ def summarise_predictions(store: RunDirectory) -> dict[int, EvaluationSummary]:
     if not cases or cases[0] in failed:
         return {}
     batches = [batch for batch in store.predictions.values() if batch.batch_size == size]
-    found = summarise(
+    found = summarise_predictions(
         [prediction for batch in batches for prediction in batch.predictions if prediction.case in compared],
         {label.sample: label for batch in batches for label in batch.samples},
         baseline=cases[0],
@@ -99,7 +99,7 @@ def summarise_predictions(store: RunDirectory) -> dict[int, EvaluationSummary]:
     return summaries
 
 
-def summarise(
+def summarise_predictions(
     predictions: Iterable[Prediction],
     labels: Mapping[int, SampleLabel],
     *,
