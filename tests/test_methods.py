@@ -90,7 +90,7 @@ def test_method_of_another_package_on_the_command_line(tiny_directory: Path, pho
     assert (said["method"], said["tokens"]["kept"]) == ("largest-norm", 4)
     results = run_json("compare", "--methods", "largest-norm,random", *options, "--limit", 2)["results"]
     assert [r["case"]["method"] for r in results] == ["full", "largest-norm", "random"]
-    assert results[1]["parameters"] == {"power": 1.0} and results[1]["tokens"]["kept"] == 4
+    assert results[1]["case"]["parameters"] == {"power": 1.0} and results[1]["tokens"]["kept"] == 4
 
 
 def test_signal_that_nobody_offers_is_refused(tiny_sdpa: Llava, samples: list[Sample]) -> None:
