@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.rules import Positions
 from mmtok_cli.tokens import Cut, LayerTokens, Selection, TextTokens, VisionTokens
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,8 @@ class Method:
 
         vision: [tokens, dim], text: [text tokens, dim], embeddings as they enter the first decoder layer.
         """
+        import torch
+
         return torch.tensor([len(text) - 1], device=text.device)
 
     def choose(self, tokens: LayerTokens, cut: Cut) -> Selection:
