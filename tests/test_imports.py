@@ -16,6 +16,8 @@ ALLOWED = {
     "models": SHARED | {"models", "profiles"},
     "data": {"errors", "data", "demo"},
     "decoding": {"models"},
+    "configuration": {"methods", "models"},
+    "api": SHARED | {"models", "methods", "data", "pipeline", "configuration", "timing"},
     "pipeline": SHARED | {"models", "methods", "data", "decoding"},
     **dict.fromkeys(
         ("timing", "evaluation", "results"),  # until the plan and the summary have left results
