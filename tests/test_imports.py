@@ -48,6 +48,10 @@ ALLOWED = {
 }
 
 
+# The checks run methods on tiny models of every family, which `methods` itself must not know.
+EXCEPTIONS = {"methods/testing.py": {"models", "pipeline", "data"}}
+
+
 def imported(path: Path) -> set[str]:
     """Rooms of this package that a file imports from."""
     names: list[str] = []
@@ -64,7 +68,8 @@ def test_rooms_import_only_what_they_may(room: str) -> None:
     files = [PACKAGE / f"{room}.py"] if (PACKAGE / f"{room}.py").is_file() else sorted((PACKAGE / room).rglob("*.py"))
     assert files
     for path in files:
-        assert imported(path) <= ALLOWED[room], path
+        more = EXCEPTIONS.get(path.relative_to(PACKAGE).as_posix(), set())
+        assert imported(path) <= ALLOWED[room] | more, path
 
 
 def test_no_print_outside_the_report() -> None:
