@@ -15,9 +15,12 @@ from transformers import LlamaForCausalLM
 
 from mmtok_cli.methods.base import attention_at
 from mmtok_cli.methods.pyramiddrop import PyramidDrop
+from mmtok_cli.models import hf
 from mmtok_cli.models.inside import Inside
 from mmtok_cli.models.sequences import CutImage
 from mmtok_cli.tokens import Cut, LayerTokens, Selection
+
+pytestmark = pytest.mark.compat
 
 
 @lru_cache(maxsize=4)
@@ -82,19 +85,19 @@ def test_end_to_end(case: dict[str, Any], attention: str) -> None:
             assert found.equal(expected[f"positions_layer{layer}"])
         torch.testing.assert_close(out.logits[0], expected["expected_prefill_logits"], atol=atol, rtol=0)
 
-        logits, lengths = [out.logits[0, -1]], [[layer.keys.shape[2] for layer in out.past_key_values.layers]]
+        logits, lengths = [out.logits[0, -1]], [[layer.keys.shape[2] for layer in hf.cache_of(out).layers]]
         for step in range(params["decode_steps"]):
             positions.clear()
             out = model(
                 input_ids=expected["expected_tokens"][step][None, None],
                 position_ids=torch.tensor([[length + step]]),
-                past_key_values=out.past_key_values,
+                **hf.cache_argument(model, hf.cache_of(out)),
                 use_cache=True,
             )
             for layer, found in enumerate(positions):
                 assert found.tolist() == [expected[f"decode_positions_layer{layer}"][step]]
             logits.append(out.logits[0, -1])
-            lengths.append([layer.keys.shape[2] for layer in out.past_key_values.layers])
+            lengths.append([layer.keys.shape[2] for layer in hf.cache_of(out).layers])
     torch.testing.assert_close(torch.stack(logits), expected["expected_logits"], atol=atol, rtol=0)
     assert torch.stack(logits).argmax(-1).equal(expected["expected_tokens"])
     assert lengths == case["kv_lengths_per_layer_after_each_forward"]
