@@ -50,6 +50,7 @@ def test_csv_has_a_row_for_each_case_and_units_in_its_names(tmp_path: Path) -> N
     assert float(first["prefill_median_s"]) == expected.seconds["prefill"].median
     assert float(first["ttft_p90_s"]) == expected.seconds["ttft"].p90
     assert float(first["speedup_prefill_low"]) == expected.speedup["prefill"].low
+    assert first["decode_tokens_per_s"] == "333.3" and "decode tok/s" in page_text(result)
     assert int(first["kv_cache_bytes"]) == expected.memory.kv_cache
     assert float(first["total_flops"]) == 5e9
     assert (first["kept_tokens"], first["layer_average_tokens"], first["total_tokens"]) == ("64.0", "64.0", "576.0")

@@ -194,6 +194,15 @@ COLUMNS: tuple[CsvColumn[CaseResult], ...] = (
     *_stage("prefill", "processing the prompt in the language model", "prefill"),
     *_stage("ttft", "time to first token: prepare, encode, select and prefill", "TTFT"),
     *_stage("decode", "generating all tokens after the first"),
+    Column(
+        "decode_tokens_per_s",
+        "tokens decoded per second and sample after the first, median",
+        lambda case: case.decode_tokens_per_second,
+        heading="decode tok/s",
+        show=number,
+        section="cost",
+        in_markdown=_never,
+    ),
     *_stage("total", "all stages"),
     # Quality.
     Column(

@@ -186,6 +186,7 @@ class Column:
                 if (before := [run.seconds[stage] for run in self.baseline or ()]) and min(*before, *values) > 0
             },
             overhead=median(map(_overhead, runs)),
+            decode_tokens_per_second=_decode_speed(runs),
             memory=Memory(
                 peak=_most(run.peak for run in runs),
                 kv_cache=int(fmean(run.kv_cache / len(run.samples) for run in once)),
@@ -212,6 +213,12 @@ def _most(values: Iterable[int | None]) -> int | None:
 def _overhead(run: Run) -> float:
     """What choosing tokens costs, as a share of the work that it is to save."""
     return run.seconds["select"] / (run.seconds["encode"] + run.seconds["prefill"])
+
+
+def _decode_speed(runs: Sequence[Run]) -> float | None:
+    """Tokens per second of a sequence while decoding; the first token comes from prefill."""
+    speeds = [(run.steps - 1) / run.seconds["decode"] for run in runs if run.steps > 1 and run.seconds["decode"] > 0]
+    return median(speeds) if speeds else None
 
 
 def _score(runs: Sequence[Run]) -> Score | None:
