@@ -82,7 +82,7 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
 
 
 def achieved(results: Sequence[CaseResult], weights_read: int) -> list[Achieved]:
-    """What the cases of a profile, whose batches hold one sample, achieved."""
+    """What the cases of a profile achieved."""
     return [_achieved(result, weights_read) for result in results]
 
 
@@ -103,7 +103,9 @@ def _achieved(result: CaseResult, weights_read: int) -> Achieved:
     return Achieved(
         case=result.case,
         flops_per_second={
-            stage: flops / seconds[stage] for stage, flops in result.flops.items() if flops > 0 and seconds[stage] > 0
+            stage: flops * result.case.batch_size / seconds[stage]
+            for stage, flops in result.flops.items()
+            if flops > 0 and seconds[stage] > 0
         },
         decode_bytes_per_second=weights_read * passes / seconds["decode"] if passes > 0 else None,
     )
