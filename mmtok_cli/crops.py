@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.tokens import CLASS_TOKEN, Selection, VisionTokens
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 GROUP = 2**40  # above any rank
 
@@ -56,6 +57,8 @@ class Crops:
         their class tokens, then what was merged, crop by crop. Where a method merges everything, as pooling does, its
         tokens are ordered as patches are. No line of the stitched crops gets a token at its end.
         """
+        import torch
+
         device, dtype = self.places.device, self.tokens[0].projected.dtype
         rows, places, merged, keys = [], [], [], []
         for number, (crop, chosen) in enumerate(zip(self.tokens, selections, strict=True)):

@@ -6,10 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from mmtok_cli.crops import Crops
 
 CLASS_TOKEN = -1  # indices that stand for no place in the image
@@ -91,6 +90,8 @@ class Selection:
 
     @staticmethod
     def everything(vision: VisionTokens) -> Selection:
+        import torch
+
         return Selection(torch.arange(vision.total, device=vision.projected.device))
 
 

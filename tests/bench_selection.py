@@ -28,7 +28,7 @@ from rich.table import Table
 from torch import Tensor
 
 from mmtok_cli.methods import coverage
-from mmtok_cli.methods.greedy_loop import compiled_loop, plain_matrix
+from mmtok_cli.methods.plain_loop import compiled_loop, plain_matrix
 
 LONG = 5000  # tokens from which the plain loop is extrapolated
 SAMPLED_PICKS = 6

@@ -132,7 +132,7 @@ def test_bad_rules_and_settings(tiny_directory: Path, photo: Path, tmp_path: Pat
         refused(run(*command, "--positions", "move"), "no position policy 'move'", "keep or renumber")
         refused(run(*command, "--budget-means", "mean"), "'mean'", "final or layer-average")
         refused(run(*command, "--set", "fastv.layers=2"), "no parameter 'layers'", "did you mean layer")
-        refused(run(*command, "--set", "mmtok.alpha=0"), "mmtok is not run", "fastv")
+        refused(run(*command, "--set", "mmtok.alpha=0"), "mmtok is not among the methods", "fastv")
         refused(run(*command, "--set", "fastv.layer=4"), "fastv.layer=4", "1 to 3")
         refused(run(*command, "--budget-means", "layer-average"), "layer average of 6", "choose 19 to 36")
     assert not (tmp_path / "t").exists()

@@ -11,7 +11,7 @@ from mmtok_cli.budget import Budget
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.methods import make_method
 from mmtok_cli.methods.coverage import ALPHA, TEXT_TEMPERATURE, VISION_TEMPERATURE, coverage_matrix
-from mmtok_cli.methods.greedy_loop import compiled_loop, plain_loop, plain_matrix
+from mmtok_cli.methods.plain_loop import compiled_loop, plain_loop, plain_matrix
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.pipeline import reduce
 from mmtok_cli.rules import Rules, Track

@@ -151,7 +151,7 @@ def test_settings_that_cannot_be_read(text: str) -> None:
     ("text", "message", "hint"),
     [
         ("fastvv.layer=2", "no method 'fastvv'", "did you mean fastv"),
-        ("random.seed=2", "random is not run", "methods of this run: full, fastv, mmtok, visionzip"),
+        ("random.seed=2", "random is not among the methods", "methods of this run: full, fastv, mmtok, visionzip"),
         ("mmtok.alfa=2", "mmtok has no parameter 'alfa', only alpha, text_temp", "did you mean alpha"),
         ("full.seed=2", "full has no parameter 'seed'", "leave it out"),
         ("fastv.layer=two", "fastv.layer cannot be 'two'", "it takes a whole number"),

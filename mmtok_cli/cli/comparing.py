@@ -152,7 +152,7 @@ class Session:
         from mmtok_cli.report.plots import save_tradeoff
 
         first, *others = tables.by_batch_size(comparison)
-        if not first.results or not tables.is_baseline(first.results[0]) or len(first.results) < 2:
+        if not first.results or not first.results[0].case.is_baseline or len(first.results) < 2:
             raise MMTokError("there is nothing to plot", "it takes the unreduced baseline and one case more")
         if not any(result.fidelity for result in first.results):
             raise MMTokError("there is nothing to plot", "it takes quality: leave --no-quality and --layers out")

@@ -95,15 +95,9 @@ def make_case(name: str, budget: Budget | None, setup: Setup) -> Case:
     Raises MMTokError for a profile that says what the method cannot follow.
     """
     from mmtok_cli.cases import Case
-    from mmtok_cli.methods import accepted, make_method
-    from mmtok_cli.methods.parameters import profile_parameters
-    from mmtok_cli.models import guiding_profile
+    from mmtok_cli.configuration import configured_method
 
-    known = guiding_profile(setup.model)
-    parameters = accepted(name, {"seed": setup.seed})
-    if known:
-        parameters |= profile_parameters(name, known.methods, known.name)
-    method = make_method(name, **parameters | dict(setup.settings.get(name, {})))
+    method = configured_method(name, setup.model, setup.settings.get(name), seed=setup.seed)
     return Case(name, method, budget if method.takes_budget else None, setup.rules)
 
 

@@ -1,13 +1,14 @@
-"""The catalogue of reduction methods: ours by name, other packages' through the entry points `mmtok.methods`."""
+"""The catalogue of reduction methods: the built-in ones, and those that other packages register as entry points."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
-from mmtok_cli.errors import MMTokError, suggestion
+from mmtok_cli.errors import MMTokError, first_line, suggestion
 
 if TYPE_CHECKING:
     from mmtok_cli.methods.base import Method
@@ -37,25 +38,73 @@ ENTRY_POINTS = "mmtok.methods"
 
 
 def method_names() -> list[str]:
-    """Every method that can be asked for by name."""
+    """The names of all methods, those of other packages last."""
     return [*BUILT_IN, *sorted(point.name for point in entry_points(group=ENTRY_POINTS) if point.name not in BUILT_IN)]
 
 
 def method_class(name: str) -> type[Method]:
-    """The class behind a name. Raises MMTokError, with the nearest names, for one that nobody registered."""
+    """The class of the method called `name`.
+
+    Raises MMTokError, with the nearest names, for an unknown one, and for another package's class that cannot be used.
+    """
     if name in BUILT_IN:
         module, _, attribute = BUILT_IN[name].partition(":")
         return getattr(import_module(module), attribute)
     for point in entry_points(group=ENTRY_POINTS, name=name):
-        return point.load()
+        return _loaded(point)
     raise MMTokError(f"there is no method {name!r}", suggestion(name, method_names(), "mmtok methods"))
 
 
 def make_method(name: str, **parameters: Any) -> Method:
-    """Build the method called `name`; `parameters` are its fields, lists as tuples. Raises MMTokError for an unknown
-    name."""
+    """Build the method called `name`; `parameters` are its fields, lists as tuples.
+
+    A method checks its own parameters in `__post_init__` and raises ValueError or MMTokError. Raises MMTokError in
+    either case, for an unknown name, and for parameters that the method does not have or that are missing.
+    """
+    method = method_class(name)
+    known = [field for field in fields(method) if field.init]
+    unknown = [parameter for parameter in parameters if parameter not in {field.name for field in known}]
+    if unknown:
+        raise unknown_parameter(f"{name} has no parameter {unknown[0]!r}", name, unknown[0], [f.name for f in known])
+    for field in known:
+        if field.default is MISSING and field.default_factory is MISSING and field.name not in parameters:
+            raise MMTokError(f"{name} needs a value for {field.name}", f"give one: --set {name}.{field.name}=VALUE")
     fixed = {key: tuple(value) if isinstance(value, list) else value for key, value in parameters.items()}
-    return method_class(name)(**fixed)
+    try:
+        return method(**fixed)
+    except ValueError as error:
+        raise MMTokError(f"{name}: {first_line(error)}", f"`mmtok methods {name}` lists its parameters") from error
+
+
+def unknown_parameter(message: str, name: str, parameter: str, known: Sequence[str]) -> MMTokError:
+    """The error for a parameter that the method `name` does not have; `known` are those it has."""
+    if not known:
+        return MMTokError(f"{message}, nor any other", "leave it out")
+    return MMTokError(f"{message}, only {', '.join(known)}", suggestion(parameter, known, f"mmtok methods {name}"))
+
+
+def _loaded(point: EntryPoint) -> type[Method]:
+    """The class behind an entry point. Raises MMTokError naming the package where it is not a usable method."""
+    from mmtok_cli.methods.base import Method
+
+    package = point.dist.name if point.dist else point.value
+    hint = f"report it to the authors of {package}, or uninstall that package"
+    try:
+        found = point.load()
+    except Exception as error:  # whatever another package raises on import
+        raise MMTokError(
+            f"the method {point.name} of {package} cannot be imported: {first_line(error)}", hint
+        ) from error
+    fault = None
+    if not (isinstance(found, type) and issubclass(found, Method)):
+        fault = "it is not a subclass of mmtok_cli.methods.base.Method"
+    elif "__dataclass_fields__" not in vars(found):
+        fault = "it has no @dataclass(frozen=True) decorator, so its parameters are not seen"
+    elif not getattr(found, "summary", ""):
+        fault = "it has no summary: ClassVar[str]"
+    if fault:
+        raise MMTokError(f"the method {point.name} of {package} cannot be used: {fault}", hint)
+    return found
 
 
 def accepted(name: str, parameters: Mapping[str, Any]) -> dict[str, Any]:

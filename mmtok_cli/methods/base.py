@@ -1,35 +1,95 @@
-"""What a reduction method is: a small frozen dataclass whose fields are its parameters."""
+"""The base class of reduction methods.
+
+How to write one
+----------------
+
+A method is a frozen dataclass, its fields are its parameters, and it overrides the hook of the place where it acts. It
+works on tensors of one image and never sees the model:
+
+    @dataclass(frozen=True)
+    class LargestNorm(Method):
+        '''Keeps the tokens of largest norm.'''      # printed by `mmtok methods largest-norm`
+
+        summary: ClassVar[str] = "tokens of largest norm"   # printed by `mmtok methods`
+
+        power: float = 2.0                                  # set by --set largest-norm.power=1
+
+        def select(self, vision, text, budget):
+            require_eligible(vision, budget)
+            return highest(vision.projected.float().norm(p=self.power, dim=-1), vision.eligible, budget)
+
+Hooks, in the order in which they are called
+    resize    before the encoder: how many tokens a smaller version of the image has
+    select    between encoder and language model: `budget` of the image's tokens (see VisionTokens, TextTokens)
+    cuts      inside the language model: before which decoder layers tokens are dropped, and how many stay (see Cut)
+    queries   for cuts that read attention: the text tokens whose attention is read
+    choose    at each cut: which tokens stay (see LayerTokens)
+    `count` (how a percentage is rounded), `across_crops` and `select_batch` are rarely needed.
+    select and choose return a Selection; it lists indices in ascending order, each once, exactly as many as asked for.
+
+What a method reads
+    `vision.projected` and `vision.features` are always there. Name anything else in the class attribute `signals`; it
+    is then computed and put into `vision.signals`. A family that does not offer a signal refuses the method.
+    class_attention       [heads, tokens]    attention of CLIP's class token to each patch (LLaVA families)
+    class_feature         [vision dim]       the class token itself (LLaVA families)
+    mean_keys             [tokens, head dim] keys of the encoder's attention, averaged over heads (all families)
+    received_attention    [tokens]           attention that a patch receives on average (Qwen families)
+    clip_image_embeds     [tokens, clip dim] patches in the space of CLIP (LLaVA families with a known CLIP model)
+    clip_text_embeds      [pieces, clip dim] the question there, one row for each piece that CLIP can read
+
+Padding
+    LLaVA-1.5 pads an image to a square. Tokens of padding are False in `vision.eligible` (and `tokens.eligible`): start
+    with `require_eligible(vision, budget)`, which refuses a budget that would need them, and rank with `highest` or
+    `ranking`, which put them last. With a budget of all tokens `select` is not called: nothing is dropped.
+
+Parameters
+    Annotate each field: int, float, bool, str, a Literal, a tuple of these, or one of them or None. Values of the
+    command line are converted and checked by the annotation. Check the range in `__post_init__` and raise ValueError
+    (or MMTokError, to add a hint); either becomes one line and exit status 2. `require_layers` checks parameters that
+    name decoder layers, within `cuts`.
+
+Register the class in the package's pyproject.toml, and it works in every command:
+
+    [project.entry-points."mmtok.methods"]
+    largest-norm = "largest_norm:LargestNorm"
+
+`mmtok_cli.methods.testing` has the checks that every method must pass.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.rules import Positions
 from mmtok_cli.tokens import Cut, LayerTokens, Selection, TextTokens, VisionTokens
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Method:
     """One way to reduce vision tokens. Override the hook at which the method acts; the others keep everything.
 
-    Before the encoder that is `resize`, behind it `select`, and inside the language model `cuts` with `choose`.
+    Class attributes, which `mmtok methods` prints:
+    summary: a few words for the list. source: the paper, as in "arXiv 2403.06764".
+    acts: "before the encoder", "between encoder and language model" or "inside the language model".
+    reads_question: the choice depends on the question, so a second question may not find what it needs.
+    training_free: works on a model as it is. takes_budget: False for methods whose count is fixed.
 
-    The class attributes are what `mmtok methods` prints, and what the released track has to know:
-    reads_question: what is dropped depends on the question, so that a second one may not find what it needs.
-    signals: what the method must see of the encoder beside the tokens; nothing is computed that no method asked for.
-    signals_without_class_token: what it reads instead of an encoder that has no class token, if it can.
-    per_crop: where a model cuts an image into crops, the method chooses in each of them on its own, as authors do who
-        act on the encoder's output (see `across_crops`); otherwise in the packed sequence, ends of lines included.
-    positions: whether the authors' code leaves kept tokens at their positions or renumbers them.
-    keeps_padding: the authors' code lets padding compete for the budget.
-    matrices: what choosing holds at once that grows with the square of the tokens, in float32 matrices of all tokens
-        against all; for knowing whether it fits before it starts.
+    Class attributes about what the method reads and how its authors run it:
+    signals: what the method reads of the encoder besides the tokens; nothing else is computed.
+    signals_without_class_token: what it reads instead where the encoder has no class token, if it can.
+    per_crop: where a model cuts an image into crops, `select` is called for each crop with a part of the budget, as in
+        methods that act on the encoder's output (see `across_crops`); otherwise once for the packed sequence of all
+        crops, line ends included. A method that reads signals must set it.
+    positions: whether the authors' code keeps the positions of kept tokens or renumbers them.
+    keeps_padding: in the authors' code padding can be selected; the released track then shows all tokens as eligible.
+    matrices: memory that `select` needs and that grows with the square of the tokens, as a number of float32 matrices
+        [tokens, tokens]; `profile --scaling` uses it to predict whether a size fits.
     """
 
     summary: ClassVar[str]
@@ -46,65 +106,73 @@ class Method:
     matrices: ClassVar[float] = 0
 
     def count(self, share: float, total: int) -> int:
-        """How many of `total` vision tokens a share is (0.1 for 10 %), rounded as the authors' code does.
+        """How many of `total` vision tokens a share (0.1 for 10%) keeps, rounded as in the authors' code.
 
-        Used on the released track; the harmonised track rounds the shares of all methods down. Default: MMTok's rule,
-        which truncates the floating-point product (0.29 of 100 is 28).
+        Used on the released track; the harmonised track rounds down for every method. Default: MMTok's rule, which
+        truncates the floating-point product (0.29 of 100 is 28).
         """
         return int(share * total)
 
     def resize(self, total: int, budget: int) -> int | None:
-        """How many vision tokens a smaller version of the image is to have when it is encoded; None leaves it as it is.
+        """How many vision tokens a smaller version of the image has when it is encoded; None keeps its size.
 
-        total: what the image has as it is. The model makes the image smaller, with its aspect ratio in mind.
+        total: vision tokens of the image at its own size. The model resizes the image and keeps its aspect ratio as far
+        as it can.
         """
         return None
 
     def across_crops(self, crops: Sequence[VisionTokens]) -> Sequence[VisionTokens]:
-        """The crops of one image as `select` is to see them; override it where a choice depends on the other crops.
+        """The crops of one image as `select` sees them; override it where a choice depends on the other crops.
 
-        Called for methods that are `per_crop`, once for each image. Results belong in the crops' `signals`.
+        Called once for each image, for methods that are `per_crop`. Put results into the crops' `signals`.
         """
         return crops
 
     def select(self, vision: VisionTokens, text: TextTokens, budget: int) -> Selection:
-        """Choose `budget` of the image's vision tokens."""
+        """Choose `budget` of the image's vision tokens, fewer than `vision.total`."""
         return Selection.everything(vision)
 
     def select_batch(
         self, vision: Sequence[VisionTokens], text: Sequence[TextTokens], budgets: Sequence[int]
     ) -> list[Selection]:
-        """`select` for each image; override it where a batch can be done in one go. Results must not differ."""
-        return [self.select(v, t, budget) for v, t, budget in zip(vision, text, budgets, strict=True)]
+        """`select` for each image of which some tokens are dropped; the others keep everything.
+
+        Override it where a batch can be computed at once. Results must not differ from those of single images.
+        """
+        return [
+            Selection.everything(v) if self.takes_budget and budget == v.total else self.select(v, t, budget)
+            for v, t, budget in zip(vision, text, budgets, strict=True)
+        ]
 
     def cuts(self, total: int, budget: int, layers: int) -> tuple[Cut, ...]:
-        """Where inside the language model an image of `total` vision tokens is cut down to `budget`.
+        """Where inside the language model an image of `total` vision tokens is reduced to `budget`.
 
-        layers: how many decoder layers the model has. The cuts' layers ascend; no cut leaves the image whole.
-        Raises MMTokError where the model has too few layers for the method's parameters.
+        layers: number of decoder layers. Cuts are in ascending order of layers, and the last one keeps `budget`. Return
+        () where nothing is dropped (`budget == total`).
+        Raises MMTokError where the model has too few layers for the method's parameters (see `require_layers`).
         """
         return ()
 
     def queries(self, vision: Tensor, text: Tensor) -> Tensor:
-        """Which tokens behind the image ask for it: [queries] indices into `text`. Default: the last alone.
+        """The text tokens whose attention to the image a cut reads: [queries] indices into `text`. Default: the last.
 
-        vision: [tokens, dim], text: [text tokens, dim], embeddings as they enter the first decoder layer.
+        vision: [tokens, dim]; text: [text tokens, dim], the tokens after the image. Embeddings as they enter the first
+        decoder layer.
         """
+        import torch
+
         return torch.tensor([len(text) - 1], device=text.device)
 
     def choose(self, tokens: LayerTokens, cut: Cut) -> Selection:
-        """Which of the image's vision tokens go on at a cut, `cut.keep` of them; indices count those at the cut."""
+        """Choose `cut.keep` of the vision tokens that are left at a cut; indices count those tokens."""
         raise MMTokError(
-            f"{type(self).__name__} cuts inside the language model, but says not what to keep there",
+            f"{type(self).__name__} defines cuts but does not override choose",
             "this is a defect of the method: it must override `choose`",
         )
 
 
 def require_eligible(vision: VisionTokens, budget: int) -> None:
-    """Refuse a budget above the tokens that show something of the image.
-
-    Raises MMTokError with the feasible range.
-    """
+    """Refuse a budget above the number of eligible tokens. Raises MMTokError with the range that works."""
     eligible = int(vision.eligible.sum())
     if budget > eligible:
         raise MMTokError(
@@ -115,10 +183,11 @@ def require_eligible(vision: VisionTokens, budget: int) -> None:
 
 
 def require_layers(parameter: str, given: Sequence[int], layers: int, first: int = 1) -> None:
-    """Refuse the places of cuts that a model of so many decoder layers does not have.
+    """Check a parameter that names decoder layers.
 
-    parameter: as the user sets it. given: its value, ascending. first: the lowest that it may hold; the highest leaves
-    one layer behind the last cut. Raises MMTokError with the range.
+    parameter: METHOD.PARAMETER, for the message. given: its values, which must ascend. layers: number of decoder
+    layers. first: the lowest value allowed; the highest leaves one layer after the last cut.
+    Raises MMTokError with the range that works.
     """
     last = layers - 2 + first
     if not given or sorted(set(given)) != list(given) or not first <= given[0] <= given[-1] <= last:
@@ -130,21 +199,21 @@ def require_layers(parameter: str, given: Sequence[int], layers: int, first: int
 
 
 def attention_at(tokens: LayerTokens) -> Tensor:
-    """The attention that a cut asked for, [heads, queries, tokens]. Raises ValueError for a cut that read none."""
+    """The attention at a cut, [heads, queries, tokens]. Raises ValueError if `Cut.reads` is None."""
     if tokens.attention is None:
-        raise ValueError("the choice is made from a layer's attention, and its cut read none")
+        raise ValueError("choose reads attention, but Cut.reads is None")
     return tokens.attention
 
 
 def ranking(scores: Tensor, eligible: Tensor) -> Tensor:
-    """All tokens [tokens] by descending score, those that are not eligible last.
+    """Indices of all tokens [tokens] by descending score, those that are not eligible last.
 
-    Of equal scores the first goes first, on every device.
+    scores: [tokens]. Equal scores keep the order of the image, on every device.
     """
     return scores.float().masked_fill(~eligible, float("-inf")).argsort(descending=True, stable=True)
 
 
 def highest(scores: Tensor, eligible: Tensor, keep: int) -> Selection:
-    """The first `keep` tokens of the `ranking`."""
+    """The `keep` tokens of highest score [tokens] among those that are eligible."""
     order = ranking(scores, eligible)[:keep]
     return Selection(order.sort().values, order=order)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.methods.base import Method, require_eligible
-from mmtok_cli.methods.cosine import unit_rows
+from mmtok_cli.methods.cosine import unit_rows, without_gradients
 from mmtok_cli.rules import Positions
 from mmtok_cli.tokens import Selection, TextTokens, VisionTokens
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 RELEVANCE_FLOOR = 1e-6
 RELEVANCE = "relevance"  # among the signals: of each eligible token, scaled over all crops of the image
@@ -49,6 +49,8 @@ class CDPruner(Method):
             raise MMTokError(f"the relevance sign is {self.relevance_sign}", "choose -1 (as released) or 1")
 
     def across_crops(self, crops: Sequence[VisionTokens]) -> list[VisionTokens]:
+        import torch
+
         embeds = torch.cat([crop.signals["clip_image_embeds"][crop.eligible] for crop in crops])
         scores = relevance(embeds[None], crops[0].signals["clip_text_embeds"], self.relevance_sign)[0]
         shares = scores.split([int(crop.eligible.sum()) for crop in crops])
@@ -68,7 +70,7 @@ class CDPruner(Method):
         return Selection(picks.sort().values, picks)  # its gains are factors of a determinant, not sums
 
 
-@torch.no_grad()
+@without_gradients
 def relevance(image_embeds: Tensor, text_embeds: Tensor, sign: float = -1.0) -> Tensor:
     """How relevant each vision token is to the text: `[batch, n]`, above 0 and up to about 1.
 
@@ -80,12 +82,14 @@ def relevance(image_embeds: Tensor, text_embeds: Tensor, sign: float = -1.0) -> 
         image_embeds: `[batch, n, c]`, vision tokens in CLIP's shared space.
         text_embeds: `[pieces, c]`, the text in that space.
     """
+    import torch
+
     score = sign * (unit_rows(image_embeds) @ unit_rows(text_embeds).T).mean(-1)
     low, high = score.min(), score.max()
     return torch.where(high > low, (score - low + RELEVANCE_FLOOR) / (high - low), 1)
 
 
-@torch.no_grad()
+@without_gradients
 def conditional_kernel(projected: Tensor, relevance: Tensor) -> Tensor:
     """Cosines between tokens, each weighed by both tokens' relevance: `[batch, n, n]` float32, as released.
 
@@ -95,7 +99,7 @@ def conditional_kernel(projected: Tensor, relevance: Tensor) -> Tensor:
     return weight.unsqueeze(2) * (unit @ unit.mT) * weight.unsqueeze(1)
 
 
-@torch.no_grad()
+@without_gradients
 def greedy_determinant(kernel: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Pick `k` rows one by one, each time the one that enlarges the determinant of the picked rows' kernel most.
 
@@ -113,6 +117,8 @@ def greedy_determinant(kernel: Tensor, k: int) -> tuple[Tensor, Tensor]:
     Raises:
         MMTokError: `k` is out of range, or a value is not finite.
     """
+    import torch
+
     batch, n, _ = kernel.shape
     if not 0 <= k <= n:
         raise MMTokError(f"cannot keep {k} vision tokens: {n} are eligible", f"choose a number from 0 to {n}")

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Callable
+from functools import wraps
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
 def in_float64(values: Tensor) -> Tensor:
@@ -14,3 +22,16 @@ def unit_rows(x: Tensor) -> Tensor:
     """The last axis scaled to length 1, in the data type it comes in; zero vectors stay zero."""
     length = x.norm(dim=-1, keepdim=True)
     return x / length.where(length > 0, 1)
+
+
+def without_gradients(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """`torch.no_grad` as a decorator that imports torch when the function is called, not when it is defined."""
+
+    @wraps(function)
+    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        import torch
+
+        with torch.no_grad():
+            return function(*args, **kwargs)
+
+    return call

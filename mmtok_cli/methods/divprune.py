@@ -6,16 +6,16 @@ Written from a description of the algorithm, without the authors' code.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.methods.base import Method, require_eligible
-from mmtok_cli.methods.cosine import unit_rows
+from mmtok_cli.methods.cosine import unit_rows, without_gradients
 from mmtok_cli.rules import Positions
 from mmtok_cli.tokens import Selection, TextTokens, VisionTokens
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class DivPrune(Method):
         return Selection(order.sort().values, order)
 
 
-@torch.no_grad()
+@without_gradients
 def farthest_points(features: Tensor, k: int, excluded: Tensor | None = None) -> Tensor:
     """`k` rows that lie far from each other: their indices `[k]`, in the order of the picks.
 
@@ -61,6 +61,8 @@ def farthest_points(features: Tensor, k: int, excluded: Tensor | None = None) ->
     Raises:
         MMTokError: fewer than `k` rows are left, or a value is not finite.
     """
+    import torch
+
     places = torch.arange(len(features), device=features.device)
     if excluded is not None:
         places = places[~excluded]

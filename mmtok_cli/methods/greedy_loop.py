@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor
-
-from mmtok_cli.methods.coverage import Coverage, released_unit_rows
 from mmtok_cli.methods.mmtok import MMTok
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mmtok_cli.methods.coverage import Coverage
 
 
 @dataclass(frozen=True)
 class GreedyLoop(MMTok):
-    """Picks as mmtok does, but evaluates the gain of every token anew at each pick, as the authors' release does.
+    """Picks as mmtok does, but evaluates the gain of every token again at each pick, as the authors' release does.
 
     That takes O(k n (m + n)) for k of n vision tokens and m words. The matrix too is built as released: similarities,
     softmax and concatenation out of place, one image after the other, and the loop is compiled by TorchScript. The
@@ -35,6 +34,11 @@ class GreedyLoop(MMTok):
         excluded: Tensor,
         text_mask: Tensor | None,
     ) -> Coverage:
+        import torch
+
+        from mmtok_cli.methods.coverage import Coverage
+        from mmtok_cli.methods.plain_loop import compiled_loop, plain_matrix
+
         found = []
         for i in range(len(projected)):
             words = None if text is None else text[i] if text_mask is None else text[i][text_mask[i]]
@@ -50,50 +54,3 @@ class GreedyLoop(MMTok):
             found.append(compiled_loop()(matrix, budget, excluded[i]))
         order, gains = (torch.stack(parts) for parts in zip(*found, strict=True))
         return Coverage(order.sort().values, order, gains)
-
-
-def plain_matrix(
-    text: Tensor | None,
-    projected: Tensor,
-    features: Tensor | None,
-    *,
-    alpha: float,
-    text_temperature: float,
-    vision_temperature: float,
-) -> Tensor:
-    """How well each vision token covers each target of one image: `[m + n, n]` float32, one row per target.
-
-    text: [m, d], projected: [n, d], features: [n, d_vis].
-    """
-    tokens, parts = released_unit_rows(projected), []
-    if text is not None and len(text):
-        parts.append((released_unit_rows(text) @ tokens.T * (1 / text_temperature)).softmax(1) / len(text))
-    if features is not None:
-        patches = released_unit_rows(features)
-        parts.append((patches @ patches.T * (1 / vision_temperature)).softmax(1) / len(tokens) * alpha)
-    return torch.cat(parts)
-
-
-def plain_loop(matrix: Tensor, k: int, excluded: Tensor) -> tuple[Tensor, Tensor]:
-    """`k` picks from `[targets, n]`, each of the token that adds most: their order and gains, [k] each.
-
-    excluded: bool [n], True for tokens never to be picked; at least `k` must be left.
-    """
-    best = torch.zeros(matrix.shape[0], device=matrix.device)
-    barred = torch.zeros(matrix.shape[1], device=matrix.device).masked_fill_(excluded, float("-inf"))
-    order = torch.zeros(k, dtype=torch.long, device=matrix.device)
-    gains = torch.zeros(k, device=matrix.device)
-    for i in range(k):
-        gain = (matrix - best.unsqueeze(1)).clamp_min_(0).sum(dim=0).add_(barred)
-        winner = torch.argmax(gain).view(1)
-        order[i] = winner[0]
-        gains[i] = gain[winner[0]]
-        barred.index_fill_(0, winner, float("-inf"))
-        best = torch.maximum(best, matrix.index_select(1, winner).squeeze(1))
-    return order, gains
-
-
-@cache
-def compiled_loop() -> Callable[[Tensor, int, Tensor], tuple[Tensor, Tensor]]:
-    """`plain_loop`, compiled by TorchScript when it is first asked for."""
-    return torch.jit.script(plain_loop)

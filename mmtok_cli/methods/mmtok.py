@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
+from typing import TYPE_CHECKING, ClassVar
 
 from mmtok_cli.methods.base import Method, require_eligible
-from mmtok_cli.methods.coverage import Coverage, select_tokens
 from mmtok_cli.methods.keywords import keywords
 from mmtok_cli.tokens import Selection, TextTokens, VisionTokens
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mmtok_cli.methods.coverage import Coverage
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ class MMTok(Method):
     def select_batch(
         self, vision: Sequence[VisionTokens], text: Sequence[TextTokens], budgets: Sequence[int]
     ) -> list[Selection]:
+        import torch
+
         selections: dict[int, Selection] = {}
         groups: dict[tuple[int, int], list[int]] = defaultdict(list)
         for i, (image, budget) in enumerate(zip(vision, budgets, strict=True)):
@@ -79,6 +81,8 @@ class MMTok(Method):
         text_mask: Tensor | None,
     ) -> Coverage:
         """The search itself, for images of one size; arguments as those of `select_tokens`, with the batch axis."""
+        from mmtok_cli.methods.coverage import select_tokens
+
         return select_tokens(
             text,
             projected,
@@ -93,11 +97,16 @@ class MMTok(Method):
 
     def _words(self, text: Sequence[TextTokens]) -> tuple[Tensor | None, Tensor | None]:
         """Embeddings of the questions' words, padded to [batch, words, dim], and which of them are real."""
+        import torch
+        from torch.nn.utils.rnn import pad_sequence
+
         rows = [t.embed(keywords(t.question) if t.words is None else t.words) for t in text]
         mask = pad_sequence([torch.ones(len(row), dtype=torch.bool, device=row.device) for row in rows], True)
         return pad_sequence(rows, True), mask
 
     def _features(self, images: Sequence[VisionTokens]) -> Tensor | None:
+        import torch
+
         return torch.stack([image.features for image in images])
 
 

@@ -1,9 +1,9 @@
 """The floor: no vision token at all."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import ClassVar
-
-import torch
 
 from mmtok_cli.methods.base import Method
 from mmtok_cli.tokens import Selection, TextTokens, VisionTokens
@@ -21,4 +21,6 @@ class NoVision(Method):
     takes_budget: ClassVar[bool] = False
 
     def select(self, vision: VisionTokens, text: TextTokens, budget: int) -> Selection:
+        import torch
+
         return Selection(torch.empty(0, dtype=torch.int64, device=vision.projected.device))

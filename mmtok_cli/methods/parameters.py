@@ -1,4 +1,4 @@
-"""Values for the parameters of methods, from the command line and from profiles, checked against the fields' types."""
+"""Parameters of methods from the command line and from profiles, checked against the types of the fields."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
-from mmtok_cli.errors import MMTokError, suggestion
-from mmtok_cli.methods import method_class, method_names
+from mmtok_cli.errors import MMTokError
+from mmtok_cli.methods import method_class, method_names, unknown_parameter
 
 WORDS: dict[Any, str] = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
@@ -29,10 +29,11 @@ def read_settings(texts: Sequence[str], running: Sequence[str]) -> dict[str, dic
         types = parameter_types(name)
         if name not in running:
             raise MMTokError(
-                f"--set {text} would change nothing: {name} is not run", f"methods of this run: {', '.join(running)}"
+                f"--set {text} has no effect: {name} is not among the methods",
+                f"methods of this run: {', '.join(running)}",
             )
         if parameter not in types:
-            raise _unknown(f"{name} has no parameter {parameter!r}", name, parameter, list(types))
+            raise unknown_parameter(f"{name} has no parameter {parameter!r}", name, parameter, list(types))
         parsed = _parse(types[parameter], value)
         settings[name][parameter] = _checked(f"{name}.{parameter}", types[parameter], parsed, value, strict=False)
     return dict(settings)
@@ -53,7 +54,7 @@ def profile_parameters(name: str, tables: Mapping[str, Mapping[str, Any]], profi
             values[parameter] = _checked(key, mine[parameter], _hashable(value), value, strict=True)
         elif not any(parameter in parameter_types(other) for other in variants):
             message = f"the profile {profile} sets methods.{base}.{parameter}, but {base} has no such parameter"
-            raise _unknown(message, base, parameter, list(mine))
+            raise unknown_parameter(message, base, parameter, list(mine))
     return values
 
 
@@ -126,12 +127,6 @@ def _checked(key: str, kind: Any, value: Any, shown: Any, *, strict: bool) -> An
         raise MMTokError(f"{key} cannot be {shown!r}", f"it takes {expected(kind)}") from error
     except PydanticUserError as error:
         raise MMTokError(f"{key} cannot be set: it is {expected(kind)}", "set it in Python") from error
-
-
-def _unknown(message: str, name: str, parameter: str, known: list[str]) -> MMTokError:
-    if not known:
-        return MMTokError(f"{message}, nor any other", "leave it out")
-    return MMTokError(f"{message}, only {', '.join(known)}", suggestion(parameter, known, f"mmtok methods {name}"))
 
 
 def _lower_none(value: Any) -> str:

@@ -1,10 +1,9 @@
 """Average pooling of the token grid: the same sum as a smaller image, after the encoder."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import ClassVar
-
-import torch
-from torch.nn.functional import adaptive_avg_pool2d
 
 from mmtok_cli.budget import rectangle
 from mmtok_cli.methods.base import Method, require_eligible
@@ -22,6 +21,9 @@ class Pool(Method):
     per_crop: ClassVar[bool] = True
 
     def select(self, vision: VisionTokens, text: TextTokens, budget: int) -> Selection:
+        import torch
+        from torch.nn.functional import adaptive_avg_pool2d
+
         if budget == vision.total:
             return Selection.everything(vision)
         require_eligible(vision, budget)

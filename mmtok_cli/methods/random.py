@@ -1,16 +1,18 @@
 """Random tokens: the control that a method has to beat."""
 
+from __future__ import annotations
+
 import zlib
 from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from mmtok_cli.methods.base import Method, highest, require_eligible, require_layers
 from mmtok_cli.methods.fastv import FastV
 from mmtok_cli.rules import Positions
 from mmtok_cli.tokens import Cut, LayerTokens, Selection, TextTokens, VisionTokens
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -60,5 +62,7 @@ class RandomInside(Method):
 
 def _draw(seed: int, image_id: str, count: int) -> Tensor:
     """Random scores [count] that depend on the seed and the image's name alone, drawn on the CPU."""
+    import torch
+
     key = f"{seed}:{image_id}".encode(errors="surrogateescape")
     return torch.rand(count, generator=torch.Generator().manual_seed(zlib.crc32(key)))

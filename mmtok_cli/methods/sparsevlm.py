@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
-
-import numpy as np
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.methods.base import Method, attention_at, highest, ranking, require_layers
 from mmtok_cli.rules import Positions
 from mmtok_cli.tokens import Cut, LayerTokens, Selection
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Vision tokens kept of 576 behind each of the three layers, as the authors' code lists them for the settings that it
 # calls 192, 128, 96 and 64 (the paper's adaptive ratio is not in the code).
@@ -84,6 +83,8 @@ class SparseVLM(SparseVLM2):
     parameter: ClassVar[str] = "sparsevlm.layers"
 
     def choose(self, tokens: LayerTokens, cut: Cut) -> Selection:
+        import torch
+
         ranked, total = ranking(self._scores(tokens), tokens.eligible), len(tokens.eligible)
         if cut.keep == total:
             return Selection(torch.arange(total, device=ranked.device))
@@ -113,6 +114,8 @@ def raters(vision: Tensor, text: Tensor) -> Tensor:
     vision: [tokens, dim], text: [text tokens, dim], input embeddings. Each vision token's affinities are a softmax over
     the text tokens; raters are those with more than the average share. Where all are alike, all rate.
     """
+    import torch
+
     share = (vision.float() @ text.float().T).softmax(-1).mean(0)
     found = (share > share.mean()).nonzero().squeeze(1)
     return found if len(found) else torch.arange(len(text), device=text.device)
@@ -131,6 +134,8 @@ def cluster_and_merge(tokens: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
     those with the largest product of density and distance to the nearest denser token; the others join the nearest
     centre. tokens: [tokens, dim].
     """
+    import torch
+
     points = tokens.float()
     distance = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist") / points.shape[1] ** 0.5
     density = (-distance.topk(clusters, largest=False).values.square().mean(-1)).exp()
@@ -163,6 +168,8 @@ def _with_recycled(kept: tuple[int, ...]) -> tuple[int, ...]:
 
 def _on_table(table: tuple[tuple[int, ...], ...] | list[tuple[int, ...]], total: int, budget: int) -> tuple[int, ...]:
     """Counts behind each layer that end in `budget`, linearly between the rows of a table made for 576 tokens."""
+    import numpy as np
+
     rows = sorted([(0, 0, 0), *table, (576, 576, 576)], key=lambda row: row[-1])
     last = [row[-1] for row in rows]
     counts = [budget]

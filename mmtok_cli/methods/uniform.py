@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from mmtok_cli.methods.base import Method, require_eligible
 from mmtok_cli.tokens import Selection, TextTokens, VisionTokens
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,8 @@ class Uniform(Method):
     per_crop: ClassVar[bool] = True
 
     def select(self, vision: VisionTokens, text: TextTokens, budget: int) -> Selection:
+        import torch
+
         if budget == vision.total:
             return Selection.everything(vision)
         require_eligible(vision, budget)
@@ -37,4 +39,6 @@ class Uniform(Method):
 
 def _spread(count: int, length: int) -> Tensor:
     """`count` different places, evenly spaced in range(length)."""
+    import torch
+
     return torch.arange(count).mul(2).add(1).mul(length).div(2 * count, rounding_mode="floor")

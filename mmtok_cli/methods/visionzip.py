@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
-
-import torch
-from torch import Tensor
-from torch.nn.functional import normalize, one_hot
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.methods.base import Method, ranking, require_eligible
 from mmtok_cli.methods.cosine import in_float64
 from mmtok_cli.tokens import Selection, TextTokens, VisionTokens
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Merge = Literal["sum", "mean"]
 TOKENS_PER_CONTEXTUAL = 6.4  # dominant : contextual = 5.4 : 1 in all budgets that the authors publish
@@ -68,6 +67,8 @@ class VisionZip(Method):
         return int(QWEN_DOMINANT[share] * total) + _qwen_contextual(total)
 
     def select(self, vision: VisionTokens, text: TextTokens, budget: int) -> Selection:
+        import torch
+
         if budget == vision.total:
             return Selection.everything(vision)
         if "class_feature" not in vision.signals:
@@ -87,6 +88,8 @@ class VisionZip(Method):
         return Selection(indices, tokens=vision.project(rows), merged=merged)
 
     def _select_without_class_token(self, vision: VisionTokens, budget: int) -> Selection:
+        import torch
+
         require_eligible(vision, budget)
         contextual = self._share(budget)
         if self.contextual is None and budget > 1:
@@ -170,6 +173,8 @@ def zip_tokens(
 
     Raises MMTokError if `dominant` is less than 1, or there are fewer than `dominant - 1 + contextual` patches.
     """
+    import torch
+
     eligible = torch.ones_like(features[:, 0], dtype=torch.bool) if eligible is None else eligible
     count = int(eligible.sum())
     if dominant < 1 or not 0 <= contextual <= count - (dominant - 1):
@@ -189,6 +194,9 @@ def _merge_into_targets(features: Tensor, keys: Tensor, count: int, merge: Merge
 
     features: [patches, dim], keys: [patches, head dim]. Returns the merged rows [count, dim] and the targets [count].
     """
+    import torch
+    from torch.nn.functional import normalize, one_hot
+
     patches = len(features)
     targets = torch.arange(count, device=features.device) * max(1, patches // max(1, count))
     if count in (0, patches):

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
-from torch import Tensor
-from torch.nn.functional import normalize
+from typing import TYPE_CHECKING, ClassVar
 
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.methods.base import Method, require_eligible
 from mmtok_cli.methods.cosine import in_float64
 from mmtok_cli.tokens import Selection, TextTokens, VisionTokens
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 IMPORTANT_RATIO = 0.5
 _DROPPED_AT_ONCE = 8  # the released code's step
@@ -75,6 +74,8 @@ def important_and_diverse(
     features: [n, dim], before the projector. class_attention: [heads, n], probabilities with which the class token
     attends to each patch. eligible: [n], False for patches never to be selected; at least `k` must be eligible.
     """
+    import torch
+
     attention, count = in_float64(class_attention).mean(0), len(features)
     if eligible is not None:
         attention = attention.masked_fill(~eligible.to(attention.device), -torch.inf)
@@ -92,6 +93,9 @@ def _thin_out(pool: Tensor, features: Tensor, k: int) -> Tensor:
     The ones most similar to any of these go, the surviving ones move to the front, most similar first, and the next
     round begins.
     """
+    import torch
+    from torch.nn.functional import normalize
+
     if k == 0:
         return pool[:0]
     directions = normalize(in_float64(features)[pool], dim=-1)

@@ -17,15 +17,15 @@ def profile_of(name: str) -> Profile | None:
     return profiles.get(name) or next((p for p in profiles.values() if p.location == name), None)
 
 
-def guiding_profile(name: str) -> Profile | None:
+def guiding_profile(name: str, family: str | None = None) -> Profile | None:
     """The profile of a model, or one of its family: what it says of methods holds for this one as well.
 
-    Raises MMTokError for a model that is not there.
+    family: read from the model's configuration unless given. Raises MMTokError for a model that is not there.
     """
     known = profile_of(name)
     if known:
         return known
-    family = configuration(source_of(name, weights=False), name).model_type
+    family = family or configuration(source_of(name, weights=False), name).model_type
     related = (p for p in known_profiles().values() if p.family == family and not p.location.startswith("package:"))
     return next(related, None)
 

@@ -242,7 +242,8 @@ class CaseResult(OfCase):
     """What was measured of a case. FLOPs are per sample, by stage, counted on the first batch.
 
     positions: whether kept tokens kept their positions. overhead: seconds of select / (encode + prefill), median.
-    outliers: which of the values of `ttft` are far above the rest. drift: of `ttft`, if there is any.
+    decode_tokens_per_second: (new tokens - 1) / seconds of decode, median; None where nothing was decoded after the
+    first token. outliers: which of the values of `ttft` are far above the rest. drift: of `ttft`, if there is any.
     score: F1 where answers are yes or no, else the mean; it and all below belong to the method and its budget, whatever
     the batch size, and are None where they were not asked for. retention_low, retention_high: 95 %.
     """
@@ -252,6 +253,7 @@ class CaseResult(OfCase):
     seconds: dict[str, Times]
     speedup: dict[str, Speedup]
     overhead: float
+    decode_tokens_per_second: float | None = None
     memory: Memory
     flops: dict[str, float]
     flop_coverage: FlopCoverage | None = None

@@ -55,6 +55,7 @@ def summarise_case(
             if (before := [run.seconds[stage] for run in baseline or ()]) and min(*before, *values) > 0
         },
         overhead=median(map(_overhead, runs)),
+        decode_tokens_per_second=_decode_speed(runs),
         memory=Memory(
             peak=_largest(run.peak for run in runs),
             kv_cache=int(fmean(run.kv_cache / len(run.samples) for run in once)),
@@ -113,3 +114,9 @@ def _largest(values: Iterable[int | None]) -> int | None:
 def _overhead(run: TimedRun) -> float:
     """Seconds of the selection, as a share of the stages that it is meant to shorten."""
     return run.seconds["select"] / (run.seconds["encode"] + run.seconds["prefill"])
+
+
+def _decode_speed(runs: Sequence[TimedRun]) -> float | None:
+    """Tokens per second of a sequence while decoding; the first token comes from prefill."""
+    speeds = [(run.steps - 1) / run.seconds["decode"] for run in runs if run.steps > 1 and run.seconds["decode"] > 0]
+    return median(speeds) if speeds else None

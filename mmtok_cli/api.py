@@ -1,0 +1,113 @@
+"""The functions of the public Python interface; import them from `mmtok_cli`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from PIL.Image import Image
+
+from mmtok_cli import pipeline
+from mmtok_cli.budget import Budget
+from mmtok_cli.configuration import configured_method
+from mmtok_cli.data.images import open_image
+from mmtok_cli.data.samples import Sample, require_question
+from mmtok_cli.errors import MMTokError
+from mmtok_cli.methods import accepted
+from mmtok_cli.methods import make_method as default_method
+from mmtok_cli.methods.base import Method
+from mmtok_cli.models.base import VisionLanguageModel
+from mmtok_cli.pipeline import RELEASED, Answers
+from mmtok_cli.rules import Rules
+from mmtok_cli.timing.clock import Clock
+
+
+@dataclass(frozen=True)
+class TimedAnswers(Answers):
+    """Answers to a batch of samples.
+
+    texts: one for each sample.
+    token_ids: [batch, steps], the new tokens, padded after the end of each answer.
+    first_logits: [batch, vocabulary], those of the first new token.
+    kv_cache_bytes: keys and values of all layers after the last token.
+    selections: what was kept of each image, in the order of the images: `selections[i].indices` [kept].
+    reduced: the prompt that entered the language model; `reduced.tokens[i]` has `total`, `kept`, `text` and
+        `layer_average` of sample i.
+    seconds: by stage: prepare, encode, select, prefill and decode; `ttft` (time to the first token: all but decode)
+        and `total`. One measurement without a warm-up, of the whole batch. The first call of a process is slower.
+    """
+
+    seconds: Mapping[str, float]
+
+
+def make_method(
+    name: str, model: VisionLanguageModel | str | None = None, *, seed: int = 0, **parameters: Any
+) -> Method:
+    """A reduction method, configured as the command line does it.
+
+    name: one of `mmtok methods`. model: a loaded model, or its name, hub id or directory; the parameters that its
+    profile sets (FastV's layer, MMTok's temperatures) replace the method's defaults. None leaves the defaults.
+    seed: for methods that draw at random. parameters: override both, as `--set` does; see `mmtok methods NAME`.
+
+    Raises MMTokError for an unknown name or parameter and for a value that the method does not accept.
+    """
+    if model is None:
+        return default_method(name, **accepted(name, {"seed": seed}) | parameters)
+    if isinstance(model, str):
+        return configured_method(name, model, parameters, seed=seed)
+    return configured_method(name, model.name, parameters, seed=seed, family=model.family)
+
+
+def load_sample(images: Path | str | Image | Sequence[Path | str | Image], question: str) -> Sample:
+    """A question about one image or several, which are given as paths or as PIL images.
+
+    `<image>` markers in the question say where the images go; without them they come first.
+    Raises MMTokError for an unreadable image and for an empty question.
+    """
+    require_question(question)
+    given = [images] if isinstance(images, (str, Path, Image)) else list(images)
+    opened = tuple(image if isinstance(image, Image) else open_image(image) for image in given)
+    names = tuple(
+        f"image-{number}" if isinstance(image, Image) else Path(image).name for number, image in enumerate(given)
+    )
+    return Sample(opened, question, names)
+
+
+def answer(
+    model: VisionLanguageModel,
+    method: Method | str,
+    samples: Sample | Sequence[Sample],
+    budget: Budget | int | str | None = None,
+    *,
+    rules: Rules = RELEASED,
+    max_new_tokens: int = 32,
+) -> TimedAnswers:
+    """Answer a batch of questions greedily, with the vision tokens that the method keeps.
+
+    method: of `make_method`, or a name, which stands for `make_method(name, model)`. samples: one, or a batch.
+    budget: vision tokens kept per image: 64, "64", "10%" or a Budget; None for methods that take none.
+    max_new_tokens: the longest answer, in tokens.
+
+    Raises MMTokError for a budget that an image cannot meet and for a prompt that is longer than the context.
+    """
+    chosen = make_method(method, model) if isinstance(method, str) else method
+    if chosen.takes_budget and budget is None:
+        raise MMTokError(f"{type(chosen).__name__} needs a budget", 'give the vision tokens to keep: 64, or "10%"')
+    if budget is not None and not isinstance(budget, Budget):
+        budget = Budget.parse(str(budget))
+    batch = [samples] if isinstance(samples, Sample) else list(samples)
+    clock = Clock(model.device)
+    answers = pipeline.answer(
+        model,
+        chosen,
+        batch,
+        budget if chosen.takes_budget else None,
+        rules=rules,
+        max_new_tokens=max_new_tokens,
+        stage=clock.stage,
+    )
+    return TimedAnswers(
+        **{field.name: getattr(answers, field.name) for field in fields(answers)}, seconds=clock.seconds()
+    )

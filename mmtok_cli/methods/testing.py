@@ -1,0 +1,324 @@
+"""The checks that every reduction method must pass, for methods of other packages as well.
+
+With pytest, one test for each check, family and track:
+
+    from mmtok_cli.methods.testing import MethodTests
+
+    class TestDart(MethodTests):
+        method = Dart(pivots=2)
+
+Without it, `check_method(Dart(pivots=2))` raises AssertionError with what is wrong. The models are tiny, built from
+configurations with random weights; nothing is downloaded. Their language models have four decoder layers, so set
+parameters that name layers to values that fit: cuts can be before layer 1, 2 or 3.
+
+The checks: identity at the full budget, the exact number of tokens, their order without duplicates, no padding, batches
+equal single samples, bfloat16, the same choice every time, the model left as it was, and tokens removed inside the
+language model equal tokens masked there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass, replace
+from functools import cache
+from inspect import getdoc
+from itertools import product
+from typing import Any, ClassVar, get_args, get_type_hints
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mmtok_cli.budget import Budget
+from mmtok_cli.data.samples import Sample
+from mmtok_cli.errors import MMTokError
+from mmtok_cli.methods.base import Method
+from mmtok_cli.models import hf
+from mmtok_cli.models.base import VisionLanguageModel
+from mmtok_cli.models.tiny import tiny_families, tiny_model
+from mmtok_cli.pipeline import Answers, answer, inside, reduce
+from mmtok_cli.rules import Positions, Rules, Track
+
+BUDGET = Budget(count=8)
+EVERYTHING = Budget(percent=100)
+ACTS = ("before the encoder", "between encoder and language model", "inside the language model")
+TRACKS: tuple[Track, ...] = get_args(Track)
+Check = Callable[[Method, VisionLanguageModel, Track], None]
+
+
+class NotOfferedError(Exception):
+    """The method reads a signal that the family does not offer, so that there is nothing to check."""
+
+
+class MethodTests:
+    """Subclass it in a test file, set `method`, and pytest runs every check on every family and track.
+
+    A family that does not offer a signal that the method reads is skipped.
+    """
+
+    method: ClassVar[Method]
+
+    def method_for(self, family: str) -> Method:
+        """The method to check on a family; override it where families need different parameters."""
+        return self.method
+
+    def pytest_generate_tests(self, metafunc: Any) -> None:
+        if "check" in metafunc.fixturenames:
+            metafunc.parametrize("check,family,track", list(product(CHECKS, tiny_families(), TRACKS)))
+
+    def test_declaration(self) -> None:
+        check_declaration(self.method)
+
+    def test_method(self, check: str, family: str, track: Track) -> None:
+        import pytest
+
+        try:
+            CHECKS[check](self.method_for(family), shared_model(family), track)
+        except NotOfferedError as error:
+            pytest.skip(str(error))
+
+
+def check_method(method: Method, families: Sequence[str] | None = None) -> list[str]:
+    """Run every check on tiny models of the families, of all by default.
+
+    Returns those that do not offer what the method reads. Raises AssertionError naming the check and the family.
+    """
+    check_declaration(method)
+    left_out = []
+    for family in tiny_families() if families is None else families:
+        try:
+            for name, track in product(CHECKS, TRACKS):
+                try:
+                    CHECKS[name](method, shared_model(family), track)
+                except (AssertionError, MMTokError) as error:
+                    raise AssertionError(f"{name} on {family}, {track} track: {error}") from error
+        except NotOfferedError:
+            left_out.append(family)
+    return left_out
+
+
+def check_declaration(method: Method) -> None:
+    """The class is a frozen dataclass with a summary, a docstring and typed, hashable parameters."""
+    kind = type(method)
+    assert is_dataclass(method) and "__dataclass_fields__" in vars(kind), "decorate the class: @dataclass(frozen=True)"
+    assert getattr(kind, "summary", ""), "set summary: ClassVar[str], a few words for the list of methods"
+    assert vars(kind).get("__doc__") and getdoc(kind), "write a docstring: `mmtok methods NAME` prints it"
+    assert kind.acts in ACTS, f"acts is one of {', '.join(ACTS)}"
+    hash(method)  # parameters are kept in sets: a list has to be a tuple
+    hints = get_type_hints(kind)
+    assert all(field.name in hints for field in fields(method)), "annotate every parameter"
+    overrides_choose = kind.choose is not Method.choose
+    overrides_cuts = kind.cuts is not Method.cuts
+    assert overrides_choose == overrides_cuts, "cuts and choose belong together: override both or neither"
+
+
+def check_full_budget(method: Method, model: VisionLanguageModel, track: Track) -> None:
+    """A budget of all tokens gives exactly what the unreduced model gives, whatever the shape of the image."""
+    if not method.takes_budget:
+        return
+    from mmtok_cli.methods.full import Full
+
+    for sample in samples():
+        reduced = _answer(model, method, [sample], track, budget=EVERYTHING)
+        whole = _answer(model, Full(), [sample], track, budget=None)
+        tokens = reduced.reduced.tokens[0]
+        assert tokens.kept == tokens.total, f"{tokens.kept} of {tokens.total} tokens are kept at 100%"
+        assert torch.equal(reduced.first_logits, whole.first_logits), "logits differ from the unreduced model's"
+
+
+def check_count_and_order(method: Method, model: VisionLanguageModel, track: Track) -> None:
+    """As many tokens are kept as the budget says, each once, in the order of the image."""
+    answers = _answer(model, method, samples(), track)
+    wanted = [model.keep(sample.images[0], BUDGET, track) for sample in samples()]
+    for selection, tokens, budget in zip(answers.selections, answers.reduced.tokens, wanted, strict=True):
+        kept, total = selection.kept, tokens.total
+        if method.resize(total, budget) is not None:  # an encoder of native resolution meets a budget from below
+            assert 0.85 * budget <= kept <= budget, f"{kept} tokens are kept at a budget of {budget}"
+        elif method.takes_budget:
+            assert kept == budget, f"{kept} tokens are kept at a budget of {budget}"
+        assert tokens.kept == kept
+        places, indices = selection.places, selection.indices
+        assert indices.dtype == torch.int64, f"indices are {indices.dtype}, not int64"
+        assert bool((indices < total).all()), f"an index is beyond the {total} tokens of the image"
+        assert len(places.unique()) == len(places), "a token is kept twice"
+        if selection.merged is None and not answers.reduced.vision[0].crops:
+            assert places.equal(indices), "indices must ascend: sort them before making the Selection"
+        if selection.order is not None:
+            assert selection.order.sort().values.equal(places), "order must hold the same indices as indices"
+
+
+def check_padding(method: Method, model: VisionLanguageModel, track: Track) -> None:
+    """No token is kept that shows nothing but padding, unless the authors' code keeps it."""
+    if not method.takes_budget or (track == "released" and (method.keeps_padding or model.family == "llava_next")):
+        return  # no release leaves out the padding of crops
+    answers = _answer(model, method, samples(), track)
+    for sample, grid, selection in zip(samples(), answers.reduced.prompt.grids, answers.selections, strict=True):
+        image = sample.images[0]
+        shown = {  # tokens whose patch covers some of the image; those at the ends of lines have no patch
+            token
+            for panel in model.panels(image, grid)
+            for token, (left, top, right, bottom) in zip(panel.tokens, panel.boxes, strict=True)
+            if left < image.width and top < image.height and right > 0 and bottom > 0
+        }
+        padding = set(selection.places.tolist()) - shown
+        assert not padding, "padding is kept: choose among vision.eligible, as `highest` and `ranking` do"
+
+
+def check_batch(method: Method, model: VisionLanguageModel, track: Track) -> None:
+    """A sample is reduced and answered in a batch as it is alone."""
+    together = _answer(model, method, samples(), track, new_tokens=3)
+    for i, sample in enumerate(samples()):
+        alone = _answer(model, method, [sample], track, new_tokens=3)
+        assert together.selections[i].indices.equal(alone.selections[0].indices), "other tokens are kept in a batch"
+        torch.testing.assert_close(together.first_logits[i], alone.first_logits[0], atol=5e-5, rtol=1e-5)
+
+
+def check_repeatable(method: Method, model: VisionLanguageModel, track: Track) -> None:
+    """The same tokens are kept every time, whatever the state of the random generators."""
+    chosen = []
+    for seed in (0, 1):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            chosen.append(_answer(model, method, samples(), track).selections)
+    same = all(a.indices.equal(b.indices) for a, b in zip(*chosen, strict=True))
+    assert same, "the choice changes: draw from a generator seeded with a parameter and vision.image_id"
+
+
+def check_narrow_dtype(method: Method, model: VisionLanguageModel, track: Track) -> None:
+    """The method works on a model in bfloat16."""
+    narrow = shared_model(model.family, torch.bfloat16)
+    answers = _answer(narrow, method, samples(), track)
+    counts = [tokens.kept for tokens in answers.reduced.tokens]
+    assert counts == [tokens.kept for tokens in _answer(model, method, samples(), track).reduced.tokens]
+    assert bool(answers.first_logits.isfinite().all()), "logits in bfloat16 are not finite"
+
+
+def check_model_unchanged(method: Method, model: VisionLanguageModel, track: Track) -> None:
+    """Afterwards the model answers as before, bit by bit, and has no hook more."""
+    from mmtok_cli.methods.full import Full
+
+    def state() -> tuple[Tensor, int]:
+        hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.model.modules())
+        return _answer(model, Full(), samples(), track, budget=None).first_logits, hooks
+
+    logits, hooks = state()
+    _answer(model, method, samples(), track)
+    logits_after, hooks_after = state()
+    assert torch.equal(logits, logits_after), "the unreduced model answers differently afterwards"
+    assert hooks == hooks_after, "hooks are left on the model"
+
+
+@torch.inference_mode()
+def check_removed_equals_masked(method: Method, model: VisionLanguageModel, track: Track) -> None:
+    """Dropping tokens inside the language model equals hiding them from all others with an attention mask."""
+    if not method.cuts(36, 8, model.layer_count):
+        return
+    sample, rules = samples()[1], Rules(track, positions="keep")
+    reduced = _reduce(model, method, sample, rules)
+    (image,) = reduced.cuts
+    ids = reduced.inputs["input_ids"]
+    places = (ids[0] == model.image_token_id).nonzero().squeeze(1)
+    survivors = {}
+    for number, cut in enumerate(image.cuts):
+        up_to = replace(reduced, cuts=[replace(image, cuts=image.cuts[: number + 1])])
+        with inside(model, up_to) as watched:
+            found, _ = hf.forward(model.model, reduced.inputs)
+        selection = watched.selections[0] if watched else None
+        assert selection is not None and len(selection.indices) == cut.keep
+        if selection.merged is not None and bool(selection.merged.any()):
+            return  # merged tokens have no masked counterpart
+        survivors[cut.before] = torch.ones(ids.shape[1], dtype=torch.bool)
+        survivors[cut.before][places] = False
+        survivors[cut.before][places[selection.indices]] = True
+    with _masked(model, survivors):
+        expected, _ = hf.forward(model.model, reduced.inputs)
+    torch.testing.assert_close(found, expected, atol=5e-5, rtol=1e-4)
+
+
+CHECKS: dict[str, Check] = {
+    "full_budget": check_full_budget,
+    "count_and_order": check_count_and_order,
+    "padding": check_padding,
+    "batch": check_batch,
+    "repeatable": check_repeatable,
+    "narrow_dtype": check_narrow_dtype,
+    "model_unchanged": check_model_unchanged,
+    "removed_equals_masked": check_removed_equals_masked,
+}
+
+
+@cache
+def shared_model(family: str, dtype: torch.dtype = torch.float32) -> VisionLanguageModel:
+    """The tiny model of a family, built once."""
+    return tiny_model(family, dtype)
+
+
+@cache
+def samples() -> tuple[Sample, ...]:
+    """A square, a wide and a tall image of coloured blocks, with questions of different lengths."""
+    sizes = ((168, 168), (220, 130), (130, 200))
+    questions = ("Is there a red circle in the image?", "What digit is on the blue square?", "How many stars?")
+    made = []
+    for number, ((width, height), question) in enumerate(zip(sizes, questions, strict=True)):
+        draw = np.random.default_rng(number)
+        blocks = draw.integers(0, 256, (height // 7, width // 7, 3), dtype=np.uint8)
+        image = Image.fromarray(blocks).resize((width, height), Image.Resampling.NEAREST)
+        made.append(Sample((image,), question, (f"picture-{number}",)))
+    return tuple(made)
+
+
+def _answer(
+    model: VisionLanguageModel,
+    method: Method,
+    batch: Sequence[Sample],
+    track: Track,
+    *,
+    budget: Budget | None = BUDGET,
+    new_tokens: int = 1,
+    positions: Positions | None = None,
+) -> Answers:
+    with _signals(model):
+        return answer(model, method, batch, budget, rules=Rules(track, positions), max_new_tokens=new_tokens)
+
+
+def _reduce(model: VisionLanguageModel, method: Method, sample: Sample, rules: Rules) -> Any:
+    with _signals(model):
+        return reduce(model, method, [sample], BUDGET, rules=rules)
+
+
+@contextmanager
+def _signals(model: VisionLanguageModel) -> Iterator[None]:
+    """Raise NotOfferedError in place of the error for a signal that the family does not have."""
+    try:
+        yield
+    except MMTokError as error:
+        if "does not offer" in error.message or "text tower" in error.message:
+            raise NotOfferedError(f"{model.family}: {error.message}") from error
+        raise
+
+
+@contextmanager
+def _masked(model: VisionLanguageModel, survivors: dict[int, Tensor]) -> Iterator[None]:
+    """From each layer of `survivors` on, hide the other tokens of the prompt [tokens] from all but themselves."""
+
+    def hide(survive: Tensor) -> Callable[..., Any]:
+        def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            width = len(survive)
+            visible = (torch.ones(width, width, dtype=torch.bool).tril() & survive) | torch.eye(width, dtype=torch.bool)
+            mask = torch.zeros(width, width).masked_fill(~visible, torch.finfo(torch.float32).min)
+            return args, kwargs | {"attention_mask": mask[None, None]}
+
+        return hook
+
+    handles = []
+    for number, layer in enumerate(hf.decoder_layers(hf.language_model(model.model))):
+        before = [cut for cut in survivors if cut <= number]
+        if before:
+            handles.append(layer.register_forward_pre_hook(hide(survivors[max(before)]), with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,194 @@
+"""A method of another package: the checks that mmtok offers for it, and what its users see."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from cli_helpers import refused, run, run_json
+from PIL import Image
+
+import mmtok_cli as mmtok
+from mmtok_cli.methods import method_class
+from mmtok_cli.methods.base import Method, highest
+from mmtok_cli.methods.full import Full
+from mmtok_cli.methods.testing import check_declaration, check_method
+from mmtok_cli.models.tiny import tiny_families
+from mmtok_cli.tokens import Cut, LayerTokens, Selection, TextTokens, VisionTokens
+
+DART = Path(__file__).parent / "dart"
+LAYERS = {
+    "fastv": {"layer": 1},
+    "pyramiddrop": {"layers": (1, 3)},
+    "sparsevlm": {"layers": (0, 1, 2)},
+}
+
+
+def installed(directory: Path, module: str, code: str, entry_point: str) -> None:
+    """Put a package with one method where pip would."""
+    (directory / f"{module}.py").write_text(code)
+    info = directory / f"{module}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[mmtok.methods]\n{entry_point}\n")
+
+
+@pytest.fixture()
+def dart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    installed(tmp_path, "dart", (DART / "dart.py").read_text(), "dart = dart:Dart")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield tmp_path
+    sys.modules.pop("dart", None)
+
+
+def test_every_check_by_pytest(dart: Path) -> None:
+    shutil.copy(DART / "checks.py", dart / "test_dart.py")
+    paths = os.pathsep.join([str(dart), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_dart.py"]
+    done = subprocess.run(command, cwd=dart, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert f"{1 + 8 * 2 * len(tiny_families())} passed" in done.stdout
+
+
+def test_commands(dart: Path, tmp_path: Path) -> None:
+    assert "dart" in run("methods").stdout and "tokens unlike the pivots" in run("methods").stdout
+    assert "--set dart.pivots=4" in run("methods", "dart").stdout
+    options = ("-b", 16, "--set", "dart.pivots=2", "--limit", 2, "--rounds", 1)
+    results = run_json("compare", "--methods", "dart,uniform", *options)["results"]
+    assert [result["case"]["method"] for result in results] == ["full", "dart", "uniform"]
+    assert results[1]["case"]["parameters"] == {"pivots": 2} and results[1]["tokens"]["kept"] == 16
+
+    oblong = tmp_path / "oblong.png"
+    Image.new("RGB", (300, 90), "orange").save(oblong)
+    question = (oblong, "What color is it?", "--method", "dart", "--max-new-tokens", 1)
+    assert run_json("infer", *question, "-b", "100%")["tokens"]["kept"] == 576
+    refused(run("infer", *question, "-b", "90%"), "not padding", "choose 1 to")
+
+
+@pytest.mark.usefixtures("dart")
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("dart.pivots=0", "dart: pivots must be 1 or more, not 0"),
+        ("dart.pivots=two", "dart.pivots cannot be 'two'"),
+        ("dart.pivot=2", "dart has no parameter 'pivot', only pivots"),
+    ],
+)
+def test_values_that_the_method_does_not_accept(setting: str, words: str, photo: Path) -> None:
+    refused(run("infer", photo, "What is it?", "-b", 4, "--method", "dart", "--set", setting), words)
+
+
+@pytest.mark.usefixtures("dart")
+def test_in_python() -> None:
+    assert mmtok.make_method("dart", "demo", pivots=3).pivots == 3
+    with pytest.raises(mmtok.MMTokError, match="pivots must be 1 or more"):
+        mmtok.make_method("dart", pivots=0)
+    with pytest.raises(mmtok.MMTokError, match="dart has no parameter 'pivot', only pivots"):
+        mmtok.make_method("dart", "demo", pivot=3)
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("import nowhere", "cannot be imported: No module named 'nowhere'"),
+        ("Broken = 3", "not a subclass"),
+        ("from mmtok_cli.methods.base import Method\nclass Broken(Method):\n    power: int = 2", "no @dataclass"),
+        (
+            "from dataclasses import dataclass\nfrom mmtok_cli.methods.base import Method\n"
+            "@dataclass(frozen=True)\nclass Broken(Method):\n    power: int = 2",
+            "no summary",
+        ),
+    ],
+)
+def test_packages_that_cannot_be_used(code: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(tmp_path, "broken_method", code, "broken = broken_method:Broken")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(mmtok.MMTokError, match=words) as error:
+        method_class("broken")
+    assert "broken of broken_method" in error.value.message and "broken_method" in error.value.hint
+    sys.modules.pop("broken_method", None)
+
+
+def test_parameters_without_a_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclass(frozen=True)
+    class Needy(Full):
+        power: int
+
+    monkeypatch.setattr("mmtok_cli.methods.method_class", lambda name: Needy)
+    with pytest.raises(mmtok.MMTokError, match="needy needs a value for power"):
+        mmtok.make_method("needy")
+    assert mmtok.make_method("needy", power=2) == Needy(2)
+
+
+@pytest.mark.parametrize("name", ["mmtok", "visionzip", "resize", *LAYERS])
+def test_built_in_methods_pass_the_checks(name: str) -> None:
+    method = mmtok.make_method(name, **LAYERS.get(name, {}))
+    assert check_method(method, ["llava", "qwen3_vl"] if name != "sparsevlm" else ["llava_next"]) == []
+
+
+def test_families_that_lack_a_signal_are_named() -> None:
+    assert check_method(mmtok.make_method("vispruner"), ["qwen2_5_vl"]) == ["qwen2_5_vl"]
+
+
+@dataclass(frozen=True)
+class Broken(Method):
+    """A method with one defect."""
+
+    summary: ClassVar[str] = "broken"
+    defect: str = ""
+    drawn: ClassVar[list[int]] = []
+
+    def select(self, vision: VisionTokens, text: TextTokens, budget: int) -> Selection:
+        norms = vision.projected.float().norm(dim=-1)
+        found = highest(norms, vision.eligible, budget - (self.defect == "count")).indices
+        if self.defect == "order":
+            found = found.flip(0)
+        elif self.defect == "duplicates":
+            found = found[:1].expand(budget)
+        elif self.defect == "padding":
+            found = torch.arange(budget)
+        elif self.defect == "draws":
+            found = torch.randperm(vision.total)[:budget].sort().values
+        elif self.defect == "batch":
+            Broken.drawn.append(1)
+            found = highest(norms.roll(len(Broken.drawn)), vision.eligible, budget).indices
+        return Selection(found)
+
+
+@pytest.mark.parametrize(
+    ("defect", "words"),
+    [
+        ("count", "7 tokens are kept at a budget of 8"),
+        ("order", "indices must ascend"),
+        ("duplicates", "a token is kept twice"),
+        ("padding", "padding is kept"),
+        ("draws", "draw from a generator|padding is kept|other tokens"),
+        ("batch", "other tokens are kept in a batch"),
+    ],
+)
+def test_defects_are_found(defect: str, words: str) -> None:
+    with pytest.raises(AssertionError, match=words):
+        check_method(Broken(defect), ["llava"])
+    assert check_method(Broken(), ["llava"]) == []
+
+
+def test_half_a_hook_is_found() -> None:
+    @dataclass(frozen=True)
+    class Half(Method):
+        """Overrides one of two hooks."""
+
+        summary: ClassVar[str] = "half"
+
+        def choose(self, tokens: LayerTokens, cut: Cut) -> Selection:
+            return Selection(torch.arange(cut.keep))
+
+    with pytest.raises(AssertionError, match="override both or neither"):
+        check_declaration(Half())
