@@ -25,18 +25,6 @@ ALLOWED = {
     "api": SHARED
     | {"cases", "comparison", "configuration", "data", "evaluation", "methods", "models", "pipeline", "results"}
     | {"settings", "timing"},
-    | {
-        "comparison",
-        "evaluation",
-        "results",
-        "settings",
-        "models",
-        "methods",
-        "data",
-        "pipeline",
-        "configuration",
-        "timing",
-    },
     "pipeline": SHARED | {"models", "methods", "data", "decoding"},
     # Plain data: neither what measures it nor what runs a model.
     "results": {"__version__", "results", "data", "settings", "budget", "errors", "files", "rules"},
