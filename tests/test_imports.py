@@ -34,17 +34,6 @@ ALLOWED = {
     "summary": {"evaluation", "timing", "results"},
     "report": {"report", "results", "timing", "planning", "progress", "settings"}
     | {"errors", "files", "profiles", "rules"},
-        "report",
-        "results",
-        "timing",
-        "planning",
-        "progress",
-        "settings",
-        "errors",
-        "files",
-        "profiles",
-        "rules",
-    },
     "demo": {"demo", "errors", "models"},
     "tokens": {"crops"},  # for a type alone
     "crops": {"tokens", "errors"},
