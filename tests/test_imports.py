@@ -20,7 +20,8 @@ ALLOWED = {
     "decoding": {"models"},
     "configuration": {"methods", "models"},
     "api": SHARED | {"models", "methods", "data", "pipeline", "configuration", "timing"},
-    "pipeline": SHARED | {"models", "methods", "data", "decoding"},
+    "image_plan": SHARED | {"models", "methods"},
+    "pipeline": SHARED | {"models", "methods", "data", "decoding", "image_plan"},
     # Plain data: neither what measures it nor what runs a model.
     "results": {"__version__", "results", "data", "settings", "budget", "errors", "files", "rules"},
     "cases": {"pipeline", "models", "methods", "results", "data", "budget", "errors", "rules"},

@@ -28,7 +28,7 @@ IMAGE_MARKER = "<image>"  # says in a question where an image stands
 
 
 def unwatched(name: str) -> AbstractContextManager[Any]:
-    """The stage context of somebody who only wants the answer."""
+    """The stage context that measures nothing."""
     return nullcontext()
 
 
