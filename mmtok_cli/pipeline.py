@@ -125,7 +125,7 @@ def reduce(
             [plan.grid for plan in plans],
         )
     with stage("encode"):
-        vision = model.encode(prompt, _signals(model, method), stage=stage)
+        vision = model.encode(prompt, method.signals_among(model.signals), stage=stage)
     with stage("select"):
         images = _reduce_images(model, method, prompt, plans, vision, rules)
         inputs = model.assemble(prompt, vision, [image.selection for image in images], positions)
@@ -211,10 +211,6 @@ def _positions(model: VisionLanguageModel, method: Method, rules: Rules) -> Posi
             "use --positions keep",
         )
     return rules.positions
-
-
-def _signals(model: VisionLanguageModel, method: Method) -> tuple[str, ...]:
-    return method.signals if model.has_class_token else method.signals_without_class_token or method.signals
 
 
 def _reduce_images(

@@ -7,11 +7,10 @@ import torch
 from golden_cases import golden_cases, golden_tensors, require_cases
 from torch import Tensor
 
-from mmtok_cli.crops import Crops
 from mmtok_cli.methods.cdpruner import CDPruner
 from mmtok_cli.pipeline import SelectionTask
 from mmtok_cli.pipeline import select as select_tokens
-from mmtok_cli.tokens import TextTokens, VisionTokens
+from mmtok_cli.tokens import Crops, TextTokens, VisionTokens
 
 CASES = golden_cases("cdpruner_next")
 

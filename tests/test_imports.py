@@ -12,7 +12,7 @@ import pytest
 import mmtok_cli
 
 PACKAGE = Path(mmtok_cli.__file__).parent
-SHARED = {"tokens", "crops", "budget", "errors", "rules"}
+SHARED = {"tokens", "budget", "errors", "rules"}
 ALLOWED = {
     "methods": SHARED | {"methods"},
     "models": SHARED | {"models", "profiles"},
@@ -30,8 +30,7 @@ ALLOWED = {
     "summary": {"evaluation", "timing", "results"},
     "report": {"report", "results", "timing", "errors", "files", "profiles", "rules"},
     "demo": {"demo", "errors", "models"},
-    "tokens": {"crops"},  # for a type alone
-    "crops": {"tokens", "errors"},
+    "tokens": {"errors"},
     "errors": set(),
     "budget": {"errors"},
     "rules": {"errors"},
@@ -47,7 +46,7 @@ MOVING = {PACKAGE / "results" / "planning.py"}  # makes plans of cases; its home
 EXCEPTIONS = {"methods/testing.py": {"models", "pipeline", "data"}}
 
 # Modules that import each other, each for a type or within a function.
-KNOWN_CIRCLES = [{"mmtok_cli.crops", "mmtok_cli.tokens"}, {"mmtok_cli.demo.drawing", "mmtok_cli.demo.scenes"}]
+KNOWN_CIRCLES = [{"mmtok_cli.demo.drawing", "mmtok_cli.demo.scenes"}]
 
 
 def modules() -> dict[str, Path]:
