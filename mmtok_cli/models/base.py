@@ -7,7 +7,7 @@ define `total`, `smaller`, `pixels`, `encode` and `panels`. Override the rest wh
     positions           if positions cannot be renumbered
     load_processor      if AutoProcessor does not suit
     stand_in_processor  for `--weights random` without any download
-    image_text, reserved  how images are written in a prompt
+    image_text, placeholders, reserved  how images are written in a prompt
     keep, released_words, position_ids, encoded_images, first_cut
 """
 
@@ -139,6 +139,10 @@ class VisionLanguageModel(ABC):
         """What stands in a prompt for an image."""
         return self.processor.image_token
 
+    def placeholders(self, count: int) -> str:
+        """What stands in the finished prompt for the image token of the chat template: an image of `count` tokens."""
+        return self.processor.image_token * count
+
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         ids = self.model.generation_config.eos_token_id
@@ -208,7 +212,7 @@ class VisionLanguageModel(ABC):
         texts = []
         for question, group in zip(questions, images, strict=True):
             before, *after = self._chat(question, len(group)).split(token)
-            texts.append(before + "".join(token * next(counts) + part for part in after))
+            texts.append(before + "".join(self.placeholders(next(counts)) + part for part in after))
         bos = self.tokenizer.bos_token
         encoded = self.tokenizer(
             texts,
