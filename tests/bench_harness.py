@@ -33,7 +33,7 @@ from mmtok_cli.timing.rounds import Measurement
 
 VOCABULARY = 32_000
 SHARES = {"prepare": 0.1, "encode": 0.3, "select": 0.05, "prefill": 0.45, "decode": 0.1}
-REDUCED = Reduced(cast(Any, None), [], [], {}, [], "renumber", [TokenCounts(576, 64, 20, 64.0)])
+REDUCED = Reduced(cast(Any, None), [], {}, [], "renumber", [TokenCounts(576, 64, 20, 64.0)])
 SAID = Answers(["red"], torch.zeros(1, 2), torch.zeros(1, VOCABULARY), 1, [], REDUCED)
 
 

@@ -12,7 +12,7 @@ import pytest
 import mmtok_cli
 
 PACKAGE = Path(mmtok_cli.__file__).parent
-SHARED = {"tokens", "crops", "budget", "errors", "rules"}
+SHARED = {"tokens", "budget", "errors", "rules"}
 ALLOWED = {
     "methods": SHARED | {"methods"},
     "models": SHARED | {"models", "profiles"},
@@ -25,7 +25,8 @@ ALLOWED = {
     "api": SHARED
     | {"cases", "comparison", "configuration", "data", "evaluation", "methods", "models", "pipeline", "results"}
     | {"settings", "timing"},
-    "pipeline": SHARED | {"models", "methods", "data", "decoding"},
+    "image_plan": SHARED | {"models", "methods"},
+    "pipeline": SHARED | {"models", "methods", "data", "decoding", "image_plan"},
     # Plain data: neither what measures it nor what runs a model.
     "results": {"__version__", "results", "data", "settings", "budget", "errors", "files", "rules"},
     "cases": {"pipeline", "models", "methods", "results", "data", "budget", "errors", "rules"},
@@ -35,8 +36,7 @@ ALLOWED = {
     "report": {"report", "results", "timing", "planning", "progress", "settings"}
     | {"errors", "files", "profiles", "rules"},
     "demo": {"demo", "errors", "models"},
-    "tokens": {"crops"},  # for a type alone
-    "crops": {"tokens", "errors"},
+    "tokens": {"errors"},
     "errors": set(),
     "budget": {"errors"},
     "rules": {"errors"},
@@ -50,7 +50,7 @@ ALLOWED = {
 EXCEPTIONS = {"methods/testing.py": {"models", "pipeline", "data"}}
 
 # Modules that import each other, each for a type or within a function.
-KNOWN_CIRCLES = [{"mmtok_cli.crops", "mmtok_cli.tokens"}, {"mmtok_cli.demo.drawing", "mmtok_cli.demo.scenes"}]
+KNOWN_CIRCLES = [{"mmtok_cli.demo.drawing", "mmtok_cli.demo.scenes"}]
 
 
 def modules() -> dict[str, Path]:

@@ -139,23 +139,28 @@ def qwen_processor(config: Any, chat_template: str) -> QwenProcessor:
         image_mean=mean,
         image_std=deviation,
     )
-    tokenizer = StandInTokenizer(
+    special = {
+        "<|vision_start|>": config.vision_start_token_id,
+        "<|vision_end|>": config.vision_end_token_id,
+        "<|video_pad|>": config.video_token_id,
+    }
+    tokenizer = qwen_tokenizer(IMAGE_TOKEN, config.image_token_id, special)
+    return QwenProcessor(image_processor, tokenizer, chat_template)
+
+
+def qwen_tokenizer(image_token: str, image_token_id: int, special: Mapping[str, int]) -> StandInTokenizer:
+    """A stand-in for the vocabulary of Qwen2.5 and Qwen3. special: ids of special tokens besides the image token."""
+    return StandInTokenizer(
         QWEN_PIECES,
-        IMAGE_TOKEN,
-        config.image_token_id,
+        image_token,
+        image_token_id,
         bos=None,
         eos=QWEN_SPECIAL["<|im_end|>"],
         pad=QWEN_SPECIAL["<|endoftext|>"],
-        special={
-            **QWEN_SPECIAL,
-            "<|vision_start|>": config.vision_start_token_id,
-            "<|vision_end|>": config.vision_end_token_id,
-            "<|video_pad|>": config.video_token_id,
-        },
+        special={**QWEN_SPECIAL, **special},
         words=QWEN_WORDS,
         letters=QWEN_LETTERS_PER_TOKEN,
     )
-    return QwenProcessor(image_processor, tokenizer, chat_template)
 
 
 def _llama_tokenizer(config: Any) -> StandInTokenizer:
