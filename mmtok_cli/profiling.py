@@ -74,10 +74,10 @@ def profile(
     progress = progress or Progress()
     cases = cases_of(settings)
     model = configured_model(settings, progress, settings.layers)
-    for case in cases:
-        case.check(model, [sample])
     if scaling_sizes:
         check_scaling(model, cases, sample, scaling_sizes)
+    for case in cases:
+        case.check(model, [sample])
     order = interleaved(len(cases), settings.rounds, settings.seed)
     rounds, interrupted = _time(model, cases, sample, order, settings, progress)
     flops: list[dict[str, float]] = []

@@ -111,7 +111,7 @@ def test_fail_below(command: tuple[Any, ...], ticking: None) -> None:
     assert [line.split(",")[0] for line in lines] == ["failed: none", "failed: full (again)"]
     assert "must reach 50x" in lines[0] and "speedup (prefill)" in lines[0]
     few = run(*command, *options, "--rounds", 5, "--fail-below", 0.01)
-    assert few.exit_code == 1 and "no interval; it takes six rounds" in few.stderr
+    assert few.exit_code == 1 and "no interval, which requires six rounds" in few.stderr
     refused(run(*command, "--fail-below", 1, "--fail-below-stage", "select"), "'select' has no speedup", "ttft")
 
 
