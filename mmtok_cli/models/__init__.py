@@ -165,6 +165,12 @@ def _text_tower(name: str) -> dict[str, Any]:
     return {"text_tower": partial(ClipText.load, profile.text_tower)}
 
 
+def _internvl() -> Any:
+    from mmtok_cli.models.internvl import InternVL
+
+    return InternVL
+
+
 def _llava() -> Any:
     from mmtok_cli.models.llava import Llava
 
@@ -190,4 +196,10 @@ def _qwen3_vl() -> Any:
 
 
 # By transformers' name of the architecture; imported when asked for.
-FAMILIES = {"llava": _llava, "llava_next": _llava_next, "qwen2_5_vl": _qwen2_5_vl, "qwen3_vl": _qwen3_vl}
+FAMILIES = {
+    "internvl": _internvl,
+    "llava": _llava,
+    "llava_next": _llava_next,
+    "qwen2_5_vl": _qwen2_5_vl,
+    "qwen3_vl": _qwen3_vl,
+}

@@ -256,8 +256,17 @@ def load_chat_template(source: str | Path, *, local_files_only: bool = False) ->
 
 
 def image_processor_class(kind: str) -> Any:
-    """The image processor that works on PIL images, without torchvision. kind: clip, llava, llava_next, qwen2_vl."""
-    names = {"clip": "CLIP", "llava": "Llava", "llava_next": "LlavaNext", "qwen2_vl": "Qwen2VL"}
+    """The image processor that works on PIL images, without torchvision.
+
+    kind: clip, got_ocr2 (InternVL), llava, llava_next, qwen2_vl.
+    """
+    names = {
+        "clip": "CLIP",
+        "got_ocr2": "GotOcr2",
+        "llava": "Llava",
+        "llava_next": "LlavaNext",
+        "qwen2_vl": "Qwen2VL",
+    }
     return imported(f"models.{kind}.image_processing_pil_{kind}", f"{names[kind]}ImageProcessorPil")
 
 
@@ -301,7 +310,7 @@ def decoder_layers(language: Any) -> Any:
 
 
 def vision_tower(model: Any) -> Any:
-    """The CLIP encoder of a LLaVA model."""
+    """The encoder of a LLaVA or InternVL model."""
     return part(model, "model.vision_tower")
 
 
@@ -311,7 +320,7 @@ def vision_blocks(model: Any) -> Any:
 
 
 def project(model: Any, features: Tensor) -> Tensor:
-    """The projector of a LLaVA model: [..., vision dim] to [..., dim]."""
+    """The projector of a LLaVA or InternVL model: [..., vision dim] to [..., dim]."""
     return part(model, "model.multi_modal_projector")(features)
 
 
@@ -349,14 +358,18 @@ def _cache_name(names: Any) -> str:
     raise changed("argument or output " + " or ".join(repr(name) for name in CACHE_NAMES) + " for the KV cache")
 
 
-def encoded_images(rows: Sequence[Tensor], deepstack: Sequence[Sequence[Tensor]] | None = None) -> dict[str, Any]:
+def encoded_images(
+    rows: Sequence[Tensor], deepstack: Sequence[Sequence[Tensor]] | None = None, *, stacked: bool = False
+) -> dict[str, Any]:
     """Arguments of a forward pass whose images are encoded already.
 
-    rows: [kept, dim] of each image. deepstack: for each of the first decoder layers, [kept, dim] of each image. Made
-    for each call, since beam search changes them in place.
+    rows: [kept, dim] of each image. stacked: the architecture takes one tensor of them all, not a list. deepstack: for
+    each of the first decoder layers, [kept, dim] of each image. Made for each call, since beam search changes them in
+    place.
     """
     if deepstack is None:
-        output = imported("modeling_outputs", "BaseModelOutputWithPooling")(pooler_output=list(rows))
+        images = torch.cat(list(rows))[None] if stacked else list(rows)
+        output = imported("modeling_outputs", "BaseModelOutputWithPooling")(pooler_output=images)
     else:
         kind = imported("models.qwen3_vl.modeling_qwen3_vl", "BaseModelOutputWithDeepstackFeatures")
         output = kind(pooler_output=list(rows), deepstack_features=[list(layer) for layer in deepstack])
@@ -691,3 +704,39 @@ def vision_queries_and_keys(attention: Any, hidden: Tensor, rotary: Rotary) -> t
 
 def vision_attention_scale(attention: Any) -> float:
     return float(part(attention, "scaling"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# InternVL
+
+
+def tile_grid(height: int, width: int, side: int, fewest: int, most: int) -> tuple[int, int]:
+    """(rows, columns) of the tiles of `side` pixels that an image is cut into, between `fewest` and `most` of them."""
+    canvas = imported("models.got_ocr2.image_processing_pil_got_ocr2", "get_optimal_tiled_canvas")
+    columns, rows = canvas((height, width), (side, side), fewest, most)
+    return rows, columns
+
+
+def encode_internvl(model: Any, pixels: Tensor, patches: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Features [tiles, tokens, vision dim] and projected tokens [tiles, tokens, dim]. patches: (rows, columns)."""
+    hidden = _output(call(vision_tower(model), pixels, return_dict=True), "last_hidden_state")[:, 1:]
+    inner = part(model, "model")
+    ratio = part(inner, "config.downsample_ratio")
+    shuffled = call(part(inner, "pixel_shuffle"), hidden.unflatten(1, patches), scale_factor=ratio)
+    features = shuffled.flatten(1, 2)
+    return features, project(model, features)
+
+
+def internvl_attention(model: Any) -> Any:
+    """The attention module of the encoder's last layer."""
+    return part(part(vision_tower(model), "encoder.layer")[-1], "attention")
+
+
+def internvl_queries_and_keys(attention: Any, hidden: Tensor) -> tuple[Tensor, Tensor, float]:
+    """[tiles, heads, 1 + patches, head dim] each, and the scale. hidden: [tiles, 1 + patches, dim], its input."""
+    shape = part(attention, "num_heads"), part(attention, "head_dim")
+    found = [
+        part(attention, norm)(part(attention, projection)(hidden)).unflatten(-1, shape).transpose(1, 2)
+        for projection, norm in (("q_proj", "q_norm"), ("k_proj", "k_norm"))
+    ]
+    return found[0], found[1], float(part(attention, "scale"))
