@@ -44,6 +44,7 @@ ELSEWHERE = sorted(set(PACKAGE.rglob("*.py")) - {SEAM} - TRAINING)
 NAMES = set(
     """
     language_model visual blocks attn return_dict
+    get_input_embeddings get_output_embeddings generation_config layer_types
     past_key_values mm_encoder_outputs mm_token_type_ids image_grid_thw pixel_values_videos logits_to_keep
     use_cache output_hidden_states interpolate_pos_encoding hidden_states last_hidden_state pooler_output
     deepstack_features position_embeddings get_seq_length get_image_features pack_image_features image_newline

@@ -145,7 +145,7 @@ class VisionLanguageModel(ABC):
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        ids = self.model.generation_config.eos_token_id
+        ids = hf.end_tokens(self.model)
         return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
 
     @property
@@ -283,7 +283,7 @@ class VisionLanguageModel(ABC):
         ids = self.tokenizer(list(words), is_split_into_words=True)["input_ids"]
         if len(ids) > 1 and ids[0] == self.tokenizer.bos_token_id:
             ids = ids[1:]
-        return self.model.get_input_embeddings()(torch.tensor(ids, device=self.device))
+        return hf.input_embedding(self.model)(torch.tensor(ids, device=self.device))
 
     def assemble(
         self,

@@ -80,4 +80,6 @@ class ClipText(nn.Module):
 
 def _damaged(source: str, reason: str) -> MMTokError:
     lines = reason.strip().splitlines() or ["unknown error"]
-    return MMTokError(f"{source} could not be loaded as a CLIP text tower: {lines[0]}", "name a whole CLIP model")
+    return MMTokError(
+        f"{source} could not be loaded as a CLIP text tower: {lines[0]}", hf.or_tested("name a whole CLIP model")
+    )

@@ -309,6 +309,33 @@ def decoder_layers(language: Any) -> Any:
     return part(language, "layers")
 
 
+def input_embedding(model: Any) -> Any:
+    """The embedding of tokens at the entrance of the language model."""
+    return part(model, "get_input_embeddings")()
+
+
+def output_embedding(model: Any) -> Any:
+    """The layer that gives the logits."""
+    return part(model, "get_output_embeddings")()
+
+
+def end_tokens(model: Any) -> Any:
+    """The id of the token that ends an answer, several of them, or None."""
+    return part(model, "generation_config.eos_token_id")
+
+
+def head_width(text_config: Any) -> int:
+    """Values per attention head. Configurations name it only where it is not the usual share of the hidden size."""
+    named = getattr(text_config, "head_dim", None)
+    return int(named or part(text_config, "hidden_size") // part(text_config, "num_attention_heads"))
+
+
+def keep_layer_types(text_config: Any, layers: int) -> None:
+    """Shorten the list of layer types, which only some architectures have, to the first `layers`."""
+    if getattr(text_config, "layer_types", None):
+        text_config.layer_types = text_config.layer_types[:layers]
+
+
 def vision_tower(model: Any) -> Any:
     """The encoder of a LLaVA or InternVL model."""
     return part(model, "model.vision_tower")

@@ -55,7 +55,7 @@ def needs_of(model: Any, dtype: torch.dtype, vision_tokens: int, attention: str 
     """
     text, width = model.config.text_config, dtype.itemsize
     tokens = vision_tokens + TEXT_TOKENS
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    head = hf.head_width(text)
     cache = 2 * text.num_key_value_heads * head * tokens * width
     states = 4 * text.hidden_size + 2 * text.num_attention_heads * head + 3 * text.intermediate_size
     matrix = text.num_attention_heads * tokens**2 * (width + 4) if attention == "eager" else 0

@@ -85,10 +85,11 @@ def architecture(name: str, source: str) -> Any:
 
 def shortened(config: Any, layers: int, name: str) -> Any:
     """The configuration with the first `layers` decoder layers alone. Raises MMTokError for more than there are."""
+    from mmtok_cli.models import hf
+
     text = config.text_config
     if not 1 <= layers <= text.num_hidden_layers:
         raise MMTokError(f"{name} has {text.num_hidden_layers} decoder layers, not {layers}", "choose fewer --layers")
     text.num_hidden_layers = layers
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:layers]
+    hf.keep_layer_types(text, layers)
     return config
