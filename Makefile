@@ -25,10 +25,10 @@ demo: .venv/installed ## answer, draw and compare with the model that comes with
 	@mkdir -p runs
 	$(BIN)/mmtok infer $(EXAMPLE) "$(QUESTION)" --budget 16 --baseline
 	$(BIN)/mmtok prune $(EXAMPLE) "$(QUESTION)" --budget 16 --output runs/kept.png
-	$(BIN)/mmtok compare
+	$(BIN)/mmtok compare --methods mmtok,visionzip,fastv,random,resize,none
 
 test: .venv/installed-test ## run the test suite
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --maxprocesses 8
 
 test-floor: .venv/installed-test ## run the tests marked compat with the lowest transformers that pyproject.toml admits
 	$(BIN)/python .ci/compat.py floor

@@ -86,7 +86,9 @@ def main() -> int:
     about = f"{shown}, Python {sys.version.split()[0]} ({place} the declared range {declared()})"
 
     print(f"compat: {RELEASES[options.release]}: {about}", flush=True)
-    failed = subprocess.run([sys.executable, "-m", "pytest", "-m", "compat"], env=environment, cwd=ROOT).returncode
+    failed = subprocess.run(
+        [sys.executable, "-m", "pytest", "-m", "compat", "-n", "auto", "--maxprocesses", "8"], env=environment, cwd=ROOT
+    ).returncode
     print(f"compat: {'FAILED' if failed else 'passed'} with {about}", flush=True)
     return failed
 

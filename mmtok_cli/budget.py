@@ -57,6 +57,17 @@ class Budget:
         return str(self.count) if self.count is not None else f"{self.percent:.12g}%"
 
 
+@dataclass(frozen=True)
+class TokenCounts:
+    """Tokens of a sample: vision tokens of its images before reduction, after the last reduction and on average over
+    the decoder layers; and text tokens."""
+
+    total: int
+    kept: int
+    text: int
+    layer_average: float
+
+
 def parse_budgets(text: str) -> list[Budget]:
     """Read a comma-separated list of budgets; repeats are dropped."""
     budgets = [Budget.parse(part) for part in text.split(",")]

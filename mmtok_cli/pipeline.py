@@ -13,7 +13,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from mmtok_cli.budget import Budget, rectangle
+from mmtok_cli.budget import Budget, TokenCounts, rectangle
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.decoding import cache_bytes, decode, prefill
 from mmtok_cli.errors import MMTokError
@@ -26,17 +26,6 @@ from mmtok_cli.tokens import Cut, Selection, TextTokens, VisionTokens
 
 STAGES = ("prepare", "encode", "select", "prefill", "decode")
 RELEASED = Rules()
-
-
-@dataclass(frozen=True)
-class TokenCounts:
-    """Vision tokens of a sample's images: before reduction, behind the last one, and on average over the decoder
-    layers; and the text tokens beside them."""
-
-    total: int
-    kept: int
-    text: int
-    layer_average: float
 
 
 @dataclass(frozen=True)

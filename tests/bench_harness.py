@@ -19,15 +19,16 @@ from typing import Any, cast
 
 import torch
 
+from mmtok_cli.budget import TokenCounts
+from mmtok_cli.cases import Case
 from mmtok_cli.data.samples import demo_samples
 from mmtok_cli.environment import environment_of
 from mmtok_cli.methods import make_method
 from mmtok_cli.models import load_model
-from mmtok_cli.pipeline import STAGES, Answers, Reduced, TokenCounts
+from mmtok_cli.pipeline import STAGES, Answers, Reduced
 from mmtok_cli.results.planning import in_batches, make_plan
 from mmtok_cli.results.run_directory import RunDirectory
 from mmtok_cli.timing.rounds import Measurement
-from mmtok_cli.timing.runner import Case
 
 VOCABULARY = 32_000
 SHARES = {"prepare": 0.1, "encode": 0.3, "select": 0.05, "prefill": 0.45, "decode": 0.1}

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from mmtok_cli.budget import Budget
+from mmtok_cli.cases import Case
 from mmtok_cli.data.datasets import open_dataset
-from mmtok_cli.evaluation.predictions import Outcome
-from mmtok_cli.evaluation.processes import Processes, ask_all, join_processes
+from mmtok_cli.evaluation.predictions import predict
+from mmtok_cli.evaluation.processes import Processes, join_processes
 from mmtok_cli.methods import make_method
 from mmtok_cli.models import load_model
-from mmtok_cli.timing.runner import Case
+from mmtok_cli.results.progress import Remaining
+from mmtok_cli.results.records import Prediction
 
 CASES = [
     Case("full", make_method("full"), None),
@@ -22,23 +24,23 @@ CASES = [
 ]
 
 
-def ask(processes: Processes) -> dict[str, Any]:
-    """All outcomes, and which batches were asked at a time."""
-    outcomes: list[Outcome] = []
+def evaluate(processes: Processes) -> dict[str, Any]:
+    """All predictions, and which batches were evaluated at a time."""
+    predictions: list[Prediction] = []
     batches = []
-    for found in ask_all(
+    for step in predict(
         load_model("demo", device="cpu"),
         CASES,
         open_dataset("demo", limit=13),
+        Remaining(batch_size=3, cases=[0, 1, 2], batches=[0, 1, 2, 3, 4]),
         processes=processes,
-        batch_size=3,
         max_new_tokens=2,
     ):
-        batches.append([batch.batch for batch in found])
-        outcomes += [item for batch in found for item in batch.items if isinstance(item, Outcome)]
-    outcomes.sort(key=lambda o: (o.number, o.case))
-    said = [[o.number, o.case, o.answer, o.score, o.closeness.kl, o.closeness.same] for o in outcomes]
-    return {"outcomes": said, "batches": batches, "count": processes.count}
+        batches.append([batch.batch for batch in step])
+        predictions += [prediction for batch in step for prediction in batch.predictions]
+    predictions.sort(key=lambda p: (p.sample, p.case))
+    found = [[p.sample, p.case, p.answer, p.score, p.closeness.kl, p.closeness.same] for p in predictions]
+    return {"predictions": found, "batches": batches, "count": processes.count}
 
 
 def threads() -> list[str]:
@@ -48,7 +50,7 @@ def threads() -> list[str]:
 
 if __name__ == "__main__":
     with join_processes("cpu") as all_processes:
-        found = ask(all_processes)
+        found = evaluate(all_processes)
     if all_processes.is_writer:
         with Path(sys.argv[1]).open("x", encoding="utf-8") as file:
             json.dump({**found, "threads": threads()}, file)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,18 +13,19 @@ import pytest
 import torch
 
 from mmtok_cli.budget import Budget
+from mmtok_cli.cases import Case, is_out_of_memory
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.environment import environment_of
 from mmtok_cli.methods import make_method
 from mmtok_cli.models.llava import Llava
-from mmtok_cli.results.schedule import interleaved
+from mmtok_cli.results.records import TimedRun
+from mmtok_cli.results.schedule import Turn, interleaved
 from mmtok_cli.results.schema import Comparison, Environment, Schedule
-from mmtok_cli.results.summary import summarise_cases
 from mmtok_cli.rules import Rules
 from mmtok_cli.timing.clock import Clock
 from mmtok_cli.timing.flops import SeenOperators, count_flops, coverage, measure_flops
-from mmtok_cli.timing.memory import is_out_of_memory
-from mmtok_cli.timing.runner import Case, run_case, run_rounds
+from mmtok_cli.timing.runner import run_case, run_round, run_rounds
+from mmtok_cli.timing.summary import summarise_cases
 
 
 def test_clock_sums_what_passes_in_each_stage(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +72,7 @@ def cases() -> list[Case]:
 
 def test_flops_equal_the_formula(tiny_sdpa: Llava, samples: list[Sample], cases: list[Case]) -> None:
     """Matrix products and attention of the tiny decoder, counted by hand (attention in full, as torch does)."""
-    reduced, _ = run_case(tiny_sdpa, cases[1], samples[:1], 1)
+    reduced = run_case(tiny_sdpa, cases[1], samples[:1], 1)
     s = reduced.tokens[0].kept + reduced.tokens[0].text
     d, kv, mlp, layers, vocabulary = 48, 24, 64, tiny_sdpa.layer_count, len(tiny_sdpa.tokenizer)
     per_layer = 2 * s * (2 * d * d + 2 * d * kv + 3 * d * mlp) + 2 * 2 * s * s * d
@@ -113,24 +116,17 @@ def test_running_out_of_memory_has_many_faces() -> None:
 
 
 def test_rounds_and_their_summary(tiny_sdpa: Llava, samples: list[Sample], cases: list[Case]) -> None:
-    answered = [
-        Sample(s.images, s.question, s.image_ids, answer=run_case(tiny_sdpa, cases[0], [s], 2)[0].answers[0], kind=kind)
-        for s, kind in zip(samples, "aab", strict=True)
-    ]
-    groups = [[sample] for sample in answered]
+    groups = [[sample] for sample in samples]
     order = interleaved(3, 4, seed=0)
     rounds = list(run_rounds(tiny_sdpa, cases, groups, order, max_new_tokens=2))
     assert [[run.case for run in runs] for runs in rounds] == [[0, 1, 2]] * 4
     assert rounds[3][0].samples == rounds[0][0].samples  # more rounds than samples: from the start again
     flops = [count_flops(tiny_sdpa, case, groups[0], 2) for case in cases]
     full, mmtok, none = results = summarise_cases(cases, rounds, flops)
-    assert full.score == 1 and full.score_counts and full.score_counts.asked == 3
-    assert full.score_counts.by_kind == {"a": (2, 2), "b": (1, 1)}
-    assert full.speedup == {} and full.retention is None and full.fidelity is None
+    assert full.speedup == {} and mmtok.speedup.keys() >= {"encode", "prefill", "ttft", "total"}
+    assert all(result.score is result.retention is result.fidelity is None for result in results)  # times alone
     assert mmtok.tokens.kept == mmtok.tokens.layer_average == 4 and none.tokens.kept == 0
     assert full.tokens.new == 2 and full.seconds["ttft"].median < full.seconds["total"].median
-    assert mmtok.fidelity and mmtok.fidelity.kl > 0 and 0 <= mmtok.fidelity.top1 <= 1
-    assert mmtok.retention == mmtok.score
     assert full.memory.kv_cache > mmtok.memory.kv_cache > none.memory.kv_cache
     assert full.memory.peak is None and full.memory.host > 0
     assert {result.positions for result in results} == {"renumber"}
@@ -153,7 +149,7 @@ def test_rounds_and_their_summary(tiny_sdpa: Llava, samples: list[Sample], cases
 def test_results_say_the_positions_that_were_in_force(tiny_sdpa: Llava, samples: list[Sample]) -> None:
     def positions(name: str, rules: Rules) -> str:
         case = Case(name, make_method(name), Budget(count=4), rules)
-        runs = [run_case(tiny_sdpa, case, samples[:1], 1)[0]]
+        runs = [run_case(tiny_sdpa, case, samples[:1], 1)]
         return summarise_cases([case], [runs], [{}])[0].positions
 
     assert positions("fastv", Rules()) == "keep" and positions("mmtok", Rules()) == "renumber"
@@ -162,11 +158,36 @@ def test_results_say_the_positions_that_were_in_force(tiny_sdpa: Llava, samples:
     assert positions("mmtok", Rules(track="harmonised", positions="keep")) == "keep"
 
 
-def test_fidelity_of_the_baseline_to_itself_is_exact(
-    tiny_sdpa: Llava, samples: list[Sample], cases: list[Case]
-) -> None:
-    runs = next(run_rounds(tiny_sdpa, [cases[0], cases[0]], [samples], [[1, 0]], max_new_tokens=1))
-    assert runs[1].kl == [0, 0, 0] and runs[1].top1 == [True] * 3
+def test_a_round_runs_its_turns_in_their_order(tiny_sdpa: Llava, samples: list[Sample], cases: list[Case]) -> None:
+    """On batches that are opened once each; a case that is given up leaves the others alone."""
+    opened: list[int] = []
+
+    class Counting(Sample):
+        def open(self) -> Sample:
+            opened.append(1)
+            return super().open()
+
+    counting = [Counting(s.images, s.question, s.image_ids) for s in samples]
+    cases = [cases[0], cases[1], replace(cases[0], batch_size=2)]
+    batches = {1: [[counting[0]], [counting[1]]], 2: [counting[:2]]}
+    given_up: list[tuple[int, int]] = []
+
+    def attempt(case: int, number: int, work: Callable[[], TimedRun]) -> TimedRun | None:
+        if case == 1:
+            given_up.append((case, number))
+            return None
+        return work()
+
+    turns = [Turn(2, 0), Turn(0, 1), Turn(1, 1)]
+    runs = list(run_round(tiny_sdpa, cases, batches, 5, turns, max_new_tokens=1, runs=2))
+    assert [(run.case, run.round, run.batch, len(run.samples)) for run in runs] == [
+        (2, 5, 0, 2),
+        (0, 5, 1, 1),
+        (1, 5, 1, 1),
+    ]
+    assert len(opened) == 3 and all(len(run.repetitions["total"]) == 2 for run in runs)
+    again = run_round(tiny_sdpa, cases, batches, 5, turns, max_new_tokens=1, attempt=attempt)
+    assert [run.case for run in again] == [2, 0] and given_up == [(1, 5)]
 
 
 def test_environment_names_what_was_measured_on(tiny_sdpa: Llava) -> None:

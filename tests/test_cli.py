@@ -14,9 +14,9 @@ import pytest
 from cli_helpers import QUESTION, refused, run, run_json
 from PIL import Image
 
+from mmtok_cli.cases import Case
 from mmtok_cli.methods import method_names
 from mmtok_cli.profiles import known_profiles
-from mmtok_cli.timing.runner import Case
 
 
 def test_infer(tiny_directory: Path, photo: Path) -> None:

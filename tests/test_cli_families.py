@@ -37,7 +37,7 @@ def test_compare(directory: Path, tmp_path: Path) -> None:
         *("compare", "-m", directory, "--limit", 4, "--rounds", 2, "--batch-size", 2, "-b", "25%"),
         *("--methods", METHODS, *SETTINGS, "--max-new-tokens", 3, "--run-dir", tmp_path / "run"),
     )
-    assert not found["failures"] and not found["unasked"]
+    assert not found["failures"] and not found["unevaluated"]
     full, *others = found["results"]
     assert [case["case"]["method"] for case in others] == METHODS.split(",")
     assert all(0 < case["tokens"]["kept"] < full["tokens"]["total"] for case in others)

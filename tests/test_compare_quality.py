@@ -1,4 +1,4 @@
-"""The quality half of `mmtok compare`: any data, by one process or several, stopped and gone on with."""
+"""The evaluation of `mmtok compare`: any data, by one process or several, stopped and resumed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from cli_helpers import refused, run, run_json
 from conftest import picture
 
-from mmtok_cli.evaluation import processes as parallel
+from mmtok_cli.evaluation import predictions
 
 CASES = ["full", "mmtok", "fastv"]
 
@@ -85,7 +85,7 @@ def test_times_alone(command: tuple[Any, ...], tmp_path: Path) -> None:
     assert "score" not in shown.stdout and "same" not in shown.stdout and "Memory, operations" in shown.stdout
     result = json.loads((tmp_path / "t.json").read_text())
     assert all(case["score"] is None and case["fidelity"] is None for case in result["results"])
-    assert not result["interrupted"] and not (Path(result["run_directory"]) / "quality").exists()
+    assert not result["interrupted"] and not (Path(result["run_directory"]) / "predictions").exists()
 
 
 def test_part_of_a_model_is_not_asked(command: tuple[Any, ...]) -> None:
@@ -102,30 +102,30 @@ def test_the_attention_kernel_belongs_to_the_run(command: tuple[Any, ...], tmp_p
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
-def test_stopped_while_asking_and_gone_on_with(
+def test_stopped_during_evaluation_and_resumed(
     stop: type[BaseException], command: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[list[int]] = []
-    usual = parallel.ask_batch
+    tried: list[list[int]] = []
+    usual = predictions.predict_batch
 
-    def ask_batch(model: Any, cases: Any, dataset: Any, numbers: list[int], *rest: Any) -> Any:
-        asked.append(numbers)
-        if stopping and len(asked) == 3:
+    def predict_batch(model: Any, cases: Any, dataset: Any, numbers: list[int], *rest: Any) -> Any:
+        tried.append(numbers)
+        if stopping and len(tried) == 3:
             raise stop
         return usual(model, cases, dataset, numbers, *rest)
 
-    monkeypatch.setattr(parallel, "ask_batch", ask_batch)
+    monkeypatch.setattr(predictions, "predict_batch", predict_batch)
     options = ("--limit", 7, "--batch-size", "1,2", "--run-dir", tmp_path / "run")
     stopping = True
     shown = run(*command, *options)
     if stop is KeyboardInterrupt:
         assert shown.exit_code == 0 and "interrupted: 4 of 7 samples were asked" in " ".join(shown.stderr.split())
-    before = {file.name: file.read_bytes() for file in (tmp_path / "run" / "quality").iterdir()}
+    before = {file.name: file.read_bytes() for file in (tmp_path / "run" / "predictions").iterdir()}
     assert len(before) == 2
     stopping = False
     resumed = run_json("compare", "--run-dir", tmp_path / "run", "--resume")
-    assert asked[3:] == [[4, 5], [6]]  # whole batches of the larger size, and none twice
-    after = {file.name: file.read_bytes() for file in (tmp_path / "run" / "quality").iterdir()}
+    assert tried[3:] == [[4, 5], [6]]  # whole batches of the larger size, and none twice
+    after = {file.name: file.read_bytes() for file in (tmp_path / "run" / "predictions").iterdir()}
     assert before.items() <= after.items()
     whole = run_json(*command, *options[:-1], tmp_path / "whole")
     assert quality(resumed) == quality(whole) and not resumed["interrupted"]
@@ -141,7 +141,7 @@ def test_a_case_that_is_refused_an_answer_keeps_its_times(command: tuple[Any, ..
     picture(160, 100, 2).save(folder / "b.png")
     result = run_json(*command, "--data", folder, "--question", "What?", "-b", "30", "--methods", "mmtok,none")
     assert [case["case"]["method"] for case in result["results"]] == ["full", "mmtok", "none"]
-    (failed,) = result["unasked"]
+    (failed,) = result["unevaluated"]
     assert (failed["case"]["method"], failed["reason"]) == ("mmtok", "refused") and "b.png" in failed["message"]
     assert result["results"][1]["fidelity"] is None and result["results"][2]["fidelity"] is not None
 
@@ -163,5 +163,5 @@ def test_two_processes_give_the_scores_of_one(command: tuple[Any, ...], tmp_path
         ]
 
     assert without_noise(two) == without_noise(one)
-    assert len(list((tmp_path / "two" / "quality").iterdir())) == 6
+    assert len(list((tmp_path / "two" / "predictions").iterdir())) == 6
     assert not list((tmp_path / "two").rglob("*.part"))

@@ -8,14 +8,16 @@ import re
 from pathlib import Path
 
 import pytest
-from comparisons import case, comparison, usual
-from pydantic import BaseModel
+from comparisons import case, comparison, unmeasured, usual
 from rich.cells import cell_len
 
 from mmtok_cli.errors import MMTokError
-from mmtok_cli.report.exports import EXPORTS, csv_text, markdown_text, write_export
+from mmtok_cli.report.cells import Column
+from mmtok_cli.report.columns import COLUMNS
+from mmtok_cli.report.csv_export import CSV_COLUMNS, csv_documentation, csv_text
+from mmtok_cli.report.exports import EXPORTS, markdown_text, write_export
 from mmtok_cli.report.page import page_text
-from mmtok_cli.results.schema import CaseId, Comparison, FailedCase, Fidelity, Flips
+from mmtok_cli.results.schema import CaseId, Comparison, FailedCase, Fidelity, Flips, Memory
 
 
 def written(result: Comparison, path: Path) -> str:
@@ -48,11 +50,11 @@ def test_csv_has_a_row_for_each_case_and_units_in_its_names(tmp_path: Path) -> N
     assert float(first["prefill_median_s"]) == expected.seconds["prefill"].median
     assert float(first["ttft_p90_s"]) == expected.seconds["ttft"].p90
     assert float(first["speedup_prefill_low"]) == expected.speedup["prefill"].low
+    assert first["decode_tokens_per_s"] == "333.3" and "decode tok/s" in page_text(result)
     assert int(first["kv_cache_bytes"]) == expected.memory.kv_cache
     assert float(first["total_flops"]) == 5e9
     assert (first["kept_tokens"], first["layer_average_tokens"], first["total_tokens"]) == ("64.0", "64.0", "576.0")
     assert (first["score_right"], first["score_asked"], first["kl_nats"]) == ("40", "40", "0.0123")
-    assert (first["score_by_kind_count_right"], first["score_by_kind_count_asked"]) == ("0", "8")
     assert json.loads(first["parameters"]) == {"alpha": 0.5}
     assert (first["model"], first["device"], first["batch_size"], first["track"]) == ("demo", "cpu", "1", "released")
     assert (full["budget"], full["retention"], full["speedup_prefill_median"], full["kl_nats"]) == ("", "", "", "")
@@ -60,23 +62,34 @@ def test_csv_has_a_row_for_each_case_and_units_in_its_names(tmp_path: Path) -> N
     assert not any("values" in name or name in ("fidelity", "score_counts") for name in first)
 
 
-def test_csv_leaves_nothing_of_a_case_out(tmp_path: Path) -> None:
-    """Every number of the schema but the raw values is in the row, whatever its column is called."""
+def test_csv_has_no_empty_columns(tmp_path: Path) -> None:
+    """Columns are left out if no case has a value, but for those that every file has."""
+    result = usual()
+    rows = list(csv.DictReader(written(result, tmp_path / "results.csv").splitlines()))
+    always = {column.name for column in CSV_COLUMNS if column.always}
+    empty = {name for name in rows[0] if all(row[name] == "" for row in rows)}
+    assert empty <= always <= set(rows[0])
+    assert "peak_bytes" not in rows[0] and "gpu_joules" not in rows[0] and "failure_reason" not in rows[0]
+    with_peak = comparison([case("full", 576), case("mmtok", memory=Memory(peak=7, kv_cache=1, host=1))])
+    assert [row["peak_bytes"] for row in csv.DictReader(csv_text(with_peak).splitlines())] == ["", "7"]
+    bare = next(csv.DictReader(csv_text(comparison([unmeasured("full", 576)])).splitlines()))
+    assert set(bare) == always
 
-    def numbers(value: object) -> list[float]:
-        if isinstance(value, BaseModel):
-            return [n for name, inner in value if name != "values" for n in numbers(inner)]
-        if isinstance(value, dict):
-            return [n for inner in value.values() for n in numbers(inner)]
-        if isinstance(value, tuple):
-            return [n for inner in value for n in numbers(inner)]
-        return [float(value)] if isinstance(value, int | float) else []
 
-    one = case("mmtok", parameters={})
-    row = next(csv.DictReader(written(comparison([one]), tmp_path / "one.csv").splitlines()))
-    cells = {float(cell) for cell in row.values() if re.fullmatch(r"\d+(\.\d+)?(e-\d+)?", cell)}
-    cells |= {float(cell == "True") for cell in row.values() if cell in ("True", "False")}
-    assert set(numbers(one)) <= cells
+def test_csv_columns_are_documented() -> None:
+    names = [column.name for column in CSV_COLUMNS]
+    assert len(set(names)) == len(names) and all(re.fullmatch(r"[a-z0-9_]+", name) for name in names)
+    assert all(column.meaning for column in CSV_COLUMNS)
+    lines = csv_documentation().splitlines()
+    assert lines[0] == "| column | meaning |" and len(lines) == 2 + len(names)
+    assert "| `method` | name of the method |" in lines
+
+
+def test_columns_have_one_heading_in_each_table() -> None:
+    for place in ("table", "section"):
+        shown = [column for column in COLUMNS if isinstance(column, Column) and getattr(column, place)]
+        headings = [(getattr(column, place), column.heading) for column in shown]
+        assert len(set(headings)) == len(headings) and all(heading for _, heading in headings)
 
 
 def test_csv_quotes_what_would_break_it(tmp_path: Path) -> None:

@@ -8,11 +8,13 @@ from tiny_models import stock_inputs
 
 from mmtok_cli.budget import Budget
 from mmtok_cli.data.samples import Sample, demo_samples
-from mmtok_cli.evaluation.fidelity import Closeness, answer_mask, compare_logits, forced_logits, reference_of
+from mmtok_cli.evaluation.metrics import closeness_of
+from mmtok_cli.evaluation.predictions import answer_mask, forced_logits, reference_of
 from mmtok_cli.methods import make_method
 from mmtok_cli.models import load_model
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.pipeline import answer
+from mmtok_cli.results.records import Closeness
 from mmtok_cli.rules import Rules
 
 STEPS = 6
@@ -60,7 +62,7 @@ def test_the_unreduced_model_is_true_to_itself(vlm: VisionLanguageModel, samples
     )
     assert reference.logits.argmax(-1)[reference.mask].equal(reference.answers.token_ids[reference.mask])
     again = forced_logits(vlm, make_method("full"), samples, None, reference.answers.token_ids)
-    assert compare_logits(reference.logits, again, reference.mask) == [Closeness(0.0, 1.0, True)] * 3
+    assert closeness_of(reference.logits, again, reference.mask) == [Closeness(kl=0.0, top1=1.0, same=True)] * 3
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -87,7 +89,7 @@ def test_same_means_that_greedy_decoding_says_the_same(name: str, demo: VisionLa
     reference = reference_of(demo, samples, max_new_tokens=4)
     found = forced_logits(demo, METHODS[name], samples, budget_of(name), reference.answers.token_ids)
     said = answer(demo, METHODS[name], samples, budget_of(name), max_new_tokens=4)
-    closeness = compare_logits(reference.logits, found, reference.mask)
+    closeness = closeness_of(reference.logits, found, reference.mask)
     assert [c.same for c in closeness] == [a == b for a, b in zip(said.texts, reference.answers.texts, strict=True)]
     assert all(c.kl > 0 for c in closeness) and all(c.same == (c.top1 == 1) for c in closeness)
 
@@ -99,11 +101,11 @@ def test_padding_behind_an_answer_does_not_count() -> None:
     assert answer_mask(token_ids, []).all()
     generator = torch.Generator().manual_seed(0)
     reference, found = torch.randn(4, 4, 11, generator=generator), torch.randn(4, 4, 11, generator=generator)
-    expected = compare_logits(reference, found, mask)
+    expected = closeness_of(reference, found, mask)
     found[~mask] = 1e4 * torch.randn(11, generator=generator)
-    assert compare_logits(reference, found, mask) == expected
+    assert closeness_of(reference, found, mask) == expected
     only_padding_differs = torch.where(mask[..., None], reference, found)
-    assert compare_logits(reference, only_padding_differs, mask) == [Closeness(0.0, 1.0, True)] * 4
+    assert closeness_of(reference, only_padding_differs, mask) == [Closeness(kl=0.0, top1=1.0, same=True)] * 4
 
 
 def test_divergence_and_agreement_by_hand() -> None:
@@ -111,7 +113,7 @@ def test_divergence_and_agreement_by_hand() -> None:
     found = torch.tensor([[[0.5, 0.5], [0.25, 0.75]]]).log()
     kl = (0.75 * torch.tensor(1.5).log() + 0.25 * torch.tensor(0.5).log(), 0.5 * torch.tensor(4 / 3).log())
     first, second = float(kl[0]), float(kl[1])
-    (both,) = compare_logits(reference, found, torch.tensor([[True, True]]))
+    (both,) = closeness_of(reference, found, torch.tensor([[True, True]]))
     assert both.kl == pytest.approx((first + second) / 2) and second == pytest.approx(0.1438, abs=1e-4)
-    (one,) = compare_logits(reference, found, torch.tensor([[True, False]]))
+    (one,) = closeness_of(reference, found, torch.tensor([[True, False]]))
     assert (one.top1, one.same) == (1, True) and one.kl == pytest.approx(first)

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from mmtok_cli.timing.gpu import Gpu, GpuState, open_gpu, summarise_states
+from mmtok_cli.results.records import GpuState
+from mmtok_cli.timing.gpu import Gpu, open_gpu
+from mmtok_cli.timing.summary import summarise_states
 
 
 class FakeNVML:
@@ -121,8 +123,9 @@ def test_states_of_all_rounds_together() -> None:
 
 
 def test_a_gpu_that_is_asked_goes_into_the_record(tiny_sdpa: Any, samples: list[Any]) -> None:
+    from mmtok_cli.cases import Case
     from mmtok_cli.methods import make_method
-    from mmtok_cli.timing.runner import Case, run_case
+    from mmtok_cli.timing.runner import run_case
 
     class Counting(FakeNVML):
         spent = 0
@@ -132,8 +135,8 @@ def test_a_gpu_that_is_asked_goes_into_the_record(tiny_sdpa: Any, samples: list[
             return self.spent
 
     case = Case("full", make_method("full"), None)
-    run, _ = run_case(tiny_sdpa, case, samples[:1], 1, runs=3, gpu=Gpu(Counting(), "card"))
+    run = run_case(tiny_sdpa, case, samples[:1], 1, runs=3, gpu=Gpu(Counting(), "card"))
     assert run.gpu is not None and run.gpu.joules == pytest.approx(2.0)  # of one repetition
     assert all(len(values) == 3 for values in run.repetitions.values())
     assert run.seconds["prefill"] == sorted(run.repetitions["prefill"])[1]
-    assert run_case(tiny_sdpa, case, samples[:1], 1)[0].gpu is None
+    assert run_case(tiny_sdpa, case, samples[:1], 1).gpu is None

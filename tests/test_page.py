@@ -16,7 +16,7 @@ from mmtok_cli.report.page import page_text
 from mmtok_cli.report.page.charts import FRAME, stage_stacks, tradeoff_plots
 from mmtok_cli.report.page.facts import headline
 from mmtok_cli.report.page.scales import linear, logarithmic
-from mmtok_cli.report.quality import quality_of
+from mmtok_cli.report.page.scores import plotted_score
 from mmtok_cli.results.schema import Fidelity, Speedup
 
 
@@ -52,7 +52,7 @@ def test_headline_tells_an_inconclusive_speedup() -> None:
 def test_quality_is_agreement_where_no_answers_are_known() -> None:
     cases = [case("full", 576, right=None), case("mmtok", right=None, fidelity=Fidelity(kl=0.1, top1=0.75))]
     result = comparison(cases)
-    quality = quality_of(result.results[1], result)
+    quality = plotted_score(result.results[1], result)
     assert quality is not None and quality.share == quality.retained == 0.75
     assert 0.59 < quality.low < 0.61 and 0.85 < quality.high < 0.87  # Wilson's interval of 30 of 40
     text = page_text(result)

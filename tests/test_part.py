@@ -9,12 +9,13 @@ import torch
 from tiny_models import FAMILIES
 
 from mmtok_cli.budget import Budget
+from mmtok_cli.cases import Case
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.methods import make_method
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.timing.flops import measure_flops
 from mmtok_cli.timing.partial import last_layer, of_whole_model
-from mmtok_cli.timing.runner import Case, run_case
+from mmtok_cli.timing.runner import run_case
 
 CASES = [
     Case("full", make_method("full"), None),
@@ -40,7 +41,7 @@ def test_counts_of_a_part_are_those_of_the_whole(family: str, case: Case, sample
     """Layers behind the last cut are alike, so what can be counted must come out exactly."""
     whole, part = FAMILIES[family]("sdpa"), FAMILIES[family]("sdpa")
     shorten(part, 2)
-    true, estimate = (run_case(model, case, samples[:1], 1)[0] for model in (whole, part))
+    true, estimate = (run_case(model, case, samples[:1], 1) for model in (whole, part))
     assert estimate.kv_cache == true.kv_cache and estimate.tokens == true.tokens
     expected, found = (measure_flops(model, case, samples[:1], 1).stages for model in (whole, part))
     for stage in ("encode", "select", "prefill", "total"):
@@ -52,7 +53,7 @@ def test_counts_of_a_part_are_those_of_the_whole(family: str, case: Case, sample
 def test_times_are_extrapolated_and_the_measured_ones_kept(samples: list[Sample]) -> None:
     part = FAMILIES["llava"]("sdpa")
     shorten(part, 2)
-    run, _ = run_case(part, CASES[0], samples[:1], 3)
+    run = run_case(part, CASES[0], samples[:1], 3)
     seconds = run.seconds
     assert 0 < seconds["measured_prefill"] < seconds["prefill"] < 3 * seconds["measured_prefill"]
     stages = ("prepare", "encode", "select", "prefill", "decode")

@@ -9,11 +9,10 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from mmtok_cli.report.answers import cost_and_fidelity_table
 from mmtok_cli.report.catalogues import kept_map, method_details
 from mmtok_cli.report.checks import comparison_notes
 from mmtok_cli.report.overlay import FIRST_FRAME, FRAME, overlay
-from mmtok_cli.report.tables import layer_notes, rules_text
+from mmtok_cli.report.tables import cost_and_fidelity_table, layer_notes, rules_text
 from mmtok_cli.report.units import count, number, seconds, size, spread
 from mmtok_cli.results.schema import (
     CaseId,

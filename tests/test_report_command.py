@@ -91,7 +91,7 @@ def test_runs_that_do_not_belong_together(measured: Path, other: Path, tmp_path:
 
 
 def test_what_cannot_be_reported(measured: Path, tmp_path: Path) -> None:
-    refused(run("report", tmp_path), "holds no run")
+    refused(run("report", tmp_path), "is not a run directory")
     refused(run("report", measured / "run", measured / "run" / ".." / "run"), "named twice")
     refused(run("report", measured / "run", "--export", tmp_path / "t.xlsx"), "--export", ".csv")
     begun = tmp_path / "begun"

@@ -12,13 +12,14 @@ import pytest
 import torch
 from cli_helpers import refused, run, run_json, run_process
 
-import mmtok_cli.timing.rounds as measurement
+import mmtok_cli.timing.runner as runner
+from mmtok_cli.cases import Case
 from mmtok_cli.data.samples import demo_samples
-from mmtok_cli.results.records import Run
+from mmtok_cli.results.progress import is_finished, whole_rounds
+from mmtok_cli.results.records import TimedRun
 from mmtok_cli.results.run_directory import NotWrittenError, RunDirectory
 from mmtok_cli.results.schema import Comparison, from_json, json_text
-from mmtok_cli.results.summary import is_finished, summarise_run, whole_rounds
-from mmtok_cli.timing.runner import Case
+from mmtok_cli.summary import summarise_run
 
 CASES = 4
 
@@ -48,7 +49,7 @@ class Stop(BaseException):
 def stopping_after(runs: int, stop: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let so many runs of a case be measured, then raise."""
     done = Counter[str]()
-    usual = measurement.run_case
+    usual = runner.run_case
 
     def run_case(*arguments: Any, **options: Any) -> Any:
         done["runs"] += 1
@@ -56,7 +57,7 @@ def stopping_after(runs: int, stop: BaseException, monkeypatch: pytest.MonkeyPat
             raise stop
         return usual(*arguments, **options)
 
-    monkeypatch.setattr(measurement, "run_case", run_case)
+    monkeypatch.setattr(runner, "run_case", run_case)
 
 
 KILL = f"""
@@ -80,7 +81,7 @@ def test_killed_and_resumed(command: tuple[Any, ...], tmp_path: Path) -> None:
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     before = records(directory)
     assert len(before) == 3 * CASES + 2 and len(list((directory / "rounds").iterdir())) == len(before) + 1
-    assert all(from_json(Run, record.decode()) for record in before.values())
+    assert all(from_json(TimedRun, record.decode()) for record in before.values())
 
     resumed = run_json("compare", "--run-dir", directory, "--resume")
     after = records(directory)
@@ -279,7 +280,7 @@ def test_resuming_elsewhere_is_refused(
 
 def test_damaged_and_missing_runs(command: tuple[Any, ...], tmp_path: Path) -> None:
     refused(run("compare", "--resume"), "no run to resume in runs")
-    refused(run("compare", "--resume", "--run-dir", tmp_path / "gone"), "holds no run")
+    refused(run("compare", "--resume", "--run-dir", tmp_path / "gone"), "is not a run directory")
     first = run_json(*command)  # where a run goes that nobody has named
     assert Path(first["run_directory"]).parent == Path("runs") and (Path(first["run_directory"]) / "plan.json").exists()
     record = next(Path(first["run_directory"], "rounds").glob("00003-*.json"))
@@ -287,7 +288,7 @@ def test_damaged_and_missing_runs(command: tuple[Any, ...], tmp_path: Path) -> N
     record.write_text(whole[:50])
     refused(run("compare", "--resume"), str(record), "delete this file")
     record.write_text(whole.replace('"key":"', '"key":"0'))
-    refused(run("compare", "--resume"), str(record), "belongs to another run")
+    refused(run("compare", "--resume"), str(record), "does not belong to the run")
     record.unlink()
     assert run_json("compare", "--resume")["schedule"]["rounds"] == 6
 
@@ -310,7 +311,7 @@ def test_two_processes_do_not_measure_into_one_directory(
         with pytest.raises(Stop):
             run(*command, "--run-dir", directory)
     with RunDirectory.open(directory).locked():
-        refused(run("compare", "--run-dir", directory, "--resume"), "is being measured into")
+        refused(run("compare", "--run-dir", directory, "--resume"), "is in use by another run")
     assert len(records(directory)) == 5
     assert not run_json("compare", "--run-dir", directory, "--resume")["interrupted"]
 

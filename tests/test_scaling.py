@@ -14,6 +14,7 @@ from test_report import shown
 from tiny_models import FAMILIES
 
 from mmtok_cli.budget import Budget
+from mmtok_cli.cases import Case
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.methods import make_method
@@ -24,7 +25,6 @@ from mmtok_cli.report.console import results_console
 from mmtok_cli.report.scaling import growth_table, scaling_table
 from mmtok_cli.results.schema import CaseId
 from mmtok_cli.timing import scaling
-from mmtok_cli.timing.runner import Case
 from mmtok_cli.timing.scaling import (
     ScalingPoint,
     check_scaling,

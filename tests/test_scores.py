@@ -10,9 +10,9 @@ from scipy.stats import binom
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
 from mmtok_cli.data.samples import Sample
-from mmtok_cli.evaluation import retention as paired
+from mmtok_cli.evaluation import summary
 from mmtok_cli.evaluation.metrics import says_yes, score_of, soft_accuracy, yes_no
-from mmtok_cli.evaluation.retention import Flips, count_flips, f1_retention, mean_retention
+from mmtok_cli.evaluation.summary import Flips, count_flips, f1_retention, mean_retention
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def draw(generator: np.random.Generator, images: int, questions: int) -> tuple[n
 @pytest.mark.parametrize("questions", [1, 6])
 def test_intervals_hold_the_truth_as_often_as_they_say(questions: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the questions about an image err together; there, samples drawn singly would promise too much."""
-    monkeypatch.setattr(paired, "RESAMPLES", 300)
+    monkeypatch.setattr(summary, "RESAMPLES", 300)
     generator = np.random.default_rng(0)
     hits = {"clusters": 0, "singly": 0}
     runs = 100

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mmtok_cli.budget import parse_budgets
+from mmtok_cli.cases import Case
 from mmtok_cli.cli.pictures import has_pictures, save_pictures
 from mmtok_cli.cli.request import RUNS, Request, new_directory
 from mmtok_cli.cli.session import Setup, make_case, make_cases, make_setup, open_model
@@ -15,8 +16,8 @@ from mmtok_cli.data.datasets import Dataset
 from mmtok_cli.data.samples import ClosedImages
 from mmtok_cli.environment import environment_of
 from mmtok_cli.errors import MMTokError
+from mmtok_cli.evaluation.predictions import evaluate
 from mmtok_cli.evaluation.processes import Processes
-from mmtok_cli.evaluation.remaining import Questions, ask_questions, questions_left
 from mmtok_cli.files import require_writable_directory
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.report import checks, console, tables
@@ -29,14 +30,14 @@ from mmtok_cli.results.planning import (
     require_whole_batches,
     timed_samples,
 )
+from mmtok_cli.results.progress import Remaining, is_finished, is_timed, left_to_evaluate, whole_rounds
 from mmtok_cli.results.records import Plan
 from mmtok_cli.results.run_directory import PLAN, NotWrittenError, RunDirectory, newest_run
 from mmtok_cli.results.schema import Comparison
 from mmtok_cli.results.shortfalls import shortfalls
-from mmtok_cli.results.summary import is_finished, is_timed, summarise_run, whole_rounds
+from mmtok_cli.summary import summarise_run
 from mmtok_cli.timing.gpu import open_gpu
 from mmtok_cli.timing.rounds import Measurement
-from mmtok_cli.timing.runner import Case
 
 MOST_NOTES = 10
 
@@ -104,10 +105,12 @@ class Session:
         store = measurement.store
         with store.locked():
             timed, stopped = self._until_stopped(store, lambda: self._time(measurement))
-            questions = questions_left(store) if timed else None
-            asked, stopped_too = self._until_stopped(store, lambda: self._ask(prepared, questions, processes, store))
+            remaining = left_to_evaluate(store) if timed else None
+            evaluated, stopped_too = self._until_stopped(
+                store, lambda: self._evaluate(prepared, remaining, processes, store)
+            )
             stopped = stopped or stopped_too
-            if timed and asked and self.pictures:
+            if timed and evaluated and self.pictures:
                 self._until_stopped(store, lambda: self._draw(prepared, store))
         comparison = summarise_run(store)
         try:
@@ -117,9 +120,9 @@ class Session:
         return comparison, stopped
 
     def help(self, processes: Processes) -> None:
-        """Ask, in a process that is not the writer, what the writer says is left to be asked."""
+        """Evaluate, in a process other than the writer, the batches that the writer hands out."""
         with contextlib.suppress(KeyboardInterrupt):
-            self._ask(self._prepare(), None, processes, None)
+            self._evaluate(self._prepare(), None, processes, None)
 
     def _until_stopped(self, store: RunDirectory, work: Callable[[], None]) -> tuple[bool, NotWrittenError | None]:
         """Whether the work was done, and why nothing could be written down if that is what stopped it."""
@@ -149,7 +152,7 @@ class Session:
         from mmtok_cli.report.plots import save_tradeoff
 
         first, *others = tables.by_batch_size(comparison)
-        if not first.results or not tables.is_baseline(first.results[0]) or len(first.results) < 2:
+        if not first.results or not first.results[0].case.is_baseline or len(first.results) < 2:
             raise MMTokError("there is nothing to plot", "it takes the unreduced baseline and one case more")
         if not any(result.fidelity for result in first.results):
             raise MMTokError("there is nothing to plot", "it takes quality: leave --no-quality and --layers out")
@@ -247,18 +250,18 @@ class Session:
             for number in measurement.rounds():
                 progress.update(task, completed=number + 1, total=max(plan.rounds, number + 1))
 
-    def _ask(
-        self, prepared: Prepared, questions: Questions | None, processes: Processes, store: RunDirectory | None
+    def _evaluate(
+        self, prepared: Prepared, remaining: Remaining | None, processes: Processes, store: RunDirectory | None
     ) -> None:
         samples = len(prepared.dataset.samples)
-        left = 0 if questions is None else min(samples, len(questions.batches) * questions.batch_size)
+        left = 0 if remaining is None else min(samples, len(remaining.batches) * remaining.batch_size)
         with console.progress_bar(self.quiet) as progress:
-            task = progress.add_task("asking", total=samples, completed=samples - left)
-            for done in ask_questions(
+            task = progress.add_task("evaluating", total=samples, completed=samples - left)
+            for done in evaluate(
                 prepared.model,
                 prepared.cases,
                 prepared.dataset,
-                questions,
+                remaining,
                 processes=processes,
                 store=store,
                 max_new_tokens=self.request.max_new_tokens,

@@ -31,7 +31,7 @@ from mmtok_cli.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from mmtok_cli.timing.runner import Run
+    from mmtok_cli.results.records import TimedRun
 
 
 def infer(
@@ -91,7 +91,7 @@ def infer(
     with notes_console(quiet).status("answering"):
         for each in cases:  # kernels are chosen and memory is claimed in a first run, which is not timed
             run_case(vlm, each, [sample], max_new_tokens)
-        runs = [run_case(vlm, each, [sample], max_new_tokens)[0] for each in cases]
+        runs = [run_case(vlm, each, [sample], max_new_tokens) for each in cases]
     if as_json:
         first, *rest = (_as_json(run) for run in runs)
         shown = None if case.budget is None else str(case.budget)
@@ -107,7 +107,7 @@ def infer(
         out.print(remark, style="dim", markup=False)
 
 
-def _as_json(run: Run) -> dict[str, Any]:
+def _as_json(run: TimedRun) -> dict[str, Any]:
     tokens = run.tokens[0]
     return {
         "answer": run.answers[0],

@@ -10,21 +10,21 @@ from typing import TYPE_CHECKING
 from PIL import Image as PILImage
 from PIL.Image import Image
 
+from mmtok_cli.cases import is_out_of_memory, release_memory
 from mmtok_cli.cli.panels import draw, lay_out
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.files import write_whole
 from mmtok_cli.pipeline import answer, reduce
 from mmtok_cli.report.overlay import save_image
 from mmtok_cli.results.schema import Record, from_json, json_text
-from mmtok_cli.timing.memory import is_out_of_memory, release_memory
 
 if TYPE_CHECKING:
+    from mmtok_cli.cases import Case
     from mmtok_cli.data.datasets import Dataset
     from mmtok_cli.data.samples import Sample
     from mmtok_cli.models.base import VisionLanguageModel
     from mmtok_cli.report.page import OverlayGroup
     from mmtok_cli.results.run_directory import RunDirectory
-    from mmtok_cli.timing.runner import Case
 
 FOLDER = "overlays"
 INDEX = "index.json"
@@ -153,11 +153,11 @@ def _draw(model: VisionLanguageModel, case: Case, sample: Sample) -> Image:
 
 
 def _said(store: RunDirectory, case: int, number: int) -> str:
-    """What the case answered at the batch size at which it was asked; nothing where it was not."""
+    """What the case answered at the batch size of the evaluation; nothing where it was not evaluated."""
     plan = store.plan
-    for batch in store.asked.values():
-        for outcome in batch.outcomes:
-            asked, mine = plan.cases[outcome.case].case, plan.cases[case].case
-            if outcome.number == number and (asked.method, asked.budget) == (mine.method, mine.budget):
-                return f"“{outcome.answer}”"
+    for batch in store.predictions.values():
+        for prediction in batch.predictions:
+            evaluated, mine = plan.cases[prediction.case].case, plan.cases[case].case
+            if prediction.sample == number and (evaluated.method, evaluated.budget) == (mine.method, mine.budget):
+                return f"“{prediction.answer}”"
     return ""

@@ -33,10 +33,10 @@ from mmtok_cli.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from mmtok_cli.cases import Case
     from mmtok_cli.data.samples import Sample
     from mmtok_cli.models.base import VisionLanguageModel
     from mmtok_cli.timing.ceilings import CeilingProfile
-    from mmtok_cli.timing.runner import Case
     from mmtok_cli.timing.scaling import ScalingProfile
 
 SCALING_TOKENS = "576,1024,2304,4096,9216,16384"
@@ -137,11 +137,11 @@ def profile(
     from mmtok_cli.report.scaling import growth_table, scaling_notes, scaling_table
     from mmtok_cli.results.schedule import interleaved
     from mmtok_cli.results.schema import Schedule
-    from mmtok_cli.results.summary import summarise_cases
     from mmtok_cli.timing.ceilings import CeilingProfile, achieved, measure_ceilings, weights_read
     from mmtok_cli.timing.flops import count_flops
     from mmtok_cli.timing.runner import run_case, run_rounds
     from mmtok_cli.timing.scaling import ScalingProfile, check_scaling
+    from mmtok_cli.timing.summary import summarise_cases
     from mmtok_cli.timing.traces import trace_case
 
     if scaling:

@@ -33,10 +33,10 @@ from mmtok_cli.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from mmtok_cli.cases import Case
     from mmtok_cli.data.samples import Sample
     from mmtok_cli.models.base import VisionLanguageModel
     from mmtok_cli.pipeline import Reduced
-    from mmtok_cli.timing.runner import Case
     from mmtok_cli.tokens import Selection
 
 TIMED = ("prepare", "encode", "select", "prefill")

@@ -27,7 +27,7 @@ def report(
     from mmtok_cli.report.exports import EXPORTS
     from mmtok_cli.results.merge import merge, same_kind
     from mmtok_cli.results.run_directory import RunDirectory
-    from mmtok_cli.results.summary import summarise_run
+    from mmtok_cli.summary import summarise_run
 
     for path in exports or []:
         require_writable(path, EXPORTS, "--export")

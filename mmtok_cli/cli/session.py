@@ -13,8 +13,8 @@ from mmtok_cli.rules import BudgetMeaning, Positions, Rules, Track
 
 if TYPE_CHECKING:
     from mmtok_cli.budget import Budget
+    from mmtok_cli.cases import Case
     from mmtok_cli.models.base import VisionLanguageModel
-    from mmtok_cli.timing.runner import Case
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,8 @@ def make_case(name: str, budget: Budget | None, setup: Setup) -> Case:
 
     Raises MMTokError for a profile that says what the method cannot follow.
     """
+    from mmtok_cli.cases import Case
     from mmtok_cli.configuration import configured_method
-    from mmtok_cli.timing.runner import Case
 
     method = configured_method(name, setup.model, setup.settings.get(name), seed=setup.seed)
     return Case(name, method, budget if method.takes_budget else None, setup.rules)

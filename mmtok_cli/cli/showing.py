@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mmtok_cli.cli.pictures import read_pictures
-from mmtok_cli.report import answers, checks, console, tables
+from mmtok_cli.report import checks, console, tables
 from mmtok_cli.results.schema import Comparison
 
 
@@ -24,12 +24,8 @@ def show(comparison: Comparison, settings: Sequence[str], as_json: bool, quiet: 
             f"{console.printable(part.model)}: {schedule.samples} samples{data}, batches of {schedule.batch_size}, "
             f"seed {schedule.seed}" + (f"; {rules}" if rules else "")
         )
-        out.print(tables.speed_table(part))
-        if part.results:
-            quality = (answers.quality_table(part), answers.yes_no_table(part))
-            for table in (*quality, answers.cost_and_fidelity_table(part), answers.kind_table(part)):
-                if table:
-                    out.print(table)
+        for table in tables.comparison_tables(part):
+            out.print(table)
     out.print(tables.environment_line(comparison.model, comparison.environment))
     for note in checks.notes(comparison):
         notes.print(f"• {console.printable(note)}")

@@ -1,1 +1,1 @@
-"""What models answer over a dataset, and what those answers are worth against the unreduced model."""
+"""Evaluation: predictions over a dataset, their scores, and the comparison with the unreduced model."""

@@ -1,132 +1,266 @@
-"""Asking all cases about a dataset: what each answers, what that is worth, how close it is to the unreduced model."""
+"""Predictions of all cases for a dataset, by one process or several, written to the run directory batch by batch.
+
+How close a method stays to the unreduced model is measured on any images, without reference answers: the unreduced
+model's answer is fed to the reduced one token by token (teacher forcing). So the distributions of the next token are
+compared after the same words, even where the two answers would differ early on.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
+import torch
+from torch import Tensor
+
+from mmtok_cli.budget import Budget
+from mmtok_cli.cases import Case, failure_message, failure_reason, is_out_of_memory, release_memory
 from mmtok_cli.data.datasets import Dataset
-from mmtok_cli.data.samples import Sample
-from mmtok_cli.errors import MMTokError
-from mmtok_cli.evaluation.fidelity import Closeness, Reference, compare_logits, forced_logits, reference_of
-from mmtok_cli.evaluation.metrics import score_of
+from mmtok_cli.data.samples import Sample, batches
+from mmtok_cli.decoding import Continuation, prefill
+from mmtok_cli.errors import MMTokError, first_line
+from mmtok_cli.evaluation.metrics import closeness_of, score_of
+from mmtok_cli.evaluation.processes import Processes
+from mmtok_cli.methods import make_method
+from mmtok_cli.methods.base import Method
 from mmtok_cli.methods.full import Full
 from mmtok_cli.models.base import VisionLanguageModel, unwatched
-from mmtok_cli.timing.memory import first_line, is_out_of_memory, release_memory
-from mmtok_cli.timing.runner import Case
+from mmtok_cli.pipeline import RELEASED, Answers, answer, inside, reduce
+from mmtok_cli.results.progress import Remaining
+from mmtok_cli.results.records import (
+    CaseFailure,
+    Closeness,
+    Prediction,
+    PredictionBatch,
+    SampleLabel,
+    UnreadableSample,
+)
+from mmtok_cli.results.run_directory import RunDirectory
+from mmtok_cli.rules import Rules
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What one case said to one sample, the number-th of its dataset. score: None where no right answer is known."""
+class Reference:
+    """The unreduced model's answers to a batch, and the logits that they were decoded from.
 
-    case: int
-    number: int
-    answer: str
-    score: float | None
-    closeness: Closeness
+    logits: [batch, steps, vocabulary]. mask: [batch, steps], True for the tokens of each answer up to the one that
+    ends it.
+    """
 
-
-@dataclass(frozen=True)
-class Unread:
-    """A sample whose images could not be read, so that no case was asked about it."""
-
-    number: int
-    problem: str
+    answers: Answers
+    logits: Tensor
+    mask: Tensor
 
 
-@dataclass(frozen=True)
-class Refusal:
-    """A case that could not be asked, and why; it is not asked again."""
-
-    case: int
-    reason: Literal["out of memory", "refused"]
-    message: str
+BatchItem = Prediction | UnreadableSample | CaseFailure
 
 
-Item = Outcome | Unread | Refusal
-
-
-def ask_batch(
+def evaluate(
     model: VisionLanguageModel,
     cases: Sequence[Case],
     dataset: Dataset,
+    remaining: Remaining | None,
+    *,
+    processes: Processes,
+    store: RunDirectory | None,
+    max_new_tokens: int,
+) -> Iterator[int]:
+    """Predict what is left and write it down; yields the number of samples done after each step of all processes.
+
+    cases: all of the plan. remaining and store: those of the writer; the other processes receive what is left from the
+    writer, and write nothing. Raises NotWrittenError in the writer, and KeyboardInterrupt in all processes when one was
+    interrupted.
+    """
+    (agreed,) = processes.tell([remaining])
+    if agreed is None:
+        return
+    for step in predict(model, cases, dataset, agreed, processes=processes, max_new_tokens=max_new_tokens):
+        for batch in step:
+            if store is not None:
+                store.add_predictions(batch)
+        yield sum(len(batch.samples) for batch in step)
+
+
+def predict(
+    model: VisionLanguageModel,
+    cases: Sequence[Case],
+    dataset: Dataset,
+    remaining: Remaining,
+    *,
+    processes: Processes,
+    max_new_tokens: int,
+) -> Iterator[list[PredictionBatch]]:
+    """Predict the remaining batches, one for each process at a time.
+
+    The batches do not depend on the number of processes. Yields the batches of each step, the same in every process,
+    so that one of them can write them down at once. A case that fails takes no part in the steps that follow; after a
+    failure of the baseline nothing does. Raises KeyboardInterrupt in all processes after a step in which one was
+    interrupted.
+    """
+    numbers = list(batches(range(len(dataset.samples)), remaining.batch_size))
+    failed: set[int] = set()
+    for step in batches(remaining.batches, processes.count):
+        done, interrupted = [], False
+        taking_part = {number: cases[number] for number in remaining.cases if number not in failed}
+        try:
+            for batch in step[processes.index : processes.index + 1]:
+                items = predict_batch(model, taking_part, dataset, numbers[batch], max_new_tokens)
+                done.append(_batch_record(batch, remaining, dataset, numbers[batch], items))
+        except KeyboardInterrupt:
+            interrupted = True
+        parts = processes.gather([(done, interrupted)])
+        found = [each for part, _ in parts for each in part]
+        if found:
+            yield found
+        if any(stopped for _, stopped in parts):
+            raise KeyboardInterrupt
+        failed |= {failure.case for batch in found for failure in batch.failures}
+        if remaining.cases[0] in failed:
+            return
+
+
+def predict_batch(
+    model: VisionLanguageModel,
+    cases: Mapping[int, Case],
+    dataset: Dataset,
     numbers: Sequence[int],
     max_new_tokens: int,
-    without: Collection[int] = (),
-) -> list[Item]:
-    """Ask all cases, those in `without` aside, about some samples of a dataset, as one batch.
+) -> list[BatchItem]:
+    """The predictions of all cases for some samples of a dataset, as one batch.
 
-    The first case is the baseline. Samples that cannot be read, or that even the baseline cannot be asked about, are
-    left out; a case that runs out of memory, or whose budget a sample does not allow, is told in a Refusal.
+    cases: by their numbers in the plan, the baseline first. Samples that cannot be read, or are too long even for the
+    baseline, are left out; a case that runs out of memory or cannot meet its budget on one of the samples fails.
     """
-    found: list[Item] = []
+    found: list[BatchItem] = []
     opened: dict[int, Sample] = {}
     for number in numbers:
         try:
             opened[number] = dataset.samples[number].open()
         except MMTokError as error:
-            found.append(Unread(number, error.message))
+            found.append(UnreadableSample(sample=number, problem=error.message))
     if not opened:
         return found
-    samples = list(opened.values())
     try:
-        reference = reference_of(model, samples, max_new_tokens=max_new_tokens)
+        reference = reference_of(model, list(opened.values()), max_new_tokens=max_new_tokens)
     except MMTokError as error:
+        # One of the samples is too long. Alone, each shows whether it is the one.
         if len(opened) == 1:
-            return [*found, *(Unread(number, error.message) for number in opened)]
+            return [*found, *(UnreadableSample(sample=number, problem=error.message) for number in opened)]
         for number in opened:
-            found += ask_batch(model, cases, dataset, [number], max_new_tokens, without)
+            found += predict_batch(model, cases, dataset, [number], max_new_tokens)
         return found
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        refusal = Refusal(0, "out of memory", first_line(error))
+        failure = CaseFailure(case=next(iter(cases)), reason="out of memory", message=first_line(error))
     else:
-        for index, case in enumerate(cases):
-            if index not in without:
-                found += _outcomes(model, index, case, opened, dataset, reference, max_new_tokens)
+        for number, case in cases.items():
+            found += _predictions_of(model, number, case, opened, dataset, reference, max_new_tokens)
         return found
-    release_memory(model.device)  # here, where the error no longer holds what it failed with
-    return [*found, refusal]
+    release_memory(model.device)  # only here, since the error holds on to the memory of the failed run
+    return [*found, failure]
 
 
-def _outcomes(
+def _predictions_of(
     model: VisionLanguageModel,
-    index: int,
+    number: int,
     case: Case,
     opened: Mapping[int, Sample],
     dataset: Dataset,
     reference: Reference,
     max_new_tokens: int,
-) -> list[Item]:
+) -> list[Prediction] | list[CaseFailure]:
+    """The predictions of one case for one batch, or its failure."""
     try:
-        texts, closeness = _ask(model, case, list(opened.values()), reference, max_new_tokens)
+        texts, closeness = _answers_of(model, case, list(opened.values()), reference, max_new_tokens)
     except Exception as error:
-        exhausted = is_out_of_memory(error)
-        if not exhausted and not isinstance(error, MMTokError):
+        reason = failure_reason(error)
+        if reason is None:
             raise
-        said = error.message if isinstance(error, MMTokError) else first_line(error)
-        refusal = Refusal(index, "out of memory" if exhausted else "refused", said)
+        failure = CaseFailure(case=number, reason=reason, message=failure_message(error))
     else:
         return [
-            Outcome(index, number, text, score_of(sample, text, dataset.metric) if dataset.metric else None, close)
-            for (number, sample), text, close in zip(opened.items(), texts, closeness, strict=True)
+            Prediction(
+                case=number,
+                sample=place,
+                answer=text,
+                score=score_of(sample, text, dataset.metric) if dataset.metric else None,
+                closeness=close,
+            )
+            for (place, sample), text, close in zip(opened.items(), texts, closeness, strict=True)
         ]
     release_memory(model.device)
-    return [refusal]
+    return [failure]
 
 
-def _ask(
+def _answers_of(
     model: VisionLanguageModel, case: Case, samples: Sequence[Sample], reference: Reference, max_new_tokens: int
 ) -> tuple[list[str], list[Closeness]]:
-    """Texts and their closeness. A batch of which every token agrees is not asked again: it would say the same."""
+    """Answers and their closeness. Where every token of a batch agrees, its answers are those of the reference."""
     if isinstance(case.method, Full):
-        return reference.answers.texts, [Closeness(0.0, 1.0, True)] * len(samples)
+        return reference.answers.texts, [Closeness(kl=0.0, top1=1.0, same=True)] * len(samples)
     token_ids = reference.answers.token_ids
-    found = forced_logits(model, case.method, samples, case.budget, token_ids, rules=case.rules)
-    closeness = compare_logits(reference.logits, found, reference.mask)
+    logits = forced_logits(model, case.method, samples, case.budget, token_ids, rules=case.rules)
+    closeness = closeness_of(reference.logits, logits, reference.mask)
     if all(close.same for close in closeness):
         return reference.answers.texts, closeness
     return case.answer(model, samples, max_new_tokens, unwatched).texts, closeness
+
+
+def reference_of(
+    model: VisionLanguageModel, samples: Sequence[Sample], *, max_new_tokens: int, rules: Rules = RELEASED
+) -> Reference:
+    """Answer a batch greedily from all vision tokens. Raises MMTokError where prompt and answer are too long."""
+    full = make_method("full")
+    answers = answer(model, full, samples, None, rules=rules, max_new_tokens=max_new_tokens)
+    logits = forced_logits(model, full, samples, None, answers.token_ids, rules=rules)
+    return Reference(answers, logits, answer_mask(answers.token_ids, model.eos_token_ids))
+
+
+@torch.inference_mode()
+def forced_logits(
+    model: VisionLanguageModel,
+    method: Method,
+    samples: Sequence[Sample],
+    budget: Budget | None,
+    token_ids: Tensor,
+    *,
+    rules: Rules = RELEASED,
+) -> Tensor:
+    """Logits of each token of a given answer, [batch, steps, vocabulary], after the reduced prompt and the ones before.
+
+    token_ids: [batch, steps]. They are read one by one through the cache, as in decoding, so that this also works for
+    methods inside the language model. Raises MMTokError where a budget cannot be met.
+    """
+    reduced = reduce(model, method, samples, budget, rules=rules)
+    with inside(model, reduced):
+        first, cache = prefill(model, reduced.inputs)
+        behind = Continuation(model, reduced.inputs, cache)
+        logits = [first, *(behind.read(token) for token in token_ids[:, :-1].unbind(1))]
+    return torch.stack(logits, dim=1)
+
+
+def answer_mask(token_ids: Tensor, eos_token_ids: Sequence[int]) -> Tensor:
+    """True for the tokens [batch, steps] of each answer up to the first that ends it; the rest is padding."""
+    ends = torch.isin(token_ids, torch.tensor(eos_token_ids, dtype=token_ids.dtype, device=token_ids.device))
+    return ends.cumsum(1) - ends.long() == 0
+
+
+def _batch_record(
+    batch: int, remaining: Remaining, dataset: Dataset, numbers: Sequence[int], items: Sequence[BatchItem]
+) -> PredictionBatch:
+    labels = []
+    for number in numbers:
+        sample = dataset.samples[number]
+        labels.append(
+            SampleLabel(sample=number, images=sample.image_ids, answer=sample.answer, kind=sample.kind),
+        )
+    return PredictionBatch(
+        batch=batch,
+        batch_size=remaining.batch_size,
+        key=remaining.key,
+        samples=labels,
+        predictions=[item for item in items if isinstance(item, Prediction)],
+        unreadable=[item for item in items if isinstance(item, UnreadableSample)],
+        failures=[item for item in items if isinstance(item, CaseFailure)],
+    )

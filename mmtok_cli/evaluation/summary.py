@@ -1,32 +1,48 @@
-"""From what all cases said about a dataset to one verdict for each."""
+"""From the predictions of a run to the score, retention, flips and fidelity of each case."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Any
 
-from mmtok_cli.data.datasets import Dataset
-from mmtok_cli.data.samples import Sample
+import numpy as np
+
+from mmtok_cli.data.datasets import Metric
 from mmtok_cli.evaluation.metrics import is_yes, says_yes, yes_no
-from mmtok_cli.evaluation.predictions import Outcome
-from mmtok_cli.evaluation.retention import Retention, count_flips, f1_retention, mean_retention
-from mmtok_cli.results.schema import Fidelity, Flips, YesNo
+from mmtok_cli.results.progress import evaluated_cases, evaluation_failures
+from mmtok_cli.results.records import Prediction, SampleLabel
+from mmtok_cli.results.run_directory import RunDirectory
+from mmtok_cli.results.schema import CONFIDENCE, FailedCase, Fidelity, Flips, Score, YesNo
 
-RIGHT = 0.5  # a soft accuracy of so much is right where an answer must be either right or wrong
+RIGHT = 0.5  # from this score on, an answer counts as right where it must be either right or wrong
+RESAMPLES = 4000
+CELLS = 4_000_000  # numbers resampled at a time
+
+Ratio = Callable[..., np.ndarray]
 
 
 @dataclass(frozen=True)
-class Quality:
+class Retention:
+    """Score / baseline score; low and high bound a 95 % interval, None where the samples do not determine it."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class EvaluationSummary:
     """One case on a dataset.
 
-    asked: samples with a known answer. score: F1 where answers are yes or no, as POPE is reported; else the mean.
-    by_kind: mean of the samples' scores and how many they are, by kind of question. retention and flips are against the
-    baseline, which has none itself; they and the scores are None where no answer is known.
+    samples: how many have a reference answer. score: F1 where answers are yes or no, as POPE is reported; else the
+    mean. by_kind: mean score and number of samples by kind of question. retention and flips are relative to the
+    baseline and None for the baseline itself; they and the scores are None without reference answers.
     """
 
-    asked: int
+    samples: int
     score: float | None
     by_kind: dict[str, tuple[float, int]]
     yes_no: YesNo | None
@@ -34,45 +50,98 @@ class Quality:
     flips: Flips | None
     fidelity: Fidelity
 
+    def result_fields(self, *, is_baseline: bool) -> dict[str, Any]:
+        """The fields of a CaseResult that describe the quality of the answers."""
+        retention = self.retention
+        return {
+            "score": self.score,
+            "score_counts": self._counts(),
+            "retention": retention.value if retention else None,
+            "retention_low": retention.low if retention else None,
+            "retention_high": retention.high if retention else None,
+            "flips": self.flips,
+            "yes_no": self.yes_no,
+            "fidelity": None if is_baseline else self.fidelity,
+        }
 
-def judge(dataset: Dataset, outcomes: Sequence[Outcome], cases: int, *, seed: int) -> list[Quality]:
-    """One verdict for each case; the first is the baseline. outcomes: of the same samples for every case."""
-    table: list[dict[int, Outcome]] = [{} for _ in range(cases)]
-    for outcome in outcomes:
-        table[outcome.case][outcome.number] = outcome
-    known = [number for number, outcome in sorted(table[0].items()) if outcome.score is not None]
-    samples = [dataset.samples[number] for number in known]
-    columns = [[by_number[number] for number in known] for by_number in table]
-    return [
-        _verdict(dataset, samples, columns[0], mine, list(table[i].values()), seed, is_baseline=i == 0)
-        for i, mine in enumerate(columns)
-    ]
+    def _counts(self) -> Score | None:
+        if not self.samples:
+            return None
+        by_kind = {kind: (_whole(mean * count), count) for kind, (mean, count) in self.by_kind.items()}
+        return Score(right=_whole(sum(right for right, _ in by_kind.values())), asked=self.samples, by_kind=by_kind)
 
 
-def _verdict(
-    dataset: Dataset,
-    samples: Sequence[Sample],
-    baseline: Sequence[Outcome],
-    mine: Sequence[Outcome],
-    everything: Sequence[Outcome],
+def summarise_evaluation(store: RunDirectory) -> dict[int, EvaluationSummary]:
+    """The summary of each case of the plan that was evaluated, by its number; empty without a baseline.
+
+    A case is evaluated at one batch size. Its answers do not depend on it, so the summary holds at the others as well.
+    """
+    plan = store.plan
+    size, cases = evaluated_cases(store)
+    failed = evaluation_failures(store)
+    compared = [case for case in cases if case not in failed]
+    if not cases or cases[0] in failed:
+        return {}
+    batches = [batch for batch in store.predictions.values() if batch.batch_size == size]
+    found = summarise_predictions(
+        [prediction for batch in batches for prediction in batch.predictions if prediction.case in compared],
+        {label.sample: label for batch in batches for label in batch.samples},
+        baseline=cases[0],
+        metric=plan.metric,
+        seed=plan.seed,
+    )
+    summaries: dict[int, EvaluationSummary] = {}
+    for number, planned in enumerate(plan.cases):
+        same = planned.case.model_copy(update={"batch_size": size})
+        for case, summary in found.items():
+            if plan.cases[case].case == same:
+                summaries[number] = summary
+    return summaries
+
+
+def summarise_predictions(
+    predictions: Iterable[Prediction],
+    labels: Mapping[int, SampleLabel],
+    *,
+    baseline: int,
+    metric: Metric | None,
+    seed: int,
+) -> dict[int, EvaluationSummary]:
+    """The summary of each case, by its number. Every case must have predictions for the same samples.
+
+    labels: by the number of the sample. baseline: number of the case that the others are compared with.
+    """
+    table: dict[int, dict[int, Prediction]] = defaultdict(dict)
+    for prediction in predictions:
+        table[prediction.case][prediction.sample] = prediction
+    base = table.get(baseline, {})
+    scored = [labels[sample] for sample, prediction in sorted(base.items()) if prediction.score is not None]
+    return {
+        case: _summary_of(mine, base, scored, metric, seed, is_baseline=case == baseline)
+        for case, mine in sorted(table.items())
+    }
+
+
+def _summary_of(
+    predictions: Mapping[int, Prediction],
+    baseline: Mapping[int, Prediction],
+    scored: Sequence[SampleLabel],
+    metric: Metric | None,
     seed: int,
     *,
     is_baseline: bool,
-) -> Quality:
-    closeness = [outcome.closeness for outcome in everything]
-    fidelity = Fidelity(
-        kl=fmean(close.kl for close in closeness),
-        top1=fmean(close.top1 for close in closeness),
-        same=fmean(close.same for close in closeness),
-    )
-    if not samples:
-        return Quality(0, None, {}, None, None, None, fidelity)
-    scores, base = _scores(mine), _scores(baseline)
-    clusters = ["\n".join(sample.image_ids) for sample in samples]
+) -> EvaluationSummary:
+    """The summary of one case. predictions, baseline: by sample. scored: the samples with a reference answer."""
+    fidelity = _fidelity(predictions.values())
+    if not scored:
+        return EvaluationSummary(0, None, {}, None, None, None, fidelity)
+    mine, theirs = ([column[label.sample] for label in scored] for column in (predictions, baseline))
+    scores, base = _scores(mine), _scores(theirs)
+    clusters = ["\n".join(label.images) for label in scored]  # questions about the same images
     score, detail, retention = fmean(scores), None, None
-    if dataset.metric == "yes-no":
-        truth = [is_yes(sample.answer or "") for sample in samples]
-        says, base_says = ([says_yes(outcome.answer) for outcome in outcomes] for outcomes in (mine, baseline))
+    if metric == "yes-no":
+        truth = [is_yes(label.answer or "") for label in scored]
+        says, base_says = ([says_yes(prediction.answer) for prediction in column] for column in (mine, theirs))
         detail = yes_no(says, truth)
         score = detail.f1
         if not is_baseline:
@@ -80,10 +149,10 @@ def _verdict(
     elif not is_baseline:
         retention = mean_retention(base, scores, clusters, seed=seed)
     by_kind = defaultdict(list)
-    for sample, value in zip(samples, scores, strict=True):
-        by_kind[sample.kind or "other"].append(value)
-    return Quality(
-        asked=len(samples),
+    for label, value in zip(scored, scores, strict=True):
+        by_kind[label.kind or "other"].append(value)
+    return EvaluationSummary(
+        samples=len(scored),
         score=score,
         by_kind={kind: (fmean(values), len(values)) for kind, values in sorted(by_kind.items())},
         yes_no=detail,
@@ -93,9 +162,131 @@ def _verdict(
     )
 
 
-def _scores(outcomes: Sequence[Outcome]) -> list[float]:
-    return [outcome.score for outcome in outcomes if outcome.score is not None]
+def unevaluated_cases(store: RunDirectory) -> list[FailedCase]:
+    """Cases that were timed and could not be evaluated."""
+    return [
+        FailedCase(case=store.plan.cases[case].case, round=None, reason=failure.reason, message=failure.message)
+        for case, failure in sorted(evaluation_failures(store).items())
+    ]
+
+
+def evaluated_samples(store: RunDirectory) -> int:
+    """How many samples were evaluated, without those that could not be read."""
+    return sum(len(batch.samples) - len(batch.unreadable) for batch in store.predictions.values())
+
+
+def left_out(store: RunDirectory) -> list[str]:
+    """The parts of the data that could not be used, a line each."""
+    unreadable = [item for _, batch in sorted(store.predictions.items()) for item in batch.unreadable]
+    return [*store.plan.left_out, *(f"left out: sample {item.sample + 1}: {item.problem}" for item in unreadable)]
+
+
+def mean_retention(
+    baseline: Sequence[float], found: Sequence[float], clusters: Sequence[str], *, seed: int
+) -> Retention | None:
+    """Mean score / mean baseline score, of the same samples in the same order. None where the baseline scores 0.
+
+    clusters: samples of one cluster, such as all questions about an image, have correlated errors and are resampled
+    together.
+    """
+    columns = _by_cluster([baseline, found], clusters)
+    return _retention(columns, lambda base, mine: _divide(mine, base), seed)
+
+
+def f1_retention(
+    known: Sequence[bool], baseline: Sequence[bool], found: Sequence[bool], clusters: Sequence[str], *, seed: int
+) -> Retention | None:
+    """The same for F1, from answers that are yes (True) or no, and the reference answers."""
+    truth, base, mine = (np.asarray(values, dtype=float) for values in (known, baseline, found))
+    columns = _by_cluster([truth, base, mine, truth * base, truth * mine], clusters)
+
+    def ratio(
+        truth: np.ndarray, base: np.ndarray, mine: np.ndarray, base_hits: np.ndarray, my_hits: np.ndarray
+    ) -> np.ndarray:
+        return _divide(my_hits * (base + truth), base_hits * (mine + truth))
+
+    return _retention(columns, ratio, seed)
+
+
+def count_flips(baseline: Sequence[bool], found: Sequence[bool]) -> Flips:
+    """Compare right (True) and wrong answers to the same samples."""
+    from scipy.stats import binomtest
+
+    pairs = list(zip(baseline, found, strict=True))
+    lost, gained = pairs.count((True, False)), pairs.count((False, True))
+    return Flips(
+        right_right=pairs.count((True, True)),
+        right_wrong=lost,
+        wrong_right=gained,
+        wrong_wrong=pairs.count((False, False)),
+        p_value=float(binomtest(lost, lost + gained).pvalue) if lost + gained else 1.0,
+    )
+
+
+def _fidelity(predictions: Iterable[Prediction]) -> Fidelity:
+    closeness = [prediction.closeness for prediction in predictions]
+    return Fidelity(
+        kl=fmean(close.kl for close in closeness),
+        top1=fmean(close.top1 for close in closeness),
+        same=fmean(close.same for close in closeness),
+    )
+
+
+def _scores(predictions: Sequence[Prediction]) -> list[float]:
+    return [prediction.score for prediction in predictions if prediction.score is not None]
 
 
 def _right(scores: Sequence[float]) -> list[bool]:
     return [score >= RIGHT for score in scores]
+
+
+def _whole(value: float) -> int | float:
+    """A sum of scores, as a whole number where it is one except for rounding."""
+    return round(value) if abs(value - round(value)) < 1e-6 else value
+
+
+def _by_cluster(columns: Sequence[Sequence[float] | np.ndarray], clusters: Sequence[str]) -> list[np.ndarray]:
+    """Sums over each cluster: ratios of means are ratios of such sums."""
+    _, members = np.unique(np.asarray(clusters, dtype=str), return_inverse=True)
+    return [np.bincount(members, weights=np.asarray(column, dtype=float)) for column in columns]
+
+
+def _retention(columns: list[np.ndarray], ratio: Ratio, seed: int) -> Retention | None:
+    """The ratio of column sums, and its interval by the percentile bootstrap over clusters.
+
+    There is no interval where the samples do not determine its width: with one cluster, where every resample gives the
+    same ratio (no answer changed, or all are wrong), and where the baseline scores 0 in so many that a bound is
+    infinite.
+    """
+    from scipy.stats import bootstrap
+
+    def statistic(*drawn: np.ndarray, axis: int = -1) -> np.ndarray:
+        return ratio(*(column.sum(axis=axis) for column in drawn))
+
+    value = float(statistic(*columns))
+    if not np.isfinite(value):
+        return None
+    if len(columns[0]) < 2:
+        return Retention(value, None, None)
+    with np.errstate(invalid="ignore"):  # percentiles between a finite and an infinite ratio
+        found = bootstrap(
+            columns,
+            statistic,
+            paired=True,
+            vectorized=True,
+            method="percentile",
+            n_resamples=RESAMPLES,
+            batch=max(1, CELLS // len(columns[0])),
+            confidence_level=CONFIDENCE,
+            rng=np.random.default_rng(seed),
+        ).confidence_interval
+    low, high = float(found.low), float(found.high)
+    if not (np.isfinite(low) and np.isfinite(high)) or low == high:
+        return Retention(value, None, None)
+    return Retention(value, low, high)
+
+
+def _divide(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    """The ratio, infinite where the denominator is 0: a resample in which the baseline scores 0."""
+    above, below = np.asarray(above, dtype=float), np.asarray(below, dtype=float)
+    return np.divide(above, below, out=np.full_like(above, np.inf), where=below > 0)

@@ -11,7 +11,6 @@ from mmtok_cli.report.tables import (
     by_batch_size,
     ceiling,
     inconclusive_notes,
-    is_baseline,
     layer_notes,
     plain_table,
 )
@@ -30,7 +29,7 @@ def notes(comparison: Comparison, *, ceilings: bool = True) -> list[str]:
     parts = by_batch_size(comparison)
     for part in parts:
         head = f"batches of {part.schedule.batch_size}: " if len(parts) > 1 else ""
-        lines += [head + ceiling(result) for result in part.results if ceilings and is_baseline(result)]
+        lines += [head + ceiling(result) for result in part.results if ceilings and result.case.is_baseline]
         lines += [head + line for line in (*outlier_notes(part.results), *drift_notes(part.results))]
     lines += [*failure_notes(comparison), *left_out_notes(comparison), *comparison.remarks]
     if comparison.results:
@@ -48,7 +47,7 @@ def left_out_notes(comparison: Comparison) -> list[str]:
 def failure_notes(comparison: Comparison) -> list[str]:
     """Why a case has no figures, or none of quality."""
     lines = []
-    for failed in comparison.unasked:
+    for failed in comparison.unevaluated:
         lines.append(
             f"{failed}: {failed.reason} during evaluation with batch size {failed.case.batch_size}; "
             f"its answers are not scored: {failed.message}"
@@ -68,7 +67,7 @@ def failure_notes(comparison: Comparison) -> list[str]:
 
 def comparison_notes(comparison: Comparison) -> list[str]:
     """How to read the tables, and what to do where they do not settle the matter."""
-    others = [result for result in comparison.results if not is_baseline(result)]
+    others = [result for result in comparison.results if not result.case.is_baseline]
     methods = [result for result in others if not result.case.again]
     notes = [
         "times are medians over rounds, of a whole batch; speedups are paired within rounds, with a 95 % interval",
@@ -77,7 +76,7 @@ def comparison_notes(comparison: Comparison) -> list[str]:
     notes += [*overhead_notes(methods), *layer_notes(methods), *position_notes(methods)]
     for part in by_batch_size(comparison):
         head = f"batches of {part.schedule.batch_size}: " if part is not comparison else ""
-        doubtful = [result for result in part.results if not is_baseline(result)]
+        doubtful = [result for result in part.results if not result.case.is_baseline]
         notes += [head + note for note in inconclusive_notes(doubtful, ("prefill", "ttft"))]
     return [*notes, *quality_notes(comparison), *interruption_notes(comparison)]
 
@@ -161,7 +160,7 @@ def outlier_notes(results: Sequence[CaseResult]) -> list[str]:
 
 def drift_notes(results: Sequence[CaseResult]) -> list[str]:
     """A warning where the machine became faster or slower while it was measured on."""
-    drifting = [result for result in results if is_baseline(result) and result.drift]
+    drifting = [result for result in results if result.case.is_baseline and result.drift]
     lines = []
     for result in drifting:
         assert result.drift is not None

@@ -1,152 +1,392 @@
-"""The columns of a comparison, for every table that leaves the terminal."""
+"""The registry of columns: what the terminal, Markdown, the CSV and the HTML page show of a case.
+
+A new column takes two steps: compute its value in the summary of a case, and add one entry to `COLUMNS`. The order of
+the entries is that of the columns.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Protocol
 
-from mmtok_cli.report.answers import retention_interval
-from mmtok_cli.report.units import count, number, p_value, ratio, seconds, share, size
+from mmtok_cli.report.cells import (
+    Column,
+    CsvColumn,
+    Section,
+    TableName,
+    Value,
+    flips_cell,
+    kept_cell,
+    retention_cell,
+    speedup_cell,
+)
+from mmtok_cli.report.units import count, number, p_value, seconds, share, size
 
 if TYPE_CHECKING:
-    from mmtok_cli.results.schema import CaseResult, Comparison, FailedCase, Speedup
+    from mmtok_cli.results.schema import CaseResult, Comparison, Fidelity, Flips, GpuUse, Score, Speedup, Times, YesNo
+
+STAGES = ("prepare", "encode", "select", "prefill", "ttft", "decode", "total")  # ttft and total are sums of stages
+COMPARED = tuple(stage for stage in STAGES if stage != "select")  # the baseline selects nothing
 
 
-@dataclass(frozen=True)
-class Cell:
-    """What one case has in one column.
-
-    value: what the cell sorts by; None where nothing was measured. interval: 95 %. doubtful: the interval contains 1,
-    or there is none.
-    """
-
-    text: str = "–"
-    value: float | None = None
-    interval: str = ""
-    doubtful: bool = False
-
-    def __str__(self) -> str:
-        return self.text + (f" ({self.interval})" if self.interval else "") + ("?" if self.doubtful else "")
-
-
-@dataclass(frozen=True)
-class Column:
-    """A heading, what it means, and what each case has there. brief: belongs into a short table as well."""
-
-    heading: str
-    meaning: str
-    cell: Callable[[CaseResult], Cell]
-    brief: bool = True
-
-
-def trouble(case: CaseResult) -> str | None:
-    """Why a case has no figures; None if it has."""
-    return None if case.seconds else "not measured"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One case in a table: its title, why it has no figures if that is so, and its cells."""
-
-    case: CaseResult | FailedCase
-    trouble: str | None
-    cells: tuple[Cell, ...]
+class LayerCounts(Protocol):
+    """Vision tokens of a sample, or their means over samples."""
 
     @property
-    def title(self) -> str:
-        return self.case.case.title
+    def kept(self) -> float: ...
+
+    @property
+    def layer_average(self) -> float: ...
 
 
-def rows(comparison: Comparison, columns: Sequence[Column]) -> list[Row]:
-    """The cases that were measured, then those that failed."""
-    measured = [Row(case, trouble(case), tuple(column.cell(case) for column in columns)) for case in comparison.results]
-    return measured + [_failed_row(failed, columns) for failed in comparison.failures]
+def layers_differ(tokens: Iterable[LayerCounts]) -> bool:
+    """Whether the tokens kept and their average over the decoder layers differ for any case."""
+    return any(abs(each.layer_average - each.kept) > 0.05 for each in tokens)
 
 
-def _failed_row(failed: FailedCase, columns: Sequence[Column]) -> Row:
-    said = {
-        KEPT.heading: Cell(failed.case.budget or "–"),
-        BATCH.heading: Cell(str(failed.case.batch_size), failed.case.batch_size),
-    }
-    return Row(failed, failed.reason, tuple(said.get(column.heading, Cell()) for column in columns))
+def is_scored(comparison: Comparison) -> bool:
+    """Whether reference answers are known; if not, quality is agreement with the unreduced model."""
+    return any(case.score is not None for case in comparison.results)
 
 
 def stage_seconds(case: CaseResult, stage: str) -> float | None:
-    """Median seconds of a stage, where it was measured."""
+    """Median seconds of a stage; None where it was not measured."""
     times = case.seconds.get(stage)
     return times.median if times else None
 
 
-def layers_differ(cases: Sequence[CaseResult]) -> bool:
-    """Whether the tokens kept and their layer average differ anywhere, so that the average says something."""
-    return any(abs(case.tokens.layer_average - case.tokens.kept) > 0.05 for case in cases)
+# When a column is shown.
 
 
-def comparison_columns(comparison: Comparison) -> list[Column]:
-    """Tokens, seconds, speedups, memory, operations and quality, as far as the comparison has them."""
-    return [*cost_columns(comparison), *quality_columns(comparison)]
+def _not_scored(comparison: Comparison) -> bool:
+    return not is_scored(comparison)
 
 
-def cost_columns(comparison: Comparison) -> list[Column]:
-    """Tokens, seconds, speedups, memory and operations."""
-    cases = [case for case in comparison.results if trouble(case) is None]
-    columns = [*([BATCH] if isinstance(comparison.schedule.batch_size, list) else []), KEPT]
-    if layers_differ(cases):
-        columns.append(Column("avg", "vision tokens per decoder layer, on average", _layer_average))
-    columns += [
-        Column("select", "choosing tokens and assembling the shorter prompt, median", _seconds("select")),
-        Column("prefill", "reading the prompt, median", _seconds("prefill")),
-        Column("speedup (prefill)", "baseline / method, paired within rounds, 95 % interval", _speedup("prefill")),
-        Column("TTFT", "time to the first token: prepare, encode, select and prefill, median", _seconds("ttft")),
-        Column("speedup (TTFT)", "baseline / method, paired within rounds, 95 % interval", _speedup("ttft")),
-        Column("KV cache", "bytes per sample", _measured(size, lambda case: case.memory.kv_cache)),
-    ]
-    if any(case.memory.peak is not None for case in cases):
-        columns.append(
-            Column("peak", "bytes of a batch above the weights", _measured(size, lambda case: case.memory.peak), False)
-        )
-    columns.append(Column("FLOPs", "per sample", _measured(count, lambda case: case.flops.get("total")), False))
-    return columns
+def _never(comparison: Comparison) -> bool:
+    return False
 
 
-def quality_columns(comparison: Comparison) -> list[Column]:
-    """Scores, retention, flips and fidelity."""
-    cases = [case for case in comparison.results if trouble(case) is None]
-    scored = any(case.score is not None for case in cases)
-    columns: list[Column] = []
-    if scored:
-        columns += [
-            Column("score", "F1" if any(case.yes_no for case in cases) else "right answers", _score),
-            Column("retention", "score / score of the unreduced model, 95 % interval over images", _retention),
-            Column(
-                "lost / gained", "answers that the unreduced model alone has right, and alone has wrong", _flips, False
-            ),
-            Column("p", "McNemar's exact test of lost against gained", _p_value, False),
-        ]
-    if any(case.fidelity for case in cases):
-        same = _measured(share, lambda case: case.fidelity.same if case.fidelity else None)
-        top1 = _measured(share, lambda case: case.fidelity.top1 if case.fidelity else None)
-        kl = _measured("{:.3f}".format, lambda case: case.fidelity.kl if case.fidelity else None)
-        if any(case.fidelity and case.fidelity.same is not None for case in cases):
-            columns.append(Column("same", "answers in the same words as the unreduced model's", same, not scored))
-        columns += [
-            Column("top-1", "agreement with the unreduced model at each token of its answer", top1, not scored),
-            Column("KL", "divergence from the unreduced model at each token of its answer, nats", kl, not scored),
-        ]
-    return columns
+def _several_batch_sizes(comparison: Comparison) -> bool:
+    return isinstance(comparison.schedule.batch_size, list)
+
+
+def _layer_average_differs(comparison: Comparison) -> bool:
+    return layers_differ(case.tokens for case in comparison.results if case.seconds)
+
+
+# Values of parts of a result, each None where the part is missing.
+
+
+def _of_times(stage: str, value: Callable[[Times], float]) -> Callable[[CaseResult], Value]:
+    return lambda case: value(case.seconds[stage]) if stage in case.seconds else None
+
+
+def _of_speedup(stage: str, value: Callable[[Speedup], float | None]) -> Callable[[CaseResult], Value]:
+    return lambda case: value(case.speedup[stage]) if stage in case.speedup else None
+
+
+def _of_counts(value: Callable[[Score], float]) -> Callable[[CaseResult], Value]:
+    return lambda case: value(case.score_counts) if case.score_counts else None
+
+
+def _of_fidelity(value: Callable[[Fidelity], float | None]) -> Callable[[CaseResult], Value]:
+    return lambda case: value(case.fidelity) if case.fidelity else None
+
+
+def _of_flips(value: Callable[[Flips], float]) -> Callable[[CaseResult], Value]:
+    return lambda case: value(case.flips) if case.flips else None
+
+
+def _of_gpu(value: Callable[[GpuUse], float | None]) -> Callable[[CaseResult], Value]:
+    return lambda case: value(case.gpu) if case.gpu else None
+
+
+def _yes_no(name: str, heading: str, meaning: str, value: Callable[[YesNo], float]) -> Column:
+    return Column(
+        f"yes_no_{name}",
+        meaning,
+        lambda case: value(case.yes_no) if case.yes_no else None,
+        heading=heading,
+        show=share,
+        table="yes-no",
+    )
+
+
+def _stage(stage: str, words: str, heading: str = "") -> Iterator[CsvColumn[CaseResult]]:
+    """Seconds of a stage and its speedup; stages without a heading are in the CSV only."""
+    table: TableName | None = "speed" if heading else None
+    section: Section | None = "cost" if heading else None
+    yield Column(
+        f"{stage}_median_s",
+        f"{words}, median",
+        _of_times(stage, lambda times: times.median),
+        always=bool(heading),
+        heading=heading,
+        show=seconds,
+        table=table,
+        section=section,
+    )
+    yield CsvColumn(f"{stage}_p10_s", f"{stage}, 10th percentile over rounds", _of_times(stage, lambda t: t.p10))
+    yield CsvColumn(f"{stage}_p90_s", f"{stage}, 90th percentile over rounds", _of_times(stage, lambda t: t.p90))
+    if stage not in COMPARED:
+        return
+    yield Column(
+        f"speedup_{stage}_median",
+        "baseline / method, paired within rounds, 95 % interval",
+        _of_speedup(stage, lambda speedup: speedup.median),
+        always=bool(heading),
+        heading=f"speedup ({heading})",
+        cell=lambda case: speedup_cell(case.speedup.get(stage)),
+        table=table,
+        section=section,
+        narrow=True,
+    )
+    interval = f"95 % interval of the speedup of {stage}"
+    yield CsvColumn(f"speedup_{stage}_low", f"{interval}, lower end", _of_speedup(stage, lambda speedup: speedup.low))
+    yield CsvColumn(f"speedup_{stage}_high", f"{interval}, upper end", _of_speedup(stage, lambda speedup: speedup.high))
+
+
+# The columns that other modules need by name.
+
+BATCH = Column(
+    "",
+    "samples in a batch",
+    lambda case: case.case.batch_size,
+    heading="batch",
+    section="cost",
+    shown=_several_batch_sizes,
+)
+KEPT = Column(
+    "kept_tokens",
+    "vision tokens after the last reduction, of those of the image",
+    lambda case: case.tokens.kept,
+    always=True,
+    heading="kept",
+    cell=kept_cell,
+    section="cost",
+)
+
+# All columns.
+
+COLUMNS: tuple[CsvColumn[CaseResult], ...] = (
+    BATCH,
+    KEPT,
+    CsvColumn("total_tokens", "vision tokens of the image", lambda case: case.tokens.total, always=True),
+    Column(
+        "layer_average_tokens",
+        "vision tokens per decoder layer, on average",
+        lambda case: case.tokens.layer_average,
+        heading="avg",
+        show=lambda tokens: number(round(tokens, 1)),
+        table="cost",
+        section="cost",
+        shown=_layer_average_differs,
+    ),
+    CsvColumn("text_tokens", "text tokens of the prompt", lambda case: case.tokens.text, always=True),
+    CsvColumn(
+        "new_tokens", "tokens decoded, of the longest answer of a batch", lambda case: case.tokens.new, always=True
+    ),
+    # Seconds and speedups, stage by stage.
+    *_stage("prepare", "image processing and tokenisation"),
+    *_stage("encode", "vision encoder and projector"),
+    *_stage("select", "selecting tokens and assembling the shorter prompt", "select"),
+    CsvColumn("select_overhead", "select / (encode + prefill), median", lambda case: case.overhead),
+    *_stage("prefill", "processing the prompt in the language model", "prefill"),
+    *_stage("ttft", "time to first token: prepare, encode, select and prefill", "TTFT"),
+    *_stage("decode", "generating all tokens after the first"),
+    Column(
+        "decode_tokens_per_s",
+        "tokens decoded per second and sample after the first, median",
+        lambda case: case.decode_tokens_per_second,
+        heading="decode tok/s",
+        show=number,
+        section="cost",
+        in_markdown=_never,
+    ),
+    *_stage("total", "all stages"),
+    # Quality.
+    Column(
+        "score",
+        "mean score; F1 where answers are yes or no",
+        lambda case: case.score,
+        heading="score",
+        show=share,
+        table="quality",
+        section="quality",
+        shown=is_scored,
+    ),
+    CsvColumn("score_right", "sum of scores", _of_counts(lambda counts: counts.right)),
+    CsvColumn(
+        "score_asked",
+        "samples with a reference answer",
+        _of_counts(lambda counts: counts.asked),
+    ),
+    Column(
+        "retention",
+        "score / score of the unreduced model, 95 % interval over images",
+        lambda case: case.retention,
+        heading="retention",
+        cell=retention_cell,
+        table="quality",
+        section="quality",
+        shown=is_scored,
+    ),
+    CsvColumn("retention_low", "retention, lower end of the 95 % interval", lambda case: case.retention_low),
+    CsvColumn("retention_high", "retention, upper end of the 95 % interval", lambda case: case.retention_high),
+    Column(
+        "",
+        "samples answered correctly by the unreduced model only, and by the reduced model only",
+        _of_flips(lambda flips: flips.right_wrong - flips.wrong_right),
+        heading="lost / gained",
+        cell=flips_cell,
+        section="quality",
+        shown=is_scored,
+        in_markdown=_never,
+    ),
+    CsvColumn("flips_right_right", "samples both answer correctly", _of_flips(lambda flips: flips.right_right)),
+    Column(
+        "flips_right_wrong",
+        "lost: samples that only the unreduced model answers correctly",
+        _of_flips(lambda flips: flips.right_wrong),
+        heading="lost",
+        table="quality",
+        shown=is_scored,
+    ),
+    Column(
+        "flips_wrong_right",
+        "gained: samples that only the reduced model answers correctly",
+        _of_flips(lambda flips: flips.wrong_right),
+        heading="gained",
+        table="quality",
+        shown=is_scored,
+    ),
+    CsvColumn("flips_wrong_wrong", "samples neither answers correctly", _of_flips(lambda flips: flips.wrong_wrong)),
+    Column(
+        "flips_p_value",
+        "probability of a difference this large by chance (McNemar's exact test of lost and gained)",
+        _of_flips(lambda flips: flips.p_value),
+        heading="p",
+        show=p_value,
+        table="quality",
+        section="quality",
+        shown=is_scored,
+        in_markdown=_never,
+    ),
+    _yes_no("accuracy", "accuracy", "share of correct answers", lambda scores: scores.accuracy),
+    _yes_no("precision", "precision", "share of the answers yes that are correct", lambda scores: scores.precision),
+    _yes_no(
+        "recall", "recall", "share of the questions with answer yes that are answered yes", lambda scores: scores.recall
+    ),
+    _yes_no("f1", "F1", "harmonic mean of precision and recall", lambda scores: scores.f1),
+    _yes_no("yes_ratio", "says yes", "share of the answers that are yes", lambda scores: scores.yes_ratio),
+    Column(
+        "same",
+        "share of answers identical to the unreduced model's",
+        _of_fidelity(lambda fidelity: fidelity.same),
+        heading="same",
+        show=share,
+        table="cost",
+        section="quality",
+        in_markdown=_not_scored,
+    ),
+    Column(
+        "top1",
+        "agreement with the unreduced model on the most likely token, over the tokens of its answer",
+        _of_fidelity(lambda fidelity: fidelity.top1),
+        heading="top-1",
+        show=share,
+        table="cost",
+        section="quality",
+        in_markdown=_not_scored,
+    ),
+    Column(
+        "kl_nats",
+        "KL divergence from the unreduced model over the tokens of its answer, in nats",
+        _of_fidelity(lambda fidelity: fidelity.kl),
+        heading="KL",
+        show="{:.3f}".format,
+        table="cost",
+        section="quality",
+        in_markdown=_not_scored,
+    ),
+    # Memory, operations, energy.
+    Column(
+        "kv_cache_bytes",
+        "KV cache, bytes per sample",
+        lambda case: case.memory.kv_cache,
+        always=True,
+        heading="KV cache",
+        show=size,
+        table="cost",
+        section="cost",
+    ),
+    Column(
+        "peak_bytes",
+        "peak memory of a batch above the weights, in bytes",
+        lambda case: case.memory.peak,
+        heading="peak",
+        show=size,
+        table="cost",
+        section="cost",
+        in_markdown=_never,
+    ),
+    CsvColumn(
+        "reserved_bytes",
+        "most memory held by the device's allocator, weights included",
+        lambda case: case.memory.reserved,
+    ),
+    Column(
+        "total_flops",
+        "FLOPs per sample, all stages",
+        lambda case: case.flops.get("total"),
+        always=True,
+        heading="FLOPs",
+        show=count,
+        table="cost",
+        section="cost",
+        in_markdown=_never,
+    ),
+    CsvColumn("gpu_joules", "energy per sample of the whole card, in joules", _of_gpu(lambda gpu: gpu.joules)),
+    CsvColumn("gpu_clock_mhz", "clock of the GPU after the runs, median", _of_gpu(lambda gpu: gpu.clock)),
+    CsvColumn(
+        "gpu_throttled_rounds",
+        "rounds in which the GPU throttled, the sum over reasons",
+        _of_gpu(lambda gpu: sum(gpu.throttled.values())),
+    ),
+    CsvColumn("gpu_other_processes", "most processes of others on the GPU", _of_gpu(lambda gpu: gpu.other_processes)),
+    CsvColumn("positions", "position ids of kept tokens: keep or renumber", lambda case: case.positions),
+)
+
+
+def terminal_columns(comparison: Comparison, table: TableName) -> list[Column]:
+    """The columns of one table of the terminal; empty if the comparison has nothing for it."""
+    return [column for column in _shown(comparison) if column.table == table]
+
+
+def section_columns(comparison: Comparison, section: Section) -> list[Column]:
+    """The columns of one section of the HTML page."""
+    return [column for column in _shown(comparison) if column.section == section]
+
+
+def markdown_columns(comparison: Comparison) -> list[Column]:
+    """The columns of the one table in Markdown."""
+    columns = [*section_columns(comparison, "cost"), *section_columns(comparison, "quality")]
+    return [column for column in columns if column.in_markdown(comparison)]
+
+
+def _shown(comparison: Comparison) -> list[Column]:
+    return [column for column in COLUMNS if isinstance(column, Column) and column.is_shown(comparison)]
 
 
 def kind_columns(comparison: Comparison) -> list[Column]:
-    """Score by kind of question, where there are kinds."""
+    """Score by kind of question, where there are several kinds; not in the CSV, since kinds depend on the data."""
     counts = next((case.score_counts for case in comparison.results if case.score_counts), None)
     if counts is None or len(counts.by_kind) < 2:
         return []
-    kinds = [
-        Column(kind, f"right answers to {asked} questions", _measured(share, _kind_share(kind)))
+    return [
+        Column("", f"mean score of {asked} questions", _kind_share(kind), heading=kind, show=share)
         for kind, (_, asked) in counts.by_kind.items()
     ]
-    return [KEPT, *kinds]
 
 
 def _kind_share(kind: str) -> Callable[[CaseResult], float | None]:
@@ -155,60 +395,3 @@ def _kind_share(kind: str) -> Callable[[CaseResult], float | None]:
         return right / asked if asked else None
 
     return value
-
-
-def _measured(
-    unit: Callable[[float], str], value: Callable[[CaseResult], float | None]
-) -> Callable[[CaseResult], Cell]:
-    def cell(case: CaseResult) -> Cell:
-        found = None if trouble(case) else value(case)
-        return Cell() if found is None else Cell(unit(found), found)
-
-    return cell
-
-
-def _seconds(stage: str) -> Callable[[CaseResult], Cell]:
-    return _measured(seconds, lambda case: stage_seconds(case, stage))
-
-
-def _speedup(stage: str) -> Callable[[CaseResult], Cell]:
-    return lambda case: speedup_cell(case.speedup.get(stage))
-
-
-def speedup_cell(speedup: Speedup | None) -> Cell:
-    if speedup is None:
-        return Cell()
-    bounded = speedup.low is not None and speedup.high is not None
-    interval = f"{ratio(speedup.low or 0)}–{ratio(speedup.high or 0)}" if bounded else ""
-    return Cell(f"{ratio(speedup.median)}x", speedup.median, interval, not speedup.conclusive)
-
-
-_score = _measured(share, lambda case: case.score)
-_p_value = _measured(p_value, lambda case: case.flips.p_value if case.flips else None)
-
-
-def _retention(case: CaseResult) -> Cell:
-    if trouble(case) or case.retention is None:
-        return Cell()
-    return Cell(share(case.retention), case.retention, retention_interval(case))
-
-
-def _flips(case: CaseResult) -> Cell:
-    if trouble(case) or case.flips is None:
-        return Cell()
-    lost, gained = case.flips.right_wrong, case.flips.wrong_right
-    return Cell(f"{lost} / {gained}", lost - gained)
-
-
-def _kept(case: CaseResult) -> Cell:
-    if trouble(case):
-        return Cell(case.case.budget or "–")
-    return Cell(f"{number(case.tokens.kept)}/{number(case.tokens.total)}", case.tokens.kept)
-
-
-def _layer_average(case: CaseResult) -> Cell:
-    return Cell() if trouble(case) else Cell(number(round(case.tokens.layer_average, 1)), case.tokens.layer_average)
-
-
-KEPT = Column("kept", "vision tokens behind the last reduction, of those of the image", _kept)
-BATCH = Column("batch", "samples in a batch", lambda case: Cell(str(case.case.batch_size), case.case.batch_size))

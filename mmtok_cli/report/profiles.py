@@ -6,15 +6,18 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.table import Table
+from rich.text import Text
 
 from mmtok_cli.report import tables
-from mmtok_cli.report.units import count, number, seconds, size
+from mmtok_cli.report.columns import COMPARED, KEPT, STAGES, layers_differ
+from mmtok_cli.report.units import count, number, seconds, share, size, spread
 
 if TYPE_CHECKING:
-    from mmtok_cli.results.schema import Profile
+    from mmtok_cli.results.schema import Environment, Profile, Times
     from mmtok_cli.timing.ceilings import CeilingProfile
 
 SIDE_BY_SIDE = 2  # cases that fit beside each other with their spread
+ESTIMATED = ("prefill", "ttft", "decode", "total")  # if only some layers are run
 SPEEDUPS = ("prefill", "ttft", "total")
 MEMORY_STAGES = ("encode", "select", "prefill", "decode")
 
@@ -22,15 +25,68 @@ MEMORY_STAGES = ("encode", "select", "prefill", "decode")
 def profile_tables(profile: Profile) -> list[Table]:
     """Seconds, tokens, memory and operations: a column for each case, or a row where there are many."""
     if len(profile.cases) <= SIDE_BY_SIDE:
-        return [tables.stage_table(profile), tables.cost_table(profile)]
+        return [_stage_table(profile), _cost_table(profile)]
     return [_stages(profile), _speedups(profile), _tokens_and_memory(profile), _operations(profile)]
 
 
+def _stage_name(stage: str, environment: Environment) -> str:
+    """What a stage is called; "~" marks an estimate."""
+    return ("~ " if environment.layers and stage in ESTIMATED else "") + tables.SUMS.get(stage, stage)
+
+
+def _stage_table(profile: Profile) -> Table:
+    """Stages x cases: median seconds, their spread, and speedup over the baseline."""
+    table = tables.plain_table("Seconds per stage: median (p10–p90)")
+    baseline, *others = profile.cases
+    table.add_column("stage", no_wrap=True)
+    table.add_column(str(baseline), justify="right", no_wrap=True)
+    table.add_column("share", justify="right", no_wrap=True)
+    for case in others:
+        table.add_column(str(case), justify="right", no_wrap=True)
+        table.add_column("speedup of stage", justify="right")
+    for stage in STAGES:
+        times = baseline.seconds[stage]
+        row: list[str | Text] = [
+            _stage_name(stage, profile.environment),
+            _spread(times),
+            share(times.median / baseline.seconds["total"].median),
+        ]
+        for case in others:
+            gain = case.speedup.get(stage) if stage in COMPARED else None
+            row += [_spread(case.seconds[stage]), tables.speedup_text(gain)]
+        table.add_row(*row, style="bold" if stage in tables.SUMS else "")
+    return table
+
+
+def _cost_table(profile: Profile) -> Table:
+    """Tokens, memory and operations of each case."""
+    cases = profile.cases
+    table = tables.plain_table("Tokens, memory, operations")
+    table.add_column("", no_wrap=True)
+    for case in cases:
+        table.add_column(str(case), justify="right")
+    table.add_row("vision tokens kept", *(str(KEPT.cell_of(case)) for case in cases))
+    if layers_differ(case.tokens for case in cases):
+        table.add_row("layer average", *(number(round(case.tokens.layer_average, 1)) for case in cases))
+    table.add_row("text tokens", *(number(case.tokens.text) for case in cases))
+    table.add_row("new tokens", *(number(case.tokens.new) for case in cases))
+    table.add_row("KV cache", *(size(case.memory.kv_cache) for case in cases))
+    if any(case.memory.peak is not None for case in cases):
+        table.add_row("peak above weights", *(size(case.memory.peak) for case in cases))
+    for stage in STAGES:
+        if any(stage in peaks for peaks in profile.stage_peaks.values()):
+            peaks = (profile.stage_peaks[str(case)].get(stage) for case in cases)
+            table.add_row(f"peak in {stage} (trace)", *(size(peak) for peak in peaks))
+    for stage in ("encode", "select", "prefill"):
+        table.add_row(f"FLOPs in {stage}", *(count(case.flops[stage]) for case in cases))
+    return table
+
+
 def _stages(profile: Profile) -> Table:
-    headings = [tables.stage_name(stage, profile.environment) for stage in tables.STAGE_NAMES]
+    headings = [_stage_name(stage, profile.environment) for stage in STAGES]
     table = _table("Seconds per stage: medians", headings)
     for case in profile.cases:
-        table.add_row(str(case), *(seconds(case.seconds[stage].median) for stage in tables.STAGE_NAMES))
+        table.add_row(str(case), *(seconds(case.seconds[stage].median) for stage in STAGES))
     return table
 
 
@@ -102,3 +158,7 @@ def _table(title: str, headings: Sequence[str]) -> Table:
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=" " not in heading)
     return table
+
+
+def _spread(times: Times) -> str:
+    return spread(times.median, times.p10, times.p90)

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from mmtok_cli.report.units import count, number, ratio, seconds, share, size, spread
+from mmtok_cli.report.cells import Cell, Column, speedup_cell
+from mmtok_cli.report.columns import COMPARED, KEPT, STAGES, kind_columns, layers_differ, terminal_columns
+from mmtok_cli.report.units import number, seconds, size
 
 if TYPE_CHECKING:
-    from mmtok_cli.results.schema import CaseResult, Comparison, Environment, Operator, Profile, Speedup, Times
+    from mmtok_cli.results.records import TimedRun
+    from mmtok_cli.results.schema import CaseResult, Comparison, Environment, Operator, Speedup
     from mmtok_cli.rules import Rules
-    from mmtok_cli.timing.runner import Run
 
-STAGE_NAMES = ("prepare", "encode", "select", "prefill", "ttft", "decode", "total")
-COMPARED = tuple(stage for stage in STAGE_NAMES if stage != "select")  # the baseline has nothing to select
 SUMS = {"ttft": "first token", "total": "total"}
-ESTIMATED = ("prefill", "ttft", "decode", "total")  # where not all layers are run
-Column = tuple[str, Callable[["CaseResult"], "str | Text"]]
 
 
 def plain_table(title: str = "") -> Table:
@@ -31,18 +29,15 @@ def plain_table(title: str = "") -> Table:
 
 
 def speedup_text(speedup: Speedup | None) -> Text:
-    """ "1.87x 1.80–1.93", dimmed with a question mark where the interval contains 1 or there is none."""
-    if speedup is None:
-        return Text("–", style="dim")
-    interval = "" if speedup.low is None else f" {ratio(speedup.low)}–{ratio(speedup.high or 0)}"
-    if speedup.conclusive:
-        return Text(f"{ratio(speedup.median)}x{interval}")
-    return Text(f"{ratio(speedup.median)}x{interval}?", style="dim")
+    """A speedup as the terminal shows it."""
+    return narrow_text(speedup_cell(speedup))
 
 
-def is_baseline(result: CaseResult) -> bool:
-    """Whether a case is the unreduced one that the others are measured against."""
-    return result.case.is_baseline
+def narrow_text(cell: Cell) -> Text:
+    """ "1.87x 1.80–1.93"; dimmed where it is doubtful, which a question mark says, or missing."""
+    interval = f" {cell.interval}" if cell.interval else ""
+    text = f"{cell.text}{interval}{'?' if cell.doubtful else ''}"
+    return Text(text, style="dim" if cell.doubtful or cell.value is None else "")
 
 
 def by_batch_size(comparison: Comparison) -> list[Comparison]:
@@ -62,28 +57,61 @@ def by_batch_size(comparison: Comparison) -> list[Comparison]:
     ]
 
 
+def comparison_tables(comparison: Comparison) -> list[Table]:
+    """Everything that is shown of one batch size: speed with what failed, quality, fidelity and costs, kinds."""
+    tables = [speed_table(comparison)]
+    if not comparison.results:
+        return tables
+    if quality := terminal_columns(comparison, "quality"):
+        tables.append(case_table("Quality", comparison, quality))
+    if yes_no := terminal_columns(comparison, "yes-no"):
+        tables.append(case_table("Yes or no", comparison, yes_no))
+    tables.append(cost_and_fidelity_table(comparison))
+    if kinds := kind_columns(comparison):
+        counts = next(result.score_counts for result in comparison.results if result.score_counts)
+        asked = ", ".join(f"{total} {kind}" for kind, (_, total) in counts.by_kind.items())
+        tables.append(case_table(f"Score by kind of question ({asked})", comparison, kinds))
+    return tables
+
+
 def speed_table(comparison: Comparison) -> Table:
     """Methods x budgets: tokens, seconds and speedups; and what failed."""
-    table = case_table(
-        "Speed",
-        comparison.results,
-        [
-            ("select", lambda r: seconds(r.seconds["select"].median)),
-            ("prefill", lambda r: seconds(r.seconds["prefill"].median)),
-            ("speedup (prefill)", lambda r: speedup_text(r.speedup.get("prefill"))),
-            ("TTFT", lambda r: seconds(r.seconds["ttft"].median)),
-            ("speedup (TTFT)", lambda r: speedup_text(r.speedup.get("ttft"))),
-        ],
-    )
+    columns = terminal_columns(comparison, "speed")
+    table = case_table("Speed", comparison, columns)
+    widest = next(i for i, column in enumerate(columns) if column.narrow)  # wide enough for the reason of a failure
     for failed in comparison.failures:
-        kept = "–" if failed.case.budget is None else failed.case.budget
-        table.add_row(failed.case.title, kept, "–", "–", Text(failed.reason, style="red"), "–", "–")
+        cells = [Text(failed.reason, style="red") if i == widest else "–" for i in range(len(columns))]
+        table.add_row(failed.case.title, failed.case.budget or "–", *cells)
+    return table
+
+
+def cost_and_fidelity_table(comparison: Comparison) -> Table:
+    """Methods x budgets: closeness to the unreduced model, memory and operations."""
+    columns = terminal_columns(comparison, "cost")
+    close = any(result.fidelity for result in comparison.results)
+    title = "Fidelity, memory, operations" if close else "Memory, operations"
+    return case_table(title, comparison, columns, tight=len(columns) > 5)
+
+
+def case_table(title: str, comparison: Comparison, columns: Sequence[Column], *, tight: bool = False) -> Table:
+    """A row for each case that was measured; `tight` saves a space between columns."""
+    table = plain_table(title)
+    table.padding = (0, 0 if tight else 1, 0, 0)
+    table.add_column("method", no_wrap=True)
+    table.add_column("kept", justify="right", no_wrap=True)
+    for column in columns:
+        table.add_column(column.heading, justify="right", no_wrap=not column.narrow)
+    for result in comparison.results:
+        cells = [(column, column.cell_of(result)) for column in columns]
+        texts = [narrow_text(cell) if column.narrow else str(cell) for column, cell in cells]
+        style = "bold" if result.case.is_baseline else ""
+        table.add_row(result.case.title, str(KEPT.cell_of(result)), *texts, style=style)
     return table
 
 
 def layer_notes(results: Sequence[CaseResult]) -> list[str]:
     """What the layer average is, where it is shown."""
-    if not layers_differ((r.tokens.kept, r.tokens.layer_average) for r in results):
+    if not layers_differ(result.tokens for result in results):
         return []
     return [
         "layer average (avg): vision tokens per decoder layer; methods inside the language model make the first layers "
@@ -118,7 +146,7 @@ def part_text(layers: tuple[int, int] | None) -> str:
     )
 
 
-def inconclusive_notes(results: Sequence[CaseResult], stages: Sequence[str]) -> list[str]:
+def inconclusive_notes(results: Sequence[CaseResult], stages: Sequence[str] = COMPARED) -> list[str]:
     """What a question mark behind a speedup means, if there is one."""
     found = [(str(r), stage, r.speedup[stage]) for r in results for stage in stages if stage in r.speedup]
     doubtful = [(name, stage, speedup) for name, stage, speedup in found if not speedup.conclusive]
@@ -160,59 +188,6 @@ def environment_line(model: str, environment: Environment) -> Text:
     )
 
 
-def stage_name(stage: str, environment: Environment) -> str:
-    """What a stage is called; "~" marks an estimate."""
-    return ("~ " if environment.layers and stage in ESTIMATED else "") + SUMS.get(stage, stage)
-
-
-def stage_table(profile: Profile) -> Table:
-    """Stages x cases: median seconds, their spread, and speedup over the baseline."""
-    table = plain_table("Seconds per stage: median (p10–p90)")
-    baseline, *others = profile.cases
-    table.add_column("stage", no_wrap=True)
-    table.add_column(str(baseline), justify="right", no_wrap=True)
-    table.add_column("share", justify="right", no_wrap=True)
-    for case in others:
-        table.add_column(str(case), justify="right", no_wrap=True)
-        table.add_column("speedup of stage", justify="right")
-    for stage in STAGE_NAMES:
-        times = baseline.seconds[stage]
-        row: list[str | Text] = [
-            stage_name(stage, profile.environment),
-            _spread(times),
-            share(times.median / baseline.seconds["total"].median),
-        ]
-        for case in others:
-            gain = case.speedup.get(stage) if stage in COMPARED else None
-            row += [_spread(case.seconds[stage]), speedup_text(gain)]
-        table.add_row(*row, style="bold" if stage in SUMS else "")
-    return table
-
-
-def cost_table(profile: Profile) -> Table:
-    """Tokens, memory and operations of each case."""
-    cases = profile.cases
-    table = plain_table("Tokens, memory, operations")
-    table.add_column("", no_wrap=True)
-    for case in cases:
-        table.add_column(str(case), justify="right")
-    table.add_row("vision tokens kept", *(_tokens(case) for case in cases))
-    if layers_differ((case.tokens.kept, case.tokens.layer_average) for case in cases):
-        table.add_row("layer average", *(number(round(case.tokens.layer_average, 1)) for case in cases))
-    table.add_row("text tokens", *(number(case.tokens.text) for case in cases))
-    table.add_row("new tokens", *(number(case.tokens.new) for case in cases))
-    table.add_row("KV cache", *(size(case.memory.kv_cache) for case in cases))
-    if any(case.memory.peak is not None for case in cases):
-        table.add_row("peak above weights", *(size(case.memory.peak) for case in cases))
-    for stage in STAGE_NAMES:
-        if any(stage in peaks for peaks in profile.stage_peaks.values()):
-            peaks = (profile.stage_peaks[str(case)].get(stage) for case in cases)
-            table.add_row(f"peak in {stage} (trace)", *(size(peak) for peak in peaks))
-    for stage in ("encode", "select", "prefill"):
-        table.add_row(f"FLOPs in {stage}", *(count(case.flops[stage]) for case in cases))
-    return table
-
-
 def operator_table(operators: Sequence[Operator], top: int) -> Table:
     """The operators of one case that take longest themselves, by stage."""
     table = plain_table(f"Top operators of {operators[0].case} (from the trace)")
@@ -220,7 +195,7 @@ def operator_table(operators: Sequence[Operator], top: int) -> Table:
     table.add_column("operator")
     for heading in ("calls", "CPU", "device"):
         table.add_column(heading, justify="right")
-    for stage in STAGE_NAMES:
+    for stage in STAGES:
         for rank, operator in enumerate([o for o in operators if o.stage == stage][:top]):
             device = seconds(operator.device_seconds) if operator.device_seconds else "–"
             first = stage if rank == 0 else ""
@@ -228,48 +203,21 @@ def operator_table(operators: Sequence[Operator], top: int) -> Table:
     return table
 
 
-def answer_table(names: Sequence[str], runs: Sequence[Run]) -> Table:
+def answer_table(names: Sequence[str], runs: Sequence[TimedRun]) -> Table:
     """Tokens and seconds of each stage, a column for each case."""
     table = plain_table()
     table.add_column("", no_wrap=True)
     for name in names:
         table.add_column(name, justify="right")
     table.add_row("vision tokens kept", *(f"{r.tokens[0].kept}/{r.tokens[0].total}" for r in runs))
-    if layers_differ((run.tokens[0].kept, run.tokens[0].layer_average) for run in runs):
+    if layers_differ(run.tokens[0] for run in runs):
         table.add_row("layer average", *(number(round(run.tokens[0].layer_average, 1)) for run in runs))
     table.add_row("text tokens", *(str(run.tokens[0].text) for run in runs))
     table.add_row("new tokens", *(str(run.steps) for run in runs))
-    for stage in STAGE_NAMES:
+    for stage in STAGES:
         style = "bold" if stage in SUMS else ""
         table.add_row(SUMS.get(stage, stage), *(seconds(run.seconds[stage]) for run in runs), style=style)
     if any(run.peak is not None for run in runs):
         table.add_row("peak above weights", *(size(run.peak) for run in runs))
     table.add_row("KV cache", *(size(run.kv_cache) for run in runs))
     return table
-
-
-def case_table(title: str, results: Sequence[CaseResult], columns: Sequence[Column], *, tight: bool = False) -> Table:
-    """A row for each case; `tight` saves a space between columns."""
-    table = plain_table(title)
-    table.padding = (0, 0 if tight else 1, 0, 0)
-    table.add_column("method", no_wrap=True)
-    table.add_column("kept", justify="right", no_wrap=True)
-    for heading, _ in columns:
-        table.add_column(heading, justify="right", no_wrap=not heading.startswith("speedup"))
-    for result in results:
-        style = "bold" if is_baseline(result) else ""
-        table.add_row(result.case.title, _tokens(result), *(cell(result) for _, cell in columns), style=style)
-    return table
-
-
-def layers_differ(tokens: Iterable[tuple[float, float]]) -> bool:
-    """Whether the tokens kept and their layer average differ anywhere, so that the average says something."""
-    return any(abs(average - kept) > 0.05 for kept, average in tokens)
-
-
-def _tokens(result: CaseResult) -> str:
-    return f"{number(result.tokens.kept)}/{number(result.tokens.total)}"
-
-
-def _spread(times: Times) -> str:
-    return spread(times.median, times.p10, times.p90)

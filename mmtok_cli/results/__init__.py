@@ -1,1 +1,1 @@
-"""What is written and printed: the schema, the plan, the run directory, merging."""
+"""Plain data: the schema of what is printed, the records of a run, its directory, its schedule, merging."""

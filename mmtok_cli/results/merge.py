@@ -1,4 +1,4 @@
-"""Several runs of one model on one dataset as one comparison, in which every case says which run it belongs to."""
+"""Merge several runs of one model on one dataset into one comparison, in which every case names its run."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from mmtok_cli.results.schema import CaseResult, Comparison, FailedCase
 
 NamedCase = TypeVar("NamedCase", CaseResult, FailedCase)
 
-UNSHOWN = ("command", "git_commit", "git_dirty")  # the commit is shown in short, with its mark
+UNSHOWN = ("command", "git_commit", "git_dirty")  # the commit is shown abbreviated, with a mark for changes
 
 
 def same_kind(comparisons: Sequence[Comparison]) -> list[list[Comparison]]:
-    """The comparisons by model and samples, in the order of the first of each kind."""
+    """The comparisons grouped by model and samples; groups are in the order of their first member."""
     groups: dict[tuple[str, str, str | None], list[Comparison]] = {}
     for comparison in comparisons:
         kind = (comparison.model, comparison.schedule.data, comparison.schedule.data_digest)
@@ -23,10 +23,10 @@ def same_kind(comparisons: Sequence[Comparison]) -> list[list[Comparison]]:
 
 
 def merge(comparisons: Sequence[Comparison]) -> Comparison:
-    """Runs of one kind, put one behind the other; one alone is left as it is.
+    """Concatenate runs of one model on the same samples; a single run is returned unchanged.
 
-    Speedups and retention stay against the baseline of their own run. What differs between the runs is told in the
-    remarks; where it is a text of the environment, it says there what holds for which run.
+    Speedups and retention stay relative to the baseline of their own run. The remarks list what differs between the
+    runs. Texts of the environment that differ name the run that each holds for.
     """
     first, *others = comparisons
     if not others:
@@ -48,7 +48,7 @@ def merge(comparisons: Sequence[Comparison]) -> Comparison:
             "interrupted": any(one.interrupted for one in comparisons),
             "results": [_named(case, name) for one, name in runs for case in one.results],
             "failures": [_named(case, name) for one, name in runs for case in one.failures],
-            "unasked": [_named(case, name) for one, name in runs for case in one.unasked],
+            "unevaluated": [_named(case, name) for one, name in runs for case in one.unevaluated],
             "remarks": _remarks(comparisons, names),
             "run_directory": None,
         }
@@ -62,7 +62,7 @@ def label(place: int) -> str:
 
 
 def differences(comparisons: Sequence[Comparison]) -> dict[str, list[str]]:
-    """What is not the same in all runs, by its name: one text for each run."""
+    """The settings that differ between the runs, by name: one text for each run."""
     facts = [_facts(one) for one in comparisons]
     columns = {name: [str(fact[name]) for fact in facts] for name in facts[0]}
     return {name: values for name, values in columns.items() if len(set(values)) > 1}
@@ -81,25 +81,25 @@ def _facts(comparison: Comparison) -> dict[str, Any]:
         "rounds": schedule.rounds,
         "runs": schedule.runs,
         "warmup": schedule.warmup,
-        "least time": schedule.min_time,
+        "minimum time": schedule.min_time,
         "batch size": schedule.batch_size,
         "new tokens": schedule.max_new_tokens,
-        "samples asked": schedule.samples,
+        "samples evaluated": schedule.samples,
     }
 
 
 def _remarks(comparisons: Sequence[Comparison], names: Sequence[str]) -> list[str]:
     where = [f"{name}: {one.run_directory}" for one, name in zip(comparisons, names, strict=True)]
-    lines = [f"runs {'; '.join(where)}. Speedups and retention are against the baseline of the same run"]
+    lines = [f"runs {'; '.join(where)}. Speedups and retention are relative to the baseline of the same run"]
     for fact, values in differences(comparisons).items():
         lines.append(f"{fact} differs: {', '.join(f'{v} ({name})' for v, name in zip(values, names, strict=True))}")
     if len(lines) == 1:
-        lines.append("nothing that was written down differs between the runs")
+        lines.append("no recorded setting differs between the runs")
     return lines + [remark for one in comparisons for remark in one.remarks]
 
 
 def _environment(comparisons: Sequence[Comparison], names: Sequence[str]) -> dict[str, str]:
-    """Texts of the environment that differ, with the runs that each holds for."""
+    """The texts of the environment that differ, each with the runs that it holds for."""
     found = {}
     for field in type(comparisons[0].environment).model_fields:
         values = [getattr(one.environment, field) for one in comparisons]

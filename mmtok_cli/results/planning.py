@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from mmtok_cli.cases import Case
 from mmtok_cli.data.datasets import Metric
 from mmtok_cli.data.samples import Sample, batches
 from mmtok_cli.errors import MMTokError
@@ -15,7 +16,6 @@ from mmtok_cli.results.records import Plan, digest_of_samples, planned_case
 from mmtok_cli.results.schedule import rotation
 from mmtok_cli.results.schema import CaseId, Environment, OfCase, Record
 from mmtok_cli.rules import Rules
-from mmtok_cli.timing.runner import Case
 
 SHOWN_ROUNDS = 5
 MOST_ROUNDS = 30  # unless more are asked for: by then intervals are as narrow as the machine's own unrest allows

@@ -1,4 +1,4 @@
-"""The order of runs: every round passes over the cases in an order of its own."""
+"""The schedule: every round runs the cases in a random order of its own."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-FEWEST_TURNS = 6  # fewer have no interval
+FEWEST_TURNS = 6  # with fewer there is no confidence interval
 
 
 def permutations(cases: int, seed: int) -> Iterator[list[int]]:
-    """Seeded random permutations of range(cases), without end.
+    """Endless seeded random permutations of range(cases).
 
-    Whatever drifts while the benchmark runs (clocks, temperature, other people's jobs) then meets all cases alike.
+    Drift during the benchmark (clocks, temperature, other jobs) then affects all cases equally.
     """
     generator = random.Random(seed)
     while True:
@@ -35,13 +35,13 @@ class Turn:
 
 @dataclass(frozen=True)
 class Rotation:
-    """Which cases have their turn in which round, and on which batch of samples.
+    """Which cases run in which round, and on which batch of samples.
 
-    sizes: the batch size of each case. batches: by batch size, into how many batches the samples fall. rounds: how
-    many rounds there are at least. every_round: all cases have a turn in each round. Otherwise a case has as many
-    turns as there are batches of its size, and six if the rounds allow, for the sake of intervals; they are spread
-    evenly over the rounds. So every sample is asked whatever the size, and larger batches do not take longer than that.
-    All cases of one size have their turns in the same rounds and on the same samples.
+    sizes: the batch size of each case. batches: the number of batches by batch size. rounds: the minimum number of
+    rounds. every_round: whether all cases run in every round. Otherwise a case runs once for each batch of its size,
+    but at least six times if the rounds allow, which a confidence interval takes; its turns are spread evenly over the
+    rounds. So every sample is used at every batch size, and larger batches do not take longer than necessary. All cases
+    of one batch size run in the same rounds on the same samples.
     """
 
     sizes: tuple[int, ...]
@@ -51,7 +51,7 @@ class Rotation:
     every_round: bool
 
     def turns(self) -> Iterator[list[Turn]]:
-        """The turns of each round, in the order in which they are taken, without end."""
+        """The turns of each round in the order in which they run, endlessly."""
         for number, permutation in enumerate(permutations(len(self.sizes), self.seed)):
             places = {size: self._place(size, number) for size in self.batches}
             yield [
@@ -61,7 +61,7 @@ class Rotation:
             ]
 
     def turns_of(self, case: int) -> int:
-        """How many turns a case has in `rounds` rounds."""
+        """The number of turns of a case in `rounds` rounds."""
         return self._turns(self.sizes[case])
 
     def first(self, rounds: int) -> list[list[int]]:
@@ -72,17 +72,17 @@ class Rotation:
         return self.rounds if self.every_round else min(self.rounds, max(self.batches[size], FEWEST_TURNS))
 
     def _place(self, size: int, number: int) -> int | None:
-        """How many turns a size has had before a round; None if it sits this one out."""
+        """The number of turns of a batch size before this round; None if it does not run in this round."""
         turns = self._turns(size)
         place, remainder = divmod(number * turns, self.rounds)
         return place if remainder < turns else None
 
 
 def rotation(sizes: Sequence[int], samples: int, rounds: int | None, seed: int, most: int | None = None) -> Rotation:
-    """The rotation of cases of these batch sizes over so many samples; without `rounds`, until every sample was asked,
-    or as many as `most`.
+    """The rotation of cases of these batch sizes over a number of samples.
 
-    Samples that do not fill a batch of some size are left out at that size.
+    rounds: None for as many as it takes to use every sample, but not more than `most`. Samples that do not fill a whole
+    batch are left out at that batch size.
     """
     batches = {size: samples // size for size in sizes}
     whole = max(batches.values())

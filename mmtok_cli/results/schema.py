@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from mmtok_cli.rules import Positions, Rules
 
+CONFIDENCE = 0.95  # of all intervals
+
 
 class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -150,8 +152,8 @@ class Fidelity(Record):
     """Closeness to the unreduced model, means over samples.
 
     kl: divergence of the next token's distribution in nats. top1: agreement on the likeliest token. Both over all
-    tokens of the unreduced model's answer, which is read back to the reduced one. same: the share that is answered in
-    the same words; None where the first token alone was looked at, as `mmtok profile` does.
+    tokens of the unreduced model's answer, which is read back to the reduced one. same: the share of identical
+    answers.
     """
 
     kl: float
@@ -240,7 +242,8 @@ class CaseResult(OfCase):
     """What was measured of a case. FLOPs are per sample, by stage, counted on the first batch.
 
     positions: whether kept tokens kept their positions. overhead: seconds of select / (encode + prefill), median.
-    outliers: which of the values of `ttft` are far above the rest. drift: of `ttft`, if there is any.
+    decode_tokens_per_second: (new tokens - 1) / seconds of decode, median; None where nothing was decoded after the
+    first token. outliers: which of the values of `ttft` are far above the rest. drift: of `ttft`, if there is any.
     score: F1 where answers are yes or no, else the mean; it and all below belong to the method and its budget, whatever
     the batch size, and are None where they were not asked for. retention_low, retention_high: 95 %.
     """
@@ -250,6 +253,7 @@ class CaseResult(OfCase):
     seconds: dict[str, Times]
     speedup: dict[str, Speedup]
     overhead: float
+    decode_tokens_per_second: float | None = None
     memory: Memory
     flops: dict[str, float]
     flop_coverage: FlopCoverage | None = None
@@ -267,7 +271,7 @@ class CaseResult(OfCase):
 
 
 class FailedCase(OfCase):
-    """A case that could not be run to its end, and so has no result; or, among `unasked`, no quality.
+    """A case that could not be run to its end, and so has no result; or, among `unevaluated`, no quality.
 
     round: during which it failed, counted from 0; None while it was warming up, or asked. reason: "out of memory",
     or "refused" where a sample was such that the case could not be run on it.
@@ -332,8 +336,8 @@ class Comparison(Record):
     """What `mmtok compare --json` prints.
 
     results: first the unreduced baseline, then the cases that go with it; so for each batch size, unless the baseline
-    itself is among the failures. planned_rounds: how many there were to be at least. unasked: cases that were timed and
-    could not be asked for their quality. left_out: a line for each part of the data that could not be used. remarks:
+    itself is among the failures. planned_rounds: how many there were to be at least. unevaluated: cases that were timed
+    and could not be evaluated. left_out: a line for each part of the data that could not be used. remarks:
     what else there is to know, a line each.
     """
 
@@ -347,7 +351,7 @@ class Comparison(Record):
     failures: list[FailedCase] = []
     planned_rounds: int | None = None
     run_directory: str | None = None
-    unasked: list[FailedCase] = []
+    unevaluated: list[FailedCase] = []
     left_out: list[str] = []
     remarks: list[str] = []
 

@@ -1,1 +1,1 @@
-"""Seconds, memory and operations of cases: clocks, rounds, ceilings, traces and their statistics."""
+"""Time, memory and FLOPs of cases: clocks, rounds, ceilings, traces and their statistics."""

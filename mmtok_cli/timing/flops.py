@@ -11,13 +11,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from mmtok_cli.cases import Case
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.pipeline import STAGES
 from mmtok_cli.results.schema import FlopCoverage, Flops
 from mmtok_cli.timing.clock import Stages
 from mmtok_cli.timing.partial import last_layer, missing_layers, of_whole_model
-from mmtok_cli.timing.runner import Case
 
 
 def _attention_on_cpu(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:

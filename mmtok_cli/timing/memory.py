@@ -1,8 +1,7 @@
-"""Memory: what a run allocates above the weights, its KV cache, and what the process holds on the host."""
+"""Memory: the peak that a run allocates above the weights, and the resident memory of the process."""
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ class Peak:
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[Peak]:
-    """Watch the peak of a block. Only CUDA's allocator keeps one; `traces` finds the CPU's in a profile."""
+    """Record the peak within a block. Only CUDA's allocator reports one; `traces` reads the CPU's off a profile."""
     peak = Peak()
     if device.type != "cuda":
         yield peak
@@ -48,24 +47,3 @@ def host_memory() -> int:
 @cache
 def _process(pid: int) -> psutil.Process:
     return psutil.Process(pid)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on the device or on the host, where torch has no type for it."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(
-        said in str(error) for said in ("DefaultCPUAllocator: can't allocate memory", "MPS backend out of memory")
-    )
-
-
-def release_memory(device: torch.device) -> None:
-    """Give back what a run that failed has left behind."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, or its type where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

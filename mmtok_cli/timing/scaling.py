@@ -11,6 +11,7 @@ import torch
 from pydantic import Field
 from scipy.stats import linregress, t
 
+from mmtok_cli.cases import Case
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.decoding import prefill
 from mmtok_cli.errors import MMTokError
@@ -23,7 +24,6 @@ from mmtok_cli.timing.ceilings import CeilingProfile
 from mmtok_cli.timing.clock import Clock
 from mmtok_cli.timing.memory import peak_memory
 from mmtok_cli.timing.partial import last_layer, missing_layers, of_whole_model
-from mmtok_cli.timing.runner import Case
 from mmtok_cli.timing.statistics import CONFIDENCE
 
 PATIENCE = 10.0  # seconds for a case at one number of tokens; there are fewer runs where it would take longer

@@ -1,4 +1,7 @@
-"""Medians, speedups with the interval that they deserve, and signs that a measurement was disturbed."""
+"""Medians, speedups with confidence intervals, and signs that a measurement was disturbed.
+
+scipy is imported where it is used, since commands that compute no statistics should start without it.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,10 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import kendalltau, median_abs_deviation, theilslopes
-from scipy.stats.mstats import median_cihs
 
-from mmtok_cli.results.schema import Drift, Speedup, Times
+from mmtok_cli.results.schema import CONFIDENCE, Drift, Speedup, Times
 
-CONFIDENCE = 0.95
-FEWEST = 6  # of fewer values even the smallest and the largest hold the median less often than that
+FEWEST = 6  # with fewer values, even the smallest and the largest enclose the median with less confidence
 
 # As hyperfine has it: ten standard deviations of a normal distribution with the same median absolute deviation.
 OUTLIER = 14.826
@@ -51,16 +51,20 @@ def paired_speedup(baseline: Sequence[float], seconds: Sequence[float]) -> Speed
 
 def median_interval(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Bounds of the 95 % interval of the median, [2]. values: six or more."""
+    from scipy.stats.mstats import median_cihs
+
     return np.asarray(median_cihs(values, alpha=1 - CONFIDENCE))
 
 
 def outliers(seconds: Sequence[float]) -> list[int]:
-    """Which of the values are much larger than the rest: by more than 14.8 median absolute deviations.
+    """The places of values that exceed the median by more than 14.8 median absolute deviations.
 
     What is less than a tenth above the median is none, however alike the rest are. Fewer than six values have none.
     """
     if len(seconds) < FEWEST:
         return []
+    from scipy.stats import median_abs_deviation
+
     values = np.asarray(seconds, float)
     middle = float(np.median(values))
     deviation = max(float(median_abs_deviation(values)), 0.1 * middle / OUTLIER)
@@ -75,6 +79,8 @@ def drift(seconds: Sequence[float]) -> Drift | None:
     """
     if len(seconds) < DRIFT_ROUNDS or len(set(seconds)) == 1:
         return None
+    from scipy.stats import kendalltau, theilslopes
+
     rounds = np.arange(len(seconds))
     change = float(theilslopes(seconds, rounds).slope) * (len(seconds) - 1) / float(np.median(seconds))
     p = float(kendalltau(rounds, seconds).pvalue)

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from mmtok_cli.cases import Case
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.files import write_whole
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.pipeline import STAGES
 from mmtok_cli.results.schema import Operator
-from mmtok_cli.timing.runner import Case
 
 # TensorBoard's profiler plugin knows the category "Runtime"; torch writes these names for the same thing.
 RUNTIME_CATEGORIES = ("cuda_runtime", "cuda_driver")

@@ -16,10 +16,10 @@ from markupsafe import Markup
 from PIL.Image import Image
 
 from mmtok_cli.report import checks, tables
-from mmtok_cli.report.columns import KEPT, Column, cost_columns, kind_columns, quality_columns, rows, trouble
+from mmtok_cli.report.cells import Column, missing, rows
+from mmtok_cli.report.columns import KEPT, is_scored, kind_columns, section_columns
 from mmtok_cli.report.page import charts
 from mmtok_cli.report.page.facts import headline
-from mmtok_cli.report.quality import is_scored
 from mmtok_cli.report.units import number
 
 if TYPE_CHECKING:
@@ -54,8 +54,9 @@ def page_text(comparison: Comparison, overlays: Sequence[OverlayGroup] = ()) -> 
     style, script = (Markup(_resource(name)) for name in ("page.css", "page.js"))
     plots = charts.tradeoff_plots(comparison)
     stacks, stack_scale = charts.stage_stacks(comparison)
-    columns, kinds = cost_columns(comparison), kind_columns(comparison)
-    answers = [KEPT, *quality] if (quality := quality_columns(comparison)) else []
+    columns = section_columns(comparison, "cost")
+    answers = _with_kept(section_columns(comparison, "quality"))
+    kinds = _with_kept(kind_columns(comparison))
     page = Environment(
         loader=PackageLoader("mmtok_cli.report", "page"),
         autoescape=True,
@@ -77,7 +78,7 @@ def page_text(comparison: Comparison, overlays: Sequence[OverlayGroup] = ()) -> 
         shapes=SHAPES,
         frame=charts.FRAME,
         quality="right answers" if is_scored(comparison) else "top-1 agreement",
-        stages=charts.STAGES,
+        stages=charts.STACKED,
         stacks=stacks,
         stack_scale=stack_scale,
         columns=columns,
@@ -89,11 +90,15 @@ def page_text(comparison: Comparison, overlays: Sequence[OverlayGroup] = ()) -> 
         overlays=[
             (group.title, [(o.caption, o.note, *_picture(o.image)) for o in group.overlays]) for group in overlays
         ],
-        ceiling="" if trouble(comparison.results[0]) else tables.ceiling(comparison.results[0]),
+        ceiling="" if missing(comparison.results[0]) else tables.ceiling(comparison.results[0]),
         notes=checks.notes(comparison, ceilings=False),
         environment=_environment(comparison),
         command=shlex.join(comparison.environment.command),
     )
+
+
+def _with_kept(columns: list[Column]) -> list[Column]:
+    return [KEPT, *columns] if columns else []
 
 
 def _rows(comparison: Comparison, columns: Sequence[Column]) -> list[dict[str, Any]]:
@@ -104,7 +109,7 @@ def _rows(comparison: Comparison, columns: Sequence[Column]) -> list[dict[str, A
             "method": row.title,
             "number": numbers.get(charts.series_name(row.case, comparison)) if row.case is not first else None,
             "baseline": row.case is first,
-            "trouble": row.trouble,
+            "missing": row.missing,
             "cells": row.cells,
         }
         for row in rows(comparison, columns)

@@ -6,15 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mmtok_cli.report.columns import stage_seconds, trouble
+from mmtok_cli.report.columns import is_scored, stage_seconds
 from mmtok_cli.report.page.scales import Scale, linear, logarithmic
-from mmtok_cli.report.quality import Quality, is_scored, quality_of
+from mmtok_cli.report.page.scores import PlottedScore, plotted_score
 from mmtok_cli.report.units import number, seconds, share
 
 if TYPE_CHECKING:
     from mmtok_cli.results.schema import CaseResult, Comparison, FailedCase
 
-STAGES = ("prepare", "encode", "select", "prefill", "decode")
+STACKED = ("prepare", "encode", "select", "prefill", "decode")
 
 
 @dataclass(frozen=True)
@@ -109,10 +109,10 @@ def method_numbers(comparison: Comparison) -> dict[str, int]:
 
 def tradeoff_plots(comparison: Comparison) -> list[Plot]:
     """Quality against tokens, prefill and time to the first token; none if nothing but the baseline was measured."""
-    measured = [(case, quality) for case in comparison.results if (quality := quality_of(case, comparison))]
+    measured = [(case, score) for case in comparison.results if (score := plotted_score(case, comparison))]
     if all(case is comparison.results[0] for case, _ in measured):
         return []
-    floor = min(quality.low for _, quality in measured)
+    floor = min(score.low for _, score in measured)
     y = linear(max(0.0, floor - 0.02), 1.03, FRAME.bottom, FRAME.top, lambda value: f"{100 * value:.0f} %")
     axes: list[tuple[str, Callable[[CaseResult], Span | None]]] = [
         ("vision tokens per decoder layer", _layer_average),
@@ -124,27 +124,27 @@ def tradeoff_plots(comparison: Comparison) -> list[Plot]:
 
 def _plot(
     comparison: Comparison,
-    measured: Sequence[tuple[CaseResult, Quality]],
+    measured: Sequence[tuple[CaseResult, PlottedScore]],
     x_title: str,
     span: Callable[[CaseResult], Span | None],
     y: Scale,
 ) -> Plot:
-    placed = [(case, quality, x) for case, quality in measured if (x := span(case))]
+    placed = [(case, score, x) for case, score in measured if (x := span(case))]
     tokens = span is _layer_average
     ends = [end for _, _, x in placed for end in (x.low, x.high)]
     x_scale = logarithmic(ends, FRAME.left, FRAME.right, number if tokens else seconds, base=2 if tokens else 10)
     words = "right" if is_scored(comparison) else "top-1 agreement"
 
-    def point(case: CaseResult, quality: Quality, x: Span) -> Point:
+    def point(case: CaseResult, score: PlottedScore, x: Span) -> Point:
         where = f"{number(round(x.value, 1))} tokens per layer" if tokens else seconds(x.value)
         return Point(
             x=x_scale.place(x.value),
-            y=y.place(quality.share),
+            y=y.place(score.share),
             left=x_scale.place(x.low),
             right=x_scale.place(x.high),
-            top=y.place(quality.high),
-            bottom=y.place(quality.low),
-            title=f"{case}: {where}, {share(quality.share)} {words} ({100 * quality.low:.1f}–{100 * quality.high:.1f})",
+            top=y.place(score.high),
+            bottom=y.place(score.low),
+            title=f"{case}: {where}, {share(score.share)} {words} ({100 * score.low:.1f}–{100 * score.high:.1f})",
         )
 
     baseline = comparison.results[0]
@@ -174,9 +174,9 @@ def _time(stage: str) -> Callable[[CaseResult], Span | None]:
 def stage_stacks(comparison: Comparison) -> tuple[list[Stack], Scale | None]:
     """One bar for each case, made of its stages' medians, and the scale that they share, in percent."""
     timed = [
-        (case, {stage: value for stage in STAGES if (value := stage_seconds(case, stage)) is not None})
+        (case, {stage: value for stage in STACKED if (value := stage_seconds(case, stage)) is not None})
         for case in comparison.results
-        if trouble(case) is None
+        if case.seconds
     ]
     longest = max((sum(medians.values()) for _, medians in timed), default=0.0)
     if longest <= 0:

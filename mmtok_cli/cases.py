@@ -1,0 +1,92 @@
+"""Cases that can be run, and what it means when one fails."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from mmtok_cli.budget import Budget
+from mmtok_cli.data.samples import Sample
+from mmtok_cli.errors import MMTokError, first_line
+from mmtok_cli.methods.base import Method
+from mmtok_cli.models.base import Stage, VisionLanguageModel
+from mmtok_cli.pipeline import RELEASED, Answers, answer, check_budget
+from mmtok_cli.results.records import parameters_of
+from mmtok_cli.results.schema import CaseId
+from mmtok_cli.rules import Rules
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method at a budget and a batch size, under the rules of the comparison.
+
+    name: what the user called the method. again: a second measurement of the baseline, which shows the noise.
+    """
+
+    name: str
+    method: Method
+    budget: Budget | None
+    rules: Rules = RELEASED
+    batch_size: int = 1
+    again: bool = False
+
+    def __str__(self) -> str:
+        return self.name if self.budget is None else f"{self.name} @ {self.budget}"
+
+    @property
+    def id(self) -> CaseId:
+        """The case as plain data."""
+        return CaseId(
+            method=self.name,
+            parameters=parameters_of(self.method),
+            budget=None if self.budget is None else str(self.budget),
+            batch_size=self.batch_size,
+            again=self.again,
+        )
+
+    def check(self, model: VisionLanguageModel, samples: Sequence[Sample]) -> None:
+        """Refuse a budget that cannot be met. Raises MMTokError that names the case."""
+        try:
+            check_budget(model, self.method, samples, self.budget, self.rules)
+        except MMTokError as error:
+            raise MMTokError(f"{self}: {error.message}", error.hint) from error
+
+    def answer(
+        self, model: VisionLanguageModel, samples: Sequence[Sample], max_new_tokens: int, stage: Stage
+    ) -> Answers:
+        """Answer one batch, with `stage` around each stage of the pipeline."""
+        return answer(
+            model, self.method, samples, self.budget, rules=self.rules, max_new_tokens=max_new_tokens, stage=stage
+        )
+
+
+def failure_reason(error: Exception) -> Literal["out of memory", "refused"] | None:
+    """Why a case cannot be run; None for an error that is a defect of the code and must be raised."""
+    if is_out_of_memory(error):
+        return "out of memory"
+    return "refused" if isinstance(error, MMTokError) else None
+
+
+def failure_message(error: Exception) -> str:
+    """The error in one line."""
+    return error.message if isinstance(error, MMTokError) else first_line(error)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that memory ran out, on the device or on the host, where torch has no type for it."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(
+        text in str(error) for text in ("DefaultCPUAllocator: can't allocate memory", "MPS backend out of memory")
+    )
+
+
+def release_memory(device: torch.device) -> None:
+    """Free the memory that a failed run still holds."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

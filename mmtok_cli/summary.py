@@ -1,0 +1,75 @@
+"""The summary of a run: times and memory of its complete rounds, and the quality of all predictions so far."""
+
+from __future__ import annotations
+
+from mmtok_cli.evaluation.summary import evaluated_samples, left_out, summarise_evaluation, unevaluated_cases
+from mmtok_cli.results.progress import is_finished, whole_rounds
+from mmtok_cli.results.records import TimedRun
+from mmtok_cli.results.run_directory import RunDirectory
+from mmtok_cli.results.schema import CaseResult, Comparison, FailedCase, Schedule
+from mmtok_cli.timing.summary import summarise_case
+
+
+def summarise_run(store: RunDirectory) -> Comparison:
+    """Everything that is known of a run, from its directory alone."""
+    plan = store.plan
+    rounds = whole_rounds(store)
+    columns = [[run for i in rounds if (run := store.runs.get((i, case)))] for case in range(len(plan.cases))]
+    return Comparison(
+        model=plan.model,
+        rules=plan.rules,
+        environment=plan.environment,
+        schedule=_schedule(store, rounds, columns),
+        interrupted=not is_finished(store),
+        results=_results(store, columns),
+        failures=[
+            FailedCase(case=plan.cases[case].case, round=failure.round, reason=failure.reason, message=failure.message)
+            for case, failure in sorted(store.failures.items())
+        ],
+        planned_rounds=plan.rounds,
+        run_directory=str(store.path),
+        unevaluated=unevaluated_cases(store),
+        left_out=left_out(store),
+    )
+
+
+def _results(store: RunDirectory, columns: list[list[TimedRun]]) -> list[CaseResult]:
+    """Results of the cases that did not fail. columns: the runs of each case."""
+    plan = store.plan
+    summaries = summarise_evaluation(store)
+    results = []
+    for number, runs in enumerate(columns):
+        if not runs or number in store.failures:
+            continue
+        first = plan.baseline_of(number)
+        baseline = None if first == number or first in store.failures else columns[first]
+        counted = store.counted[number]
+        result = summarise_case(plan.cases[number].case, runs, baseline, counted.flops, counted.coverage)
+        if number in summaries:
+            result = result.model_copy(update=summaries[number].result_fields(is_baseline=first == number))
+        results.append(result)
+    return results
+
+
+def _schedule(store: RunDirectory, rounds: list[int], columns: list[list[TimedRun]]) -> Schedule:
+    plan = store.plan
+    sizes = list(dict.fromkeys(planned.case.batch_size for planned in plan.cases))
+    batches = {
+        (planned.case.batch_size, run.batch) for planned, runs in zip(plan.cases, columns, strict=True) for run in runs
+    }
+    timed = max(size * sum(1 for other, _ in batches if other == size) for size in sizes)
+    return Schedule(
+        data=plan.data,
+        seed=plan.seed,
+        max_new_tokens=plan.max_new_tokens,
+        samples=evaluated_samples(store) or timed,
+        batch_size=sizes[0] if len(sizes) == 1 else sizes,
+        rounds=len(rounds),
+        warmup=plan.warmup,
+        order=plan.rotation().first(len(rounds)),
+        runs=plan.runs,
+        min_time=plan.min_time,
+        data_digest=plan.data_digest,
+        planned_samples=plan.samples,
+        timed=timed,
+    )
