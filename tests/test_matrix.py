@@ -62,7 +62,7 @@ def wanted(vlm: VisionLanguageModel, samples: list[Sample], track: Track) -> lis
 def test_what_a_family_cannot_show_is_refused(family: str, name: str, samples: list[Sample]) -> None:
     with pytest.raises(MMTokError, match=f"the {family} family does not offer") as error:
         answer(FAMILIES[family]("sdpa"), tiny_method(name), samples[:1], BUDGET, max_new_tokens=1)
-    assert "visionzip" in str(error.value.hint)
+    assert "mmtok" in str(error.value.hint)
 
 
 @pytest.mark.compat

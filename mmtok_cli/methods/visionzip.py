@@ -48,7 +48,7 @@ class VisionZip(Method):
     summary: ClassVar[str] = "dominant + merged tokens"
     source: ClassVar[str] = "arXiv 2412.04467"
     signals: ClassVar[tuple[str, ...]] = ("class_attention", "mean_keys", "class_feature")
-    signals_without_class_token: ClassVar[tuple[str, ...]] = ("received_attention", "mean_keys")
+    alternative_signals: ClassVar[tuple[tuple[str, ...], ...]] = (("received_attention", "mean_keys"),)
     per_crop: ClassVar[bool] = True
     keeps_padding: ClassVar[bool] = True
 

@@ -1,4 +1,15 @@
-"""What the rest of the house knows of a vision-language model, whatever its family."""
+"""The interface that every model family implements.
+
+A family is one file with a subclass of `VisionLanguageModel`, and one line in `FAMILIES` (models/__init__.py). It must
+define `total`, `smaller`, `pixels`, `encode` and `panels`. Override the rest where the family differs:
+
+    signals             what the encoder offers to methods; `encode` computes those that it is asked for
+    positions           if positions cannot be renumbered
+    load_processor      if AutoProcessor does not suit
+    stand_in_processor  for `--weights random` without any download
+    image_text, placeholders, reserved  how images are written in a prompt
+    keep, released_words, position_ids, encoded_images, first_cut
+"""
 
 from __future__ import annotations
 
@@ -28,7 +39,7 @@ IMAGE_MARKER = "<image>"  # says in a question where an image stands
 
 
 def unwatched(name: str) -> AbstractContextManager[Any]:
-    """The stage context of somebody who only wants the answer."""
+    """The stage context that measures nothing."""
     return nullcontext()
 
 
@@ -74,8 +85,8 @@ class VisionLanguageModel(ABC):
     """
 
     family: ClassVar[str]
-    positions: ClassVar[tuple[Positions, ...]] = ("renumber", "keep")  # that it can do; the first is the harmonised one
-    has_class_token: ClassVar[bool] = True  # in its vision encoder
+    positions: ClassVar[tuple[Positions, ...]] = ("renumber", "keep")  # supported; the first is the harmonised policy
+    signals: ClassVar[tuple[str, ...]] = ()  # names of what `encode` can compute for methods
     weights: str = "pretrained"  # or "random"
     depth: int | None = None  # decoder layers of the whole model, where only the first of them were loaded
 
@@ -128,6 +139,10 @@ class VisionLanguageModel(ABC):
         """What stands in a prompt for an image."""
         return self.processor.image_token
 
+    def placeholders(self, count: int) -> str:
+        """What stands in the finished prompt for the image token of the chat template: an image of `count` tokens."""
+        return self.processor.image_token * count
+
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         ids = self.model.generation_config.eos_token_id
@@ -144,9 +159,16 @@ class VisionLanguageModel(ABC):
         return 0
 
     @classmethod
-    @abstractmethod
     def stand_in_processor(cls, config: Any, chat_template: str) -> Any:
-        """A processor for models whose own files are not at hand; see models/stand_in.py."""
+        """A processor for models whose own files are not at hand; see models/stand_in.py.
+
+        Only `--weights random` without any download needs it. Raises MMTokError for families that have none.
+        """
+        raise MMTokError(
+            f"the {cls.family} family has no stand-in processor, so --weights random needs the model's own processor "
+            "files, which are not in the local cache",
+            "download the processor and tokenizer files of the model",
+        )
 
     @classmethod
     def load_processor(cls, source: str, *, local_files_only: bool = False) -> Any:
@@ -190,7 +212,7 @@ class VisionLanguageModel(ABC):
         texts = []
         for question, group in zip(questions, images, strict=True):
             before, *after = self._chat(question, len(group)).split(token)
-            texts.append(before + "".join(token * next(counts) + part for part in after))
+            texts.append(before + "".join(self.placeholders(next(counts)) + part for part in after))
         bos = self.tokenizer.bos_token
         encoded = self.tokenizer(
             texts,
@@ -230,9 +252,17 @@ class VisionLanguageModel(ABC):
     def encode(self, prompt: Prompt, signals: Sequence[str] = (), *, stage: Stage = unwatched) -> list[VisionTokens]:
         """Run the vision encoder and the projector: the vision tokens of each image.
 
-        What the signals cost beyond that is spent in `stage("select")`. Raises MMTokError for a signal that the
-        family does not offer.
+        Work that only the signals need is spent in `stage("select")`. Call `require_signals` first.
         """
+
+    def require_signals(self, signals: Sequence[str]) -> None:
+        """Raises MMTokError for a signal that the family does not offer."""
+        missing = [name for name in signals if name not in self.signals]
+        if missing:
+            raise MMTokError(
+                f"the {self.family} family does not offer {', '.join(missing)}",
+                "use a method that reads no signals of the encoder, such as mmtok, divprune or fastv",
+            )
 
     @abstractmethod
     def panels(self, image: Image, grid: Grid | None) -> list[Panel]:

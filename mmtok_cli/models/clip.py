@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL.Image import Image
@@ -30,6 +30,8 @@ class ClipEncoded(VisionLanguageModel):
 
     Raises MMTokError for a model with another encoder.
     """
+
+    signals: ClassVar[tuple[str, ...]] = tuple(SIGNALS)
 
     def __init__(
         self,
@@ -92,7 +94,7 @@ class ClipEncoded(VisionLanguageModel):
         pixels: [pictures, 3, height, width]; questions, image_ids: one for each. What the signals cost is spent in
         `stage("select")`. Raises MMTokError for a signal that the model does not offer.
         """
-        self._check_signals(signals)
+        self.require_signals(signals)
         attention = self._attention() if ATTENTION_SIGNALS.keys() & set(signals) else None
         watched: AbstractContextManager[list[Tensor]] = inputs_of(attention) if attention else nullcontext([])
         grid = pixels.shape[2] // self.patch_size, pixels.shape[3] // self.patch_size
@@ -124,10 +126,8 @@ class ClipEncoded(VisionLanguageModel):
     def _project(self, features: Tensor) -> Tensor:
         return hf.project(self.model, features.to(self.dtype))
 
-    def _check_signals(self, signals: Sequence[str]) -> None:
-        unknown = [name for name in signals if name not in SIGNALS]
-        if unknown:
-            raise MMTokError(f"the {self.family} family does not offer {', '.join(unknown)}", "use another method")
+    def require_signals(self, signals: Sequence[str]) -> None:
+        super().require_signals(signals)
         if self._load_tower is None and TOWER_SIGNALS.keys() & set(signals):
             having = [profile.name for profile in known_profiles().values() if profile.text_tower]
             raise MMTokError(
