@@ -171,7 +171,7 @@ def test_infeasible_budgets_are_refused() -> None:
     with pytest.raises(MMTokError, match="22 is more than the class token and the 20 ") as refusal:
         zipped(image, 22)
     assert refusal.value.hint == "choose 1 to 21, or all 24"
-    with pytest.raises(MMTokError, match="8 does not hold the class token and 10 contextual") as refusal:
+    with pytest.raises(MMTokError, match="8 is less than the class token and 10 contextual") as refusal:
         zipped(image, 8, contextual=10)
     assert refusal.value.hint == "choose 11 to 21, or all 24"
     with pytest.raises(MMTokError, match="cannot make 21 contextual tokens of the 20 ") as refusal:

@@ -1,4 +1,4 @@
-"""Random tokens: the control that a method has to beat."""
+"""Random tokens: the control that a method should beat."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 class Random(Method):
     """Draws the budget uniformly without replacement from the tokens that are not padding.
 
-    The draw depends on the seed and on the image's name alone, so it is the same in any order, batch and device.
+    The draw depends only on the seed and the name of the image, so it is the same in any order and batch and on any
+    device.
     """
 
     summary: ClassVar[str] = "tokens drawn at random"
@@ -62,7 +63,7 @@ class RandomInside(Method):
 
 
 def _draw(seed: int, image_id: str, count: int) -> Tensor:
-    """Random scores [count] that depend on the seed and the image's name alone, drawn on the CPU."""
+    """Random scores [count] that depend only on the seed and the name of the image, drawn on the CPU."""
     import torch
 
     key = f"{seed}:{image_id}".encode(errors="surrogateescape")
