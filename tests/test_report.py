@@ -136,7 +136,7 @@ def test_rules_in_words() -> None:
     assert rules_text(Rules()) == ""
     assert rules_text(Rules("harmonised", "keep")) == "harmonised track, positions kept"
     said = rules_text(Rules(positions="renumber", budget_means="layer-average"), ["fastv.layer=1"])
-    assert said == "positions counted anew, budgets are layer averages, fastv.layer=1"
+    assert said == "positions renumbered, budgets are layer averages, fastv.layer=1"
 
 
 def test_details_of_a_method() -> None:

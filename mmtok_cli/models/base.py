@@ -295,7 +295,7 @@ class VisionLanguageModel(ABC):
         """Arguments of the model's forward for a prompt that holds the selected vision tokens alone.
 
         A pure function: placeholders of dropped tokens leave the sequence and rows are aligned to the right again.
-        Positions are counted anew, or those of the places that the kept tokens stand for in the whole prompt.
+        Positions are renumbered, or kept: those of the places that the tokens stand for in the whole prompt.
         Raises MMTokError where positions are to be kept of tokens that have none.
         """
         live = prompt.attention_mask.bool()

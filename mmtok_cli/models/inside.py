@@ -29,8 +29,8 @@ class Inside:
     """Context within which a prompt's images are cut down between decoder layers.
 
     It serves forward passes, greedy decoding, sampling and beams of one prompt, padded on the left, without gradients.
-    Every forward pass with an empty cache is a prefill and chooses anew; so does, without a cache, every step, from the
-    token generated last. Kept tokens stay at their positions (`keep`), or each shorter sequence is counted anew and
+    Every forward pass with an empty cache is a prefill and chooses tokens; without a cache, so does every step, from the
+    token generated last. Kept tokens stay at their positions (`keep`), or each shorter sequence is renumbered and
     decoding goes on from its end (`renumber`). On leaving, the hooks are gone and the model is as it was; a cache that
     was filled here must be decoded here.
 

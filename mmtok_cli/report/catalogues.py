@@ -83,7 +83,7 @@ def method_details(method: dict[str, Any]) -> Table:
     table.add_row("reads question", yes_or_no(method["reads_question"]))
     table.add_row("training-free", yes_or_no(method["training_free"]))
     table.add_row("multi-turn safe", yes_or_no(method["multi_turn"]))
-    positions = "kept" if method["positions"] == "keep" else "counted anew"
+    positions = "kept" if method["positions"] == "keep" else "renumbered"
     table.add_row("positions", f"{positions} on the released track")
     padding = "competes for the budget on the released track" if method["keeps_padding"] else "does not compete"
     table.add_row("padding", padding)
