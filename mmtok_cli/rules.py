@@ -21,8 +21,8 @@ class Rules:
         positions kept or renumbered as they do it. `harmonised` gives all methods the same: features in float32,
         padding never kept (as long as anything else is left), shares rounded down, and the position policy of the
         model's family.
-    positions: `keep` leaves kept tokens at the positions they had in the whole prompt, `renumber` counts anew; None
-        leaves it to the track.
+    positions: `keep` leaves kept tokens at the positions they had in the whole prompt, `renumber` closes the gaps; None
+        follows the track.
     budget_means: `final` counts the vision tokens that leave the last reduction, `layer-average` their mean over the
         decoder layers. The two differ for methods inside the language model alone.
     """
