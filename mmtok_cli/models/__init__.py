@@ -86,7 +86,7 @@ def _require_gpus(device: torch.device) -> None:
     from importlib.util import find_spec
 
     if device.type != "cuda":
-        raise MMTokError(f"--device-map spreads a model over GPUs, but the device is {device}", "run without --device-map")
+        raise MMTokError(f"--device-map spreads a model over GPUs, but the device is {device}", "leave it out")
     if find_spec("accelerate") is None:
         raise MMTokError("--device-map needs the package accelerate", "pip install accelerate")
 
