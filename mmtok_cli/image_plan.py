@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from PIL.Image import Image
 
@@ -65,7 +65,8 @@ def _kept(
 ) -> int:
     """Vision tokens that the image keeps of `total`."""
     if rules.track == "released" and budget.percent is not None:
-        keep = budget.resolve(total, method.count)
+        count = partial(method.count, signals=method.signals_among(model.signals))
+        keep = budget.resolve(total, count)
     elif grid:
         keep = budget.resolve(total)
     else:

@@ -93,7 +93,7 @@ def test_rules_are_followed_and_reported(tiny_directory: Path, photo: Path, tmp_
     rules = ("--track", "harmonised", "--positions", "keep", "--budget-means", "layer-average")
     model = ("-m", tiny_directory, *rules, "-b", 26, "--set", "fastv.layer=2")
     one = ("--method", "fastv")
-    runs = ("--runs", 1, "--warmup", 0, "--trace-dir", tmp_path)
+    runs = ("--rounds", 1, "--warmup", 0, "--trace-dir", tmp_path)
     for command in (
         ("infer", photo, QUESTION, *model, *one, "--max-new-tokens", 2),
         ("prune", photo, QUESTION, *model, *one),
@@ -189,7 +189,7 @@ def test_compare(tiny_directory: Path, tmp_path: Path) -> None:
 
 def test_profile(tiny_directory: Path, photo: Path, tmp_path: Path) -> None:
     traces = tmp_path / "traces"
-    command = ("profile", photo, QUESTION, "-m", tiny_directory, "-b", 4, "--runs", 3, "--trace-dir", traces)
+    command = ("profile", photo, QUESTION, "-m", tiny_directory, "-b", 4, "--rounds", 3, "--trace-dir", traces)
     result = run_json(*command, "--max-new-tokens", 3)
     assert result["schema"] == "mmtok.profile/2" and result["trace"] == str(traces)
     full, reduced = result["cases"]
@@ -236,11 +236,11 @@ def test_partial_batches_are_asked_and_not_timed(tiny_directory: Path) -> None:
     two, one = pairs["results"][1], alone["results"][1]
     assert two["score"] == one["score"] and two["tokens"]["text"] == one["tokens"]["text"]
     assert two["memory"]["kv_cache"] == pytest.approx(one["memory"]["kv_cache"], rel=0.1)  # per sample; padding aside
-    refused(run(*command, "--limit", 1, "--batch-size", 2), "less than one batch")
+    refused(run(*command, "--limit", 1, "--batch-size", 2), "batch size 2 is larger than the number of samples (1)")
 
 
 @pytest.mark.parametrize(
-    "command", [("profile", "--runs", "100000"), ("compare", "--rounds", "100000", "--methods", "mmtok")]
+    "command", [("profile", "--rounds", "100000"), ("compare", "--rounds", "100000", "--methods", "mmtok")]
 )
 def test_interrupting_keeps_what_was_measured(
     command: tuple[str, ...], tiny_directory: Path, monkeypatch: pytest.MonkeyPatch
@@ -321,7 +321,7 @@ def test_random_weights_say_what_they_are(tiny_directory: Path, photo: Path, tmp
         run("infer", *command, "--max-new-tokens", 2),
         run("prune", *command),
         run("compare", *command[2:], "--methods", "mmtok", "--limit", 2, "--max-new-tokens", 2),
-        run("profile", *command, "--runs", 2, "--max-new-tokens", 2, "--trace-dir", tmp_path),
+        run("profile", *command, "--rounds", 2, "--max-new-tokens", 2, "--trace-dir", tmp_path),
     ):
         assert shown.exit_code == 0, shown.output
         assert "random weights: answers and scores mean nothing" in " ".join(shown.stdout.split())

@@ -46,7 +46,7 @@ def test_compare(directory: Path, tmp_path: Path) -> None:
 
 def test_a_part_is_profiled(directory: Path, tmp_path: Path) -> None:
     found = run_json(
-        *("profile", "-m", directory, "--layers", 2, "-b", "25%", "--runs", 2, "--warmup", 0),
+        *("profile", "-m", directory, "--layers", 2, "-b", "25%", "--rounds", 2, "--warmup", 0),
         *("--max-new-tokens", 2, "--trace-dir", tmp_path / "traces"),
     )
     assert found["environment"]["layers"] == [2, 4]

@@ -113,7 +113,7 @@ def test_question_longer_than_the_context(tiny_directory: Path, photo: Path) -> 
 def test_nothing_is_written_over_the_image(tiny_directory: Path, photo: Path) -> None:
     before = photo.read_bytes()
     command = ("prune", photo, QUESTION, "-m", tiny_directory, "-b", 4)
-    refused(run(*command, "-o", photo.parent / ".." / photo.parent.name / photo.name), "over the image")
+    refused(run(*command, "-o", photo.parent / ".." / photo.parent.name / photo.name), "the same file")
     assert photo.read_bytes() == before
 
 

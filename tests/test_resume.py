@@ -115,7 +115,7 @@ def test_a_run_says_the_same_whenever_it_is_read(
 ) -> None:
     """Tables are made of records alone: those of a finished run need no model and stay to the last digit."""
     first = run_json(*command, "--batch-size", "1,3", "--runs", 2, "--run-dir", tmp_path / "run")
-    monkeypatch.setattr("mmtok_cli.cli.comparing.open_model", None)
+    monkeypatch.setattr("mmtok_cli.configuration.load_model", None)
     again = run_json("compare", "--run-dir", tmp_path / "run", "--resume", "--quiet")
     assert again == first
     store = RunDirectory.open(tmp_path / "run")
@@ -267,9 +267,9 @@ def test_resuming_elsewhere_is_refused(
     refused(run(*resume), "mmtok @ 4 has changed", "alpha 0.25 then, 0.5 now")
 
     (directory / "plan.json").write_text(json.dumps(plan))
-    refused(run(*resume, "--budget", "5"), "--budget is 5 here and 4 in the run", "leave --budget out")
+    refused(run(*resume, "--budget", "5"), "--budget is 5 here and 4 in the run", "omit --budget")
     refused(run(*resume, "--set", "mmtok.alpha=0.1"), "--set is mmtok.alpha=0.1 here and missing in the run")
-    refused(run(*command, "--run-dir", directory), "holds a run already", "--resume")
+    refused(run(*command, "--run-dir", directory), "already contains a run", "--resume")
     assert len(run_json(*resume, "--budget", "4")["results"]) == CASES  # what is spelled out may say the same
 
     next((directory / "rounds").glob("*.json")).unlink()

@@ -115,9 +115,10 @@ class Method:
         choices = (cls.signals, *cls.alternative_signals)
         return next((names for names in choices if set(names) <= set(offered)), cls.signals)
 
-    def count(self, share: float, total: int) -> int:
+    def count(self, share: float, total: int, signals: Sequence[str] = ()) -> int:
         """How many of `total` vision tokens a share (0.1 for 10%) keeps, rounded as in the authors' code.
 
+        signals: those that the method reads of the model, where the authors have different code for different models.
         Used on the released track; the harmonised track rounds down for every method. Default: MMTok's rule, which
         truncates the floating-point product (0.29 of 100 is 28).
         """

@@ -5,6 +5,7 @@ Written from a description of the algorithm, without the authors' code.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -35,7 +36,7 @@ class DivPrune(Method):
     keeps_padding: ClassVar[bool] = True
     matrices: ClassVar[float] = 2
 
-    def count(self, share: float, total: int) -> int:
+    def count(self, share: float, total: int, signals: Sequence[str] = ()) -> int:
         return round(share * total)
 
     def select(self, vision: VisionTokens, text: TextTokens, budget: int) -> Selection:

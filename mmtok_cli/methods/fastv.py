@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -31,7 +32,7 @@ class FastV(Method):
 
     layer: int = 2
 
-    def count(self, share: float, total: int) -> int:
+    def count(self, share: float, total: int, signals: Sequence[str] = ()) -> int:
         removed = 1 - share  # what their parameter says; halves fall as they do in their arithmetic
         return round(total * (1 - removed))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -48,8 +49,8 @@ class RandomInside(Method):
     layer: int = 2
     seed: int = 0
 
-    def count(self, share: float, total: int) -> int:
-        return FastV().count(share, total)
+    def count(self, share: float, total: int, signals: Sequence[str] = ()) -> int:
+        return FastV().count(share, total, signals)
 
     def cuts(self, total: int, budget: int, layers: int) -> tuple[Cut, ...]:
         require_layers("random:inside.layer", (self.layer,), layers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
@@ -61,9 +62,9 @@ class VisionZip(Method):
         if self.contextual is not None and self.contextual < 0:
             raise MMTokError(f"VisionZip cannot make {self.contextual} contextual tokens", "choose 0 or more")
 
-    def count(self, share: float, total: int) -> int:
-        if share not in QWEN_DOMINANT:
-            return super().count(share, total)
+    def count(self, share: float, total: int, signals: Sequence[str] = ()) -> int:
+        if "received_attention" not in signals or share not in QWEN_DOMINANT:
+            return super().count(share, total, signals)
         return int(QWEN_DOMINANT[share] * total) + _qwen_contextual(total)
 
     def select(self, vision: VisionTokens, text: TextTokens, budget: int) -> Selection:

@@ -128,13 +128,15 @@ def _pretrained(
         config = shortened(config, layers, name)
     try:
         processor = family.load_processor(source)
-        model = hf.load_weights(source, config, dtype=dtype, attention=attention, device_map=device_map)
+        model, missing = hf.load_weights(source, config, dtype=dtype, attention=attention, device_map=device_map)
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise MMTokError(
-            f"{name} could not be loaded: {first_line(error)}", "check or download its files again"
+            f"{name} could not be loaded: {first_line(error)}", hf.or_tested("check or download its files again")
         ) from error
+    if missing:  # transformers would make them up
+        raise MMTokError(f"the files of {name} lack {missing[0]}", hf.or_tested("check or download its files again"))
     if not processor.chat_template:
         raise MMTokError(f"{name} has no chat template", "download chat_template.jinja or chat_template.json as well")
     return model if device_map else model.to(device), processor

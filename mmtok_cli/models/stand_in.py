@@ -25,7 +25,10 @@ QWEN_IMAGES = {  # fewest tokens per image, and the statistics that pixels are n
 }
 
 
-class StandInTokenizer(hf.PreTrainedTokenizer):
+_Tokenizer: Any = hf.public("PreTrainedTokenizer")
+
+
+class StandInTokenizer(_Tokenizer):
     """Cuts text into pieces of a few letters and gives each an id below `size` by its hash.
 
     Prompts come out about as long as with the real vocabulary, and equal words get equal ids. Ids cannot be turned back
@@ -93,7 +96,7 @@ class StandInTokenizer(hf.PreTrainedTokenizer):
 def llava_processor(config: Any, chat_template: str) -> Any:
     """A LLaVA-1.5 processor for a configuration, with a stand-in for the vocabulary."""
     side = config.vision_config.image_size
-    return hf.processor_class("LlavaProcessor")(
+    return hf.public("LlavaProcessor")(
         image_processor=hf.image_processor_class("clip")(
             size={"shortest_edge": side}, crop_size={"height": side, "width": side}
         ),
@@ -108,7 +111,7 @@ def llava_processor(config: Any, chat_template: str) -> Any:
 def llava_next_processor(config: Any, chat_template: str) -> Any:
     """A LLaVA-NeXT processor for a configuration, with a stand-in for the vocabulary."""
     side = config.vision_config.image_size
-    return hf.processor_class("LlavaNextProcessor")(
+    return hf.public("LlavaNextProcessor")(
         image_processor=hf.image_processor_class("llava_next")(
             size={"shortest_edge": side},
             crop_size={"height": side, "width": side},

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from mmtok_cli.errors import MMTokError
+from mmtok_cli.report.columns import COMPARED
 from mmtok_cli.report.tables import (
     by_batch_size,
     ceiling,
@@ -19,7 +21,7 @@ from mmtok_cli.report.units import seconds, share
 FEW = 3
 
 if TYPE_CHECKING:
-    from mmtok_cli.results.planning import Estimate
+    from mmtok_cli.planning import Estimate
     from mmtok_cli.results.schema import CaseResult, Comparison
 
 
@@ -256,3 +258,34 @@ def duration(value: float) -> str:
 
 def _count(number: int, noun: str, plural: str = "s") -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}{plural}"
+
+
+def shortfalls(comparison: Comparison, stage: str, least: float) -> list[str]:
+    """One line for each case whose lower 95 % bound of the speedup is below `least`; none if all reach it.
+
+    A case without an interval, because it failed or ran in too few rounds, does not reach it.
+    """
+    lines = []
+    for failed in comparison.failures:
+        lines.append(
+            f"{failed}, batch size {failed.case.batch_size}: {failed.reason}, so there is no speedup ({stage})"
+        )
+    for result in comparison.results:
+        if result.case.is_baseline:
+            continue
+        name = f"{result}, batch size {result.case.batch_size}"
+        speedup = result.speedup.get(stage)
+        if speedup is None or speedup.low is None or speedup.high is None:
+            lines.append(f"{name}: the speedup ({stage}) has no interval, which requires six rounds and a baseline")
+        elif speedup.low < least:
+            lines.append(
+                f"{name}: the speedup ({stage}) is {speedup.median:.2f}x, 95 % interval {speedup.low:.2f} to "
+                f"{speedup.high:.2f}; the lower bound must reach {least:g}x"
+            )
+    return lines
+
+
+def require_speedup_stage(stage: str) -> None:
+    """Raises MMTokError for a stage without a speedup."""
+    if stage not in COMPARED:
+        raise MMTokError(f"--fail-below-stage {stage!r} has no speedup", f"choose one of {', '.join(COMPARED)}")

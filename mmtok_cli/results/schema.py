@@ -224,6 +224,11 @@ class CaseId(Record):
         return f"{self.run}: {name}" if self.run else name
 
     @property
+    def label(self) -> str:
+        """The case with its batch size, if that is not 1."""
+        return str(self) if self.batch_size == 1 else f"{self} x {self.batch_size}"
+
+    @property
     def is_baseline(self) -> bool:
         """Whether this is the unreduced model that the others are compared with."""
         return self.method == "full" and not self.again

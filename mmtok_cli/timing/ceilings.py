@@ -1,4 +1,4 @@
-"""What the device can do at best, measured in the same run, and how near each stage comes to it."""
+"""The device's peak rates, measured in the same run, and the rates that each stage achieves."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from mmtok_cli.timing.clock import Clock
 from mmtok_cli.timing.partial import missing_layers
 
 REPETITIONS = 5
-TIME_LIMIT = 1.0  # seconds of the repetitions at one size, after which no other begins
-TOO_LONG = 0.5  # seconds of one product or copy: what is expected to take longer is not begun
+TIME_LIMIT = 1.0  # seconds spent at one size after which no further repetition begins
+TOO_LONG = 0.5  # seconds; a product or copy that is expected to take longer is not started
 LONG_ENOUGH = {"cpu": 10e-3}  # seconds of one product
 LONG_ENOUGH_ELSEWHERE = 1e-3
-RISE = 1.1  # what the FLOP/s of a product must gain over those of the size before for a larger one to be tried
+RISE = 1.1  # factor by which the rate must rise from one size to the next for a larger one to be tried
 SMALLEST_PRODUCT, LARGEST_PRODUCT = 64, 16384  # rows
 SMALLEST_COPY = 2**20  # bytes
-LARGEST_COPY = {"cpu": 256 * 2**20}  # bytes: more than caches hold
+LARGEST_COPY = {"cpu": 256 * 2**20}  # bytes: larger than the caches
 LARGEST_COPY_ELSEWHERE = 2**30
 
 Work = Callable[[], Any]
@@ -34,9 +34,9 @@ Work = Callable[[], Any]
 class Ceilings(Record):
     """FLOP/s of the product of two square matrices in the model's data type, and bytes/s of a copy.
 
-    Medians over repetitions, whose seconds are kept: five, or fewer where the device is slow. rows: of the matrices.
-    copied: bytes of what was copied; every one was read and written, and counts twice. tf32: whether float32 products
-    were rounded to TF32, as the model's are.
+    Medians over five repetitions, fewer on a slow device; their seconds are kept. rows: of the matrices. copied: bytes
+    that were copied; each is read and written and counts twice. tf32: whether float32 products are rounded to TF32, as
+    those of the model are.
     """
 
     flops_per_second: float
@@ -66,7 +66,7 @@ class CeilingProfile(Profile):
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """Time a large matrix product and a large copy, sized to the device; seconds in all, however slow it is."""
+    """Time a large matrix product and a large copy, sized to the device, so that this takes seconds on any of them."""
     rows, products = _products(device, dtype)
     copied, copies = _copies(device)
     return Ceilings(
@@ -82,13 +82,16 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
 
 
 def achieved(results: Sequence[CaseResult], weights_read: int) -> list[Achieved]:
-    """What the cases of a profile, whose batches hold one sample, achieved."""
+    """The rates that the cases of a profile reached."""
     return [_achieved(result, weights_read) for result in results]
 
 
 def weights_read(model: VisionLanguageModel) -> int:
-    """Bytes of weights that decoding one token reads: the language model's and its head's. Of the input embedding it
-    reads a row, which is not counted; nor is the KV cache. Layers that are not run count as the last one that is."""
+    """Bytes of weights that are read to decode one token: those of the language model and its head.
+
+    The KV cache and the one row of the input embedding are not counted. Layers that are not run count as the last one
+    that is.
+    """
     embedding = model.model.get_input_embeddings().weight
     head = model.model.get_output_embeddings().weight
     language_model = hf.language_model(model.model)
@@ -99,11 +102,13 @@ def weights_read(model: VisionLanguageModel) -> int:
 
 def _achieved(result: CaseResult, weights_read: int) -> Achieved:
     seconds = {stage: times.median for stage, times in result.seconds.items()}
-    passes = result.tokens.new - 1  # the first token comes of the prefill's logits
+    passes = result.tokens.new - 1  # the first token comes from the logits of the prefill
     return Achieved(
         case=result.case,
         flops_per_second={
-            stage: flops / seconds[stage] for stage, flops in result.flops.items() if flops > 0 and seconds[stage] > 0
+            stage: flops * result.case.batch_size / seconds[stage]
+            for stage, flops in result.flops.items()
+            if flops > 0 and seconds[stage] > 0
         },
         decode_bytes_per_second=weights_read * passes / seconds["decode"] if passes > 0 else None,
     )

@@ -14,7 +14,7 @@ Mark = TypeVar("Mark")
 
 
 class Stages(Generic[Mark]):
-    """Splits what passes among stages. A stage entered within another interrupts it, so that nothing counts twice."""
+    """Attributes time, or another counter, to stages. A nested stage interrupts the outer one: nothing counts twice."""
 
     def __init__(self, read: Callable[[], Mark]) -> None:
         self.spans: list[tuple[str, Mark, Mark]] = []
@@ -37,7 +37,7 @@ class Stages(Generic[Mark]):
 
 
 class Clock:
-    """Times the stages of one run. `stage` is the context that the pipeline enters; read `seconds` afterwards."""
+    """Times the stages of one run. The pipeline enters the context `stage`; `seconds` gives the result."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -62,7 +62,7 @@ class Clock:
         return with_sums(self.stages())
 
     def now(self) -> Any:
-        """A mark on the device's clock."""
+        """The current time of the device, as a CUDA event or in seconds."""
         if self._device.type == "cuda":
             event = torch.cuda.Event(enable_timing=True)
             event.record(torch.cuda.current_stream(self._device))
@@ -72,13 +72,13 @@ class Clock:
 
 
 def with_sums(stages: Mapping[str, float]) -> dict[str, float]:
-    """Seconds by stage, their sum as `total`, and as `ttft` what passes before the first token."""
+    """Seconds by stage, their sum as `total`, and the time to first token as `ttft`."""
     total = sum(seconds for name, seconds in stages.items() if not name.startswith("measured_"))
     return {**stages, "ttft": total - stages.get("decode", 0.0), "total": total}
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait until the device has done what it was told to."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

@@ -1,4 +1,4 @@
-"""Floating-point operations of each stage, counted by torch not by a formula, and what that count leaves out."""
+"""FLOPs of each stage, counted by torch while the model runs, and the operators that this count leaves out."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _attention_on_cpu(query: Any, key: Any, value: Any, *args: Any, **kwargs: An
     return sdpa_flop_count(query, key, value)
 
 
-# torch has a formula for the attention kernels of GPUs only.
+# torch only has formulas for the attention kernels of GPUs.
 CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_on_cpu}
 
 # Words in the names of operators that multiply matrices: products, convolutions, attention, recurrent cells.
@@ -34,7 +34,7 @@ PRODUCTS = re.compile(
 
 
 class SeenOperators(TorchDispatchMode):
-    """Counts the calls of all operators by name. Stands below torch's counter, so it sees what that has decomposed."""
+    """Counts the calls of all operators by name, below torch's own counter and so after its decompositions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,10 +53,10 @@ def count_flops(
 
 
 def measure_flops(model: VisionLanguageModel, case: Case, samples: Sequence[Sample], max_new_tokens: int) -> Flops:
-    """FLOPs per sample by stage, their sum as `total`, and the operators that they are made of.
+    """FLOPs per sample by stage, their sum as `total`, and the operators that they cover.
 
-    torch counts matrix products, convolutions and attention, two operations for each multiply-accumulate; what is
-    element-wise (softmax, normalisation, MMTok's greedy loop) counts as nothing.
+    torch counts matrix products, convolutions and attention, two operations for each multiply-accumulate. Element-wise
+    operators (softmax, normalisation, MMTok's greedy loop) are not counted.
     """
     counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
     stages = Stages(counter.get_total_flops)
@@ -72,7 +72,7 @@ def measure_flops(model: VisionLanguageModel, case: Case, samples: Sequence[Samp
 
 
 def coverage(calls: Counter[Any], formulas: Any) -> FlopCoverage:
-    """Calls of operators split into those with a formula, those that should have one, and all."""
+    """Calls of all operators, of those with a formula, and of matrix products without one."""
     counted: dict[str, int] = {}
     missed: dict[str, int] = {}
     for operator, number in calls.most_common():

@@ -1,4 +1,4 @@
-"""Estimates for a whole model from a part of its decoder layers."""
+"""Estimates for the whole model where only its first decoder layers are run."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ Mark = TypeVar("Mark")
 
 
 def missing_layers(model: VisionLanguageModel) -> int:
-    """Decoder layers of the model that are not run."""
+    """How many decoder layers of the model are not run."""
     return model.layer_count - model.loaded_layers
 
 
 @contextmanager
 def last_layer(model: VisionLanguageModel, read: Callable[[], Mark]) -> Iterator[list[tuple[str, Mark, Mark]]]:
-    """Collects what `read` says when the last layer that is run begins and ends, in prefill and in decode.
+    """Collects the values of `read` where the last loaded layer begins and ends, in prefill and in decode.
 
-    Nothing is watched where all layers are run. The layer begins with its first norm: what a method does in front of
-    it is none of the layer's work.
+    Does nothing where all layers are run. The layer begins with its first norm, so that the work of a method before the
+    layer does not count as the layer's.
     """
     spans: list[tuple[str, Mark, Mark]] = []
     if not missing_layers(model):
@@ -47,10 +47,10 @@ def last_layer(model: VisionLanguageModel, read: Callable[[], Mark]) -> Iterator
 
 
 def of_whole_model(measured: Mapping[str, float], last: Mapping[str, float], missing: int) -> dict[str, float]:
-    """Figures by stage as they would be with the missing layers, each taken for as costly as the last one that is run.
+    """Figures by stage with the missing layers added, assuming that each costs as much as the last one that is run.
 
-    That layer lies behind every cut, as the missing ones do. measured: by stage. last: the layer's share of prefill and
-    decode. What was measured of these stays beside the estimate, as `measured_prefill` and `measured_decode`.
+    That layer comes after every cut, like the missing ones. measured: by stage. last: the layer's share of prefill and
+    decode. The measured values are kept as `measured_prefill` and `measured_decode`.
     """
     if not missing:
         return dict(measured)

@@ -25,7 +25,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Measurement:
-    """Times what the plan of a run directory asks for and the directory does not hold yet.
+    """Times the runs of a plan that are not in its run directory yet.
 
     cases: those of the plan, in its order. batches: the samples, by batch size. A case that runs out of memory is given
     up; the others continue.

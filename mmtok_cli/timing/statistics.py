@@ -23,7 +23,7 @@ DRIFT_P = 0.01
 
 
 def summarise(values: Sequence[float], repetitions: Sequence[Sequence[float]] = ()) -> Times:
-    """Median and 10th and 90th percentile of raw seconds, which are kept."""
+    """Median, 10th and 90th percentile of raw seconds. The raw values are kept."""
     p10, median, p90 = np.percentile(values, [10, 50, 90]).tolist()
     return Times(
         median=median, p10=p10, p90=p90, values=list(values), repetitions=[list(round_) for round_ in repetitions]
@@ -33,13 +33,13 @@ def summarise(values: Sequence[float], repetitions: Sequence[Sequence[float]] = 
 def paired_speedup(baseline: Sequence[float], seconds: Sequence[float]) -> Speedup:
     """Median over rounds of baseline / method seconds, with a 95 % interval.
 
-    Each pair was measured in the same round, so what slows the whole machine down cancels out. The interval is that of
-    Hettmansperger and Sheather (1986), order statistics between which is interpolated, of the logarithms: whichever of
-    two cases is called the baseline, the intervals are each other's inverse. It was chosen by simulation (the tests
-    repeat it): under heavy-tailed noise and a true ratio of 1 or 1.3 it holds the truth in 94 to 96 % of 6, 8, 10, 20
-    or 40 rounds. Order statistics alone, exact for any noise, are too few to hit 95 %: they hold it in up to 99 % (8
-    rounds) and 98 % (10) and are the wider for it; a bootstrap of the median is bound to the same few values and has no
-    such promise. Fewer than six rounds have no interval. The speedup is conclusive when it does not contain 1.
+    Each pair is measured in the same round, so a slowdown of the whole machine cancels out. The interval is that of
+    Hettmansperger and Sheather (1986), interpolated between order statistics, on logarithms: if baseline and method
+    change places, the interval becomes its inverse. It was chosen by simulation, which the tests repeat: under
+    heavy-tailed noise and a true ratio of 1 or 1.3, it covers the true value in 94 to 96 % of experiments of 6, 8, 10,
+    20 or 40 rounds. Plain order statistics are exact for any noise but too coarse for 95 %: they cover it in up to 99 %
+    (8 rounds) and 98 % (10), with wider intervals. A bootstrap of the median uses the same few values and guarantees
+    nothing. With fewer than six rounds there is no interval. The speedup is conclusive if the interval excludes 1.
     """
     logs = np.log(np.asarray(baseline, float) / np.asarray(seconds, float))
     median = float(np.exp(np.median(logs)))
@@ -59,7 +59,7 @@ def median_interval(values: NDArray[np.float64]) -> NDArray[np.float64]:
 def outliers(seconds: Sequence[float]) -> list[int]:
     """The places of values that exceed the median by more than 14.8 median absolute deviations.
 
-    What is less than a tenth above the median is none, however alike the rest are. Fewer than six values have none.
+    A value less than a tenth above the median never counts. Of fewer than six values, none do.
     """
     if len(seconds) < FEWEST:
         return []
@@ -72,10 +72,10 @@ def outliers(seconds: Sequence[float]) -> list[int]:
 
 
 def drift(seconds: Sequence[float]) -> Drift | None:
-    """How much slower the last round is than the first, on a line through all (Theil and Sen's); None for no drift.
+    """How much slower the last round is than the first, on the Theil-Sen line through all; None for no drift.
 
-    Counts as drift from 5 % on, where chance (Kendall's tau) would bring it about less than once in a hundred times.
-    Fewer than ten rounds have none.
+    A change counts as drift from 5 % on, if its probability by chance (Kendall's tau) is below 1 %. With fewer than ten
+    rounds there is none.
     """
     if len(seconds) < DRIFT_ROUNDS or len(set(seconds)) == 1:
         return None

@@ -10,11 +10,8 @@ from typing import TYPE_CHECKING
 from PIL import Image as PILImage
 from PIL.Image import Image
 
-from mmtok_cli.cases import is_out_of_memory, release_memory
-from mmtok_cli.cli.panels import draw, lay_out
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.files import write_whole
-from mmtok_cli.pipeline import answer, reduce
 from mmtok_cli.report.overlay import save_image
 from mmtok_cli.results.schema import Record, from_json, json_text
 
@@ -128,6 +125,8 @@ def _different(samples: Sequence[Sample]) -> Iterator[tuple[int, Sample]]:
 
 def _drawn(model: VisionLanguageModel, case: Case, sample: Sample) -> Image | None:
     """What the case keeps of the sample's first image; None where it cannot be run."""
+    from mmtok_cli.cases import is_out_of_memory, release_memory
+
     try:
         return _draw(model, case, sample)
     except MMTokError:
@@ -140,6 +139,9 @@ def _drawn(model: VisionLanguageModel, case: Case, sample: Sample) -> Image | No
 
 
 def _draw(model: VisionLanguageModel, case: Case, sample: Sample) -> Image:
+    from mmtok_cli.panels import draw, lay_out
+    from mmtok_cli.pipeline import answer, reduce
+
     run = partial(reduce, model, case.method, [sample], case.budget, rules=case.rules)
     reduced = run()
     selections = reduced.selections
