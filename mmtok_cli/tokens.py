@@ -22,13 +22,13 @@ class VisionTokens:
 
     projected: [tokens, dim], what would enter the language model.
     features: [tokens, vision_dim], the same tokens before the projector.
-        Rows that no patch is behind, such as the ends of lines, are zero.
+        Rows without a patch, such as the ends of lines, are zero.
     grid: (rows, columns); token i lies in row i // columns, column i % columns. One row where the tokens form no
         rectangle.
     eligible: [tokens], False where a patch shows nothing but padding that must not be kept, or nothing at all.
     image_id: names the image in the same way in every run; seeded methods draw from it.
     project: the projector, from `features` [rows, vision_dim] to `projected` [rows, dim], for methods that merge.
-    signals: what else the method asked to see of the encoder, by name (see the family's `SIGNALS`).
+    signals: what else the method requested of the encoder, by name (see `VisionLanguageModel.signals`).
     crops: the image's crops, each on its own, where the model cuts images into several.
     deepstack: [tokens, dim] for each of the first decoder layers that add something of their own to vision tokens.
     """
@@ -100,7 +100,7 @@ class Selection:
 class Crops:
     """The crops of one image, each encoded on its own.
 
-    tokens: of each crop, the one that shows the whole image first.
+    tokens: of each crop, in the order of the prompt (for LLaVA-NeXT, the one that shows the whole image first).
     places: [crops, tokens of a crop], where each token stands among the vision tokens of the unreduced prompt;
         PADDING for those that it leaves out.
     ranks: [crops, tokens of a crop], the order in which kept tokens enter the language model: the first crop, then the

@@ -100,7 +100,7 @@ def public(name: str) -> Any:
 def call(function: Any, *args: Any, **kwargs: Any) -> Any:
     """Call a function, method or module of transformers whose signature must name the keyword arguments.
 
-    Their `**kwargs` would swallow a renamed argument without a word: images given to a forward pass would be ignored.
+    Their `**kwargs` would accept a renamed argument silently: images given to a forward pass would be ignored.
     Raises MMTokError for an argument that the signature does not name.
     """
     if isinstance(function, nn.Module):
@@ -432,7 +432,7 @@ def cached_tokens(cache: Any) -> int:
 
 
 def cached_keys(cache: Any, layer: int) -> Tensor:
-    """The keys of a decoder layer, behind the rotary embedding: [batch, KV heads, tokens, head dim]."""
+    """The keys of a decoder layer, after the rotary embedding: [batch, KV heads, tokens, head dim]."""
     keys: Tensor = part(part(cache, "layers")[layer], "keys")
     return keys
 
@@ -498,12 +498,12 @@ def hidden_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
 
 
 def first_norm(layer: Any) -> Any:
-    """The norm in front of a decoder layer's attention."""
+    """The norm before a decoder layer's attention."""
     return part(layer, "input_layernorm")
 
 
 def final_norm(language: Any) -> Any:
-    """The norm behind a language model's last layer."""
+    """The norm after a language model's last layer."""
     return part(language, "norm")
 
 
@@ -513,12 +513,12 @@ def rotary_embedding(language: Any, hidden: Tensor, position_ids: Tensor) -> Rot
 
 
 def queries(layer: Any, hidden: Tensor, rotary: Rotary) -> Tensor:
-    """A decoder layer's queries behind the rotary embedding: [heads, tokens, head dim]. hidden: [tokens, dim]."""
+    """A decoder layer's queries after the rotary embedding: [heads, tokens, head dim]. hidden: [tokens, dim]."""
     return _projected(layer, hidden, rotary, "q_proj", "q_norm")
 
 
 def keys(layer: Any, hidden: Tensor, rotary: Rotary) -> Tensor:
-    """A decoder layer's keys behind the rotary embedding: [KV heads, tokens, head dim]. hidden: [tokens, dim]."""
+    """A decoder layer's keys after the rotary embedding: [KV heads, tokens, head dim]. hidden: [tokens, dim]."""
     return _projected(layer, hidden, rotary, "k_proj", "k_norm")
 
 
@@ -610,7 +610,7 @@ def _clip_heads(attention: Any, projected: Tensor) -> Tensor:
 
 
 def clip_text_parts(clip: Any) -> tuple[Any, Any, Any, Any]:
-    """The text model, its projection, the norm behind the encoder and the encoder's projection of a CLIP model."""
+    """The text model, its projection, the norm after the encoder and the encoder's projection of a CLIP model."""
     names = ("text_model", "text_projection", "vision_model.post_layernorm", "visual_projection")
     text_model, text_projection, post_layernorm, visual_projection = (part(clip, name) for name in names)
     return text_model, text_projection, post_layernorm, visual_projection
@@ -658,7 +658,7 @@ def pack_crops(model: Any, features: Tensor, height: int, width: int, newline: T
 class QwenEncoded:
     """What Qwen's vision encoder makes of several images.
 
-    patches: [patches of all images, dim], behind the last block, in the order of the encoder's windows.
+    patches: [patches of all images, dim], after the last block, in the order of the encoder's windows.
     tokens: [tokens, dim] of each image, in raster order. deepstack: for each of the first decoder layers, the same.
     """
 
@@ -720,7 +720,7 @@ def vision_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tenso
 
 
 def vision_queries_and_keys(attention: Any, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
-    """[heads, patches, head dim] each, behind the rotary embedding. hidden: [patches, dim]."""
+    """[heads, patches, head dim] each, after the rotary embedding. hidden: [patches, dim]."""
     _members(attention, {"qkv", "proj"})
     split = part(attention, "qkv")(hidden).unflatten(-1, (3, part(attention, "num_heads"), -1))
     found_queries, found_keys, _ = split.unbind(1)
@@ -761,6 +761,8 @@ def internvl_attention(model: Any) -> Any:
 
 def internvl_queries_and_keys(attention: Any, hidden: Tensor) -> tuple[Tensor, Tensor, float]:
     """[tiles, heads, 1 + patches, head dim] each, and the scale. hidden: [tiles, 1 + patches, dim], its input."""
+    projections = {"q_proj", "k_proj", "v_proj", "projection_layer", "projection_dropout"}
+    _members(attention, projections | {"q_norm", "k_norm"})
     shape = part(attention, "num_heads"), part(attention, "head_dim")
     found = [
         part(attention, norm)(part(attention, projection)(hidden)).unflatten(-1, shape).transpose(1, 2)

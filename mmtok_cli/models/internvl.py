@@ -1,4 +1,4 @@
-"""InternVL: an image is cut into tiles of fixed size, behind which a thumbnail of the whole image follows."""
+"""InternVL: an image is cut into tiles of fixed size, followed by a thumbnail of the whole image."""
 
 from __future__ import annotations
 

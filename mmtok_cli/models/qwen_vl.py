@@ -24,7 +24,7 @@ FULLEST = 0.85  # of a budget that a smaller image takes up at least
 class QwenVL(VisionLanguageModel):
     """`Qwen2_5_VLForConditionalGeneration`.
 
-    A vision token is what the merger makes of 2x2 patches; its features are the mean of these behind the last block,
+    A vision token is what the merger makes of 2x2 patches; its features are the mean of these after the last block,
     as in MMTok's release, in raster order. Positions are those of the whole image (M-RoPE) whatever is dropped.
     """
 

@@ -14,7 +14,7 @@ from mmtok_cli.models import hf
 
 GIB = 2**30
 NARROW = (torch.bfloat16, torch.float16)
-TEXT_TOKENS = 128  # of a prompt, beside its vision tokens
+TEXT_TOKENS = 128  # of a prompt, besides its vision tokens
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Needs:
 
 
 def laid_out(config: Any, dtype: torch.dtype | None, attention: str = "sdpa") -> Any:
-    """The model of a configuration without memory behind it."""
+    """The model of a configuration, without memory for its weights."""
     return hf.empty_model(config, dtype, attention)
 
 

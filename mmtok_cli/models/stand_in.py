@@ -35,7 +35,7 @@ class StandInTokenizer(_Tokenizer):
     into words.
 
     bos: begins every sequence; None where none does. pad: that of the token at the end unless given.
-    special: ids of the special tokens beside the image token, those of Llama's vocabulary unless given.
+    special: ids of the special tokens besides the image token, those of Llama's vocabulary unless given.
     words, letters: the pattern of the words, and how many letters of a word make a piece.
     """
 

@@ -35,7 +35,7 @@ CLIP = {
 }
 QWEN = {"depth": 3, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 48}
 ROTARY = {"mrope_section": [2, 2, 2]}
-# What each family's architecture has in place of the values of its smallest known model.
+# Values that replace those of each family's first profile.
 SMALLER: dict[str, dict[str, Any]] = {
     "internvl": {"text_config": TEXT, "vision_config": {**CLIP, "image_size": [INTERNVL_SIDE, INTERNVL_SIDE]}},
     "llava": {"text_config": TEXT, "vision_config": CLIP},
