@@ -113,7 +113,7 @@ def test_rules_on_screen(tiny_directory: Path, photo: Path) -> None:
     compared = run("compare", *model, "--methods", "fastv,mmtok", "--limit", 1, "--track", "harmonised")
     assert "seed 0; harmonised track" in " ".join(compared.stdout.split()) and " avg " in compared.stdout
     notes = " ".join(compared.stderr.split())
-    assert "choosing tokens costs, as a share of encode and prefill: fastv" in notes and "layer average (avg)" in notes
+    assert "selection overhead, as a share of encode and prefill: fastv" in notes and "layer average (avg)" in notes
     plain = run("compare", *model, "--methods", "mmtok", "--limit", 1)
     assert "track" not in plain.stdout and " avg " not in plain.stdout
     assert "layer average" in run("infer", photo, QUESTION, *model, "--method", "fastv").stdout
@@ -324,7 +324,7 @@ def test_random_weights_say_what_they_are(tiny_directory: Path, photo: Path, tmp
         run("profile", *command, "--runs", 2, "--max-new-tokens", 2, "--trace-dir", tmp_path),
     ):
         assert shown.exit_code == 0, shown.output
-        assert "random weights: answers and scores mean nothing" in " ".join(shown.stdout.split())
+        assert "random weights: only time and memory are meaningful" in " ".join(shown.stdout.split())
     assert run_json("infer", *command, "--max-new-tokens", 2)["weights"] == "random"
     assert "random weights" not in run("infer", *command[:-2], "--max-new-tokens", 2).stdout
     refused(run("infer", *command[:-1], "zero"), "no weights 'zero'", "pretrained, random")

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from cli_helpers import refused, run, run_json
 
-from mmtok_cli.report.checks import duration, notes
+from mmtok_cli.report.checks import notes
 from mmtok_cli.report.tables import speed_table
+from mmtok_cli.report.units import duration
 from mmtok_cli.results.schema import (
     CaseId,
     CaseResult,
@@ -74,7 +75,7 @@ def test_dry_run(command: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.M
         assert estimate["seconds"] == pytest.approx(counted + measured + asked)
 
     shown = run(*command, *options)
-    assert "round 1: " in shown.stdout and "… 8 rounds in all" in shown.stdout and "full (again)" in shown.stdout
+    assert "round 1: " in shown.stdout and "… 8 rounds in total" in shown.stdout and "full (again)" in shown.stdout
     assert "8 samples, seed 0; about" in shown.stdout
     assert max(map(len, shown.stdout.splitlines())) <= 80
 
@@ -155,10 +156,10 @@ def test_trouble_is_told_with_what_to_do_about_it() -> None:
     ttft = {"ttft": Times(median=0.1, p10=0.1, p90=0.1, values=[0.1] * 9 + [2.0])}
     slow = case("mmtok", outliers=[9])
     slow = slow.model_copy(update={"seconds": slow.seconds | ttft})
-    assert "outliers: 1 round of 10 took up to 2 s to the first token where 100 ms is usual (mmtok @ 64)" in said(
+    assert "outliers: 1 round of 10 took up to 2 s to the first token, with a median of 100 ms (mmtok @ 64)" in said(
         case("full"), slow
     )
-    assert "the first round took much longer than the rest (mmtok @ 64): raise --warmup" in said(
+    assert "the first round took much longer than the others (mmtok @ 64): raise --warmup" in said(
         case("full"), case("mmtok", outliers=[0])
     )
     hot = said(case("full", drift=Drift(change=0.12, p=1e-4)), case("mmtok"))
@@ -169,9 +170,9 @@ def test_trouble_is_told_with_what_to_do_about_it() -> None:
 
 def test_what_the_flops_leave_out() -> None:
     whole = FlopCoverage(calls=200, counted={"mm": 20}, missed={})
-    assert "FLOPs count 10% of the operators called" in said(case("full", flop_coverage=whole))
+    assert "FLOPs cover 10% of the operator calls" in said(case("full", flop_coverage=whole))
     lacking = FlopCoverage(calls=200, counted={"mm": 20}, missed={"_int_mm": 4})
-    assert "FLOPs are too few: torch has no formula for _int_mm" in said(case("full", flop_coverage=lacking))
+    assert "FLOPs are underestimated: torch has no formula for _int_mm" in said(case("full", flop_coverage=lacking))
 
 
 def test_what_the_gpu_gave_away() -> None:
@@ -187,8 +188,8 @@ def test_what_the_gpu_gave_away() -> None:
     base = compared(case("full", gpu=use), case("mmtok"))
     on_gpu = base.environment.model_copy(update={"device": "cuda:0"})
     told = "\n".join(notes(base.model_copy(update={"environment": on_gpu})))
-    assert "held its clock down (power cap) after runs of full" in told and "1 other process used the GPU" in told
-    assert "energy per answer, of the whole card: full 12.3 J" in told
+    assert "throttled (power cap) during full" in told and "1 other process used the GPU" in told
+    assert "energy per answer (whole card): full 12.3 J" in told
     silent = compared(case("full"), environment=on_gpu)
     assert "pip install 'mmtok[gpu]'" in "\n".join(notes(silent))
 

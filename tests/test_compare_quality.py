@@ -119,7 +119,7 @@ def test_stopped_while_asking_and_gone_on_with(
     stopping = True
     shown = run(*command, *options)
     if stop is KeyboardInterrupt:
-        assert shown.exit_code == 0 and "interrupted: 4 of 7 samples were asked" in " ".join(shown.stderr.split())
+        assert shown.exit_code == 0 and "interrupted: 4 of 7 samples were evaluated" in " ".join(shown.stderr.split())
     before = {file.name: file.read_bytes() for file in (tmp_path / "run" / "quality").iterdir()}
     assert len(before) == 2
     stopping = False

@@ -137,7 +137,7 @@ def test_interrupting_shows_whole_rounds_and_how_to_go_on(
     result = run(*command, "--run-dir", tmp_path / "run")
     assert result.exit_code == 0
     said = " ".join(result.stderr.split())
-    assert "interrupted: 3 of 6 whole rounds" in said
+    assert "interrupted: 3 of 6 rounds were completed" in said
     assert f"mmtok compare --run-dir {tmp_path / 'run'} --resume" in result.stderr
 
 
@@ -155,7 +155,7 @@ def test_a_full_disk_loses_nothing(command: tuple[Any, ...], tmp_path: Path, mon
         patch.setattr(Path, "write_text", write_text)
         result = run(*command, "--run-dir", directory)
     assert result.exit_code == 1 and "No space left on device" in result.stderr and "Traceback" not in result.stderr
-    assert "interrupted: 2 of 6 whole rounds" in " ".join(result.stderr.split()) and "mmtok" in result.stdout
+    assert "interrupted: 2 of 6 rounds were completed" in " ".join(result.stderr.split()) and "mmtok" in result.stdout
     assert len(whole_rounds(RunDirectory.open(directory))) == 2  # and nothing that is there is half of something
     assert run_json("compare", "--run-dir", directory, "--resume")["schedule"]["rounds"] == 6
 
@@ -186,7 +186,7 @@ def test_a_case_that_runs_out_of_memory_is_a_row(
     row = next(line for line in result.stdout.splitlines() if line.strip().startswith("fastv"))
     assert "out of memory" in row
     said = " ".join(result.stderr.split())
-    when = "while it was warming up" if at == "warm-up" else "in round 3"
+    when = "during warm-up" if at == "warm-up" else "in round 3"
     assert f"fastv @ 4 (batches of 1): out of memory {when}" in said and "lower --batch-size" in said
     assert (str(error) or "MemoryError") in said
 
