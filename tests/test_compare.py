@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from cli_helpers import refused, run, run_json
 
-from mmtok_cli.report.checks import duration, notes, shortfalls
+from mmtok_cli.report.checks import notes, shortfalls
 from mmtok_cli.report.tables import speed_table
 from mmtok_cli.report.units import duration
 from mmtok_cli.results.schema import (
