@@ -1,4 +1,4 @@
-"""Pictures of what each method keeps, made while the model is loaded and left in the run directory for a page."""
+"""Pictures of the tokens that each case keeps, saved in the run directory for the HTML page."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Album(Record):
 
 
 def save_pictures(model: VisionLanguageModel, cases: Sequence[Case], dataset: Dataset, store: RunDirectory) -> None:
-    """Draw what each case of the middle budget keeps of the first few images, unless that was done before.
+    """Draw what each case of the middle budget keeps of the first few images, unless they exist.
 
     A case that fails is left out. Raises MMTokError where pictures cannot be written.
     """
@@ -91,7 +91,7 @@ def read_pictures(run: Path) -> list[OverlayGroup]:
             for g in album.groups
         ]
     except (OSError, ValueError) as error:
-        raise MMTokError(f"the pictures in {folder} cannot be read", "delete them to go without") from error
+        raise MMTokError(f"the pictures in {folder} cannot be read", "delete the directory to omit them") from error
 
 
 def _opened(path: Path) -> Image:

@@ -183,7 +183,7 @@ def test_compare(tiny_directory: Path, tmp_path: Path) -> None:
     assert result["results"][0]["score_counts"]["asked"] == 6
 
     shown = run(*command, "--methods", "resize:pool", "--batch-size", 2, "--plot", tmp_path / "tradeoff.png")
-    assert "4/36" in shown.stdout and "6 samples, batches of 2" in shown.stdout and "wrote" in shown.stderr
+    assert "4/36" in shown.stdout and "6 samples, batch size 2" in shown.stdout and "wrote" in shown.stderr
     assert Image.open(tmp_path / "tradeoff.png").width > 1000
 
 

@@ -90,10 +90,10 @@ def test_tables_of_several_batch_sizes(command: tuple[Any, ...], monkeypatch: py
     result = run(*command, "--methods", "mmtok,fastv", "--batch-size", "1,4", "--rounds", 6)
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
-    assert [line.split(", ")[1] for line in lines if "samples, batches" in line] == ["batches of 1", "batches of 4"]
+    assert [line.split(", ")[1] for line in lines if "samples, batch size" in line] == ["batch size 1", "batch size 4"]
     assert sum(line.startswith("Speed") for line in lines) == 2 and max(map(len, lines)) <= 80
     said = " ".join(result.stderr.split())
-    assert "batches of 1: prepare and encode take" in said and "batches of 4: prepare and encode take" in said
+    assert "batch size 1: prepare and encode take" in said and "batch size 4: prepare and encode take" in said
 
 
 def test_bad_batch_sizes(command: tuple[Any, ...]) -> None:

@@ -81,7 +81,7 @@ def test_times_alone(command: tuple[Any, ...], tmp_path: Path) -> None:
     outputs = ("--export", tmp_path / "t.json", "--export", tmp_path / "t.html")
     shown = run(*command, "--limit", 2, "--no-quality", *outputs)
     page = (tmp_path / "t.html").read_text()
-    assert "loses more than that" not in page and "What is lost against" not in page and "Where the time goes" in page
+    assert "loses more than that" not in page and "Quality against cost" not in page and "Time per stage" in page
     assert "score" not in shown.stdout and "same" not in shown.stdout and "Memory, operations" in shown.stdout
     result = json.loads((tmp_path / "t.json").read_text())
     assert all(case["score"] is None and case["fidelity"] is None for case in result["results"])

@@ -157,6 +157,8 @@ def test_details_of_a_method() -> None:
         "description": "Draws.",
     }
     details = " ".join(shown(method_details(method)).split())
-    assert "positions kept on the released track" in details and "padding competes for the budget" in details
+    assert (
+        "positions kept on the released track" in details and "padding can be selected on the released track" in details
+    )
     assert "signals class_attention" in details
-    assert "layer a whole number; by default --set random:inside.layer=2" in details
+    assert "layer a whole number; default: --set random:inside.layer=2" in details

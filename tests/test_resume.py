@@ -188,7 +188,7 @@ def test_a_case_that_runs_out_of_memory_is_a_row(
     assert "out of memory" in row
     said = " ".join(result.stderr.split())
     when = "during warm-up" if at == "warm-up" else "in round 3"
-    assert f"fastv @ 4 (batches of 1): out of memory {when}" in said and "lower --batch-size" in said
+    assert f"fastv @ 4 (batch size 1): out of memory {when}" in said and "lower --batch-size" in said
     assert (str(error) or "MemoryError") in said
 
     resumed = run_json("compare", "--run-dir", tmp_path / "run", "--resume")

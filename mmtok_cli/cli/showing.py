@@ -1,4 +1,4 @@
-"""How a comparison is shown: JSON, or tables and notes; and files in whatever formats were asked for."""
+"""Showing results: JSON or tables and notes on screen, files in several formats, plots."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from pathlib import Path
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.pictures import read_pictures
 from mmtok_cli.report import checks, console, tables
+from mmtok_cli.report.units import plural
 from mmtok_cli.results.schema import Comparison, Profile
 
 
 def show(comparison: Comparison, parameters: Sequence[str], as_json: bool, quiet: bool) -> None:
-    """JSON, or tables for each batch size and notes on how to read them."""
+    """Print JSON, or tables for each batch size and notes on how to read them."""
     if as_json:
         console.print_json(comparison)
         return
@@ -22,8 +23,8 @@ def show(comparison: Comparison, parameters: Sequence[str], as_json: bool, quiet
         schedule = part.schedule
         data = "" if schedule.data == "demo" else f" of {console.printable(schedule.data)}"
         out.print(
-            f"{console.printable(part.model)}: {schedule.samples} samples{data}, batches of {schedule.batch_size}, "
-            f"seed {schedule.seed}" + (f"; {rules}" if rules else "")
+            f"{console.printable(part.model)}: {plural(schedule.samples, 'sample')}{data}, "
+            f"batch size {schedule.batch_size}, seed {schedule.seed}" + (f"; {rules}" if rules else "")
         )
         for table in tables.comparison_tables(part):
             out.print(table)

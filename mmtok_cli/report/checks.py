@@ -31,7 +31,7 @@ def notes(comparison: Comparison, *, ceilings: bool = True) -> list[str]:
     lines = []
     parts = by_batch_size(comparison)
     for part in parts:
-        head = f"batches of {part.schedule.batch_size}: " if len(parts) > 1 else ""
+        head = f"batch size {part.schedule.batch_size}: " if len(parts) > 1 else ""
         lines += [head + ceiling(result) for result in part.results if ceilings and result.case.is_baseline]
         lines += [head + line for line in (*outlier_notes(part.results), *drift_notes(part.results))]
     lines += [*failure_notes(comparison), *left_out_notes(comparison), *comparison.remarks]
@@ -63,7 +63,7 @@ def failure_notes(comparison: Comparison) -> list[str]:
             else "choose a budget that fits every sample, or drop the case"
         )
         lines.append(
-            f"{failed} (batches of {failed.case.batch_size}): {failed.reason} {when}: {failed.message}; {remedy}"
+            f"{failed} (batch size {failed.case.batch_size}): {failed.reason} {when}: {failed.message}; {remedy}"
         )
     return lines
 
@@ -78,7 +78,7 @@ def comparison_notes(comparison: Comparison) -> list[str]:
     ]
     notes += [*overhead_notes(methods), *layer_notes(methods), *position_notes(methods)]
     for part in by_batch_size(comparison):
-        head = f"batches of {part.schedule.batch_size}: " if part is not comparison else ""
+        head = f"batch size {part.schedule.batch_size}: " if part is not comparison else ""
         doubtful = [result for result in part.results if not result.case.is_baseline]
         notes += [head + note for note in inconclusive_notes(doubtful, ("prefill", "ttft"))]
     return [*notes, *quality_notes(comparison), *interruption_notes(comparison)]

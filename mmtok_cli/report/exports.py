@@ -16,6 +16,7 @@ from mmtok_cli.report.checks import failure_notes, interruption_notes
 from mmtok_cli.report.columns import markdown_columns
 from mmtok_cli.report.csv_export import csv_text
 from mmtok_cli.report.tables import environment_line, rules_text
+from mmtok_cli.report.units import plural
 from mmtok_cli.results.schema import json_text
 
 if TYPE_CHECKING:
@@ -81,9 +82,9 @@ def _conditions(comparison: Comparison) -> str:
     schedule = comparison.schedule
     rules = rules_text(comparison.rules)
     return (
-        f"{environment_line(comparison.model, comparison.environment).plain}; {schedule.samples} samples, "
-        f"{schedule.rounds} rounds, batch size {schedule.batch_size}, seed {schedule.seed}"
-        + (f"; {rules}" if rules else "")
+        f"{environment_line(comparison.model, comparison.environment).plain}; "
+        f"{plural(schedule.samples, 'sample')}, {plural(schedule.rounds, 'round')}, "
+        f"batch size {schedule.batch_size}, seed {schedule.seed}" + (f"; {rules}" if rules else "")
     )
 
 
