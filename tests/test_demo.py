@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmtok_cli.demo.drawing import FAMILIES, background
+from mmtok_cli.demo.drawing import FAMILIES, background, draw
 from mmtok_cli.demo.questions import CHOICES, KINDS, NEGATIVES, Question, held_out
 from mmtok_cli.demo.scenes import COLOURS, POPULAR_PAIRS, SHAPES, make_scene
 
@@ -32,7 +32,7 @@ def test_scenes_are_the_same_everywhere() -> None:
 
 
 def test_pictures_repeat() -> None:
-    first, second = (np.asarray(make_scene(3, "eval", "dense").image()) for _ in range(2))
+    first, second = (np.asarray(draw(make_scene(3, "eval", "dense"))) for _ in range(2))
     assert first.shape == (336, 336, 3)
     assert np.array_equal(first, second)
 
@@ -52,7 +52,7 @@ def test_objects_stay_apart_and_inside(density: str, low: int, high: int) -> Non
 def test_objects_have_their_colour() -> None:
     for seed in range(30):
         scene = make_scene(seed, "eval")
-        pixels = np.asarray(scene.image())
+        pixels = np.asarray(draw(scene))
         for item in scene.objects:
             if item.digit is None:
                 assert tuple(pixels[item.centre[1], item.centre[0]]) == COLOURS[item.colour]
@@ -134,7 +134,10 @@ def answer_again(question: Question) -> str:
 
 
 def test_questions_and_scenes_need_no_torch() -> None:
-    code = "import sys; from mmtok_cli.demo.questions import held_out; held_out(8)[0].scene.image()"
+    code = (
+        "import sys; from mmtok_cli.demo.drawing import draw; from mmtok_cli.demo.questions import held_out; "
+        "draw(held_out(8)[0].scene)"
+    )
     code += "; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
@@ -207,7 +210,7 @@ def test_prompt_is_vicunas(shipped) -> None:
     turn = [{"type": "image"}, {"type": "text", "text": "Is there a red circle?"}]
     prompt = processor.apply_chat_template([{"role": "user", "content": turn}], add_generation_prompt=True)
     assert prompt == "USER: <image>\nIs there a red circle? ASSISTANT:"
-    inputs = processor(images=[make_scene(0).image()], text=[prompt], return_tensors="pt")
+    inputs = processor(images=[draw(make_scene(0))], text=[prompt], return_tensors="pt")
     assert inputs["input_ids"][0, 0] == processor.tokenizer.bos_token_id
     assert int((inputs["input_ids"] == processor.image_token_id).sum()) == 576
 

@@ -88,10 +88,11 @@ def require_question(question: str) -> None:
 
 def demo_samples(limit: int) -> list[Sample]:
     """The first `limit` held-out questions of the demo, about scenes that the demo model was not trained on."""
+    from mmtok_cli.demo.drawing import draw
     from mmtok_cli.demo.questions import held_out
 
     questions = held_out(limit)
-    pictures = {scene.seed: scene.image() for scene in {q.scene.seed: q.scene for q in questions}.values()}
+    pictures = {scene.seed: draw(scene) for scene in {q.scene.seed: q.scene for q in questions}.values()}
     return [
         Sample((pictures[q.scene.seed],), q.text, (f"scene-{q.scene.seed}",), q.answer, q.kind, id=str(number))
         for number, q in enumerate(questions)

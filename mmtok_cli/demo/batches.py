@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 
 from mmtok_cli.demo import questions as ask
 from mmtok_cli.demo.architecture import GRID, PATCH_SIZE, vocabulary
-from mmtok_cli.demo.drawing import digit_box, outline
+from mmtok_cli.demo.drawing import digit_box, draw, outline
 from mmtok_cli.demo.scenes import COLOURS, OBJECTS, PAIRS, RADII, SHAPES, Density, Scene, generator, sample_scene
 from mmtok_cli.models import hf
 
@@ -64,7 +64,7 @@ def training_scene(seed: int, grid: int, density: Density) -> Scene:
 
 
 def _pixels(scene: Scene) -> np.ndarray:
-    pixels = np.asarray(scene.image(), dtype=np.float32) / 255
+    pixels = np.asarray(draw(scene), dtype=np.float32) / 255
     mean, deviation = hf.pixel_statistics("OPENAI_CLIP")
     pixels = (pixels - np.asarray(mean, np.float32)) / np.asarray(deviation, np.float32)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))

@@ -14,6 +14,7 @@ from rich.progress import track
 from rich.table import Table
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
+from mmtok_cli.demo.drawing import draw
 from mmtok_cli.demo.questions import KINDS, NEGATIVES, Question, held_out
 
 WEIGHTS = Path(__file__).with_name("weights")
@@ -39,7 +40,7 @@ def answer(model: LlavaForConditionalGeneration, processor: LlavaProcessor, ques
         for question in questions
     ]
     prompts = processor.apply_chat_template(messages, add_generation_prompt=True)
-    images = [question.scene.image() for question in questions]
+    images = [draw(question.scene) for question in questions]
     inputs = processor(images=images, text=prompts, padding=True, return_tensors="pt")
     tokens = model.generate(**inputs, max_new_tokens=3, do_sample=False)
     replies = processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 Split = Literal["train", "eval"]
 Density = Literal["sparse", "dense"]
@@ -84,12 +81,6 @@ class Scene:
         colours = {item.colour for item in self.objects}
         shapes = {item.shape for item in self.objects}
         return tuple(pair for pair in PAIRS if pair[0] in colours and pair[1] in shapes and pair not in self.pairs)
-
-    def image(self) -> Image.Image:
-        """The picture of this scene, `size` x `size` RGB."""
-        from mmtok_cli.demo.drawing import draw
-
-        return draw(self)
 
 
 def generator(split: Split, seed: int, purpose: int = 0) -> np.random.Generator:
