@@ -261,7 +261,7 @@ class CompareSettings(CasesSettings):
         description="Timed rounds over all cases, each on the next batch of samples. Default: all batches, at most 30.",
     )
     min_time: Annotated[float | None, Option(panel=MEASUREMENT)] = Field(
-        None, ge=0, description="Keep running rounds for at least this many seconds."
+        None, ge=0, allow_inf_nan=False, description="Keep running rounds for at least this many seconds."
     )
     no_quality: Annotated[bool, Option(("--no-quality",), MEASUREMENT)] = Field(
         False, description="Measure only time and memory; do not evaluate answers."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -81,6 +82,8 @@ def compare(
     for path in files:
         require_writable(path, EXPORTS, "--export")
     if fail_below is not None:
+        if math.isinf(fail_below):
+            raise MMTokError("--fail-below must be finite", "give the least speedup, as in --fail-below 1.2")
         require_speedup_stage(fail_below_stage)
     with join_processes(settings.device) as processes:
         if settings.device_map is not None and processes.count > 1:

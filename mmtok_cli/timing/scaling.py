@@ -88,7 +88,9 @@ def parse_tokens(text: str) -> list[int]:
     numbers = []
     for part in text.split(","):
         if not part.strip().isdecimal() or len(part.strip()) > 9 or int(part) < 1:
-            raise MMTokError(f"{part.strip()!r} is no number of vision tokens", "list square numbers, as in 576,2304")
+            raise MMTokError(
+                f"{part.strip()!r} is not a number of vision tokens", "list square numbers, as in 576,2304"
+            )
         number = int(part)
         side = math.isqrt(number)
         if side**2 != number:
