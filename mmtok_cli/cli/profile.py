@@ -36,8 +36,7 @@ if TYPE_CHECKING:
     from mmtok_cli.cases import Case
     from mmtok_cli.data.samples import Sample
     from mmtok_cli.models.base import VisionLanguageModel
-    from mmtok_cli.timing.ceilings import CeilingProfile
-    from mmtok_cli.timing.scaling import ScalingProfile
+    from mmtok_cli.results.profile import CeilingProfile, ScalingProfile
 
 SCALING_TOKENS = "576,1024,2304,4096,9216,16384"
 
@@ -135,12 +134,13 @@ def profile(
     from mmtok_cli.report.plots import save_scaling
     from mmtok_cli.report.profiles import ceiling_notes, ceiling_table, profile_tables
     from mmtok_cli.report.scaling import growth_table, scaling_notes, scaling_table
+    from mmtok_cli.results.profile import CeilingProfile, ScalingProfile
     from mmtok_cli.results.schedule import interleaved
     from mmtok_cli.results.schema import Schedule
-    from mmtok_cli.timing.ceilings import CeilingProfile, achieved, measure_ceilings, weights_read
+    from mmtok_cli.timing.ceilings import achieved, measure_ceilings, weights_read
     from mmtok_cli.timing.flops import count_flops
     from mmtok_cli.timing.runner import run_case, run_rounds
-    from mmtok_cli.timing.scaling import ScalingProfile, check_scaling
+    from mmtok_cli.timing.scaling import check_scaling
     from mmtok_cli.timing.summary import summarise_cases
     from mmtok_cli.timing.traces import trace_case
 
@@ -249,7 +249,8 @@ def _with_scaling(
 ) -> ScalingProfile:
     """The profile with what is measured against the number of tokens: as far as that went, if it is interrupted."""
     from mmtok_cli.report.console import progress_bar
-    from mmtok_cli.timing.scaling import ScalingPoint, ScalingProfile, growth_of, measure_size, smallest_size
+    from mmtok_cli.results.profile import ScalingPoint, ScalingProfile
+    from mmtok_cli.timing.scaling import growth_of, measure_size, smallest_size
 
     smallest = smallest_size(model, cases, sample, sizes)
     points: dict[int, list[ScalingPoint]] = {}

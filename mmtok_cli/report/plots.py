@@ -13,8 +13,8 @@ from mmtok_cli.files import write_whole
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from mmtok_cli.results.profile import ScalingPoint, ScalingProfile
     from mmtok_cli.results.schema import CaseResult, Comparison
-    from mmtok_cli.timing.scaling import ScalingPoint, ScalingProfile
 
 
 def save_gain_curve(gains: Sequence[float], path: Path, title: str) -> None:

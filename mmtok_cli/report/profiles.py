@@ -13,8 +13,8 @@ from mmtok_cli.report.columns import COMPARED, KEPT, STAGES, layers_differ
 from mmtok_cli.report.units import count, number, seconds, share, size, spread
 
 if TYPE_CHECKING:
+    from mmtok_cli.results.profile import CeilingProfile
     from mmtok_cli.results.schema import Environment, Profile, Times
-    from mmtok_cli.timing.ceilings import CeilingProfile
 
 SIDE_BY_SIDE = 2  # cases that fit beside each other with their spread
 ESTIMATED = ("prefill", "ttft", "decode", "total")  # if only some layers are run
