@@ -47,7 +47,7 @@ lock: ## renew .ci/constraints.txt: the newest releases that pyproject.toml admi
 bench: .venv/installed-test ## time the selection against the paper's plain loop
 	$(BIN)/python tests/bench_selection.py
 
-train-demo: .venv/installed ## train the demo model anew (see mmtok_cli/demo/README.md)
+train-demo: .venv/installed ## train the demo model again (see mmtok_cli/demo/README.md)
 	$(BIN)/python -m mmtok_cli.demo.train --output runs/demo-weights
 
 clean: ## remove the virtual environment and what runs have left

@@ -49,6 +49,10 @@ def changes(release: str) -> dict[str, str]:
     """Packages and versions that pip would change in .venv to get this release of transformers."""
     (floor,) = (part.version for part in declared().specifier if part.operator == ">=")
     wanted = {"floor": f"transformers=={floor}", "ceiling": str(declared()), "newest": "transformers"}[release]
+    # Without an index, `--upgrade` is content with the installed release; `--ignore-installed` fails.
+    asked = pip("install", "--dry-run", "--ignore-installed", "--no-deps", "--report", "-", wanted)
+    (newest,) = json.loads(asked)["install"]
+    wanted = f"transformers=={newest['metadata']['version']}"
     report = json.loads(pip("install", "--dry-run", "--upgrade", "--report", "-", wanted))
     return {item["metadata"]["name"]: item["metadata"]["version"] for item in report["install"]}
 

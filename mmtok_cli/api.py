@@ -20,6 +20,7 @@ from mmtok_cli.methods import make_method as default_method
 from mmtok_cli.methods.base import Method
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.pipeline import RELEASED, Answers
+from mmtok_cli.results.schema import Comparison
 from mmtok_cli.rules import Rules
 from mmtok_cli.timing.clock import Clock
 
@@ -111,3 +112,28 @@ def answer(
     return TimedAnswers(
         **{field.name: getattr(answers, field.name) for field in fields(answers)}, seconds=clock.seconds()
     )
+
+
+def compare(model: str = "demo", *, run_dir: Path | str | None = None, **settings: Any) -> Comparison:
+    """Measure methods side by side, as `mmtok compare` does, and return the results.
+
+    model: name, hub id or directory; it is loaded here. run_dir: where the run is saved as it is measured, by default a
+    new directory in `runs`; `mmtok compare --resume` continues it after an interruption.
+    settings: the options of the command with underscores, as in `methods=["mmtok", "visionzip"]`,
+    `budget=[64, "10%"]`, `limit=100`, `batch_size=[1, 8]`; all are fields of `mmtok_cli.settings.CompareSettings`.
+
+    In the result, `results[i]` is one case: `case` says which, `score` and `retention` what it is worth,
+    `seconds[stage].median` and `speedup[stage]` what it costs (in seconds; memory is in bytes). The first case is the
+    unreduced baseline.
+
+    Raises MMTokError for settings that are not valid and for results that cannot be saved.
+    """
+    from mmtok_cli.comparison import ComparisonRun
+    from mmtok_cli.evaluation.processes import Processes
+    from mmtok_cli.settings import CompareSettings
+
+    chosen = CompareSettings.of(model=model, **settings)
+    comparison, not_written = ComparisonRun(chosen, None if run_dir is None else Path(run_dir)).measure(Processes())
+    if not_written:
+        raise not_written
+    return comparison

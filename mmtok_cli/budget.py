@@ -27,7 +27,7 @@ class Budget:
         if re.fullmatch(r"[0-9]{1,9}(\.[0-9]+)?\s*%", text) and 0 < float(text.rstrip("% ")) <= 100:
             return Budget(percent=float(text.rstrip("% ")))
         if re.fullmatch(r"0+(\.0+)?\s*%?", text):
-            raise MMTokError("a budget of 0 keeps no vision token", "the method for that is `none`: --method none")
+            raise MMTokError("a budget of 0 keeps no vision token", "use --method none for that")
         raise MMTokError(f"{text!r} is not a budget", hint)
 
     def resolve(self, total: int, count: Callable[[float, int], int] | None = None) -> int:

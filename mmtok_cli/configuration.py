@@ -1,14 +1,22 @@
-"""Methods as they are configured for a model: the parameters of its profile, then those that the user set."""
+"""From settings to a loaded model and the cases that run on it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from mmtok_cli.methods import accepted, make_method
+from mmtok_cli.budget import Budget
+from mmtok_cli.cases import Case
+from mmtok_cli.methods import accepted, make_method, method_class
 from mmtok_cli.methods.base import Method
-from mmtok_cli.methods.parameters import profile_parameters
-from mmtok_cli.models import guiding_profile
+from mmtok_cli.methods.parameters import profile_parameters, read_settings
+from mmtok_cli.models import guiding_profile, load_model
+from mmtok_cli.models.base import VisionLanguageModel
+from mmtok_cli.progress import Progress
+from mmtok_cli.settings import CasesSettings, ModelSettings, OneCaseSettings
+
+USUAL_BUDGETS = ("192", "128", "64")  # of a model whose profile names none
 
 
 def configured_method(
@@ -26,3 +34,51 @@ def configured_method(
     if profile:
         values |= profile_parameters(name, profile.methods, profile.name)
     return make_method(name, **values | dict(parameters or {}))
+
+
+def configured_model(settings: ModelSettings, progress: Progress, layers: int | None = None) -> VisionLanguageModel:
+    """Load the model of the settings. layers: only the first so many decoder layers."""
+    with progress.task(f"loading {settings.model}"):
+        return load_model(
+            settings.model,
+            device=settings.device,
+            dtype=settings.dtype,
+            weights=settings.weights,
+            layers=layers,
+            attention=settings.attention,
+            device_map=settings.device_map,
+        )
+
+
+def one_case(settings: OneCaseSettings) -> tuple[Case, Case]:
+    """The case of the settings, and the baseline. Raises MMTokError for what cannot be followed."""
+    cases = make_cases([settings.method], settings.budgets, settings)
+    return cases[-1], cases[0]
+
+
+def cases_of(settings: CasesSettings) -> list[Case]:
+    """At each batch size the baseline, then every method at every budget (once if it takes none).
+
+    Where `full` is among the methods, the baseline comes a second time. Raises MMTokError for what cannot be followed.
+    """
+    cases = make_cases(settings.methods, settings.budgets, settings)
+    if "full" in settings.methods:
+        cases.append(replace(cases[0], again=True))
+    return [replace(case, batch_size=size) for size in settings.batch_size for case in cases]
+
+
+def make_cases(
+    names: Sequence[str], budgets: Sequence[Budget] | None, settings: OneCaseSettings | CasesSettings
+) -> list[Case]:
+    """The baseline, then every method at every budget. budgets: None stands for those of the model's profile."""
+    for name in names:
+        method_class(name)  # an unknown one is refused before anything slow happens
+    rules, parameters = settings.rules, read_settings(settings.parameters, names)
+    if budgets is None:
+        profile = guiding_profile(settings.model)
+        budgets = [Budget.parse(text) for text in (profile.budgets if profile else USUAL_BUDGETS)]
+    cases = []
+    for name in ("full", *names):
+        method = configured_method(name, settings.model, parameters.get(name), seed=settings.seed)
+        cases += [Case(name, method, budget if method.takes_budget else None, rules) for budget in budgets]
+    return list(dict.fromkeys(cases))

@@ -1,4 +1,4 @@
-"""The stock forward pass over a prompt, and greedy decoding behind it, apart so that each can be timed."""
+"""The stock forward pass over a prompt, then greedy decoding, as two functions so that each can be timed."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ def decode(
 ) -> Tensor:
     """Greedy decoding from a filled KV cache until every answer has ended: [batch, new tokens].
 
-    The first token comes of the prefill's logits; each further one costs a forward pass. Answers that have ended are
-    padded. Gives the same tokens as transformers' `generate`, with prefill and decode apart so that each can be timed.
+    The first token comes from the prefill's logits; every other one takes a forward pass. Answers that have ended are
+    padded. Generates the same tokens as transformers' `generate`.
     """
-    behind = Continuation(model, inputs, cache)
+    continuation = Continuation(model, inputs, cache)
     token = first_logits.argmax(-1)
     ends = torch.tensor(model.eos_token_ids, device=token.device)
     tokens = [token]
     ended = torch.isin(token, ends)
     while len(tokens) < max_new_tokens and not bool(ended.all()):
-        token = torch.where(ended, model.tokenizer.pad_token_id, behind.read(token).argmax(-1))
+        token = torch.where(ended, model.tokenizer.pad_token_id, continuation.read(token).argmax(-1))
         tokens.append(token)
         ended = ended | torch.isin(token, ends)
     return torch.stack(tokens, dim=1)
 
 
 class Continuation:
-    """What follows a prompt that has been read into a KV cache, one token at a time."""
+    """Reads tokens after a prompt that is in a KV cache, one at a time."""
 
     def __init__(self, model: VisionLanguageModel, inputs: dict[str, Any], cache: Any) -> None:
         self._model = model

@@ -16,15 +16,14 @@ BudgetMeaning = Literal["final", "layer-average"]
 class Rules:
     """How every method of a comparison is run.
 
-    track: `released` runs each method as its authors released it: padding competes for the budget where it does in
-        their code, features reach the method in the model's data type, shares of an image's tokens are rounded and
-        positions kept or renumbered as they do it. `harmonised` gives all methods the same: features in float32,
-        padding never kept (as long as anything else is left), shares rounded down, and the position policy of the
-        model's family.
-    positions: `keep` leaves kept tokens at the positions they had in the whole prompt, `renumber` counts anew; None
-        leaves it to the track.
-    budget_means: `final` counts the vision tokens that leave the last reduction, `layer-average` their mean over the
-        decoder layers. The two differ for methods inside the language model alone.
+    track: `released` runs each method as its authors released it: padding can be selected where their code allows it,
+        features have the model's data type, percentages are rounded and positions kept or renumbered as in their code.
+        `harmonised` applies the same rules to all methods: features in float32, no padding (as long as other tokens are
+        left), percentages rounded down, and the position policy of the model's family.
+    positions: `keep` leaves kept tokens at their positions in the whole prompt, `renumber` numbers them consecutively;
+        None follows the track.
+    budget_means: `final` counts the vision tokens after the last reduction, `layer-average` their mean over the decoder
+        layers. The two differ only for methods inside the language model.
     """
 
     track: Track = "released"

@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from mmtok_cli.errors import MMTokError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mmtok_cli.crops import Crops
-
 CLASS_TOKEN = -1  # indices that stand for no place in the image
 PADDING = -2
+GROUP = 2**40  # offset between groups in the sort keys of `Crops.join`, above any rank
 
 
 @dataclass(frozen=True)
@@ -21,13 +22,13 @@ class VisionTokens:
 
     projected: [tokens, dim], what would enter the language model.
     features: [tokens, vision_dim], the same tokens before the projector.
-        Rows that no patch is behind, such as the ends of lines, are zero.
+        Rows without a patch, such as the ends of lines, are zero.
     grid: (rows, columns); token i lies in row i // columns, column i % columns. One row where the tokens form no
         rectangle.
     eligible: [tokens], False where a patch shows nothing but padding that must not be kept, or nothing at all.
     image_id: names the image in the same way in every run; seeded methods draw from it.
     project: the projector, from `features` [rows, vision_dim] to `projected` [rows, dim], for methods that merge.
-    signals: what else the method asked to see of the encoder, by name (see the family's `SIGNALS`).
+    signals: what else the method requested of the encoder, by name (see `VisionLanguageModel.signals`).
     crops: the image's crops, each on its own, where the model cuts images into several.
     deepstack: [tokens, dim] for each of the first decoder layers that add something of their own to vision tokens.
     """
@@ -93,6 +94,70 @@ class Selection:
         import torch
 
         return Selection(torch.arange(vision.total, device=vision.projected.device))
+
+
+@dataclass(frozen=True)
+class Crops:
+    """The crops of one image, each encoded on its own.
+
+    tokens: of each crop, in the order of the prompt (for LLaVA-NeXT, the one that shows the whole image first).
+    places: [crops, tokens of a crop], where each token stands among the vision tokens of the unreduced prompt;
+        PADDING for those that it leaves out.
+    ranks: [crops, tokens of a crop], the order in which kept tokens enter the language model: the first crop, then the
+        others as if they were stitched together, row by row.
+    """
+
+    tokens: tuple[VisionTokens, ...]
+    places: Tensor
+    ranks: Tensor
+
+    def split(self, budget: int) -> list[int]:
+        """The budget spread evenly over the crops, the first ones taking what is left over.
+
+        What a crop cannot hold without keeping padding goes to the others. Raises MMTokError for more than all can.
+        """
+        capacities = [int(crop.eligible.sum()) for crop in self.tokens]
+        if budget > sum(capacities):
+            raise MMTokError(
+                f"the budget of {budget} is more than the {sum(capacities)} vision tokens of the image's crops "
+                "that are not padding",
+                f"choose 1 to {sum(capacities)}, or 100%",
+            )
+        shares = [0] * len(capacities)
+        while left := budget - sum(shares):
+            open_crops = [i for i, capacity in enumerate(capacities) if shares[i] < capacity]
+            for rank, i in enumerate(open_crops):
+                share = left // len(open_crops) + (rank < left % len(open_crops))
+                shares[i] += min(share, capacities[i] - shares[i])
+        return shares
+
+    def join(self, selections: Sequence[Selection]) -> Selection:
+        """One selection of the image from those of its crops, ordered as the releases of MMTok and VisionZip do it.
+
+        The first crop's tokens come first, as they are. Of the others come the patches row by row over all crops, then
+        their class tokens, then what was merged, crop by crop. Where a method merges everything, as pooling does, its
+        tokens are ordered as patches are. No line of the stitched crops gets a token at its end.
+        """
+        import torch
+
+        device, dtype = self.places.device, self.tokens[0].projected.dtype
+        rows, places, merged, keys = [], [], [], []
+        for number, (crop, chosen) in enumerate(zip(self.tokens, selections, strict=True)):
+            indices, at = chosen.indices, chosen.indices.clamp(min=0)
+            is_merged = torch.zeros_like(indices, dtype=torch.bool) if chosen.merged is None else chosen.merged
+            rows.append(crop.projected[indices] if chosen.tokens is None else chosen.tokens.to(dtype))
+            places.append(torch.where(indices < 0, indices, self.places[number][at]))
+            merged.append(is_merged)
+            line = torch.arange(len(indices), device=device)
+            if number > 0:
+                by_crop = number * (GROUP // len(self.tokens)) + line
+                line = GROUP + self.ranks[number][at]
+                line = torch.where(indices == CLASS_TOKEN, 2 * GROUP + by_crop, line)
+                if not bool(is_merged.all()):
+                    line = torch.where(is_merged, 3 * GROUP + by_crop, line)
+            keys.append(line)
+        order = torch.cat(keys).argsort(stable=True)
+        return Selection(torch.cat(places)[order], tokens=torch.cat(rows)[order], merged=torch.cat(merged)[order])
 
 
 @dataclass(frozen=True)

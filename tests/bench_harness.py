@@ -21,18 +21,19 @@ import torch
 
 from mmtok_cli.budget import TokenCounts
 from mmtok_cli.cases import Case
-from mmtok_cli.data.samples import demo_samples
+from mmtok_cli.data.datasets import open_dataset
 from mmtok_cli.environment import environment_of
 from mmtok_cli.methods import make_method
 from mmtok_cli.models import load_model
 from mmtok_cli.pipeline import STAGES, Answers, Reduced
-from mmtok_cli.results.planning import in_batches, make_plan
+from mmtok_cli.planning import in_batches, make_plan
 from mmtok_cli.results.run_directory import RunDirectory
+from mmtok_cli.settings import CompareSettings
 from mmtok_cli.timing.rounds import Measurement
 
 VOCABULARY = 32_000
 SHARES = {"prepare": 0.1, "encode": 0.3, "select": 0.05, "prefill": 0.45, "decode": 0.1}
-REDUCED = Reduced(cast(Any, None), [], [], {}, [], "renumber", [TokenCounts(576, 64, 20, 64.0)])
+REDUCED = Reduced(cast(Any, None), [], {}, [], "renumber", [TokenCounts(576, 64, 20, 64.0)])
 SAID = Answers(["red"], torch.zeros(1, 2), torch.zeros(1, VOCABULARY), 1, [], REDUCED)
 
 
@@ -60,21 +61,14 @@ def main() -> None:
 
     model = load_model("demo")
     cases = [Sleeper(name, make_method("full"), None, seconds=seconds) for name in ("full", "a", "b")]
-    samples = demo_samples(chosen.rounds)
+    dataset = open_dataset("demo", limit=chosen.rounds)
+    samples = dataset.samples
     plan = make_plan(
+        CompareSettings(max_new_tokens=2, rounds=chosen.rounds, warmup=0, limit=chosen.rounds),
         cases,
-        samples,
+        dataset,
         environment_of(model),
-        model="demo",
-        rules=cases[0].rules,
-        options={},
-        data="demo",
-        seed=0,
-        max_new_tokens=2,
-        rounds=chosen.rounds,
-        runs=1,
-        warmup=0,
-        min_time=None,
+        len(samples),
     )
     with tempfile.TemporaryDirectory() as scratch:
         store = RunDirectory.create(Path(scratch) / "run", plan)

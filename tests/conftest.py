@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
-@pytest.fixture(scope="session", params=["llava", "llava-eager", "llava_next", "qwen2_5_vl", "qwen3_vl"])
+@pytest.fixture(scope="session", params=["llava", "llava-eager", "llava_next", "qwen2_5_vl", "qwen3_vl", "internvl"])
 def vlm(request: pytest.FixtureRequest) -> VisionLanguageModel:
     """A tiny model of every family."""
     family, _, attention = request.param.partition("-")

@@ -98,3 +98,16 @@ def test_selection_without_a_model() -> None:
     generator = torch.Generator().manual_seed(0)
     text, projected, features = (torch.randn(n, 8, generator=generator) for n in (3, 20, 20))
     assert mmtok.select_tokens(text, projected, features, 5).indices.shape == (5,)
+
+
+def test_compare_returns_what_the_command_writes(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    options = {"methods": ["mmtok", "random"], "budget": [16], "limit": 2, "rounds": 1, "max_new_tokens": 2}
+    comparison = mmtok.compare("demo", run_dir=run, **options)
+    assert [str(result.case) for result in comparison.results] == ["full", "mmtok @ 16", "random @ 16"]
+    assert comparison.results[1].seconds["prefill"].median > 0 and comparison.results[1].score is not None
+    assert run_json("report", run)["results"] == json.loads(comparison.model_dump_json())["results"]
+    with pytest.raises(mmtok.MMTokError, match="already contains a run"):
+        mmtok.compare("demo", run_dir=run, **options)
+    with pytest.raises(mmtok.MMTokError, match="no method 'mmtk'"):
+        mmtok.compare("demo", run_dir=tmp_path / "other", methods="mmtk")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from functools import partial
 
 import pytest
 from hypothesis import given
@@ -13,6 +14,7 @@ from mmtok_cli.data.samples import Sample
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.methods import make_method, method_names
 from mmtok_cli.models.llava import Llava
+from mmtok_cli.models.qwen_vl import QwenVL
 from mmtok_cli.pipeline import reduce
 from mmtok_cli.rules import Rules, Track
 
@@ -49,7 +51,8 @@ def test_counts_and_shares() -> None:
 )
 def test_shares_are_rounded_as_released(name: str, share: str, total: int, kept: int) -> None:
     budget, method = Budget.parse(share), make_method(name)
-    assert budget.resolve(total, method.count) == kept
+    count = partial(method.count, signals=method.signals_among(QwenVL.signals))
+    assert budget.resolve(total, count) == kept
     assert budget.resolve(total) == int(Fraction(share.rstrip("%")) * total / 100)
 
 

@@ -126,7 +126,7 @@ def test_every_family_has_such_weights(vlm: VisionLanguageModel) -> None:
 
 def test_profile_shows_them(tiny_directory: Path, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    command = ("profile", photo, QUESTION, "-m", tiny_directory, "-b", 4, "--runs", 2, "--warmup", 1)
+    command = ("profile", photo, QUESTION, "-m", tiny_directory, "-b", 4, "--rounds", 2, "--warmup", 1)
     command += ("--trace-dir", tmp_path, "--max-new-tokens", 3)
     found = run_json(*command)
     assert found["ceilings"]["flops_per_second"] > 0 and found["weights_read"] > 0

@@ -93,7 +93,7 @@ def test_rules_are_followed_and_reported(tiny_directory: Path, photo: Path, tmp_
     rules = ("--track", "harmonised", "--positions", "keep", "--budget-means", "layer-average")
     model = ("-m", tiny_directory, *rules, "-b", 26, "--set", "fastv.layer=2")
     one = ("--method", "fastv")
-    runs = ("--runs", 1, "--warmup", 0, "--trace-dir", tmp_path)
+    runs = ("--rounds", 1, "--warmup", 0, "--trace-dir", tmp_path)
     for command in (
         ("infer", photo, QUESTION, *model, *one, "--max-new-tokens", 2),
         ("prune", photo, QUESTION, *model, *one),
@@ -113,7 +113,7 @@ def test_rules_on_screen(tiny_directory: Path, photo: Path) -> None:
     compared = run("compare", *model, "--methods", "fastv,mmtok", "--limit", 1, "--track", "harmonised")
     assert "seed 0; harmonised track" in " ".join(compared.stdout.split()) and " avg " in compared.stdout
     notes = " ".join(compared.stderr.split())
-    assert "choosing tokens costs, as a share of encode and prefill: fastv" in notes and "layer average (avg)" in notes
+    assert "selection overhead, as a share of encode and prefill: fastv" in notes and "layer average (avg)" in notes
     plain = run("compare", *model, "--methods", "mmtok", "--limit", 1)
     assert "track" not in plain.stdout and " avg " not in plain.stdout
     assert "layer average" in run("infer", photo, QUESTION, *model, "--method", "fastv").stdout
@@ -183,13 +183,13 @@ def test_compare(tiny_directory: Path, tmp_path: Path) -> None:
     assert result["results"][0]["score_counts"]["asked"] == 6
 
     shown = run(*command, "--methods", "resize:pool", "--batch-size", 2, "--plot", tmp_path / "tradeoff.png")
-    assert "4/36" in shown.stdout and "6 samples, batches of 2" in shown.stdout and "wrote" in shown.stderr
+    assert "4/36" in shown.stdout and "6 samples, batch size 2" in shown.stdout and "wrote" in shown.stderr
     assert Image.open(tmp_path / "tradeoff.png").width > 1000
 
 
 def test_profile(tiny_directory: Path, photo: Path, tmp_path: Path) -> None:
     traces = tmp_path / "traces"
-    command = ("profile", photo, QUESTION, "-m", tiny_directory, "-b", 4, "--runs", 3, "--trace-dir", traces)
+    command = ("profile", photo, QUESTION, "-m", tiny_directory, "-b", 4, "--rounds", 3, "--trace-dir", traces)
     result = run_json(*command, "--max-new-tokens", 3)
     assert result["schema"] == "mmtok.profile/2" and result["trace"] == str(traces)
     full, reduced = result["cases"]
@@ -236,11 +236,11 @@ def test_partial_batches_are_asked_and_not_timed(tiny_directory: Path) -> None:
     two, one = pairs["results"][1], alone["results"][1]
     assert two["score"] == one["score"] and two["tokens"]["text"] == one["tokens"]["text"]
     assert two["memory"]["kv_cache"] == pytest.approx(one["memory"]["kv_cache"], rel=0.1)  # per sample; padding aside
-    refused(run(*command, "--limit", 1, "--batch-size", 2), "less than one batch")
+    refused(run(*command, "--limit", 1, "--batch-size", 2), "batch size 2 is larger than the number of samples (1)")
 
 
 @pytest.mark.parametrize(
-    "command", [("profile", "--runs", "100000"), ("compare", "--rounds", "100000", "--methods", "mmtok")]
+    "command", [("profile", "--rounds", "100000"), ("compare", "--rounds", "100000", "--methods", "mmtok")]
 )
 def test_interrupting_keeps_what_was_measured(
     command: tuple[str, ...], tiny_directory: Path, monkeypatch: pytest.MonkeyPatch
@@ -321,10 +321,10 @@ def test_random_weights_say_what_they_are(tiny_directory: Path, photo: Path, tmp
         run("infer", *command, "--max-new-tokens", 2),
         run("prune", *command),
         run("compare", *command[2:], "--methods", "mmtok", "--limit", 2, "--max-new-tokens", 2),
-        run("profile", *command, "--runs", 2, "--max-new-tokens", 2, "--trace-dir", tmp_path),
+        run("profile", *command, "--rounds", 2, "--max-new-tokens", 2, "--trace-dir", tmp_path),
     ):
         assert shown.exit_code == 0, shown.output
-        assert "random weights: answers and scores mean nothing" in " ".join(shown.stdout.split())
+        assert "random weights: only time and memory are meaningful" in " ".join(shown.stdout.split())
     assert run_json("infer", *command, "--max-new-tokens", 2)["weights"] == "random"
     assert "random weights" not in run("infer", *command[:-2], "--max-new-tokens", 2).stdout
     refused(run("infer", *command[:-1], "zero"), "no weights 'zero'", "pretrained, random")

@@ -12,7 +12,7 @@ METHODS = "mmtok,visionzip,divprune,fastv,resize"
 SETTINGS = ("--set", "fastv.layer=2")
 
 
-@pytest.fixture(scope="module", params=["llava_next", "qwen2_5_vl", "qwen3_vl"])
+@pytest.fixture(scope="module", params=["internvl", "llava_next", "qwen2_5_vl", "qwen3_vl"])
 def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("families") / request.param
     model = FAMILIES[request.param]("sdpa")
@@ -28,7 +28,7 @@ def test_infer_and_prune(directory: Path, photo: Path, tmp_path: Path) -> None:
     picture = tmp_path / "kept.png"
     (image,) = run_json("prune", photo, "How many?", "-m", directory, "-b", "25%", "-o", picture)["images"]
     assert image["kept"] == said["tokens"]["kept"] and picture.stat().st_size > 0
-    assert ("panels" in image) == (directory.name == "llava_next")
+    assert ("panels" in image) == (directory.name in ("internvl", "llava_next"))
 
 
 @pytest.mark.compat
@@ -46,7 +46,7 @@ def test_compare(directory: Path, tmp_path: Path) -> None:
 
 def test_a_part_is_profiled(directory: Path, tmp_path: Path) -> None:
     found = run_json(
-        *("profile", "-m", directory, "--layers", 2, "-b", "25%", "--runs", 2, "--warmup", 0),
+        *("profile", "-m", directory, "--layers", 2, "-b", "25%", "--rounds", 2, "--warmup", 0),
         *("--max-new-tokens", 2, "--trace-dir", tmp_path / "traces"),
     )
     assert found["environment"]["layers"] == [2, 4]

@@ -45,7 +45,7 @@ def test_bad_names(tiny_directory: Path, photo: Path, tmp_path: Path) -> None:
     refused(run("infer", photo, QUESTION, "-m", "llava-1.5-7"), "no model", "did you mean llava-1.5-7b")
     refused(run("infer", photo, QUESTION, "-m", "./nowhere/at/all"), "no model")
     (tmp_path / "empty").mkdir()
-    refused(run("infer", photo, QUESTION, "-m", tmp_path / "empty"), "no config.json")
+    refused(run("infer", photo, QUESTION, "-m", tmp_path / "empty"), "config.json is missing")
     refused(run("infer", photo, QUESTION, "-m", photo), "is a file")
     refused(run("infer", photo, QUESTION, "-m", tiny_directory, "--device", "tpu"), "no device 'tpu'")
     refused(run("infer", photo, QUESTION, "-m", tiny_directory, "--dtype", "int3"), "no data type 'int3'")
@@ -61,7 +61,7 @@ def test_broken_model_directories(tiny_directory: Path, photo: Path, tmp_path: P
     weights.write_bytes(whole[: len(whole) // 2])
     refused(run("infer", photo, QUESTION, "-m", bare), "could not be loaded")
     weights.unlink()
-    refused(run("infer", photo, QUESTION, "-m", bare), "holds no weights")
+    refused(run("infer", photo, QUESTION, "-m", bare), "has no weights")
     weights.write_bytes(whole)
     (bare / "config.json").write_text("{")
     refused(run("infer", photo, QUESTION, "-m", bare), "config.json")
@@ -113,7 +113,7 @@ def test_question_longer_than_the_context(tiny_directory: Path, photo: Path) -> 
 def test_nothing_is_written_over_the_image(tiny_directory: Path, photo: Path) -> None:
     before = photo.read_bytes()
     command = ("prune", photo, QUESTION, "-m", tiny_directory, "-b", 4)
-    refused(run(*command, "-o", photo.parent / ".." / photo.parent.name / photo.name), "over the image")
+    refused(run(*command, "-o", photo.parent / ".." / photo.parent.name / photo.name), "the same file")
     assert photo.read_bytes() == before
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from cli_helpers import refused, run, run_json
 
-from mmtok_cli.report.checks import duration, notes
+from mmtok_cli.report.checks import notes, shortfalls
 from mmtok_cli.report.tables import speed_table
+from mmtok_cli.report.units import duration
 from mmtok_cli.results.schema import (
     CaseId,
     CaseResult,
@@ -22,7 +23,6 @@ from mmtok_cli.results.schema import (
     Speedup,
     Times,
 )
-from mmtok_cli.results.shortfalls import shortfalls
 
 
 @pytest.fixture()
@@ -74,7 +74,7 @@ def test_dry_run(command: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.M
         assert estimate["seconds"] == pytest.approx(counted + measured + asked)
 
     shown = run(*command, *options)
-    assert "round 1: " in shown.stdout and "… 8 rounds in all" in shown.stdout and "full (again)" in shown.stdout
+    assert "round 1: " in shown.stdout and "… 8 rounds in total" in shown.stdout and "full (again)" in shown.stdout
     assert "8 samples, seed 0; about" in shown.stdout
     assert max(map(len, shown.stdout.splitlines())) <= 80
 
@@ -90,16 +90,16 @@ def test_tables_of_several_batch_sizes(command: tuple[Any, ...], monkeypatch: py
     result = run(*command, "--methods", "mmtok,fastv", "--batch-size", "1,4", "--rounds", 6)
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
-    assert [line.split(", ")[1] for line in lines if "samples, batches" in line] == ["batches of 1", "batches of 4"]
+    assert [line.split(", ")[1] for line in lines if "samples, batch size" in line] == ["batch size 1", "batch size 4"]
     assert sum(line.startswith("Speed") for line in lines) == 2 and max(map(len, lines)) <= 80
     said = " ".join(result.stderr.split())
-    assert "batches of 1: prepare and encode take" in said and "batches of 4: prepare and encode take" in said
+    assert "batch size 1: prepare and encode take" in said and "batch size 4: prepare and encode take" in said
 
 
 def test_bad_batch_sizes(command: tuple[Any, ...]) -> None:
     for size in ("0", "-1", "a", "", "1,,8", "1.5", "٣"):
         refused(run(*command, "--batch-size", size), "is not a batch size", "--batch-size 1,8")
-    refused(run(*command, "--batch-size", "2,9"), "less than one batch of 9")
+    refused(run(*command, "--batch-size", "2,9"), "batch size 9 is larger than the number of samples")
 
 
 def test_fail_below(command: tuple[Any, ...], ticking: None) -> None:
@@ -110,9 +110,9 @@ def test_fail_below(command: tuple[Any, ...], ticking: None) -> None:
     assert failed.exit_code == 1 and len(json.loads(failed.stdout)["results"]) == 3
     lines = failed.stderr.splitlines()
     assert [line.split(",")[0] for line in lines] == ["failed: none", "failed: full (again)"]
-    assert "has to be 50x at least" in lines[0] and "speedup (prefill)" in lines[0]
+    assert "must reach 50x" in lines[0] and "speedup (prefill)" in lines[0]
     few = run(*command, *options, "--rounds", 5, "--fail-below", 0.01)
-    assert few.exit_code == 1 and "no interval; it takes six rounds" in few.stderr
+    assert few.exit_code == 1 and "no interval, which requires six rounds" in few.stderr
     refused(run(*command, "--fail-below", 1, "--fail-below-stage", "select"), "'select' has no speedup", "ttft")
 
 
@@ -151,14 +151,14 @@ def said(*results: CaseResult, **more: Any) -> str:
 
 def test_trouble_is_told_with_what_to_do_about_it() -> None:
     quiet = said(case("full"), case("mmtok"))
-    assert not any(word in quiet for word in ("outliers", "drift", "FLOPs count", "GPU", "energy"))
+    assert not any(word in quiet for word in ("outliers", "drift", "FLOPs cover", "GPU", "energy"))
     ttft = {"ttft": Times(median=0.1, p10=0.1, p90=0.1, values=[0.1] * 9 + [2.0])}
     slow = case("mmtok", outliers=[9])
     slow = slow.model_copy(update={"seconds": slow.seconds | ttft})
-    assert "outliers: 1 round of 10 took up to 2 s to the first token where 100 ms is usual (mmtok @ 64)" in said(
+    assert "outliers: 1 round of 10 took up to 2 s to the first token, with a median of 100 ms (mmtok @ 64)" in said(
         case("full"), slow
     )
-    assert "the first round took much longer than the rest (mmtok @ 64): raise --warmup" in said(
+    assert "the first round took much longer than the others (mmtok @ 64): raise --warmup" in said(
         case("full"), case("mmtok", outliers=[0])
     )
     hot = said(case("full", drift=Drift(change=0.12, p=1e-4)), case("mmtok"))
@@ -169,9 +169,9 @@ def test_trouble_is_told_with_what_to_do_about_it() -> None:
 
 def test_what_the_flops_leave_out() -> None:
     whole = FlopCoverage(calls=200, counted={"mm": 20}, missed={})
-    assert "FLOPs count 10% of the operators called" in said(case("full", flop_coverage=whole))
+    assert "FLOPs cover 10% of the operator calls" in said(case("full", flop_coverage=whole))
     lacking = FlopCoverage(calls=200, counted={"mm": 20}, missed={"_int_mm": 4})
-    assert "FLOPs are too few: torch has no formula for _int_mm" in said(case("full", flop_coverage=lacking))
+    assert "FLOPs are underestimated: torch has no formula for _int_mm" in said(case("full", flop_coverage=lacking))
 
 
 def test_what_the_gpu_gave_away() -> None:
@@ -187,8 +187,8 @@ def test_what_the_gpu_gave_away() -> None:
     base = compared(case("full", gpu=use), case("mmtok"))
     on_gpu = base.environment.model_copy(update={"device": "cuda:0"})
     told = "\n".join(notes(base.model_copy(update={"environment": on_gpu})))
-    assert "held its clock down (power cap) after runs of full" in told and "1 other process used the GPU" in told
-    assert "energy per answer, of the whole card: full 12.3 J" in told
+    assert "the GPU throttled (power cap) during full" in told and "1 other process used the GPU" in told
+    assert "energy per answer (whole card): full 12.3 J" in told
     silent = compared(case("full"), environment=on_gpu)
     assert "pip install 'mmtok[gpu]'" in "\n".join(notes(silent))
 

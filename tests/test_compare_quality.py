@@ -81,7 +81,7 @@ def test_times_alone(command: tuple[Any, ...], tmp_path: Path) -> None:
     outputs = ("--export", tmp_path / "t.json", "--export", tmp_path / "t.html")
     shown = run(*command, "--limit", 2, "--no-quality", *outputs)
     page = (tmp_path / "t.html").read_text()
-    assert "loses more than that" not in page and "What is lost against" not in page and "Where the time goes" in page
+    assert "loses more than that" not in page and "Quality against cost" not in page and "Time per stage" in page
     assert "score" not in shown.stdout and "same" not in shown.stdout and "Memory, operations" in shown.stdout
     result = json.loads((tmp_path / "t.json").read_text())
     assert all(case["score"] is None and case["fidelity"] is None for case in result["results"])
@@ -91,7 +91,7 @@ def test_times_alone(command: tuple[Any, ...], tmp_path: Path) -> None:
 def test_part_of_a_model_is_not_asked(command: tuple[Any, ...]) -> None:
     shown = run(*command, "--limit", 2, "--layers", 1, "--methods", "mmtok")
     assert shown.exit_code == 0, shown.output
-    assert "quality is not measured with --layers" in shown.stderr and "score" not in shown.stdout
+    assert "answers are not evaluated" in shown.stderr and "score" not in shown.stdout
 
 
 def test_the_attention_kernel_belongs_to_the_run(command: tuple[Any, ...], tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_stopped_during_evaluation_and_resumed(
     stopping = True
     shown = run(*command, *options)
     if stop is KeyboardInterrupt:
-        assert shown.exit_code == 0 and "interrupted: 4 of 7 samples were asked" in " ".join(shown.stderr.split())
+        assert shown.exit_code == 0 and "interrupted: 4 of 7 samples were evaluated" in " ".join(shown.stderr.split())
     before = {file.name: file.read_bytes() for file in (tmp_path / "run" / "predictions").iterdir()}
     assert len(before) == 2
     stopping = False

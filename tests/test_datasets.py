@@ -71,7 +71,7 @@ def test_images_are_not_held_until_opened(folder: Path, monkeypatch: pytest.Monk
 
 BAD = {
     "{": "it is not JSON",
-    "[1, 2]": "it is no JSON object",
+    "[1, 2]": "it is not a JSON object",
     '{"question": "Why?"}': "image: field required",
     '{"image": "a.png"}': "there is no question",
     '{"image": "a.png", "question": "  "}': "the question is empty",
@@ -79,7 +79,7 @@ BAD = {
     '{"image": "", "question": "Why?"}': "image: name an image file",
     '{"image": 3, "question": "Why?"}': "image: ",
     '{"image": "a.png", "question": "Why?", "answer": true}': "answer: ",
-    '{"image": "a.png", "question": "Why?", "answers": ["one", "two"]}': "answers: name what 3 people",
+    '{"image": "a.png", "question": "Why?", "answers": ["one", "two"]}': "answers: give at least 3 answers",
     "[" * 100_000: "it is not JSON",
 }
 
@@ -131,7 +131,7 @@ def test_a_question_around_or_instead_of_the_samples_own(folder: Path) -> None:
     file = write(folder / "asked.jsonl", row())
     frame = "{question}\nAnswer with one word."
     assert open_dataset(str(file), question=frame).samples[0].question == "What is it?\nAnswer with one word."
-    with pytest.raises(MMTokError, match="question of its own"):
+    with pytest.raises(MMTokError, match="the sample has a question"):
         open_dataset(str(file), question="Why?")
     bare = write(folder / "bare.jsonl", {"image": "a.png"})
     assert open_dataset(str(bare), question="Why?").samples[0].question == "Why?"
@@ -224,8 +224,8 @@ def test_hub_datasets(saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for text, words in {
         f"hub:{saved}": "several splits: test, train",
         f"hub:{saved}:val": "no split 'val'",
-        "hub:": "names no dataset",
-        "hub:a:b:c:d": "names no dataset",
+        "hub:": "is not the name of a dataset",
+        "hub:a:b:c:d": "is not the name of a dataset",
     }.items():
         with pytest.raises(MMTokError, match=words):
             open_dataset(text)

@@ -181,7 +181,7 @@ def test_what_failed_has_a_row_in_every_table(tmp_path: Path) -> None:
     last = list(csv.DictReader(written(result, tmp_path / "t.csv").splitlines()))[-1]
     assert (last["method"], last["batch_size"], last["failure_reason"]) == ("fastv", "8", "out of memory")
     page = page_text(result)
-    assert page.count('class="trouble"') == 4 and "2 GiB short" in page and "mmtok, batches of 1" in page
+    assert page.count('class="trouble"') == 4 and "2 GiB short" in page and "mmtok, batch size 1" in page
     assert rows_of(markdown_text(result))[0][1] == "batch" and rows_of(markdown_text(usual()))[0][1] == "kept"
 
 

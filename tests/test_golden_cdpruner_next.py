@@ -7,10 +7,10 @@ import torch
 from golden_cases import golden_cases, golden_tensors, require_cases
 from torch import Tensor
 
-from mmtok_cli.crops import Crops
 from mmtok_cli.methods.cdpruner import CDPruner
-from mmtok_cli.pipeline import _select
-from mmtok_cli.tokens import TextTokens, VisionTokens
+from mmtok_cli.pipeline import SelectionTask
+from mmtok_cli.pipeline import select as select_tokens
+from mmtok_cli.tokens import Crops, TextTokens, VisionTokens
 
 CASES = golden_cases("cdpruner_next")
 
@@ -40,7 +40,8 @@ def select(cases: list[dict[str, Any]]) -> list[list[list[int]]]:
     budgets = [case["params"]["keep"] * len(each["image_features"]) for case, each in zip(cases, tensors, strict=True)]
     text = TextTokens("Where?", lambda words: torch.zeros(len(words), 4))
     kept = []
-    for each, chosen in zip(tensors, _select(CDPruner(), images, [text] * len(images), budgets), strict=True):
+    tasks = [SelectionTask(image, text, budget) for image, budget in zip(images, budgets, strict=True)]
+    for each, chosen in zip(tensors, select_tokens(CDPruner(), tasks), strict=True):
         crops, n, _ = each["image_features"].shape
         places = chosen.indices
         kept.append([(places[places // n == crop] - crop * n).sort().values.tolist() for crop in range(crops)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -14,9 +15,12 @@ import pytest
 import torch
 import transformers
 from cli_helpers import QUESTION, refused, run
+from huggingface_hub.utils import logging as hub_logging
 from packaging.requirements import Requirement
 from packaging.version import Version
+from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers.utils import logging
 
 import mmtok_cli
 from mmtok_cli.budget import Budget
@@ -40,6 +44,7 @@ ELSEWHERE = sorted(set(PACKAGE.rglob("*.py")) - {SEAM} - TRAINING)
 NAMES = set(
     """
     language_model visual blocks attn return_dict
+    get_input_embeddings get_output_embeddings generation_config layer_types
     past_key_values mm_encoder_outputs mm_token_type_ids image_grid_thw pixel_values_videos logits_to_keep
     use_cache output_hidden_states interpolate_pos_encoding hidden_states last_hidden_state pooler_output
     deepstack_features position_embeddings get_seq_length get_image_features pack_image_features image_newline
@@ -98,7 +103,7 @@ def test_one_range_is_declared_and_tested() -> None:
     (declared,) = (r for r in map(Requirement, project["dependencies"]) if r.name == "transformers")
     assert declared.specifier == Requirement(hf.tested_range()).specifier
     assert hf.is_tested("5.18.0") and hf.is_tested(f"{hf.OLDEST}.7") and not hf.is_tested("5.17.3")
-    assert not hf.is_tested(f"{hf.BEYOND}.0") and not hf.is_tested(f"{hf.BEYOND}.0.dev0") and not hf.is_tested("6.0.0")
+    assert not hf.is_tested(f"{hf.BEYOND}.0") and not hf.is_tested(f"{hf.BEYOND}.0.dev0") and not hf.is_tested("6.0rc1")
     assert hf.is_tested() == (Version(transformers.__version__) in declared.specifier)
 
 
@@ -238,3 +243,77 @@ def test_command_line_users_see_nothing_of_the_libraries(photo: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "Warning" not in done.stderr and "%|" not in done.stderr
     assert done.stdout.strip() and "[transformers]" not in done.stderr
+
+
+def test_a_release_that_lost_a_public_class_is_named() -> None:
+    with pytest.raises(MMTokError) as error:
+        hf.public("AutoModelOfTomorrow")
+    names_the_way_out(error, "AutoModelOfTomorrow")
+
+
+def test_weights_that_the_files_lack_are_not_made_up(tiny_directory: Path, photo: Path, tmp_path: Path) -> None:
+    """transformers draws them at random: answers would be wrong without a word."""
+    damaged = tmp_path / "damaged"
+    shutil.copytree(tiny_directory, damaged)
+    weights = load_file(damaged / "model.safetensors")
+    lost = next(name for name in weights if name.endswith("layers.1.self_attn.q_proj.weight"))
+    save_file({name: tensor for name, tensor in weights.items() if name != lost}, damaged / "model.safetensors")
+    refused(run("infer", photo, QUESTION, "-m", damaged, "-b", 4), "lack", "layers.1.self_attn.q_proj.weight")
+
+
+def test_faults_name_the_tested_releases_under_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hf, "BEYOND", "99.0")
+    assert hf.or_tested("download it again") == "download it again"
+    monkeypatch.setattr(hf, "BEYOND", "5.18")
+    hint = hf.or_tested("download it again")
+    assert hint.startswith("download it again") and transformers.__version__ in hint and hf.tested_range() in hint
+
+
+def test_a_parameter_of_attention_that_is_not_known_is_refused(tiny_sdpa: Llava) -> None:
+    layer = hf.decoder_layers(hf.language_model(tiny_sdpa.model))[0]
+    encoder = hf.clip_attention(tiny_sdpa.model, 0)
+    for attention in (layer.self_attn, encoder):
+        attention.register_parameter("sinks", nn.Parameter(torch.zeros(4)))
+    try:
+        with pytest.raises(MMTokError, match="sinks"):
+            hf.keys(layer, torch.ones(2, 48), (torch.ones(2, 12), torch.zeros(2, 12)))
+        with pytest.raises(MMTokError, match="sinks"):
+            hf.clip_keys(encoder, torch.ones(1, 2, 32))
+    finally:
+        for attention in (layer.self_attn, encoder):
+            del attention.sinks
+
+
+def test_quiet_restores_what_it_found() -> None:
+    def settings() -> tuple[Any, ...]:
+        return logging.get_verbosity(), hub_logging.get_verbosity(), logging.is_progress_bar_enabled()
+
+    logging.set_verbosity_info()
+    logging.enable_progress_bar()
+    try:
+        before = settings()
+        with pytest.raises(ZeroDivisionError), hf.quiet():
+            1 / 0  # noqa: B018
+        assert settings() == before
+        first, second = hf.quiet(), hf.quiet()
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)  # as in two threads
+        assert settings() != before
+        second.__exit__(None, None, None)
+        assert settings() == before
+    finally:
+        logging.set_verbosity_warning()
+
+
+@torch.inference_mode()
+def test_images_that_the_forward_pass_does_not_look_for_are_noticed(
+    vlm: VisionLanguageModel, samples: list[Sample]
+) -> None:
+    reduced = reduce(vlm, make_method("mmtok"), samples[:1], Budget(count=8))
+    hf.forward(vlm.model, reduced.inputs)
+    encoded = reduced.inputs["mm_encoder_outputs"]
+    encoded["picture"] = encoded.pop("image")  # as if the forward pass looked for another key
+    with pytest.raises(MMTokError) as error:
+        hf.forward(vlm.model, reduced.inputs)
+    names_the_way_out(error, "'image'", type(vlm.model).__name__)

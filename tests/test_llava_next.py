@@ -10,7 +10,6 @@ from tiny_models import PATCH, SQUARE, build_tiny_llava_next
 from transformers import LlavaNextConfig
 
 from mmtok_cli.budget import Budget
-from mmtok_cli.crops import Crops
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.methods import make_method
@@ -20,7 +19,7 @@ from mmtok_cli.models.sources import architecture
 from mmtok_cli.pipeline import answer, reduce
 from mmtok_cli.profiles import known_profiles
 from mmtok_cli.rules import Rules
-from mmtok_cli.tokens import CLASS_TOKEN, PADDING, Selection, VisionTokens
+from mmtok_cli.tokens import CLASS_TOKEN, PADDING, Crops, Selection, VisionTokens
 
 HARMONISED = Rules("harmonised")
 # Measured on the real processor and model: height, width, crops, vision tokens, ends of lines among them.

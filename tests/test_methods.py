@@ -25,6 +25,7 @@ from mmtok_cli.methods.parameters import (
     read_settings,
     setting_text,
 )
+from mmtok_cli.methods.testing import check_method
 from mmtok_cli.models.llava import Llava
 from mmtok_cli.pipeline import reduce
 from mmtok_cli.profiles import known_profiles
@@ -70,6 +71,13 @@ def test_method_of_another_package() -> None:
     image = vision()
     kept = method.select(image, TEXT, 3).indices
     assert set(kept.tolist()) == set(image.projected.abs().sum(1).topk(3).indices.tolist())
+
+
+@pytest.mark.usefixtures("installed_package")
+def test_method_of_the_readme_passes_the_checks() -> None:
+    assert check_method(make_method("largest-norm")) == []
+    with pytest.raises(MMTokError, match="largest-norm: power must be above 0"):
+        make_method("largest-norm", power=0.0)
 
 
 def run_json(*arguments: object) -> dict[str, Any]:

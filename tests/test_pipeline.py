@@ -166,7 +166,7 @@ def test_patches_land_where_they_were_seen(family: str) -> None:
     """A bright patch of an image must be the token that its box says, where no token looks at another."""
     vlm = FAMILIES[family]("sdpa")
     for name, parameter in vlm.model.named_parameters():
-        if name.endswith(("out_proj.weight", "out_proj.bias", "attn.proj.weight", "attn.proj.bias")):
+        if re.search(r"(out_proj|attn\.proj|projection_layer)\.(weight|bias)$", name):
             parameter.zero_()
 
     def seen(image: Image.Image) -> torch.Tensor:

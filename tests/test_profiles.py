@@ -20,6 +20,8 @@ from mmtok_cli.report.catalogues import models_legend, models_table
 PROFILES = known_profiles()
 BUILDABLE = [profile for profile in PROFILES.values() if profile.architecture]
 EXACT = {  # parameters, to the last one, so that no width and no depth slips
+    "internvl3-2b": 2_088_957_440,
+    "internvl3-8b": 7_944_373_760,
     "llava-1.5-7b": 7_063_427_072,
     "llava-1.5-13b": 13_351_494_656,
     "llava-next-7b": 7_063_431_168,
@@ -37,6 +39,11 @@ EXACT = {  # parameters, to the last one, so that no width and no depth slips
 SEEN = "<|vision_start|><|image_pad|><|vision_end|>"
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 PROMPTS = {  # image token, what stands for an image, and the prompt around the images and "red?"
+    "internvl": (
+        "<IMG_CONTEXT>",
+        "<IMG_CONTEXT>\n",
+        "<|im_start|>user\n{}red?<|im_end|>\n<|im_start|>assistant\n",
+    ),
     "llava": ("<image>", "<image>\n", "USER: {}red? ASSISTANT:"),
     "llava_next": ("<image>", "<image>\n", "USER: {}red? ASSISTANT:"),
     "llava-next-mistral-7b": ("<image>", "<image>\n", "[INST] {}red? [/INST]"),
@@ -87,6 +94,9 @@ def test_tokens_of_a_photograph(profile: Profile) -> None:
         side = vision.image_size // vision.patch_size
         rows = 2 * side * 480 // 640
         tokens = side**2 + rows * (2 * side + 1)
+    elif profile.family == "internvl":  # three rows of four tiles, and a thumbnail
+        side = vision.image_size[0] // vision.patch_size[0] // 2
+        tokens = (3 * 4 + 1) * side**2
     else:
         pixels = vision.patch_size * vision.spatial_merge_size
         tokens = round(480 / pixels) * round(640 / pixels)
@@ -157,4 +167,7 @@ def test_models_table_fits_80_columns_and_goes_by_family() -> None:
         [line] = [line for line in lines if line.split()[:1] == [profile.name]]
         assert line.rstrip().endswith(f" {profile.location}")
     legend = models_legend(profiles)
-    assert "demo 64 16 4; llava-1.5 192 128 64; llava-next 640 320 160; qwen2.5-vl 20% 10% 5%;" in legend
+    assert (
+        "demo 64 16 4; internvl3 20% 10% 5%; llava-1.5 192 128 64; llava-next 640 320 160; qwen2.5-vl 20% 10% 5%;"
+        in legend
+    )

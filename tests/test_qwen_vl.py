@@ -198,9 +198,9 @@ def test_qwen_sees_images_as_thin_as_it_may(family: str, size: tuple[int, int]) 
     assert "crop" in error.value.hint
 
 
-def test_qwen_positions_cannot_be_counted_anew(samples: list[Sample]) -> None:
+def test_qwen_positions_cannot_be_renumbered(samples: list[Sample]) -> None:
     model = FAMILIES["qwen2_5_vl"]("sdpa")
-    with pytest.raises(MMTokError, match="cannot be counted anew"):
+    with pytest.raises(MMTokError, match="cannot be renumbered"):
         reduce(model, make_method("mmtok"), samples[:1], Budget(count=5), rules=Rules(positions="renumber"))
 
 

@@ -51,6 +51,16 @@ def test_random_model_answers_without_any_download(dtype: torch.dtype, samples: 
         assert bool(said.first_logits.isfinite().all())
 
 
+def test_families_without_a_stand_in_say_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(Llava, "stand_in_processor")
+    monkeypatch.setattr(Llava, "load_processor", lambda *_, **__: (_ for _ in ()).throw(OSError("offline")))
+    config = small_config()
+    monkeypatch.setattr("mmtok_cli.models.architecture", lambda *_: config)
+    with pytest.raises(MMTokError, match="the llava family has no stand-in processor") as error:
+        load_model("llava-1.5-7b", device="cpu", weights="random")
+    assert "download" in error.value.hint
+
+
 def test_the_same_random_weights_every_time() -> None:
     first, second = (fill_randomly(laid_out(small_config(), torch.float32), CPU) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
@@ -62,7 +72,7 @@ def test_random_weights_of_a_directory(tiny_directory: Path, tmp_path: Path) -> 
     for file in tiny_directory.iterdir():
         if file.suffix != ".safetensors":
             (bare / file.name).write_bytes(file.read_bytes())
-    with pytest.raises(MMTokError, match="holds no weights"):
+    with pytest.raises(MMTokError, match="has no weights"):
         load_model(str(bare))
     assert load_model(str(bare), weights="random").weights == "random"
     assert load_model(str(tiny_directory)).weights == "pretrained"

@@ -129,14 +129,14 @@ def test_layer_average_is_shown_where_it_differs() -> None:
 def test_overhead_is_that_of_the_costliest_budget() -> None:
     results = [result("full", 576, 576, 0.5), result("mmtok", 64, 64, 0.04), result("mmtok", 128, 128, 0.181)]
     notes = comparison_notes(comparison([*results, result("fastv", 64, 64, 0.02)]))
-    assert "choosing tokens costs, as a share of encode and prefill: mmtok 18.1 %, fastv 2.0 %" in notes
+    assert "selection overhead, as a share of encode and prefill: mmtok 18.1 %, fastv 2.0 %" in notes
 
 
 def test_rules_in_words() -> None:
     assert rules_text(Rules()) == ""
     assert rules_text(Rules("harmonised", "keep")) == "harmonised track, positions kept"
     said = rules_text(Rules(positions="renumber", budget_means="layer-average"), ["fastv.layer=1"])
-    assert said == "positions counted anew, budgets are layer averages, fastv.layer=1"
+    assert said == "positions renumbered, budgets are layer averages, fastv.layer=1"
 
 
 def test_details_of_a_method() -> None:
@@ -157,6 +157,8 @@ def test_details_of_a_method() -> None:
         "description": "Draws.",
     }
     details = " ".join(shown(method_details(method)).split())
-    assert "positions kept on the released track" in details and "padding competes for the budget" in details
+    assert (
+        "positions kept on the released track" in details and "padding can be selected on the released track" in details
+    )
     assert "signals class_attention" in details
-    assert "layer a whole number; by default --set random:inside.layer=2" in details
+    assert "layer a whole number; default: --set random:inside.layer=2" in details

@@ -85,19 +85,19 @@ def test_runs_that_do_not_belong_together(measured: Path, other: Path, tmp_path:
     (other / "plan.json").write_text(json.dumps(plan | {"data_digest": "0"}))
     shown = run("report", measured / "run", other)
     assert shown.exit_code == 0 and shown.stdout.count("Speed ") == 2 and "A: " not in shown.stdout
-    refused(run("report", measured / "run", other, "--json"), "not of one model on the same samples", "4 samples")
+    refused(run("report", measured / "run", other, "--json"), "differ in their model or samples", "4 samples")
     refused(run("report", measured / "run", other, "--export", tmp_path / "t.csv"), "one after another")
     assert not (tmp_path / "t.csv").exists()
 
 
 def test_what_cannot_be_reported(measured: Path, tmp_path: Path) -> None:
     refused(run("report", tmp_path), "is not a run directory")
-    refused(run("report", measured / "run", measured / "run" / ".." / "run"), "named twice")
+    refused(run("report", measured / "run", measured / "run" / ".." / "run"), "given twice")
     refused(run("report", measured / "run", "--export", tmp_path / "t.xlsx"), "--export", ".csv")
     begun = tmp_path / "begun"
     shutil.copytree(measured / "run", begun)
     shutil.rmtree(begun / "rounds")
-    refused(run("report", begun), "no round of", "--resume")
+    refused(run("report", begun), "has no complete round", "--resume")
 
 
 def test_labels() -> None:

@@ -115,7 +115,7 @@ def test_a_run_says_the_same_whenever_it_is_read(
 ) -> None:
     """Tables are made of records alone: those of a finished run need no model and stay to the last digit."""
     first = run_json(*command, "--batch-size", "1,3", "--runs", 2, "--run-dir", tmp_path / "run")
-    monkeypatch.setattr("mmtok_cli.cli.comparing.open_model", None)
+    monkeypatch.setattr("mmtok_cli.configuration.load_model", None)
     again = run_json("compare", "--run-dir", tmp_path / "run", "--resume", "--quiet")
     assert again == first
     store = RunDirectory.open(tmp_path / "run")
@@ -138,7 +138,7 @@ def test_interrupting_shows_whole_rounds_and_how_to_go_on(
     result = run(*command, "--run-dir", tmp_path / "run")
     assert result.exit_code == 0
     said = " ".join(result.stderr.split())
-    assert "interrupted: 3 of 6 whole rounds" in said
+    assert "interrupted: 3 of 6 rounds were completed" in said
     assert f"mmtok compare --run-dir {tmp_path / 'run'} --resume" in result.stderr
 
 
@@ -156,7 +156,7 @@ def test_a_full_disk_loses_nothing(command: tuple[Any, ...], tmp_path: Path, mon
         patch.setattr(Path, "write_text", write_text)
         result = run(*command, "--run-dir", directory)
     assert result.exit_code == 1 and "No space left on device" in result.stderr and "Traceback" not in result.stderr
-    assert "interrupted: 2 of 6 whole rounds" in " ".join(result.stderr.split()) and "mmtok" in result.stdout
+    assert "interrupted: 2 of 6 rounds were completed" in " ".join(result.stderr.split()) and "mmtok" in result.stdout
     assert len(whole_rounds(RunDirectory.open(directory))) == 2  # and nothing that is there is half of something
     assert run_json("compare", "--run-dir", directory, "--resume")["schedule"]["rounds"] == 6
 
@@ -187,8 +187,8 @@ def test_a_case_that_runs_out_of_memory_is_a_row(
     row = next(line for line in result.stdout.splitlines() if line.strip().startswith("fastv"))
     assert "out of memory" in row
     said = " ".join(result.stderr.split())
-    when = "while it was warming up" if at == "warm-up" else "in round 3"
-    assert f"fastv @ 4 (batches of 1): out of memory {when}" in said and "lower --batch-size" in said
+    when = "during warm-up" if at == "warm-up" else "in round 3"
+    assert f"fastv @ 4 (batch size 1): out of memory {when}" in said and "lower --batch-size" in said
     assert (str(error) or "MemoryError") in said
 
     resumed = run_json("compare", "--run-dir", tmp_path / "run", "--resume")
@@ -267,9 +267,9 @@ def test_resuming_elsewhere_is_refused(
     refused(run(*resume), "mmtok @ 4 has changed", "alpha 0.25 then, 0.5 now")
 
     (directory / "plan.json").write_text(json.dumps(plan))
-    refused(run(*resume, "--budget", "5"), "--budget is 5 here and 4 in the run", "leave --budget out")
+    refused(run(*resume, "--budget", "5"), "--budget is 5 here and 4 in the run", "omit --budget")
     refused(run(*resume, "--set", "mmtok.alpha=0.1"), "--set is mmtok.alpha=0.1 here and missing in the run")
-    refused(run(*command, "--run-dir", directory), "holds a run already", "--resume")
+    refused(run(*command, "--run-dir", directory), "already contains a run", "--resume")
     assert len(run_json(*resume, "--budget", "4")["results"]) == CASES  # what is spelled out may say the same
 
     next((directory / "rounds").glob("*.json")).unlink()

@@ -12,10 +12,11 @@ from tiny_models import build_tiny_llava
 from mmtok_cli.budget import Budget
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.errors import MMTokError
+from mmtok_cli.image_plan import final_count, layer_average
 from mmtok_cli.methods import make_method
 from mmtok_cli.methods.base import Method
 from mmtok_cli.models.llava import Llava
-from mmtok_cli.pipeline import check_budget, final_count, layer_average, reduce
+from mmtok_cli.pipeline import check_budget, reduce
 from mmtok_cli.rules import Rules
 from mmtok_cli.tokens import Selection, TextTokens, VisionTokens
 
@@ -54,6 +55,7 @@ def test_what_methods_see_on_each_track(samples: list[Sample]) -> None:
         track: str
         signals: ClassVar[tuple[str, ...]] = ("mean_keys",)
         keeps_padding: ClassVar[bool] = True
+        takes_budget: ClassVar[bool] = False
 
         def select(self, vision: VisionTokens, text: TextTokens, budget: int) -> Selection:
             seen[self.track] = vision

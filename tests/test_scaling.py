@@ -13,6 +13,7 @@ from PIL import Image
 from test_report import shown
 from tiny_models import FAMILIES
 
+from mmtok_cli import profiling
 from mmtok_cli.budget import Budget
 from mmtok_cli.cases import Case
 from mmtok_cli.data.samples import Sample
@@ -23,10 +24,10 @@ from mmtok_cli.models.llava import Llava
 from mmtok_cli.pipeline import reduce
 from mmtok_cli.report.console import results_console
 from mmtok_cli.report.scaling import growth_table, scaling_table
+from mmtok_cli.results.profile import ScalingPoint
 from mmtok_cli.results.schema import CaseId
 from mmtok_cli.timing import scaling
 from mmtok_cli.timing.scaling import (
-    ScalingPoint,
     check_scaling,
     fit_exponent,
     growth_of,
@@ -232,8 +233,8 @@ def test_interrupting_keeps_the_sizes_that_were_measured(
             raise KeyboardInterrupt
         return [point(tokens, 1.0, method=case.name) for case in cases]
 
-    monkeypatch.setattr(scaling, "measure_size", measure)
-    command = ("profile", photo, QUESTION, "-m", tiny_directory, "-b", 4, "--runs", 1, "--warmup", 0)
+    monkeypatch.setattr(profiling, "measure_size", measure)
+    command = ("profile", photo, QUESTION, "-m", tiny_directory, "-b", 4, "--rounds", 1, "--warmup", 0)
     command += ("--max-new-tokens", 1, "--trace-dir", tmp_path, "--scaling", "--scaling-tokens", "100,144,196")
     for stop, measured in ((196, {100, 144}), (64, set())):
         plot = tmp_path / f"{stop}.png"
@@ -247,7 +248,7 @@ def test_interrupting_keeps_the_sizes_that_were_measured(
 def test_command(tiny_directory: Path, photo: Path, tmp_path: Path) -> None:
     plot = tmp_path / "scaling.png"
     command = ("profile", photo, QUESTION, "-m", tiny_directory, "-b", "10%", "--method", "mmtok,mmtok:loop")
-    command += ("--runs", 2, "--warmup", 1, "--max-new-tokens", 2, "--trace-dir", tmp_path / "traces")
+    command += ("--rounds", 2, "--warmup", 1, "--max-new-tokens", 2, "--trace-dir", tmp_path / "traces")
     result = run_json(*command, "--scaling", "--scaling-tokens", "324,100,196", "--plot", plot)
     assert result["schema"] == "mmtok.profile/2" and not result["interrupted"]
     assert [c["case"]["method"] for c in result["cases"]] == ["full", "mmtok", "mmtok:loop"]
@@ -272,7 +273,7 @@ def test_command_on_screen(tiny_directory: Path, photo: Path, tmp_path: Path, mo
     monkeypatch.setenv("COLUMNS", "80")
     plot = tmp_path / "scaling.svg"
     command = ("profile", photo, QUESTION, "-m", tiny_directory, "-b", 4, "--method", "mmtok,divprune,fastv")
-    command += ("--runs", 2, "--warmup", 0, "--max-new-tokens", 2, "--trace-dir", tmp_path / "traces")
+    command += ("--rounds", 2, "--warmup", 0, "--max-new-tokens", 2, "--trace-dir", tmp_path / "traces")
     result = run(*command, "--scaling", "--scaling-tokens", "100,144", "--plot", plot)
     assert result.exit_code == 0, result.output
     assert "Against the number of vision tokens" in result.stdout and "Growth: seconds" in result.stdout
@@ -285,8 +286,8 @@ def test_command_on_screen(tiny_directory: Path, photo: Path, tmp_path: Path, mo
 
 def test_bad_requests(tiny_directory: Path, photo: Path, tmp_path: Path) -> None:
     command = ("profile", photo, QUESTION, "-m", tiny_directory, "-b", 40, "--trace-dir", tmp_path / "t")
-    refused(run(*command, "--plot", tmp_path / "s.png"), "--plot is for --scaling alone")
-    refused(run(*command, "--scaling-tokens", "576"), "--scaling-tokens is for --scaling alone")
+    refused(run(*command, "--plot", tmp_path / "s.png"), "--plot requires --scaling")
+    refused(run(*command, "--scaling-tokens", "576"), "--scaling-tokens requires --scaling")
     refused(run(*command, "--scaling", "--plot", tmp_path / "s.txt"), "--plot", ".svg")
     refused(run(*command, "--scaling", "--scaling-tokens", "577"), "577", "576 and 625")
     refused(run(*command, "--scaling", "--scaling-tokens", "36"), "mmtok @ 40 at 36 vision tokens", "choose 1 to 36")

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from mmtok_cli.errors import MMTokError
+from mmtok_cli.image_plan import layer_average
 from mmtok_cli.methods import make_method
 from mmtok_cli.methods.sparsevlm import V1_COUNTS, cluster_and_merge, kept_before_recycling, raters
-from mmtok_cli.pipeline import layer_average
 from mmtok_cli.tokens import Cut, LayerTokens
 
 CUTTING = ("fastv", "random:inside", "pyramiddrop", "sparsevlm", "sparsevlm:v2")

@@ -171,7 +171,7 @@ def test_infeasible_budgets_are_refused() -> None:
     with pytest.raises(MMTokError, match="22 is more than the class token and the 20 ") as refusal:
         zipped(image, 22)
     assert refusal.value.hint == "choose 1 to 21, or all 24"
-    with pytest.raises(MMTokError, match="8 does not hold the class token and 10 contextual") as refusal:
+    with pytest.raises(MMTokError, match="8 is less than the class token and 10 contextual") as refusal:
         zipped(image, 8, contextual=10)
     assert refusal.value.hint == "choose 11 to 21, or all 24"
     with pytest.raises(MMTokError, match="cannot make 21 contextual tokens of the 20 ") as refusal:
@@ -200,3 +200,11 @@ def test_merging_keeps_the_data_type_and_does_not_overflow(dtype: torch.dtype) -
     rows, _ = zip_tokens(features, features[0], attention, keys, 2, 1)
     assert rows.dtype == dtype
     torch.testing.assert_close(rows[-1].float(), torch.full((4,), 6000.0), rtol=0.01, atol=0)
+
+
+def test_the_authors_shares_for_qwen_hold_where_there_is_no_class_token() -> None:
+    """576 tokens: int(0.45 n) + int(0.05 n) of 50 % and int(0.65 n) + int(0.05 n) of 70 %, one fewer than of LLaVA."""
+    method, qwen = make_method("visionzip"), ("received_attention", "mean_keys")
+    for share, on_qwen, on_llava in ((0.5, 287, 288), (0.7, 402, 403), (0.3, 172, 172)):
+        assert method.count(share, 576, qwen) == on_qwen
+        assert method.count(share, 576, type(method).signals) == on_llava

@@ -115,7 +115,7 @@ def test_zero_features_are_harmless() -> None:
 
 def test_a_ratio_out_of_range_is_refused() -> None:
     for ratio in (-0.1, 1.5, float("nan")):
-        with pytest.raises(MMTokError, match="no share of the budget"):
+        with pytest.raises(MMTokError, match="not between 0 and 1"):
             make_method("vispruner", important_ratio=ratio)
 
 

@@ -11,6 +11,8 @@ from transformers import (
     CLIPModel,
     CLIPTextConfig,
     CLIPVisionConfig,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -25,6 +27,7 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -32,6 +35,7 @@ from mmtok_cli.data.samples import Sample
 from mmtok_cli.demo.architecture import CHAT_TEMPLATE, build_tokenizer
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.models.clip_text import ClipText
+from mmtok_cli.models.internvl import InternVL, InternVLImageTextProcessor
 from mmtok_cli.models.llava import Llava
 from mmtok_cli.models.llava_next import LlavaNext
 from mmtok_cli.models.qwen_processor import QwenProcessor
@@ -218,7 +222,37 @@ def tiny_text_tower(dtype: torch.dtype) -> ClipText:
     return ClipText(build_tiny_clip().to(dtype), build_tokenizer())
 
 
+def build_tiny_internvl(
+    attention: str = "sdpa",
+) -> tuple[InternVLForConditionalGeneration, InternVLImageTextProcessor]:
+    """Tiles of 16 vision tokens, six at most."""
+    tokenizer = build_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<img>", "</img>", "<IMG_CONTEXT>"]})
+    side = 8 * PATCH
+    config = InternVLConfig(
+        vision_config={**VISION, "image_size": [side, side], "patch_size": [PATCH, PATCH], "attention_bias": True},
+        text_config={"model_type": "qwen2", **text_config(tokenizer), "max_position_embeddings": 2048},
+        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        image_seq_length=16,
+        tie_word_embeddings=False,
+        attn_implementation=attention,
+    )
+    torch.manual_seed(0)
+    model = scaled(InternVLForConditionalGeneration(config))
+    for name, parameter in model.named_parameters():  # zero and 0.1 where nothing was trained
+        if name.endswith(("position_embeddings", "cls_token")):
+            torch.nn.init.normal_(parameter)
+        elif "lambda_" in name:
+            torch.nn.init.ones_(parameter)
+    # The forward pass counts image tokens in answers as well: a model that was trained never gives one.
+    model.lm_head.weight.data[config.image_token_id] = 0
+    image_processor = GotOcr2ImageProcessorPil(size={"height": side, "width": side}, max_patches=6)
+    template = CHAT_TEMPLATE.replace("<image>", "<IMG_CONTEXT>")
+    return model, InternVLImageTextProcessor(image_processor, tokenizer, template)
+
+
 FAMILIES: dict[str, Callable[[str], VisionLanguageModel]] = {
+    "internvl": lambda attention: InternVL("tiny", *build_tiny_internvl(attention)),
     "llava": lambda attention: Llava("tiny", *build_tiny_llava(attention), text_tower=tiny_text_tower),
     "llava_next": lambda attention: LlavaNext("tiny", *build_tiny_llava_next(attention), text_tower=tiny_text_tower),
     "qwen2_5_vl": lambda attention: QwenVL("tiny", *build_tiny_qwen(attention)),
@@ -232,6 +266,8 @@ def stock_inputs(model: VisionLanguageModel, sample: Sample) -> dict[str, Any]:
     inputs: dict[str, Any] = {"input_ids": prompt.input_ids, "attention_mask": prompt.attention_mask}
     if model.family == "llava":
         return inputs | {"pixel_values": torch.stack(prompt.pixel_values)}
+    if model.family == "internvl":
+        return inputs | {"pixel_values": torch.cat(prompt.pixel_values)}
     if model.family == "llava_next":
         sizes = torch.tensor([[image.height, image.width] for image in sample.images])
         return inputs | {"pixel_values": torch.cat(prompt.pixel_values), "image_sizes": sizes}

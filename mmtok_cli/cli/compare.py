@@ -3,139 +3,53 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mmtok_cli.cli.options import (
-    MEASUREMENT,
-    OUTPUT,
-    PLOTS,
-    REDUCTION,
-    AskedOption,
-    AttentionOption,
-    BudgetMeansOption,
-    ColumnsOption,
-    DataOption,
-    DeviceMapOption,
-    DeviceOption,
-    DtypeOption,
-    ExportOption,
-    ImageRootOption,
-    JsonOption,
-    LayersOption,
-    MaxNewTokensOption,
-    ModelOption,
-    PositionsOption,
-    QuietOption,
-    SeedOption,
-    SetOption,
-    TrackOption,
-    WarmupOption,
-    WeightsOption,
-)
+from mmtok_cli.cli.options import OUTPUT, PLOTS, ExportOption, JsonOption, QuietOption, given_options, with_options
+from mmtok_cli.settings import MEASUREMENT, CompareSettings
+
+if TYPE_CHECKING:
+    from mmtok_cli.comparison import ComparisonRun
+    from mmtok_cli.evaluation.processes import Processes
 
 RUN = "Run directory"
-VERDICT = "Verdict"
+CHECK = "Check"
 
 
+@with_options(CompareSettings)
 def compare(
     context: typer.Context,
-    model: ModelOption = "demo",
-    methods: Annotated[
-        str,
-        typer.Option(
-            help="Methods, separated by commas. `full` is always measured; named here, once more, to show the noise.",
-            rich_help_panel=REDUCTION,
-        ),
-    ] = "mmtok,random,uniform,resize,none",
-    budget: Annotated[
-        str | None,
-        typer.Option(
-            "--budget",
-            "-b",
-            help="Budgets, separated by commas: 64,16 or 10%,5%. Default: those of the model's profile.",
-            show_default=False,
-            rich_help_panel=REDUCTION,
-        ),
-    ] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Samples to ask, at most.", rich_help_panel=MEASUREMENT)] = 80,
-    batch_size: Annotated[
-        str,
-        typer.Option(help="Samples per run, or several such numbers: 1,8.", rich_help_panel=MEASUREMENT),
-    ] = "1",
-    data: DataOption = "demo",
-    image_root: ImageRootOption = None,
-    question: AskedOption = None,
-    columns: ColumnsOption = None,
-    no_quality: Annotated[
-        bool, typer.Option("--no-quality", help="Measure times and memory alone.", rich_help_panel=MEASUREMENT)
-    ] = False,
-    rounds: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Timed passes over all cases, each on the next batch of samples. Default: all batches, at most 30.",
-            show_default=False,
-            rich_help_panel=MEASUREMENT,
-        ),
-    ] = None,
-    runs: Annotated[
-        int,
-        typer.Option(
-            min=1, help="Repetitions of each case in a round; their median counts.", rich_help_panel=MEASUREMENT
-        ),
-    ] = 1,
-    min_time: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            help="Go on with rounds until so many seconds were measured.",
-            show_default=False,
-            rich_help_panel=MEASUREMENT,
-        ),
-    ] = None,
-    warmup: WarmupOption = 1,
+    settings: CompareSettings,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Print the plan and how long it will take.", rich_help_panel=MEASUREMENT),
+        typer.Option("--dry-run", help="Print the plan and the estimated time.", rich_help_panel=MEASUREMENT),
     ] = False,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
-    weights: WeightsOption = "pretrained",
-    layers: LayersOption = None,
-    attention: AttentionOption = "sdpa",
-    device_map: DeviceMapOption = None,
-    track: TrackOption = "released",
-    positions: PositionsOption = None,
-    budget_means: BudgetMeansOption = "final",
-    settings: SetOption = None,
-    seed: SeedOption = 0,
-    max_new_tokens: MaxNewTokensOption = 16,
     run_dir: Annotated[
         Path | None,
         typer.Option(
-            help="Where everything measured is written at once. Default: runs/TIME-MODEL.",
+            help="Run directory; results are saved there as they are measured. Default: runs/TIME-MODEL.",
             show_default=False,
             rich_help_panel=RUN,
         ),
     ] = None,
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Go on with the run in --run-dir, or with the newest.", rich_help_panel=RUN),
+        typer.Option("--resume", help="Resume the run in --run-dir, or the most recent run.", rich_help_panel=RUN),
     ] = False,
     fail_below: Annotated[
         float | None,
         typer.Option(
             min=0,
-            help="Exit with status 1 unless every speedup is surely that large: its interval lies above.",
+            help="Exit with status 1 unless the lower 95 % bound of every speedup reaches this value.",
             show_default=False,
-            rich_help_panel=VERDICT,
+            rich_help_panel=CHECK,
         ),
     ] = None,
     fail_below_stage: Annotated[
         str,
-        typer.Option(help="Whose speedup --fail-below looks at: prefill, ttft, total, …", rich_help_panel=VERDICT),
+        typer.Option(help="Stage that --fail-below checks: prefill, ttft, total, …", rich_help_panel=CHECK),
     ] = "ttft",
     plot: Annotated[
         Path | None,
@@ -147,88 +61,90 @@ def compare(
 ) -> None:
     """Compare methods and budgets: latency, speedup, memory and quality on held-out questions or your own data.
 
-    In every round all cases run on the same samples, in random order, and speedups are paired within the round. Then
-    all samples are asked once for the quality. What was measured is written down at once: a run that was stopped,
-    however that was, goes on with --resume. Under `torchrun` or `accelerate launch` all processes share the asking.
+    In every round all cases run on the same samples, in random order, and speedups are paired within the round. Then the answers to all samples are evaluated once. Results are saved as they are measured: an interrupted run resumes with --resume. Under `torchrun` or `accelerate launch` the evaluation is distributed over all processes.
 
     [dim]mmtok compare --methods mmtok,resize --budget 64,16[/dim]
-    """
-    from mmtok_cli.cli.comparing import Session, check_verdict, judge
-    from mmtok_cli.cli.request import Request
-    from mmtok_cli.cli.showing import export, show
+    """  # noqa: E501 (a paragraph is one line, so that help wraps it)
+    from mmtok_cli.comparison import ComparisonRun
     from mmtok_cli.errors import MMTokError
     from mmtok_cli.evaluation.processes import join_processes
     from mmtok_cli.files import require_writable
-    from mmtok_cli.report.console import print_error
+    from mmtok_cli.report.checks import require_speedup_stage
+    from mmtok_cli.report.console import ConsoleProgress
     from mmtok_cli.report.exports import EXPORTS
-    from mmtok_cli.results.run_directory import NotWrittenError
 
+    files = exports or []
     if plot:
         require_writable(plot, PLOTS, "--plot")
-        if no_quality or layers is not None:
-            raise MMTokError("--plot shows quality, and none is measured", "leave --plot out")
-    for path in exports or []:
+        if not settings.measures_quality:
+            raise MMTokError("--plot shows quality, which is not measured with these options", "omit --plot")
+    for path in files:
         require_writable(path, EXPORTS, "--export")
-    request = Request(
-        model=model,
-        methods=methods,
-        budget=budget,
-        limit=limit,
-        batch_size=batch_size,
-        rounds=rounds,
-        runs=runs,
-        min_time=min_time,
-        warmup=warmup,
-        device=device,
-        dtype=dtype,
-        weights=weights,
-        track=track,
-        positions=positions,
-        budget_means=budget_means,
-        settings=settings or [],
-        seed=seed,
-        max_new_tokens=max_new_tokens,
-        data=data,
-        image_root=None if image_root is None else str(image_root),
-        question=question,
-        columns=columns,
-        no_quality=no_quality,
-        layers=layers,
-        attention=attention,
-        device_map=device_map,
-    )
-    check_verdict(fail_below, fail_below_stage)
-    given = [name for name in Request.model_fields if _is_given(context, name)]
-    with join_processes(device) as processes:
-        if device_map is not None and processes.count > 1:
-            raise MMTokError("--device-map gives one process all GPUs, and here are several", "leave it out")
-        silent = quiet or not processes.is_writer
-        session = Session.resumed(request, given, run_dir, silent) if resume else Session(request, run_dir, silent)
-        session.pictures = any(path.suffix.lower() == ".html" for path in exports or [])
-        if not processes.is_writer:
-            if not dry_run:
-                session.help(processes)
-            return
+    if fail_below is not None:
+        require_speedup_stage(fail_below_stage)
+    with join_processes(settings.device) as processes:
+        if settings.device_map is not None and processes.count > 1:
+            raise MMTokError("--device-map gives all GPUs to one process, and there are several", "omit it")
+        progress = ConsoleProgress(quiet or not processes.is_writer)
+        pictures = any(path.suffix.lower() == ".html" for path in files)
+        if resume:
+            given = given_options(context, CompareSettings)
+            run = ComparisonRun.resumed(settings, given, run_dir, progress, pictures=pictures)
+        else:
+            run = ComparisonRun(settings, run_dir, progress, pictures=pictures)
         if dry_run:
-            session.preview(as_json)
-            return
-        try:
-            comparison, stopped = session.measure(processes)
-        except NotWrittenError as error:
-            print_error(error)
-            raise typer.Exit(1) from error
-        show(comparison, session.request.settings, as_json, quiet)
-        session.tell_how_to_resume(comparison)
-        if comparison.results:
-            export(comparison, exports or [], session.directory, quiet)
-        if plot:
-            session.plot(comparison, plot)
-        if stopped is not None:
-            print_error(stopped)
-        if not judge(comparison, fail_below, fail_below_stage) or stopped is not None or not comparison.results:
-            raise typer.Exit(1)
+            if processes.is_writer:
+                _show_plan(run, as_json)
+        elif processes.is_writer:
+            passed = _measure(run, processes, files, plot, as_json, quiet, (fail_below, fail_below_stage))
+            if not passed:
+                raise typer.Exit(1)
+        else:
+            run.help(processes)
 
 
-def _is_given(context: typer.Context, name: str) -> bool:
-    source = context.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
+def _show_plan(run: ComparisonRun, as_json: bool) -> None:
+    from mmtok_cli.report import checks, console
+
+    plan = run.estimate()
+    if as_json:
+        console.print_json(plan)
+        return
+    out = console.results_console()
+    out.print(checks.plan_table(plan))
+    for line in checks.plan_lines(plan):
+        out.print(line)
+
+
+def _measure(
+    run: ComparisonRun,
+    processes: Processes,
+    files: list[Path],
+    plot: Path | None,
+    as_json: bool,
+    quiet: bool,
+    check: tuple[float | None, str],
+) -> bool:
+    """Measure and show; whether everything was measured and saved, and the speedups pass the check."""
+    from mmtok_cli.cli.showing import export, save_plot, show
+    from mmtok_cli.report.checks import shortfalls
+    from mmtok_cli.report.console import notes_console, print_error
+    from mmtok_cli.results.run_directory import NotWrittenError
+
+    try:
+        comparison, stopped = run.measure(processes)
+    except NotWrittenError as error:
+        print_error(error)
+        return False
+    show(comparison, run.settings.parameters, as_json, quiet)
+    if comparison.results:
+        export(comparison, files, run.directory, quiet)
+    if plot:
+        save_plot(comparison, plot, quiet)
+    if stopped is not None:
+        print_error(stopped)
+    least, stage = check
+    lines = [] if least is None else shortfalls(comparison, stage, least)
+    for line in lines:
+        notes_console().print(f"failed: {line}", soft_wrap=True)
+    return not lines and stopped is None and bool(comparison.results)

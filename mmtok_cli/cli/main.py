@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
+import warnings
 from typing import Annotated, Any
 
 import typer
@@ -42,6 +44,13 @@ def _note_untested_release(error: Exception) -> None:
         error.add_note(f'transformers {hf.VERSION} was not tested with mmtok; try: pip install "{hf.tested_range()}"')
 
 
+QUIET_LIBRARIES = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "KINETO_LOG_LEVEL": "99",  # torch's profiler
+}
+
 app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
@@ -72,6 +81,11 @@ def mmtok(
     ] = False,
 ) -> None:
     """Benchmark and profile vision-token reduction in vision-language models."""
+    # Log messages, progress bars and deprecation warnings of other libraries are not for the users of this command.
+    # These variables are read when the libraries are imported, which happens later.
+    for variable, value in QUIET_LIBRARIES.items():
+        os.environ.setdefault(variable, value)
+    warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 def main() -> None:

@@ -55,5 +55,5 @@ def _describe(name: str) -> dict[str, Any]:
 
 
 def _paragraphs(text: str) -> str:
-    """Text without its line breaks, but for those between paragraphs."""
+    """Text with one line per paragraph."""
     return "\n\n".join(" ".join(part.split()) for part in cleandoc(text).split("\n\n"))

@@ -4,7 +4,7 @@ from mmtok_cli.cli.options import JsonOption
 
 
 def models(as_json: JsonOption = False) -> None:
-    """List the models that are known by name. Hub ids and directories of their families work as well."""
+    """List the known models. Hub ids and local directories of the same families also work."""
     from mmtok_cli.profiles import known_profiles
     from mmtok_cli.report.catalogues import models_legend, models_table
     from mmtok_cli.report.console import print_json, results_console

@@ -1,134 +1,25 @@
-"""Options that several commands share, spelled and explained alike."""
+"""Command-line options: those of the settings, generated from the models in settings.py, and those for output."""
 
 from __future__ import annotations
 
+import functools
+import inspect
+import types
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import typer
+from typer.models import ArgumentInfo
 
-MODEL = "Model"
-REDUCTION = "Reduction"
-DATA = "Data"
-MEASUREMENT = "Measurement"
+from mmtok_cli.settings import PANELS, Settings, option_of
+
 OUTPUT = "Output"
-
 PLOTS = (".png", ".svg", ".pdf")
 
 ImageArgument = Annotated[Path, typer.Argument(help="Image file.", show_default=False)]
 QuestionArgument = Annotated[str, typer.Argument(help="Question about the image.", show_default=False)]
 
-ModelOption = Annotated[
-    str, typer.Option("--model", "-m", help="Name (see `mmtok models`), hub id or directory.", rich_help_panel=MODEL)
-]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.", rich_help_panel=MODEL)]
-DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.", rich_help_panel=MODEL)]
-WeightsOption = Annotated[
-    str,
-    typer.Option(
-        help="random: the true architecture without its weights, for time and memory alone.",
-        metavar="pretrained|random",
-        rich_help_panel=MODEL,
-    ),
-]
-LayersOption = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        help="Run the first so many decoder layers alone and estimate the times of the whole model.",
-        show_default=False,
-        rich_help_panel=MODEL,
-    ),
-]
-AttentionOption = Annotated[
-    str,
-    typer.Option(help="Attention kernel.", metavar="sdpa|eager|flash_attention_2", rich_help_panel=MODEL),
-]
-DeviceMapOption = Annotated[
-    str | None,
-    typer.Option(
-        help="auto: spread the model over all GPUs (with accelerate).",
-        metavar="auto",
-        show_default=False,
-        rich_help_panel=MODEL,
-    ),
-]
-
-MethodOption = Annotated[
-    str, typer.Option("--method", help="Reduction method (see `mmtok methods`).", rich_help_panel=REDUCTION)
-]
-BudgetOption = Annotated[
-    str,
-    typer.Option("--budget", "-b", help="Vision tokens kept per image: 64, or 10% of them.", rich_help_panel=REDUCTION),
-]
-TrackOption = Annotated[
-    str,
-    typer.Option(
-        help="released: every method as its authors released it. harmonised: the same rules for all.",
-        metavar="released|harmonised",
-        rich_help_panel=REDUCTION,
-    ),
-]
-PositionsOption = Annotated[
-    str | None,
-    typer.Option(
-        help="Whether kept tokens keep their positions or are counted anew. Default: as the track says.",
-        metavar="keep|renumber",
-        show_default=False,
-        rich_help_panel=REDUCTION,
-    ),
-]
-BudgetMeansOption = Annotated[
-    str,
-    typer.Option(
-        help="Whether a budget is what the last layer sees, or the mean over all decoder layers.",
-        metavar="final|layer-average",
-        rich_help_panel=REDUCTION,
-    ),
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        help="Parameter of a method, as in fastv.layer=3 (see `mmtok methods NAME`). Repeatable.",
-        metavar="METHOD.PARAM=VALUE",
-        show_default=False,
-        rich_help_panel=REDUCTION,
-    ),
-]
-SeedOption = Annotated[int, typer.Option(min=0, help="Seed of random draws.", rich_help_panel=REDUCTION)]
-
-DataOption = Annotated[
-    str,
-    typer.Option(
-        help="Samples to ask: demo, FILE.jsonl, pope:FILE, a folder of images, hub:NAME or hub:NAME:SPLIT.",
-        rich_help_panel=DATA,
-    ),
-]
-ImageRootOption = Annotated[
-    Path | None,
-    typer.Option(
-        help="Where the image files of --data lie. Default: beside the file.", show_default=False, rich_help_panel=DATA
-    ),
-]
-AskedOption = Annotated[
-    str | None,
-    typer.Option(
-        "--question",
-        help="What to ask of images without a question, or a frame around their own, which is {question} there.",
-        show_default=False,
-        rich_help_panel=DATA,
-    ),
-]
-ColumnsOption = Annotated[
-    str | None,
-    typer.Option(
-        help="What --data calls image, question, answer, answers, id and kind.",
-        metavar="FIELD=NAME,…",
-        show_default=False,
-        rich_help_panel=DATA,
-    ),
-]
 ExportOption = Annotated[
     list[Path] | None,
     typer.Option(
@@ -138,11 +29,121 @@ ExportOption = Annotated[
         rich_help_panel=OUTPUT,
     ),
 ]
-
-MaxNewTokensOption = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.", rich_help_panel=MEASUREMENT)]
-WarmupOption = Annotated[
-    int, typer.Option(min=0, help="Runs of each case that are not counted.", rich_help_panel=MEASUREMENT)
-]
-
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.", rich_help_panel=OUTPUT)]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no hints.", rich_help_panel=OUTPUT)]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Hide progress and notes.", rich_help_panel=OUTPUT)]
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def with_options(settings: type[Settings]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a command the options of `settings`. It receives them as one object, its parameter `settings`.
+
+    Arguments come first, then the generated options, then the command's own.
+    """
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "settings"]
+        generated = list(_parameters(settings))
+
+        @functools.wraps(command)
+        def run(**values: Any) -> Any:
+            # An option that may be repeated is None where it was not given.
+            given = {p.name: values.pop(p.name) for p in generated}
+            chosen = {name: value for name, value in given.items() if value is not None}
+            return command(settings=settings.of(**chosen), **values)
+
+        first = [p for p in own if _is_argument(p) or p.annotation is typer.Context]
+        rest = [p for p in own if p not in first]
+        parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in (*first, *generated, *rest)]
+        del run.__wrapped__  # Typer would read the signature of the command behind it
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        return run
+
+    return decorate
+
+
+def given_options(context: typer.Context, settings: type[Settings]) -> list[str]:
+    """Fields whose options were spelled out on the command line; environment variables do not count."""
+    sources = {name: context.get_parameter_source(name) for name in settings.model_fields}
+    return [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+
+
+def _parameters(settings: type[Settings]) -> Iterator[inspect.Parameter]:
+    """One keyword parameter for each field, as Typer reads them."""
+    by_panel = sorted(settings.model_fields.items(), key=lambda item: PANELS.index(option_of(item[1]).panel))
+    for name, field in by_panel:
+        option, kind, shown = option_of(field), _plain_type(field.annotation), ""
+        default = field.get_default(call_default_factory=True)
+        limits = {
+            key: getattr(limit, attribute)
+            for limit in field.metadata
+            for key, attribute in (("min", "ge"), ("max", "le"))
+            if hasattr(limit, attribute)
+        }
+        if kind is tuple and option.metavar and default == ():  # may be repeated
+            kind, default = list[str] | None, None
+        elif kind is tuple and default is not None:
+            shown = ", ".join(map(str, default))  # spaces, so that help wraps a long default instead of cutting it
+            kind, default = str, ",".join(map(str, default))
+        elif kind is tuple:
+            kind = str | None
+        info = typer.Option(
+            *option.names,
+            help=field.description,
+            rich_help_panel=option.panel,
+            envvar=option.env,
+            show_envvar=option.env is not None,
+            metavar=option.metavar,
+            show_default=shown or (default is not None and default is not False),
+            autocompletion=COMPLETIONS[option.complete] if option.complete else None,
+            **limits,
+        )
+        yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
+
+
+def _plain_type(annotation: Any) -> Any:
+    """The type that Typer parses: `tuple` for lists, otherwise the annotation without validators."""
+    if get_origin(annotation) is Annotated:
+        return _plain_type(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        inner = [part for part in get_args(annotation) if part is not type(None)]
+        plain = _plain_type(inner[0])
+        return plain if plain is tuple else plain | None
+    return tuple if get_origin(annotation) is tuple else annotation
+
+
+def _is_argument(parameter: inspect.Parameter) -> bool:
+    return any(isinstance(each, ArgumentInfo) for each in getattr(parameter.annotation, "__metadata__", ()))
+
+
+def _models(incomplete: str) -> list[str]:
+    from mmtok_cli.profiles import known_profiles
+
+    return [name for name in known_profiles() if name.startswith(incomplete)]
+
+
+def _methods(incomplete: str) -> list[str]:
+    """The last of several methods, behind those that are typed already."""
+    from mmtok_cli.methods import method_names
+
+    typed, comma, last = incomplete.rpartition(",")
+    return [typed + comma + name for name in method_names() if name.startswith(last)]
+
+
+def _method_parameters(incomplete: str) -> list[str]:
+    """ "fastv.layer=" for "fas"."""
+    from dataclasses import fields
+
+    from mmtok_cli.methods import method_class, method_names
+
+    names = [name for name in method_names() if name.startswith(incomplete.partition(".")[0])]
+    options = [f"{name}.{field.name}=" for name in names for field in fields(method_class(name))]
+    return [option for option in options if option.startswith(incomplete)]
+
+
+COMPLETIONS: dict[str, Callable[[str], list[str]]] = {
+    "models": _models,
+    "methods": _methods,
+    "parameters": _method_parameters,
+}

@@ -1,4 +1,4 @@
-"""`mmtok report`: tables, pages and files from runs that were measured before."""
+"""`mmtok report`: tables, pages and files from saved runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def report(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Show again what was measured, without a model; several runs of one model on one dataset share their tables.
+    """Show saved results, without a model. Several runs of one model on the same samples share their tables.
 
     [dim]mmtok report runs/monday runs/tuesday --export both.html[/dim]
     """
@@ -32,19 +32,17 @@ def report(
     for path in exports or []:
         require_writable(path, EXPORTS, "--export")
     if len({run.resolve() for run in runs}) < len(runs):
-        raise MMTokError("a run is named twice", "name each once")
+        raise MMTokError("the same run is given twice", "give each run once")
     comparisons = [summarise_run(RunDirectory.open(run)) for run in runs]
     for run, comparison in zip(runs, comparisons, strict=True):
         if not comparison.results and not comparison.failures:
-            raise MMTokError(f"no round of {run} is whole", f"go on with: mmtok compare --run-dir {run} --resume")
+            raise MMTokError(f"{run} has no complete round", f"resume with: mmtok compare --run-dir {run} --resume")
     groups = same_kind(comparisons)
     if len(groups) > 1 and (exports or as_json):
         kinds = "; ".join(
             f"{one.model} on {one.schedule.planned_samples} samples of {one.schedule.data}" for one, *_ in groups
         )
-        raise MMTokError(
-            f"these runs are not of one model on the same samples: {kinds}", "report on them one after another"
-        )
+        raise MMTokError(f"these runs differ in their model or samples: {kinds}", "report on them one after another")
     for group in groups:
         merged = merge(group)
         if as_json:

@@ -1,4 +1,4 @@
-"""One entry to all kinds of datasets."""
+"""Opening a dataset of any kind by its name."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ KINDS = "demo, FILE.jsonl, pope:FILE, a folder of images, hub:NAME or hub:NAME:S
 
 @dataclass(frozen=True)
 class Dataset:
-    """Samples whose images are read when they are looked at, and what of the source could not be used.
+    """Samples, whose images are read when they are needed, and what had to be left out.
 
-    metric: how answers are scored, None where none is known. missing: image files that are not there, with `left_out`
-    samples about them. problems: one line for each line or row that could not be read.
+    metric: how answers are scored, None without reference answers. missing: number of image files that do not exist;
+    left_out: number of samples that need them. problems: a message for each line or row that could not be read.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Dataset:
     problems: tuple[str, ...] = ()
 
     def notes(self) -> list[str]:
-        """What somebody must know who reads a score of this dataset, a line each."""
+        """What a reader of its scores should know, one line each."""
         notes = [f"left out: {problem}" for problem in self.problems]
         if self.missing:
             notes.append(
@@ -56,11 +56,11 @@ def open_dataset(
 ) -> Dataset:
     """The dataset that `text` names; see KINDS.
 
-    image_root: where image files lie, by default beside the file that names them. limit: how many samples at most.
-    question: what to ask of images that come without, or a frame around their own, which takes the place of
-    `{question}`. columns: field -> its name in the dataset, where that is another.
+    image_root: directory of the image files, by default that of the file that names them. limit: maximum number of
+    samples. question: for images without one, or a template with `{question}` for their own. columns: field -> its name
+    in the dataset, where the two differ.
 
-    Raises MMTokError where nothing can be asked.
+    Raises MMTokError if there is no usable sample.
     """
     columns = columns or {}
     require_columns(columns)
@@ -86,8 +86,8 @@ def open_dataset(
 
 
 def metric_of(samples: Sequence[Sample]) -> Metric | None:
-    """What the known answers ask for: soft accuracy where several people answered, POPE's scores where every answer is
-    yes or no and both occur, exact matches otherwise."""
+    """The metric that suits the reference answers: VQA's soft accuracy if there are several for a question, POPE's
+    scores if all are yes or no and both occur, exact match otherwise."""
     if any(sample.answers for sample in samples):
         return "vqa"
     known = {sample.answer.strip().lower() for sample in samples if sample.answer is not None}

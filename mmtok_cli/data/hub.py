@@ -1,4 +1,4 @@
-"""Datasets of the hub, or saved on disk, through the `datasets` library."""
+"""Datasets from the hub or saved on disk, read with the `datasets` library."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mmtok_cli.errors import MMTokError
 class HubRows:
     """Reads NAME[:CONFIG][:SPLIT], a name on the hub or a directory, row by row.
 
-    problems: one line for each bad row. Raises MMTokError for a dataset that cannot be had, or has no such columns.
+    problems: a message for each unusable row. Raises MMTokError if the dataset cannot be loaded or lacks a column.
     """
 
     def __init__(self, text: str, *, question: str | None, columns: Columns) -> None:
@@ -30,7 +30,7 @@ class HubRows:
         self._table, self._images = _with_images(_load(*_parts(text)), columns.get("image", "image"), text)
 
     def samples(self) -> Iterator[Sample]:
-        """The rows that are sound. Raises MMTokError when there are none."""
+        """The usable rows. Raises MMTokError if there are none."""
         column = self._columns.get("image", "image")
         found, hint = False, "check the columns"
         for number, raw in enumerate(self._table):
@@ -53,7 +53,9 @@ def _parts(text: str) -> tuple[str, str | None, str | None]:
     """Name, configuration and split of NAME[:CONFIG][:SPLIT]."""
     name, *others = text.split(":")
     if not name or len(others) > 2 or not all(others):
-        raise MMTokError(f"{text!r} names no dataset", "write hub:NAME, hub:NAME:SPLIT or hub:NAME:CONFIG:SPLIT")
+        raise MMTokError(
+            f"{text!r} is not the name of a dataset", "write hub:NAME, hub:NAME:SPLIT or hub:NAME:CONFIG:SPLIT"
+        )
     return name, others[0] if len(others) == 2 else None, others[-1] if others else None
 
 
@@ -88,7 +90,7 @@ def _choose(split: str | None, splits: list[str], name: str) -> str:
 
 
 def _with_images(table: Any, column: str, name: str) -> tuple[Any, Any]:
-    """The table without its images, and its images alone, undecoded."""
+    """The table without its images, and the column of images, not decoded."""
     import datasets
 
     if not isinstance(table.features.get(column), datasets.Image):
@@ -104,6 +106,6 @@ def _with_images(table: Any, column: str, name: str) -> tuple[Any, Any]:
 def _read(images: Any, number: int, column: str, name: str) -> Image:
     stored = images[number][column]
     if stored is None:
-        raise MMTokError(f"{name}, row {number}: there is no image", "leave the row out")
+        raise MMTokError(f"{name}, row {number}: there is no image", "remove the row")
     label = stored["path"] or f"{name}, row {number}"
     return open_image(label, stored["bytes"])

@@ -1,4 +1,4 @@
-"""Opening images that people have lying about, or saying in one line why that is not possible."""
+"""Opening arbitrary user images, with a clear error for those that cannot be opened."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP")
 
 
 def open_image(path: Path | str, content: bytes | None = None) -> Image:
-    """Read an image as a person sees it: turned upright, transparency over white, the first frame, 8-bit RGB.
+    """Read an image as viewers show it: EXIF rotation applied, transparency on white, the first frame, 8-bit RGB.
 
-    content: the file's bytes where they are at hand; `path` then only names them. Raises MMTokError when there is no
-    such file, or it is not an image, or it is damaged or absurdly large.
+    content: the bytes of the file, if they were read already; `path` is then only its name. Raises MMTokError for a
+    missing, damaged or extremely large file and for one that is not an image.
     """
     path = Path(path)
     try:
@@ -34,12 +34,12 @@ def open_image(path: Path | str, content: bytes | None = None) -> Image:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise MMTokError(f"there is no file {path}", "check the spelling of the path") from error
     except PermissionError as error:
-        raise MMTokError(f"{path} may not be read", "check the file's permissions") from error
+        raise MMTokError(f"{path}: permission denied", "check the permissions of the file") from error
     except UnidentifiedImageError as error:
         raise MMTokError(f"{path} is not an image", "give a PNG, JPEG, WebP, GIF, TIFF or BMP file") from error
     except (PILImage.DecompressionBombError, PILImage.DecompressionBombWarning) as error:
         raise MMTokError(
-            f"{path} unfolds to more than {PILImage.MAX_IMAGE_PIXELS or 0:,} pixels", "scale it down first"
+            f"{path} decompresses to more than {PILImage.MAX_IMAGE_PIXELS or 0:,} pixels", "scale it down first"
         ) from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         if isinstance(error, OSError) and error.errno is not None:
@@ -52,7 +52,10 @@ def _as_seen(image: Image) -> Image:
     if image.mode.startswith("I"):
         return _from_integers(np.asarray(image))
     if image.mode == "F":
-        raise MMTokError("images of floating-point pixels have no agreed range", "save it with 8 bits per channel")
+        raise MMTokError(
+            "images with floating-point pixels are not supported: their value range is not defined",
+            "save it with 8 bits per channel",
+        )
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         white = PILImage.new("RGBA", rgba.size, "white")

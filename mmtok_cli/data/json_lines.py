@@ -1,6 +1,6 @@
-"""JSON lines: one object a line, as in {"image": "a.jpg", "question": "What color is it?", "answer": "red"}.
+"""JSON lines: one object per line, as in {"image": "a.jpg", "question": "What color is it?", "answer": "red"}.
 
-POPE's official files (arXiv 2305.10355) are the same under other names: image, text, label, question_id.
+POPE's official files (arXiv 2305.10355) have the same format with other names: image, text, label, question_id.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ EXAMPLE = '{"image": "a.jpg", "question": "What is it?", "answer": "a cat"}'
 
 
 class JsonLines:
-    """Reads a file line by line; after the last sample it knows what was left out and why.
+    """Reads a file line by line, and collects what had to be left out.
 
-    missing: image files that are not there; left_out: samples that show them. problems: one line for each bad line.
+    missing: image files that do not exist; left_out: number of samples that need them. problems: a message for each
+    unusable line. All three are complete after the last sample.
     """
 
     def __init__(self, path: Path, *, image_root: Path | None, question: str | None, columns: Columns) -> None:
@@ -38,10 +39,10 @@ class JsonLines:
         self._columns = columns
 
     def samples(self) -> Iterator[Sample]:
-        """The samples whose lines are sound and whose images are there. Raises MMTokError for a file without any."""
+        """The samples whose lines are usable and whose images exist. Raises MMTokError if there are none."""
         there = cache(Path.is_file)
         found = False
-        hint = f"write one JSON object a line, as in {EXAMPLE}"
+        hint = f"write one JSON object per line, as in {EXAMPLE}"
         for number, line in _lines(self._path):
             try:
                 row = _parse(line, self._columns)
@@ -62,8 +63,8 @@ class JsonLines:
             return
         if self.missing:
             raise MMTokError(
-                f"none of the {len(self.missing)} images that {self._path} names is in {self._root}",
-                "say where they are with --image-root",
+                f"none of the {len(self.missing)} images named in {self._path} exists in {self._root}",
+                "set their directory with --image-root",
             )
         if self.problems:
             raise MMTokError(self.problems[0], hint)
@@ -88,7 +89,7 @@ def _parse(line: bytes, columns: Columns) -> FileRow:
     except (ValueError, RecursionError) as error:
         raise MMTokError("it is not JSON") from error
     if not isinstance(raw, dict):
-        raise MMTokError("it is no JSON object")
+        raise MMTokError("it is not a JSON object")
     try:
         return FileRow.model_validate(fields_of(raw, columns))
     except ValidationError as error:

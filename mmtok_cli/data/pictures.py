@@ -1,4 +1,4 @@
-"""Images without anything known about them: one, a folder of them, or those that a pattern names."""
+"""Images without questions or answers: a file, a folder or a pattern."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def is_pattern(text: str) -> bool:
 
 
 def pictures(text: str, question: str | None) -> Iterator[Sample]:
-    """Every image that a file name, a folder or a pattern such as `photos/**/*.jpg` stands for, by name.
+    """All images of a file name, a folder with its subfolders or a pattern such as `photos/**/*.jpg`, sorted by name.
 
-    Folders are searched to the bottom. Raises MMTokError where there is none, or no question to ask.
+    Raises MMTokError if there is no image or no question.
     """
     path = Path(text)
     if path.is_dir():

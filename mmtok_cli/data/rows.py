@@ -1,4 +1,4 @@
-"""What one line or row of a dataset says of a sample, under whatever names its columns have."""
+"""One line or row of a dataset, with configurable column names."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from mmtok_cli.data.samples import ClosedImages, Sample, require_question
 from mmtok_cli.errors import MMTokError
 
 FIELDS = ("image", "question", "answer", "answers", "id", "kind")
-Columns = Mapping[str, str]  # field -> the name that a dataset gives it, where that is another
+Columns = Mapping[str, str]  # field -> its name in the dataset, where the two differ
 GAP = "{question}"
-ASKED_AT_LEAST = 3  # people whose answers make up a soft accuracy
+ASKED_AT_LEAST = 3  # reference answers that VQA's soft accuracy needs
 
 
 class Row(BaseModel):
-    """The fields of one sample as they were written, its images aside. Numbers may stand for strings."""
+    """The fields of one sample except its images. Numbers are converted to strings."""
 
     model_config = ConfigDict(frozen=True, coerce_numbers_to_str=True, extra="forbid")
 
@@ -49,7 +49,7 @@ class Row(BaseModel):
     @classmethod
     def _enough(cls, values: tuple[str, ...]) -> tuple[str, ...]:
         if 0 < len(values) < ASKED_AT_LEAST:
-            raise ValueError(f"name what {ASKED_AT_LEAST} people or more said, or give one `answer`")
+            raise ValueError(f"give at least {ASKED_AT_LEAST} answers, or one `answer`")
         return values
 
 
@@ -72,10 +72,7 @@ class FileRow(Row):
 
 
 def fields_of(raw: Mapping[str, Any], columns: Columns) -> dict[str, Any]:
-    """The fields that a row has, by the names used here.
-
-    Raises MMTokError for a column that was asked for and is not there.
-    """
+    """The fields of a row under the names used here. Raises MMTokError for a configured column that is missing."""
     for column in columns.values():
         if column not in raw:
             raise MMTokError(f"there is no {column!r}, only {', '.join(map(repr, raw))}")
@@ -84,7 +81,7 @@ def fields_of(raw: Mapping[str, Any], columns: Columns) -> dict[str, Any]:
 
 
 def fault_of(error: ValidationError) -> str:
-    """The first thing that is wrong with a row, in one line."""
+    """The first error of a row, in one line."""
     first = error.errors()[0]
     message = first["msg"].removeprefix("Value error, ")
     return f"{first['loc'][0]}: {message[:1].lower()}{message[1:]}" if first["loc"] else message
@@ -97,7 +94,7 @@ def make_sample(
     question: str | None,
     number: int,
 ) -> Sample:
-    """A sample whose images are yet to be read. Raises MMTokError where there is nothing to ask."""
+    """A sample whose images are read later. Raises MMTokError if there is no question."""
     return Sample(
         images=ClosedImages(tuple(readers)),
         question=_asked(question, row.question),
@@ -117,7 +114,7 @@ def require_columns(columns: Columns) -> None:
 
 
 def _asked(wanted: str | None, own: str | None) -> str:
-    """The row's own question, within what the user wrote around `{question}`; or the user's where the row has none."""
+    """The question of a row, put into the user's template if there is one; the user's question if the row has none."""
     if wanted is None:
         asked = own
     elif own is None:
@@ -126,10 +123,10 @@ def _asked(wanted: str | None, own: str | None) -> str:
         asked = wanted.replace(GAP, own)
     else:
         raise MMTokError(
-            "it has a question of its own, which --question would replace",
-            f"leave --question out, or write {GAP} where the sample's own is to stand",
+            "the sample has a question, which --question would replace",
+            f"omit --question, or put {GAP} into it for the sample's question",
         )
     if asked is None:
-        raise MMTokError("there is no question", "say what to ask of every image with --question")
+        raise MMTokError("there is no question", "give one for all images with --question")
     require_question(asked)
     return asked

@@ -1,4 +1,4 @@
-"""A sample, and whether an answer to it is right."""
+"""Samples: questions about images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class ClosedImages(Sequence[Image]):
-    """Images that are read whenever they are looked at and not held, so that thousands of samples fit into memory."""
+    """Images that are read each time they are accessed and not kept, so that thousands of samples fit into memory."""
 
     readers: tuple[Callable[[], Image], ...]
 
@@ -38,8 +38,10 @@ class ClosedImages(Sequence[Image]):
 class Sample:
     """A question about one image or several.
 
-    image_ids name the images, and id the sample within its dataset, in the same way in every run. answer and kind are
-    known for test questions alone; answers are what several people said, where they were asked.
+    images: PIL images. question: its `<image>` markers, if any, say where the images go.
+    image_ids: a stable name for each image, from which seeded methods draw. id: a stable name within the dataset.
+    answer: the reference answer, if known. answers: reference answers of several people. kind: the kind of question,
+    for scores by kind.
     """
 
     images: Sequence[Image]
@@ -51,14 +53,11 @@ class Sample:
     answers: tuple[str, ...] = ()
 
     def open(self) -> Sample:
-        """The sample with its images in memory: read once here, however often they are looked at.
-
-        Raises MMTokError for an image that cannot be read.
-        """
+        """The sample with its images read into memory. Raises MMTokError for an image that cannot be read."""
         return replace(self, images=tuple(self.images))
 
     def is_right(self, answer: str) -> bool:
-        """Whether `answer` is the known answer, letter case and punctuation aside."""
+        """Whether `answer` is the reference answer, ignoring letter case and punctuation."""
         return self.answer is not None and normalise(answer) == normalise(self.answer)
 
 
@@ -68,7 +67,7 @@ def normalise(text: str) -> str:
 
 
 def sample_from_file(path: Path | str, question: str, *more: Path | str) -> Sample:
-    """A question about one image file, or about several in this order.
+    """A question about one image file or several.
 
     Raises MMTokError for an unreadable image and for an empty question.
     """
@@ -78,17 +77,17 @@ def sample_from_file(path: Path | str, question: str, *more: Path | str) -> Samp
 
 
 def require_question(question: str) -> None:
-    """Raises MMTokError for a question that nobody can be asked."""
+    """Raises MMTokError for an empty or undecodable question."""
     if not question.strip():
         raise MMTokError("the question is empty", 'ask something, as in "What is in the image?"')
     try:
         question.encode()
     except UnicodeEncodeError as error:
-        raise MMTokError("the question is not valid UTF-8", "type it anew") from error
+        raise MMTokError("the question is not valid UTF-8", "enter it again") from error
 
 
 def demo_samples(limit: int) -> list[Sample]:
-    """The first `limit` held-out questions about drawn scenes that the demo model was not trained on."""
+    """The first `limit` held-out questions of the demo, about scenes that the demo model was not trained on."""
     from mmtok_cli.demo.questions import held_out
 
     questions = held_out(limit)
@@ -100,7 +99,7 @@ def demo_samples(limit: int) -> list[Sample]:
 
 
 def batches(samples: Sequence[Item], size: int) -> Iterator[list[Item]]:
-    """Consecutive groups of `size` samples, or of their numbers; the last may be smaller."""
+    """Consecutive groups of `size` items; the last may be smaller."""
     iterator = iter(samples)
     while group := list(islice(iterator, size)):
         yield group

@@ -119,9 +119,9 @@ def _sine_positions() -> torch.Tensor:
 def shown_tokens(stage: Stage, batch: Batch, generator: torch.Generator) -> torch.Tensor | None:
     """In some steps the language model is shown a random part of each picture's tokens, [batch, m]; None is all.
 
-    How likely a token stays is drawn anew for the background, for every object and for what lies on their edges, so
-    that pictures come in every composition. A model that has only seen whole ones counts by the area that things
-    cover, and is lost when nine tokens in ten show objects, as after most methods of reduction.
+    The probability that a token stays is drawn for the background, for every object and for what lies on their edges,
+    so that all compositions occur. A model trained only on whole pictures counts by the area that objects cover, and
+    fails when nine of ten tokens show objects, as after most reduction methods.
     """
     if _uniform(0, 1, generator) >= stage.dropping:
         return None

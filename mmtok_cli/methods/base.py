@@ -82,7 +82,7 @@ class Method:
 
     Class attributes about what the method reads and how its authors run it:
     signals: what the method reads of the encoder besides the tokens; nothing else is computed.
-    signals_without_class_token: what it reads instead where the encoder has no class token, if it can.
+    alternative_signals: other sets of signals with which it works as well, for families that do not offer `signals`.
     per_crop: where a model cuts an image into crops, `select` is called for each crop with a part of the budget, as in
         methods that act on the encoder's output (see `across_crops`); otherwise once for the packed sequence of all
         crops, line ends included. A method that reads signals must set it.
@@ -99,15 +99,26 @@ class Method:
     training_free: ClassVar[bool] = True
     takes_budget: ClassVar[bool] = True
     signals: ClassVar[tuple[str, ...]] = ()
-    signals_without_class_token: ClassVar[tuple[str, ...]] = ()
+    alternative_signals: ClassVar[tuple[tuple[str, ...], ...]] = ()
     per_crop: ClassVar[bool] = False
     positions: ClassVar[Positions] = "renumber"
     keeps_padding: ClassVar[bool] = False
     matrices: ClassVar[float] = 0
 
-    def count(self, share: float, total: int) -> int:
+    @classmethod
+    def signals_among(cls, offered: Sequence[str]) -> tuple[str, ...]:
+        """What the method reads of a model that offers these signals.
+
+        The first of `signals` and `alternative_signals` that is offered as a whole. Without any, `signals`, which the
+        model refuses.
+        """
+        choices = (cls.signals, *cls.alternative_signals)
+        return next((names for names in choices if set(names) <= set(offered)), cls.signals)
+
+    def count(self, share: float, total: int, signals: Sequence[str] = ()) -> int:
         """How many of `total` vision tokens a share (0.1 for 10%) keeps, rounded as in the authors' code.
 
+        signals: those that the method reads of the model, where the authors have different code for different models.
         Used on the released track; the harmonised track rounds down for every method. Default: MMTok's rule, which
         truncates the floating-point product (0.29 of 100 is 28).
         """

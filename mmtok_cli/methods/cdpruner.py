@@ -21,16 +21,16 @@ RELEVANCE = "relevance"  # among the signals: of each eligible token, scaled ove
 
 @dataclass(frozen=True)
 class CDPruner(Method):
-    """Keeps tokens that differ from each other and matter to the question, as CLIP sees it.
+    """Keeps tokens that differ from each other and are relevant to the question by CLIP's similarity.
 
-    Needs a model that comes with its encoder's text tower. As in the authors' release, relevance is the *negated*
-    cosine, since CLIP's patch features run against its text; `relevance_sign` 1 is the plain one, for comparison.
-    Padding competes for the budget there, relevance is computed in the model's data type, and positions are
-    renumbered. Where a model cuts an image into crops, relevance is scaled by the lowest and highest value of all its
-    crops, and tokens are then picked in each crop by itself. Two defects of it are not reproduced: infinity for an
-    image whose tokens are all equally relevant, and NaN once rounding has made a gain negative. On the harmonised track
-    padding is neither picked nor looked at, and relevance is float32. The authors' code scales whatever it encodes
-    together; here images never share a scale, so that an image is selected alike alone and in a batch.
+    Needs the text tower of the encoder's CLIP model. As in the authors' release, relevance is the *negated* cosine,
+    since CLIP's patch features point away from matching text; `relevance_sign=1` uses the plain one, for comparison.
+    Padding can be selected, relevance is computed in the model's data type, and positions are renumbered. Where a model
+    cuts an image into crops, relevance is scaled by the lowest and highest value of all crops, and tokens are then
+    selected in each crop separately. Two defects are not reproduced: infinity for an image whose tokens are all equally
+    relevant, and NaN once rounding has made a gain negative. On the harmonised track padding is excluded and relevance
+    is float32. The authors' code scales all images of a batch together; here each has its own scale, so batches do not
+    matter.
     """
 
     summary: ClassVar[str] = "relevant + diverse ones"

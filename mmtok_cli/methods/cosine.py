@@ -1,4 +1,4 @@
-"""What methods that compare directions share."""
+"""Functions of methods that compare directions of vectors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Result = TypeVar("Result")
 
 
 def in_float64(values: Tensor) -> Tensor:
-    """For decisions among nearly equal values; on the CPU where the device has no float64, as Apple's GPUs."""
+    """The values in float64, for decisions among nearly equal ones; on the CPU if the device is an Apple GPU."""
     return (values.cpu() if values.device.type == "mps" else values).double()
 
 

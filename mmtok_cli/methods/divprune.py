@@ -5,6 +5,7 @@ Written from a description of the algorithm, without the authors' code.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -20,13 +21,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DivPrune(Method):
-    """Keeps tokens that lie far from each other, by cosine distance behind the projector.
+    """Keeps tokens that lie far from each other, by cosine distance of the projected tokens.
 
-    As in the authors' release, padding competes for the budget, distances are computed in the model's data type,
-    kept tokens stay in the order of the image, positions are renumbered, and a share of an image's tokens is rounded
-    to the nearest whole number, halves to the even one. Two defects of it are not reproduced: equal tokens being picked
-    twice, and NaN for tokens that are all zero. On the harmonised track padding is neither picked nor anybody's
-    neighbour, and distances are float32.
+    As in the authors' release, padding can be selected, distances are computed in the model's data type, kept tokens
+    stay in the order of the image, positions are renumbered, and a percentage is rounded to the nearest whole number
+    (halves to even). Two of its defects are not reproduced: equal tokens selected twice, and NaN for tokens that are
+    all zero. On the harmonised track padding is excluded and distances are float32.
     """
 
     summary: ClassVar[str] = "mutually distant tokens"
@@ -35,7 +35,7 @@ class DivPrune(Method):
     keeps_padding: ClassVar[bool] = True
     matrices: ClassVar[float] = 2
 
-    def count(self, share: float, total: int) -> int:
+    def count(self, share: float, total: int, signals: Sequence[str] = ()) -> int:
         return round(share * total)
 
     def select(self, vision: VisionTokens, text: TextTokens, budget: int) -> Selection:
@@ -50,13 +50,13 @@ class DivPrune(Method):
 def farthest_points(features: Tensor, k: int, excluded: Tensor | None = None) -> Tensor:
     """`k` rows that lie far from each other: their indices `[k]`, in the order of the picks.
 
-    The first is the row whose nearest neighbour is farthest, every further one the row farthest from all picked so
-    far (max-min). The lowest index wins a tie, and no index comes twice, even among equal rows.
+    The first pick is the row whose nearest neighbour is farthest, each further one the row farthest from all picked
+    so far (max-min). The lowest index wins a tie, and no index comes twice, even among equal rows.
 
     Args:
         features: `[n, d]`; distances are computed in its data type.
         k: rows to pick.
-        excluded: bool `[n]`, True for rows that are treated as if they were not there.
+        excluded: bool `[n]`, True for rows to ignore.
 
     Raises:
         MMTokError: fewer than `k` rows are left, or a value is not finite.
@@ -71,7 +71,7 @@ def farthest_points(features: Tensor, k: int, excluded: Tensor | None = None) ->
     if k == 0:
         return places[:0]
     distance = cosine_distances(features[places])
-    # A row that is not finite spoils its distance to every other one, so one row of the matrix shows them all.
+    # A row that is not finite makes its distance to all others not finite, so one row of the matrix shows it.
     if not bool(distance[0].isfinite().all()):
         raise MMTokError("features hold NaN or infinity", "score in a wider dtype")
     distance.fill_diagonal_(torch.inf)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,13 +14,13 @@ from mmtok_cli.tokens import Cut, LayerTokens, Selection
 @dataclass(frozen=True)
 class FastV(Method):
     """Runs `layer` decoder layers (K in the paper) on every token, then keeps the vision tokens to which the last token
-    of the prompt attends most in the last of these layers, on average over the heads.
+    of the prompt attends most in the last of these layers, averaged over the heads.
 
-    As released: the attention is that of the last token alone, where the paper's text averages over all; kept tokens
-    stay at their positions, padding competes for the budget, and a share of an image's tokens is rounded to the nearest
-    whole number, halves to the even one. Not as released: several images each keep a budget of their own (their code
-    knows one image), batches are served, and attention runs under any kernel, since the one row is computed by hand.
-    The budget is what the layers behind see; the layer average is printed beside it.
+    As released: only the attention of the last token counts, where the paper averages over all; kept tokens keep their
+    positions, padding can be selected, and a percentage is rounded to the nearest whole number (halves to even). Not as
+    released: several images have a budget each (the authors' code takes one image), batches work, and any attention
+    kernel does, because the row of attention is computed separately. The budget is the number of tokens in the later
+    layers; the layer average is printed next to it.
     """
 
     summary: ClassVar[str] = "last token's attention"
@@ -31,7 +32,7 @@ class FastV(Method):
 
     layer: int = 2
 
-    def count(self, share: float, total: int) -> int:
+    def count(self, share: float, total: int, signals: Sequence[str] = ()) -> int:
         removed = 1 - share  # what their parameter says; halves fall as they do in their arithmetic
         return round(total * (1 - removed))
 

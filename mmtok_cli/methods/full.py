@@ -8,7 +8,7 @@ from mmtok_cli.methods.base import Method
 
 @dataclass(frozen=True)
 class Full(Method):
-    """Keeps every vision token: what all speedups and retentions are measured against."""
+    """Keeps every vision token: the baseline of all speedups and retentions."""
 
     summary: ClassVar[str] = "every vision token"
     takes_budget: ClassVar[bool] = False

@@ -1,4 +1,4 @@
-"""MMTok's selection as the paper's algorithm 2 and the authors' release run it, to be timed against ours."""
+"""MMTok's selection as in algorithm 2 of the paper and the authors' release, to compare its time with ours."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GreedyLoop(MMTok):
-    """Picks as mmtok does, but evaluates the gain of every token again at each pick, as the authors' release does.
+    """Selects the same tokens as mmtok, but evaluates the gain of every token at each pick, as the authors' release
+    does.
 
-    That takes O(k n (m + n)) for k of n vision tokens and m words. The matrix too is built as released: similarities,
-    softmax and concatenation out of place, one image after the other, and the loop is compiled by TorchScript. The
-    picks are mmtok's but for near ties: sums in another order differ in the last digit.
+    That takes O(k n (m + n)) for k of n vision tokens and m words. The matrix is also built as released: similarities,
+    softmax and concatenation out of place, one image after the other, and the loop is compiled by TorchScript. Near
+    ties may be decided differently, since sums in another order differ in the last digit.
     """
 
     summary: ClassVar[str] = "mmtok's, as released"

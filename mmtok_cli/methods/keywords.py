@@ -1,6 +1,6 @@
 """The words of a question that MMTok covers, exactly as the released LLaVA code picks them.
 
-The paper (arXiv 2508.18264) only hints at this step, in figure 2; the list and the rules are those of the release.
+The paper (arXiv 2508.18264) mentions this step only in figure 2; the list and the rules are those of the release.
 """
 
 import re

@@ -22,12 +22,11 @@ class MMTok(Method):
     """Keeps the tokens that together cover the words of the question and the whole of the image best.
 
     The defaults are the paper's for LLaVA (section 4.1); a model's profile may override them. As in the authors'
-    release, the words are those of the question less its stop words (on Qwen all of them, behind "Question:"), padding
-    is never kept on LLaVA-1.5, an image that is cut into crops is covered crop by crop, a share of an image's tokens is
-    truncated, and an image whose tokens all fit the budget is left alone. Not as released: several images in a prompt
-    have a budget each, on Qwen too, where the release chooses from all of them at once and its forward pass then fails.
-    Images of 64 tokens or fewer, which the release leaves whole on Qwen whatever the ratio, are reduced like all
-    others.
+    release, the words are those of the question without stop words (on Qwen all of them, after "Question:"), padding is
+    never kept on LLaVA-1.5, an image that is cut into crops is covered crop by crop, and the number of tokens of a
+    percentage is truncated. Not as released: several images in a prompt have a budget each, also on Qwen, where the
+    release selects from all of them at once and its forward pass then fails. Images of 64 tokens or fewer, which the
+    release never reduces on Qwen, are reduced like all others.
     """
 
     summary: ClassVar[str] = "covers question + image"

@@ -1,4 +1,4 @@
-"""The floor: no vision token at all."""
+"""No vision token at all: a lower bound of the score."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from mmtok_cli.tokens import Selection, TextTokens, VisionTokens
 class NoVision(Method):
     """Keeps no vision token.
 
-    What a model still answers rightly then, it did not need the image for; methods have been published that score
-    below this floor (VisionZip at 8 tokens and fewer in MMTok's Table 21).
+    The score that a model reaches without the image. Published methods can fall below it (VisionZip at 8 tokens and
+    fewer in MMTok's Table 21).
     """
 
     summary: ClassVar[str] = "no vision token"

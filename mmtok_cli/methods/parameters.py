@@ -18,10 +18,10 @@ WORDS: dict[Any, str] = {int: "a whole number", float: "a number", str: "text", 
 
 
 def read_settings(texts: Sequence[str], running: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Values by method and parameter from texts such as `fastv.layer=3`; of two for one parameter the later one goes.
+    """Values by method and parameter from texts such as `fastv.layer=3`; a later text for the same parameter wins.
 
     running: the methods that are to be run. Raises MMTokError for a text that cannot be read, a method that is not
-    among them, a parameter that the method does not have, and a value that does not suit it.
+    among them, an unknown parameter, and a value of the wrong type.
     """
     settings: dict[str, dict[str, Any]] = defaultdict(dict)
     for text in texts:
@@ -40,7 +40,7 @@ def read_settings(texts: Sequence[str], running: Sequence[str]) -> dict[str, dic
 
 
 def profile_parameters(name: str, tables: Mapping[str, Mapping[str, Any]], profile: str) -> dict[str, Any]:
-    """The parameters that a profile gives a method. A table for X goes for its variants X:y too, where they have them.
+    """The parameters that a profile sets for a method. A table for X also applies to its variants X:y.
 
     tables: parameters by method, as TOML has them. Raises MMTokError naming the profile and the key for a parameter
     that neither the method nor a variant of it has, and for a value of another type.
@@ -63,7 +63,7 @@ def parameter_types(name: str) -> dict[str, Any]:
     method = method_class(name)
     try:
         hints = get_type_hints(method)
-    except NameError:  # names that were imported for type checkers alone
+    except NameError:  # types that are imported for type checkers only
         hints = {field.name: type(field.default) for field in fields(method)}
     return {field.name: hints[field.name] for field in fields(method) if field.init}
 
@@ -79,12 +79,12 @@ def parameter_defaults(name: str) -> dict[str, Any]:
 
 
 def setting_text(name: str, parameter: str, value: Any) -> str:
-    """What `--set` takes: `sparsevlm.layers=2,6,15`."""
+    """A parameter as `--set` takes it: `sparsevlm.layers=2,6,15`."""
     return f"{name}.{parameter}={','.join(map(str, value)) if isinstance(value, tuple) else _lower_none(value)}"
 
 
 def expected(kind: Any) -> str:
-    """What a value of a type looks like, in words."""
+    """The values of a type, in words."""
     options = get_args(kind)
     if NoneType in options:
         return " or ".join([*(expected(option) for option in options if option is not NoneType), "none"])
@@ -104,7 +104,7 @@ def _split(text: str) -> tuple[str, str, str]:
 
 
 def _parse(kind: Any, text: str) -> Any:
-    """Text in the form from which pydantic makes a value of the type."""
+    """Text as pydantic expects it for a type."""
     options = [option for option in get_args(kind) if option is not NoneType]
     if NoneType in get_args(kind):
         return None if text.lower() == "none" else _parse(options[0], text) if len(options) == 1 else text
@@ -116,7 +116,7 @@ def _parse(kind: Any, text: str) -> Any:
 
 
 def _hashable(value: Any) -> Any:
-    """TOML's lists as tuples: methods are frozen, and kept in sets."""
+    """Lists as tuples, since methods are frozen and kept in sets."""
     return tuple(map(_hashable, value)) if isinstance(value, list) else value
 
 

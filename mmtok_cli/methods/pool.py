@@ -1,4 +1,4 @@
-"""Average pooling of the token grid: the same sum as a smaller image, after the encoder."""
+"""Average pooling of the token grid: a smaller image, but after the encoder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mmtok_cli.tokens import Selection, TextTokens, VisionTokens
 class Pool(Method):
     """Averages the projected tokens of the image over a grid of exactly as many cells as the budget.
 
-    Padding is left out of the averages. The token at the middle of a cell is the place that the cell stands for.
+    Padding is not averaged. The position of a cell is that of its middle token.
     """
 
     summary: ClassVar[str] = "averages over the grid"

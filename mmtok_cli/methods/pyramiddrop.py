@@ -1,4 +1,4 @@
-"""PyramidDrop: vision tokens leave in steps, the deeper the fewer (arXiv 2410.17247)."""
+"""PyramidDrop: vision tokens are dropped in several steps, layer by layer (arXiv 2410.17247)."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from mmtok_cli.tokens import Cut, LayerTokens, Selection
 
 @dataclass(frozen=True)
 class PyramidDrop(Method):
-    """Before each of `layers` keeps the vision tokens to which the last token of the prompt would attend most in that
-    layer, on average over the heads. The authors keep a half of all vision tokens, then a quarter, then an eighth, each
-    rounded down, and so does a budget of an eighth: 50, 25 and 12 of 100 tokens. Any other budget is reached in steps
+    """Before each of `layers`, keeps the vision tokens to which the last token of the prompt attends most in that
+    layer, averaged over the heads. The authors keep a half of all vision tokens, then a quarter, then an eighth, each
+    rounded down; a budget of an eighth does the same: 50, 25 and 12 of 100 tokens. Other budgets are reached in steps
     that keep equal shares.
 
-    As released: the attention is that of the layer about to run (its norm, queries, keys and positions on the states
-    that enter it), each shorter sequence is renumbered, decoding goes on from its end, and padding competes. Not as
-    released: budgets other than an eighth, and batches. The authors also train with it; this is inference alone.
+    As released: the attention is that of the layer about to run (its norm, queries, keys and positions applied to its
+    input), each shorter sequence is renumbered and decoding continues from its end, and padding can be selected. Not as
+    released: budgets other than an eighth, and batches. The authors also train with it; here it is used for inference
+    only.
     """
 
     summary: ClassVar[str] = "fastv in three steps"

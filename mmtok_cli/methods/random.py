@@ -1,8 +1,9 @@
-"""Random tokens: the control that a method has to beat."""
+"""Random tokens: the control that a method should beat."""
 
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 class Random(Method):
     """Draws the budget uniformly without replacement from the tokens that are not padding.
 
-    The draw depends on the seed and on the image's name alone, so it is the same in any order, batch and device.
+    The draw depends only on the seed and the name of the image, so it is the same in any order and batch and on any
+    device.
     """
 
     summary: ClassVar[str] = "tokens drawn at random"
@@ -48,8 +50,8 @@ class RandomInside(Method):
     layer: int = 2
     seed: int = 0
 
-    def count(self, share: float, total: int) -> int:
-        return FastV().count(share, total)
+    def count(self, share: float, total: int, signals: Sequence[str] = ()) -> int:
+        return FastV().count(share, total, signals)
 
     def cuts(self, total: int, budget: int, layers: int) -> tuple[Cut, ...]:
         require_layers("random:inside.layer", (self.layer,), layers)
@@ -61,7 +63,7 @@ class RandomInside(Method):
 
 
 def _draw(seed: int, image_id: str, count: int) -> Tensor:
-    """Random scores [count] that depend on the seed and the image's name alone, drawn on the CPU."""
+    """Random scores [count] that depend only on the seed and the name of the image, drawn on the CPU."""
     import torch
 
     key = f"{seed}:{image_id}".encode(errors="surrogateescape")

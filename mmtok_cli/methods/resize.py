@@ -1,4 +1,4 @@
-"""A smaller image: the baseline that saves encoder time as well."""
+"""A smaller image: the baseline that also saves encoder time."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,10 +11,9 @@ class Resize(Method):
     """Encodes the image at a lower resolution. VTC-Bench (arXiv 2510.07143) found plain down-sampling ahead of many
     methods.
 
-    An encoder of fixed size interpolates its position embeddings, so that the budget is met exactly, or refused with
-    the nearest that makes a rectangle; LLaVA-NeXT sees the image in one piece then. One of native resolution (Qwen)
-    gets an image of its own kind: as many tokens as fit under the budget without distorting the image much, 85 % of it
-    or more.
+    Encoders of fixed size (LLaVA) interpolate their position embeddings, so the budget is met exactly; a budget that
+    forms no suitable rectangle is refused with the nearest that does. LLaVA-NeXT then gets the image without crops.
+    Encoders of native resolution (Qwen) get a smaller image of their usual kind, with at least 85% of the budget.
     """
 
     summary: ClassVar[str] = "a smaller image"

@@ -1,4 +1,4 @@
-"""SparseVLM: the question's own words rate the vision tokens at three depths (arXiv 2410.04417, ICML 2025)."""
+"""SparseVLM: words of the question score the vision tokens in three layers (arXiv 2410.04417, ICML 2025)."""
 
 from __future__ import annotations
 
@@ -22,14 +22,16 @@ V2_HEADS = 14
 
 @dataclass(frozen=True)
 class SparseVLM2(Method):
-    """SparseVLM+ (version 2 of the authors' code). Text tokens to whose embeddings the image is closer than average
-    rate the vision tokens by their attention in each of `layers`; behind it the best rated go on.
+    """SparseVLM+ (version 2 of the authors' code). The text tokens whose embeddings are closer to the image than
+    average are the raters: their attention in each of `layers` scores the vision tokens, and the best go on to the next
+    layer.
 
-    As released: positions are kept, attention is divided by what rotary position alone would give, only the 14 heads
-    with most attention from raters to the image count, and padding competes. `layers` have run in full when their
-    output is cut, so with the default three layers see everything. The authors' settings 192, 128 and 64 leave 118, 60
-    and 20 tokens, and layer averages of 206.8, 144.1 and 81.8: budgets here mean what they say, and lie on the
-    authors' table (linearly between its rows). Not as released: the attention matrix is never built, and batches.
+    As released: positions are kept, attention is divided by the part that comes from the rotary position only, only the
+    14 heads with the most attention from raters to the image count, and padding can be selected. The tokens are dropped
+    after each of `layers` has run, so with the default the first three layers see all tokens. The authors' settings
+    192, 128 and 64 keep 118, 60 and 20 tokens, with layer averages of 206.8, 144.1 and 81.8; here a budget is the
+    number of tokens after the last step, and the steps before it are interpolated from the authors' table. Not as
+    released: the whole attention matrix is not computed, and batches.
     """
 
     summary: ClassVar[str] = "key words' attention"
@@ -67,15 +69,15 @@ class SparseVLM2(Method):
 
 @dataclass(frozen=True)
 class SparseVLM(SparseVLM2):
-    """SparseVLM (version 1 of the authors' code). Text tokens to whose embeddings the image is closer than average
-    rate the vision tokens by their attention in each of `layers`; behind it the best rated go on, and of the others
-    the best 30 % are clustered and averaged into a few tokens behind them.
+    """SparseVLM (version 1 of the authors' code). The text tokens whose embeddings are closer to the image than average
+    are the raters: their attention in each of `layers` scores the vision tokens, and the best go on to the next layer.
+    The best 30% of the others are clustered and averaged into a few tokens, which follow them (recycling).
 
-    As released: each shorter sequence is renumbered, decoding goes on from its end, and padding competes. `layers`
-    have run in full when their output is cut. The authors' settings 192, 128 and 64 leave 113, 39 and 18 tokens with
-    the recycled ones, and layer averages of 206.5, 145.4 and 82.3: budgets here count recycled tokens and lie on the
-    authors' table (linearly between its rows). Not as released: ties among densities are broken by index where the
-    authors add noise, the attention matrix is never built, and batches are served.
+    As released: each shorter sequence is renumbered and decoding continues from its end, padding can be selected, and
+    tokens are dropped after each of `layers` has run. The authors' settings 192, 128 and 64 keep 113, 39 and 18 tokens
+    including recycled ones, with layer averages of 206.5, 145.4 and 82.3; here a budget includes recycled tokens, and
+    the steps before the last are interpolated from the authors' table. Not as released: ties between densities are
+    broken by index instead of noise, the whole attention matrix is not computed, and batches work.
     """
 
     summary: ClassVar[str] = "v2 + recycled tokens"
@@ -109,10 +111,10 @@ class SparseVLM(SparseVLM2):
 
 
 def raters(vision: Tensor, text: Tensor) -> Tensor:
-    """Which text tokens rate the image: [raters] indices into `text`.
+    """The text tokens that score the image: [raters] indices into `text`.
 
     vision: [tokens, dim], text: [text tokens, dim], input embeddings. Each vision token's affinities are a softmax over
-    the text tokens; raters are those with more than the average share. Where all are alike, all rate.
+    the text tokens; raters are those with more than the average share. If all are equal, all are raters.
     """
     import torch
 
@@ -150,12 +152,12 @@ def cluster_and_merge(tokens: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
 
 
 def _clusters(dropped: int) -> int:
-    """How many tokens are made of `dropped` ones."""
+    """Number of recycled tokens made from `dropped` ones."""
     return (int(dropped * 0.3) + 1) // 10 + 1 if dropped else 0
 
 
 def kept_before_recycling(total: int, keep: int) -> int:
-    """How many of `total` tokens stay as they are when `keep` are left with the recycled ones."""
+    """How many of `total` tokens are kept unmerged if `keep` includes the recycled ones."""
     return next(kept for kept in range(keep, -1, -1) if kept + _clusters(total - kept) == keep)
 
 
@@ -167,7 +169,7 @@ def _with_recycled(kept: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _on_table(table: tuple[tuple[int, ...], ...] | list[tuple[int, ...]], total: int, budget: int) -> tuple[int, ...]:
-    """Counts behind each layer that end in `budget`, linearly between the rows of a table made for 576 tokens."""
+    """Token counts after each layer, ending in `budget`, interpolated between the rows of a table for 576 tokens."""
     import numpy as np
 
     rows = sorted([(0, 0, 0), *table, (576, 576, 576)], key=lambda row: row[-1])

@@ -1,4 +1,4 @@
-"""Evenly spaced tokens: reduction that looks at nothing."""
+"""Evenly spaced tokens: a baseline that ignores the content."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Uniform(Method):
-    """Spreads the budget evenly over the rows, and over the columns of each row, leaving padding out."""
+    """Spreads the budget evenly over the rows, and over the columns of each row, without padding."""
 
     summary: ClassVar[str] = "an evenly spaced grid"
     per_crop: ClassVar[bool] = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
@@ -26,29 +27,29 @@ class VisionZip(Method):
     """Keeps the class token and the patches that it attends to most, and merges the others into a few tokens.
 
     The first kind is called dominant (paper, section 3.2), the second contextual (section 3.3). As in the authors'
-    code: the class token is one of the budget, it goes through the projector although LLaVA was never trained on
-    it, padding competes with the rest, and the tokens enter the language model as class token, dominant patches,
-    contextual tokens, at renumbered positions (where positions are kept, the class token takes the image's first). On
-    the harmonised track padding is neither kept nor merged. Corrected: a budget without contextual tokens works,
-    instead of dividing by zero. Attention is computed in float32 in every model, and the similarity of keys in float64,
-    since two targets may be within 1e-8 of being equally similar to a patch of padding.
+    code: the class token counts towards the budget and goes through the projector although LLaVA was not trained on it,
+    padding can be selected, and the tokens enter the language model in the order class token, dominant patches,
+    contextual tokens, with renumbered positions (where positions are kept, the class token gets that of the first
+    patch). On the harmonised track padding is neither kept nor merged. Corrected: a budget without contextual tokens
+    works instead of dividing by zero. Attention is computed in float32 and the similarity of keys in float64, since a
+    patch of padding may be equally similar to two targets up to 1e-8.
 
-    An encoder without a class token (Qwen) is read as in the authors' later file for Qwen2.5-VL: dominant are the
-    tokens that receive most attention in the last block, merging happens behind the projector, and a contextual token
+    Encoders without a class token (Qwen) are treated as in the authors' later file for Qwen2.5-VL: the tokens that
+    receive most attention in the last block are dominant, merging happens after the projector, and a contextual token
     takes the place of its target. That file has two settings: of n tokens int(0.65 n) or int(0.45 n) are dominant, and
-    int(0.05 n), at least one, are contextual. A budget of 70 % or 50 %, or of the same number of tokens, follows them;
-    every other budget is split 5.4 : 1, with at least one contextual token.
+    int(0.05 n), at least one, are contextual. Budgets of 70% or 50%, or of the same number of tokens, follow them; all
+    others are split 5.4 : 1, with at least one contextual token.
 
-    contextual: how many tokens of the budget are contextual. None follows the authors: 5.4 : 1, rounded (162 + 30 of
-        192, 108 + 20 of 128, 54 + 10 of 64, 27 + 5 of 32, and none at all of 3 or fewer), or their settings for Qwen.
-    merge: `sum` is the released code's: a contextual token is its target *plus* the mean of the tokens that were
-        assigned to it, twice as long as any other. `mean` is the average over the target and those tokens.
+    contextual: number of contextual tokens in the budget. None follows the authors: 5.4 : 1, rounded (162 + 30 of 192,
+        108 + 20 of 128, 54 + 10 of 64, 27 + 5 of 32, none of 3 or fewer), or their settings for Qwen.
+    merge: `sum`, as released: a contextual token is its target *plus* the mean of the tokens assigned to it, so it is
+        about twice as long as others. `mean`: the average of the target and those tokens.
     """
 
     summary: ClassVar[str] = "dominant + merged tokens"
     source: ClassVar[str] = "arXiv 2412.04467"
     signals: ClassVar[tuple[str, ...]] = ("class_attention", "mean_keys", "class_feature")
-    signals_without_class_token: ClassVar[tuple[str, ...]] = ("received_attention", "mean_keys")
+    alternative_signals: ClassVar[tuple[tuple[str, ...], ...]] = (("received_attention", "mean_keys"),)
     per_crop: ClassVar[bool] = True
     keeps_padding: ClassVar[bool] = True
 
@@ -61,9 +62,9 @@ class VisionZip(Method):
         if self.contextual is not None and self.contextual < 0:
             raise MMTokError(f"VisionZip cannot make {self.contextual} contextual tokens", "choose 0 or more")
 
-    def count(self, share: float, total: int) -> int:
-        if share not in QWEN_DOMINANT:
-            return super().count(share, total)
+    def count(self, share: float, total: int, signals: Sequence[str] = ()) -> int:
+        if "received_attention" not in signals or share not in QWEN_DOMINANT:
+            return super().count(share, total, signals)
         return int(QWEN_DOMINANT[share] * total) + _qwen_contextual(total)
 
     def select(self, vision: VisionTokens, text: TextTokens, budget: int) -> Selection:
@@ -98,7 +99,7 @@ class VisionZip(Method):
                 contextual = released
         if contextual > budget:
             raise MMTokError(
-                f"the budget of {budget} does not hold {contextual} contextual tokens",
+                f"the budget of {budget} is less than {contextual} contextual tokens",
                 f"choose {contextual} to {vision.total}",
             )
         order = ranking(vision.signals["received_attention"], vision.eligible)[: int(vision.eligible.sum())]
@@ -130,7 +131,7 @@ class VisionZip(Method):
         feasible = f"choose {smallest} to {min(eligible + 1, vision.total)}, or all {vision.total}"
         if budget < smallest:
             raise MMTokError(
-                f"the budget of {budget} does not hold the class token and {contextual} contextual tokens", feasible
+                f"the budget of {budget} is less than the class token and {contextual} contextual tokens", feasible
             )
         if budget > eligible + 1:
             raise MMTokError(

@@ -19,19 +19,19 @@ _DROPPED_AT_ONCE = 8  # the released code's step
 
 @dataclass(frozen=True)
 class VisPruner(Method):
-    """Keeps the patches that the class token attends to most, and of the others those that repeat each other least.
+    """Keeps the patches that the class token attends to most, and of the others those that differ most.
 
     As in the authors' code: attention is averaged over the heads, half of the budget (rounded down) is important
-    tokens, the rest is thinned out round by round until it fits, similarity is that of the features before the
-    projector, padding competes with the rest (not on the harmonised track), and positions are renumbered.
+    tokens, the rest is reduced round by round until it fits, similarity is that of the features before the projector,
+    padding can be selected (not on the harmonised track), and positions are renumbered.
     Corrected: the released code fails where the rest is odd in number (58 of 576), or where a round would drop more
-    than it may. Here the half that is thinned takes the odd one, and no round drops more than that half holds.
+    than there are. Here the half that is reduced takes the odd one, and no round drops more than that half has.
 
     Each round ranks cosines that may differ by no more than 1e-8, and this order decides which tokens the next round
     compares. In images without detail the choice therefore depends on the last bits of the features: the released code
     gives other tokens in float32 than in float64. Here scores are float64 in every model, and of equal scores the token
-    first in line goes first. An image is selected alike alone and in any batch wherever the encoder's features of it
-    are bit-identical in both, as those of CLIP ViT-L in float32 on a CPU; on a GPU they may depend on the batch size.
+    with the lowest index goes first. The choice is the same in any batch if the encoder's features are bit-identical
+    there, as those of CLIP ViT-L are in float32 on a CPU; on a GPU they may depend on the batch size.
 
     important_ratio: share of the budget that goes to important tokens.
     """
@@ -48,7 +48,7 @@ class VisPruner(Method):
     def __post_init__(self) -> None:
         if not 0 <= self.important_ratio <= 1:
             raise MMTokError(
-                f"an important ratio of {self.important_ratio} is no share of the budget", "choose 0 to 1; 0.5 is usual"
+                f"an important ratio of {self.important_ratio} is not between 0 and 1", "the default is 0.5"
             )
 
     def select(self, vision: VisionTokens, text: TextTokens, budget: int) -> Selection:

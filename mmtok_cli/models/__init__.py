@@ -19,7 +19,7 @@ __all__ = ["FAMILIES", "guiding_profile", "load_model", "profile_of"]
 
 WEIGHTS = ("pretrained", "random")
 DEVICE_MAPS = ("auto",)
-VISION_TOKENS = 576  # that the fit of a model is estimated for if no profile says how many an image has
+VISION_TOKENS = 576  # per image, for the memory estimate of models without a profile
 
 
 def load_model(
@@ -36,10 +36,10 @@ def load_model(
 
     name: one of `mmtok models`, a hub id, or a directory in the hub's format.
     device: `auto` takes a GPU where there is one. dtype: `auto` takes float32 on a CPU, otherwise what the weights
-    are stored in. weights: `random` builds the model's architecture without its weights; what it answers means
-    nothing, but time and memory do not depend on that. layers: the first so many decoder layers alone, to time a part
-    of a model that does not fit. attention: sdpa, eager or flash_attention_2. device_map: `auto` spreads the model
-    over all GPUs.
+    are stored in. weights: `random` builds the model's architecture without its weights; its answers are
+    meaningless, but time and memory are as with trained weights. layers: load only the first so many decoder layers, to
+    time a part of a model that does not fit. attention: sdpa, eager or flash_attention_2. device_map: `auto` spreads
+    the model over all GPUs.
 
     Raises MMTokError for a name, device, data type or kernel that does not exist here, a model family that is not
     supported, a model that does not fit, and weights that are missing or damaged.
@@ -86,7 +86,7 @@ def _require_gpus(device: torch.device) -> None:
     from importlib.util import find_spec
 
     if device.type != "cuda":
-        raise MMTokError("--device-map spreads a model over GPUs, and there is none here", "leave it out")
+        raise MMTokError(f"--device-map spreads a model over GPUs, but the device is {device}", "leave it out")
     if find_spec("accelerate") is None:
         raise MMTokError("--device-map needs the package accelerate", "pip install accelerate")
 
@@ -128,20 +128,22 @@ def _pretrained(
         config = shortened(config, layers, name)
     try:
         processor = family.load_processor(source)
-        model = hf.load_weights(source, config, dtype=dtype, attention=attention, device_map=device_map)
+        model, missing = hf.load_weights(source, config, dtype=dtype, attention=attention, device_map=device_map)
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise MMTokError(
-            f"{name} could not be loaded: {first_line(error)}", "check or download its files again"
+            f"{name} could not be loaded: {first_line(error)}", hf.or_tested("check or download its files again")
         ) from error
+    if missing:  # transformers would make them up
+        raise MMTokError(f"the files of {name} lack {missing[0]}", hf.or_tested("check or download its files again"))
     if not processor.chat_template:
         raise MMTokError(f"{name} has no chat template", "download chat_template.jinja or chat_template.json as well")
     return model if device_map else model.to(device), processor
 
 
 def _processor_without_download(name: str, source: str, family: Any, config: Any) -> Any:
-    """The model's own processor if it is in the local cache, or one that stands in for it."""
+    """The model's own processor if it is in the local cache, otherwise the family's stand-in."""
     profile = profile_of(name)
     try:
         return family.load_processor(source, local_files_only=True)
@@ -161,6 +163,12 @@ def _text_tower(name: str) -> dict[str, Any]:
     if profile is None or profile.text_tower is None:
         return {}
     return {"text_tower": partial(ClipText.load, profile.text_tower)}
+
+
+def _internvl() -> Any:
+    from mmtok_cli.models.internvl import InternVL
+
+    return InternVL
 
 
 def _llava() -> Any:
@@ -187,5 +195,11 @@ def _qwen3_vl() -> Any:
     return Qwen3VL
 
 
-# By transformers' name of the architecture; imported when asked for.
-FAMILIES = {"llava": _llava, "llava_next": _llava_next, "qwen2_5_vl": _qwen2_5_vl, "qwen3_vl": _qwen3_vl}
+# By transformers' name of the architecture. The modules are imported when a model of the family is loaded.
+FAMILIES = {
+    "internvl": _internvl,
+    "llava": _llava,
+    "llava_next": _llava_next,
+    "qwen2_5_vl": _qwen2_5_vl,
+    "qwen3_vl": _qwen3_vl,
+}

@@ -1,4 +1,4 @@
-"""Single rows of a decoder layer's attention, computed by hand beside the fast kernels that never build the matrix."""
+"""Single rows of a decoder layer's attention, computed here because fast kernels never build the matrix."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mmtok_cli.models.hf import Rotary
 def attention_rows(layer: Any, hidden: Tensor, rotary: Rotary, queries: Tensor, keys: Tensor | None = None) -> Tensor:
     """Probabilities with which some tokens of a sequence attend to all of it: [heads, queries, tokens].
 
-    layer: a decoder layer of transformers' Llama, Mistral or Qwen kind. hidden: [tokens, dim], what it is called with.
+    layer: a decoder layer of transformers' Llama, Mistral or Qwen kind. hidden: [tokens, dim], its input.
     rotary: cosine and sine of the tokens' positions, [tokens, head dim]. queries: [queries], indices of tokens.
     keys: [KV heads, tokens, head dim], rotated, where the layer's cache holds them already.
 

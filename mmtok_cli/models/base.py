@@ -1,4 +1,15 @@
-"""What the rest of the house knows of a vision-language model, whatever its family."""
+"""The interface that every model family implements.
+
+A family is one file with a subclass of `VisionLanguageModel`, and one line in `FAMILIES` (models/__init__.py). It must
+define `total`, `smaller`, `pixels`, `encode` and `panels`. Override the rest where the family differs:
+
+    signals             what the encoder offers to methods; `encode` computes those that a method requests
+    positions           if positions cannot be renumbered
+    load_processor      if AutoProcessor does not suit
+    stand_in_processor  for `--weights random` without any download
+    image_text, placeholders, reserved  how images are written in a prompt
+    keep, released_words, position_ids, encoded_images, first_cut
+"""
 
 from __future__ import annotations
 
@@ -24,11 +35,11 @@ from mmtok_cli.tokens import PADDING, Selection, TextTokens, VisionTokens
 Stage = Callable[[str], AbstractContextManager[Any]]
 Grid = tuple[int, int]  # rows, columns
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the image
-IMAGE_MARKER = "<image>"  # says in a question where an image stands
+IMAGE_MARKER = "<image>"  # marks the place of an image in a question
 
 
 def unwatched(name: str) -> AbstractContextManager[Any]:
-    """The stage context of somebody who only wants the answer."""
+    """The stage context that measures nothing."""
     return nullcontext()
 
 
@@ -38,8 +49,8 @@ class Prompt:
 
     input_ids, attention_mask: [batch, length], left-padded, with one placeholder for each vision token.
     pixel_values: one tensor per image, since images may be encoded at different sizes.
-    images: the pictures as opened; owners[i] is the row that image i belongs to; grids are those at which they are to
-        be encoded, None where that is the model's own choice.
+    images: the opened pictures. owners[i]: the row that image i belongs to. grids: at which each image is encoded; None
+        is the model's own choice.
     """
 
     input_ids: Tensor
@@ -56,8 +67,8 @@ class Prompt:
 class Panel:
     """Vision tokens that form a rectangle over the image, to be drawn.
 
-    tokens: [rows * columns], which of the image's vision tokens each cell is. boxes: what each cell covers; padding
-    lies outside the image.
+    tokens: [rows * columns], the vision token of each cell. boxes: the area of the image that each cell covers; cells
+    of padding lie outside the image.
     """
 
     title: str
@@ -67,17 +78,17 @@ class Panel:
 
 
 class VisionLanguageModel(ABC):
-    """A transformers model and its processor, taken apart at the places where vision tokens can be reduced.
+    """A transformers model and its processor, with access to the steps between which vision tokens can be reduced.
 
-    Nothing of the model is changed: encoding and the forward pass are transformers' own, and a shorter prompt is an
-    ordinary prompt with fewer placeholders.
+    The model is not changed: encoding and the forward pass are transformers' own, and a reduced prompt is an ordinary
+    prompt with fewer placeholders.
     """
 
     family: ClassVar[str]
-    positions: ClassVar[tuple[Positions, ...]] = ("renumber", "keep")  # that it can do; the first is the harmonised one
-    has_class_token: ClassVar[bool] = True  # in its vision encoder
+    positions: ClassVar[tuple[Positions, ...]] = ("renumber", "keep")  # supported; the first is the harmonised policy
+    signals: ClassVar[tuple[str, ...]] = ()  # names of what `encode` can compute for methods
     weights: str = "pretrained"  # or "random"
-    depth: int | None = None  # decoder layers of the whole model, where only the first of them were loaded
+    depth: int | None = None  # decoder layers of the whole model, if only the first ones were loaded
 
     def __init__(self, name: str, model: Any, processor: Any) -> None:
         self.name = name
@@ -106,17 +117,17 @@ class VisionLanguageModel(ABC):
 
     @property
     def context_length(self) -> int:
-        """The longest sequence that the language model was made for, in tokens."""
+        """The longest sequence that the language model supports, in tokens."""
         return self.model.config.text_config.max_position_embeddings
 
     @property
     def layer_count(self) -> int:
-        """Decoder layers of the language model, all of them."""
+        """Decoder layers of the whole language model."""
         return self.depth or self.loaded_layers
 
     @property
     def loaded_layers(self) -> int:
-        """Decoder layers that are run; fewer than all where a part of the model stands for the whole."""
+        """Decoder layers that were loaded: fewer than `layer_count` with --layers."""
         return self.model.config.text_config.num_hidden_layers
 
     @property
@@ -125,28 +136,39 @@ class VisionLanguageModel(ABC):
 
     @property
     def image_text(self) -> str:
-        """What stands in a prompt for an image."""
+        """The text that replaces an image marker of a question."""
         return self.processor.image_token
+
+    def placeholders(self, count: int) -> str:
+        """The text of an image of `count` vision tokens, in place of the chat template's image token."""
+        return self.processor.image_token * count
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        ids = self.model.generation_config.eos_token_id
+        ids = hf.end_tokens(self.model)
         return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
 
     @property
     def reserved(self) -> tuple[str, ...]:
-        """What must not stand in a question, since it says where images are."""
+        """Tokens that a question must not contain because they mark images."""
         return (self.processor.image_token,)
 
     @property
     def first_cut(self) -> int:
-        """The first decoder layer before which vision tokens may leave; earlier ones need all of them."""
+        """The first decoder layer before which vision tokens may be dropped; earlier layers need all of them."""
         return 0
 
     @classmethod
-    @abstractmethod
     def stand_in_processor(cls, config: Any, chat_template: str) -> Any:
-        """A processor for models whose own files are not at hand; see models/stand_in.py."""
+        """A processor for models whose own files are not at hand; see models/stand_in.py.
+
+        Only `--weights random` without any download needs it. Raises MMTokError for families that have none.
+        """
+        raise MMTokError(
+            f"the {cls.family} family has no stand-in processor, so --weights random needs the model's own processor "
+            "files, which are not in the local cache",
+            "download the processor and tokenizer files of the model",
+        )
 
     @classmethod
     def load_processor(cls, source: str, *, local_files_only: bool = False) -> Any:
@@ -155,7 +177,7 @@ class VisionLanguageModel(ABC):
 
     @abstractmethod
     def total(self, image: Image) -> int:
-        """Vision tokens that the image has when nothing is reduced."""
+        """Vision tokens of the unreduced image."""
 
     def keep(self, image: Image, budget: Budget, track: Track) -> int:
         """Vision tokens to keep of the image. Raises MMTokError for a budget that it cannot meet."""
@@ -163,12 +185,12 @@ class VisionLanguageModel(ABC):
 
     @abstractmethod
     def smaller(self, image: Image, tokens: int) -> Grid:
-        """The grid at which a smaller version of the image is encoded to so many vision tokens, or nearly so many
-        where the family cannot do better. Raises MMTokError where there is no such grid."""
+        """The grid at which a smaller version of the image is encoded to `tokens` vision tokens, or slightly fewer if
+        the family cannot meet the number. Raises MMTokError where there is no such grid."""
 
     @abstractmethod
     def pixels(self, image: Image, grid: Grid | None) -> Tensor:
-        """What the encoder gets of one image, at the grid or as the model would have it, on the CPU."""
+        """The encoder's input for one image, at the grid or at the model's own size, on the CPU."""
 
     def prepare(
         self,
@@ -179,8 +201,8 @@ class VisionLanguageModel(ABC):
     ) -> Prompt:
         """Turn questions and their images into a prompt whose images are encoded at `grids` (one for each image).
 
-        Images stand in front of a question, or where it has markers: "Is <image> darker than <image>?".
-        Raises MMTokError for a question with other markers than one for each image.
+        Images come before the question, or at its markers: "Is <image> darker than <image>?".
+        Raises MMTokError unless a question has no markers or one for each image.
         """
         flat = [image for group in images for image in group]
         sizes = list(zip(flat, grids, strict=True))
@@ -190,7 +212,7 @@ class VisionLanguageModel(ABC):
         texts = []
         for question, group in zip(questions, images, strict=True):
             before, *after = self._chat(question, len(group)).split(token)
-            texts.append(before + "".join(token * next(counts) + part for part in after))
+            texts.append(before + "".join(self.placeholders(next(counts)) + part for part in after))
         bos = self.tokenizer.bos_token
         encoded = self.tokenizer(
             texts,
@@ -220,7 +242,9 @@ class VisionLanguageModel(ABC):
             )
         for token in self.reserved:
             if token != IMAGE_MARKER and token in question:
-                raise MMTokError(f"the question contains {token}, which stands for an image", "leave it out")
+                raise MMTokError(
+                    f"the question contains {token}, which stands for an image", "remove it from the question"
+                )
         content = [] if markers else [{"type": "image"} for _ in range(images)]
         content.append({"type": "text", "text": question.replace(IMAGE_MARKER, self.image_text)})
         conversation = [{"role": "user", "content": content}]
@@ -230,13 +254,21 @@ class VisionLanguageModel(ABC):
     def encode(self, prompt: Prompt, signals: Sequence[str] = (), *, stage: Stage = unwatched) -> list[VisionTokens]:
         """Run the vision encoder and the projector: the vision tokens of each image.
 
-        What the signals cost beyond that is spent in `stage("select")`. Raises MMTokError for a signal that the
-        family does not offer.
+        Work that only the signals need is spent in `stage("select")`. Call `require_signals` first.
         """
+
+    def require_signals(self, signals: Sequence[str]) -> None:
+        """Raises MMTokError for a signal that the family does not offer."""
+        missing = [name for name in signals if name not in self.signals]
+        if missing:
+            raise MMTokError(
+                f"the {self.family} family does not offer {', '.join(missing)}",
+                "use a method that reads no signals of the encoder, such as mmtok, divprune or fastv",
+            )
 
     @abstractmethod
     def panels(self, image: Image, grid: Grid | None) -> list[Panel]:
-        """Where in the image its vision tokens are; `grid` as in `prepare`."""
+        """The places of the vision tokens in the image; `grid` as in `prepare`."""
 
     def text_tokens(self, prompt: Prompt, track: Track) -> list[TextTokens]:
         """The question that goes with each image."""
@@ -253,7 +285,7 @@ class VisionLanguageModel(ABC):
         ids = self.tokenizer(list(words), is_split_into_words=True)["input_ids"]
         if len(ids) > 1 and ids[0] == self.tokenizer.bos_token_id:
             ids = ids[1:]
-        return self.model.get_input_embeddings()(torch.tensor(ids, device=self.device))
+        return hf.input_embedding(self.model)(torch.tensor(ids, device=self.device))
 
     def assemble(
         self,
@@ -264,15 +296,15 @@ class VisionLanguageModel(ABC):
     ) -> dict[str, Any]:
         """Arguments of the model's forward for a prompt that holds the selected vision tokens alone.
 
-        A pure function: placeholders of dropped tokens leave the sequence and rows are aligned to the right again.
-        Positions are counted anew, or those of the places that the kept tokens stand for in the whole prompt.
-        Raises MMTokError where positions are to be kept of tokens that have none.
+        A pure function: placeholders of dropped tokens are removed and rows are aligned to the right again. Positions
+        are renumbered, or those that the kept tokens have in the unreduced prompt.
+        Raises MMTokError where positions should be kept and a token has none.
         """
         live = prompt.attention_mask.bool()
         sources = torch.arange(live.shape[1], device=live.device).repeat(len(live), 1)
         starts = self.image_starts(prompt.input_ids, [v.total for v in vision])
         for (row, start), tokens, selection in zip(starts, vision, selections, strict=True):
-            end = start + selection.kept  # the first placeholders of the image serve, whichever places they stand for
+            end = start + selection.kept  # the first placeholders of the image are reused for whichever tokens are kept
             live[row, end : start + tokens.total] = False
             sources[row, start:end] = start + selection.indices.clamp(min=0)
             if positions == "keep" and bool((selection.indices == PADDING).any()):
@@ -298,7 +330,7 @@ class VisionLanguageModel(ABC):
     def position_ids(self, prompt: Prompt, sources: Tensor, mask: Tensor, positions: Positions) -> Tensor:
         """Positions of a shorter prompt, zero where `mask` [batch, length] is False.
 
-        sources: [batch, length], the columns of the whole prompt that its tokens stand for.
+        sources: [batch, length], the column of the unreduced prompt that each token comes from.
         """
         kept = (prompt.attention_mask.cumsum(1) - 1).gather(1, sources)
         counted = mask.long().cumsum(1) - 1
@@ -307,7 +339,7 @@ class VisionLanguageModel(ABC):
     def encoded_images(
         self, rows: list[Tensor], vision: Sequence[VisionTokens], selections: Sequence[Selection]
     ) -> dict[str, Any]:
-        """Arguments of the model's forward that take the place of pixels. rows: [kept, dim] for each image."""
+        """Arguments of the model's forward that replace the pixels. rows: [kept, dim] for each image."""
         return hf.encoded_images(rows)
 
     def inside(
@@ -316,7 +348,7 @@ class VisionLanguageModel(ABC):
         """A context within which prefill and decoding cut images down between decoder layers.
 
         attention_mask: [batch, length], of the prompt that will be read. Raises MMTokError for an attention kernel
-        under which a shorter sequence would be misread.
+        that cannot run on shortened sequences.
         """
         if self.attention not in ("sdpa", "eager"):
             raise MMTokError(
@@ -326,9 +358,9 @@ class VisionLanguageModel(ABC):
         return Inside(hf.language_model(self.model), attention_mask, images, positions, stage)
 
     def image_starts(self, input_ids: Tensor, totals: Sequence[int]) -> list[tuple[int, int]]:
-        """(row, column) of each image's first placeholder; the `totals` placeholders of an image stand side by side.
+        """(row, column) of each image's first placeholder; each image has `totals` adjacent ones.
 
-        An image without any has no place: (-1, -1).
+        (-1, -1) for an image without any.
         """
         found = (input_ids == self.image_token_id).nonzero().tolist()
         starts = accumulate(totals, initial=0)

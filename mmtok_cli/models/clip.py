@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL.Image import Image
@@ -26,10 +26,12 @@ class ClipEncoded(VisionLanguageModel):
     """A model whose images go through a CLIP tower of fixed size and a projector.
 
     text_tower: loads the text tower of the CLIP model that the encoder was taken from, in the data type given. It is
-        called once, when a method first asks for what the tower sees.
+        called once, when a method first needs it.
 
     Raises MMTokError for a model with another encoder.
     """
+
+    signals: ClassVar[tuple[str, ...]] = tuple(SIGNALS)
 
     def __init__(
         self,
@@ -87,12 +89,12 @@ class ClipEncoded(VisionLanguageModel):
         signals: Sequence[str],
         stage: Stage,
     ) -> list[VisionTokens]:
-        """Vision tokens of pictures of one size, each by itself, all of them eligible.
+        """Vision tokens of pictures of one size, each encoded on its own, all of them eligible.
 
-        pixels: [pictures, 3, height, width]; questions, image_ids: one for each. What the signals cost is spent in
+        pixels: [pictures, 3, height, width]; questions, image_ids: one for each. Work for the signals is spent in
         `stage("select")`. Raises MMTokError for a signal that the model does not offer.
         """
-        self._check_signals(signals)
+        self.require_signals(signals)
         attention = self._attention() if ATTENTION_SIGNALS.keys() & set(signals) else None
         watched: AbstractContextManager[list[Tensor]] = inputs_of(attention) if attention else nullcontext([])
         grid = pixels.shape[2] // self.patch_size, pixels.shape[3] // self.patch_size
@@ -124,10 +126,8 @@ class ClipEncoded(VisionLanguageModel):
     def _project(self, features: Tensor) -> Tensor:
         return hf.project(self.model, features.to(self.dtype))
 
-    def _check_signals(self, signals: Sequence[str]) -> None:
-        unknown = [name for name in signals if name not in SIGNALS]
-        if unknown:
-            raise MMTokError(f"the {self.family} family does not offer {', '.join(unknown)}", "use another method")
+    def require_signals(self, signals: Sequence[str]) -> None:
+        super().require_signals(signals)
         if self._load_tower is None and TOWER_SIGNALS.keys() & set(signals):
             having = [profile.name for profile in known_profiles().values() if profile.text_tower]
             raise MMTokError(
@@ -136,7 +136,7 @@ class ClipEncoded(VisionLanguageModel):
             )
 
     def _text_tower(self) -> ClipText:
-        """The text tower where the model is now, loaded when it is first asked for."""
+        """The text tower on the model's device, loaded on first use."""
         if self._tower is None:
             assert self._load_tower is not None
             self._tower = self._load_tower(self.dtype)
@@ -152,7 +152,7 @@ class ClipEncoded(VisionLanguageModel):
         if others or not -depth <= index < depth:
             raise MMTokError(
                 f"{self.name} does not take its features from one layer of its encoder, so it has no attention to read",
-                "use a method that reads none of the encoder's attention",
+                "use a method that does not read the encoder's attention",
             )
         return hf.clip_attention(self.model, index)
 

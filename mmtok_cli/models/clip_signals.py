@@ -1,4 +1,4 @@
-"""What methods ask to see of a CLIP encoder, computed beside the stock forward pass and only when asked for."""
+"""Signals of a CLIP encoder, computed next to the stock forward pass and only those that a method requests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mmtok_cli.models.clip_text import ClipText
 
 @dataclass(frozen=True)
 class Encoded:
-    """What signals are computed from: images of one size behind the encoder, each with its question.
+    """Input of the signals: encoded images of one size, each with its question.
 
     hidden: [images, 1 + tokens, dim], output of the layer that the features come from, the class token first.
     attention, seen: the attention module inside that layer, and the hidden states [images, 1 + tokens, dim] that it
@@ -58,7 +58,7 @@ def inputs_of(module: torch.nn.Module) -> Iterator[list[Tensor]]:
 
 
 def patch_keys(attention: Any, hidden: Tensor) -> Tensor:
-    """The attention module's keys: [batch, heads, 1 + patches, head dim]. hidden: what it was called with."""
+    """The attention module's keys: [batch, heads, 1 + patches, head dim]. hidden: its input."""
     return hf.clip_keys(attention, hidden)
 
 

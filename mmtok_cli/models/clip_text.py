@@ -1,4 +1,4 @@
-"""The half of CLIP that LLaVA leaves behind: what brings a question and an encoder's features into one space."""
+"""CLIP's text tower and projections, which LLaVA does not have: they map questions and image features to one space."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ClipText(nn.Module):
     def load(cls, source: str, dtype: torch.dtype) -> ClipText:
         """Load from a hub id or a directory in the hub's format.
 
-        Raises MMTokError where it is neither here nor to be had, or is not a CLIP model.
+        Raises MMTokError where it is neither local nor downloadable, or is not a CLIP model.
         """
         try:
             clip, missing = hf.load_clip(source, dtype)
@@ -45,7 +45,7 @@ class ClipText(nn.Module):
             ) from error
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise _damaged(source, str(error)) from error
-        if missing:  # transformers would make them up
+        if missing:  # transformers would initialise them at random
             raise _damaged(source, f"it lacks {missing[0]}")
         return cls(clip, tokenizer)
 
@@ -80,4 +80,6 @@ class ClipText(nn.Module):
 
 def _damaged(source: str, reason: str) -> MMTokError:
     lines = reason.strip().splitlines() or ["unknown error"]
-    return MMTokError(f"{source} could not be loaded as a CLIP text tower: {lines[0]}", "name a whole CLIP model")
+    return MMTokError(
+        f"{source} could not be loaded as a CLIP text tower: {lines[0]}", hf.or_tested("name a whole CLIP model")
+    )

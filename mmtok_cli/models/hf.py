@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,11 +22,8 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, PreTrainedTokenizer
 
 from mmtok_cli.errors import MMTokError
-
-__all__ = ["PreTrainedTokenizer"]  # for the stand-in tokenizer, which derives from it
 
 VERSION: str = transformers.__version__
 OLDEST, BEYOND = "5.18", "5.25"  # minor releases that the compatibility tests ran with: from OLDEST, below BEYOND
@@ -51,7 +50,7 @@ def is_tested(version: str = VERSION) -> bool:
     """Whether the release lies in the tested range."""
 
     def minor(text: str) -> tuple[int, ...]:
-        return tuple(int(part) for part in text.split(".")[:2])
+        return tuple(int(number) for number in re.findall(r"\d+", text)[:2])
 
     return minor(OLDEST) <= minor(version) < minor(BEYOND)
 
@@ -63,6 +62,13 @@ def changed(missing: str) -> MMTokError:
         f"transformers {VERSION} has no {missing}, which mmtok needs; mmtok was tested with {tested}",
         f'pip install "{tested_range()}"',
     )
+
+
+def or_tested(hint: str) -> str:
+    """The hint for a fault that the installed release may have caused: it names the tested ones where it is not one."""
+    if is_tested():
+        return hint
+    return f'{hint}; or, since transformers {VERSION} was not tested with mmtok: pip install "{tested_range()}"'
 
 
 def part(parent: Any, path: str) -> Any:
@@ -83,10 +89,18 @@ def imported(module: str, name: str) -> Any:
         raise changed(f"transformers.{module}.{name}") from error
 
 
+def public(name: str) -> Any:
+    """A class that transformers exports. Raises MMTokError where there is none."""
+    try:
+        return getattr(transformers, name)
+    except (ImportError, AttributeError) as error:
+        raise changed(f"class {name}") from error
+
+
 def call(function: Any, *args: Any, **kwargs: Any) -> Any:
     """Call a function, method or module of transformers whose signature must name the keyword arguments.
 
-    Their `**kwargs` would swallow a renamed argument without a word: images given to a forward pass would be ignored.
+    Their `**kwargs` would accept a renamed argument silently: images given to a forward pass would be ignored.
     Raises MMTokError for an argument that the signature does not name.
     """
     if isinstance(function, nn.Module):
@@ -114,6 +128,7 @@ def _output(output: Any, name: str) -> Any:
 
 def silence() -> None:
     """Silence the log messages and progress bars of transformers and its hub client."""
+    from huggingface_hub.constants import HF_HUB_DISABLE_PROGRESS_BARS
     from huggingface_hub.utils import disable_progress_bars
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
@@ -121,28 +136,50 @@ def silence() -> None:
     logging.set_verbosity_error()
     hub_logging.set_verbosity_error()
     logging.disable_progress_bar()
-    disable_progress_bars()
+    if HF_HUB_DISABLE_PROGRESS_BARS is None:  # otherwise the environment decides, and the call warns
+        disable_progress_bars()
+
+
+_quiet_lock = threading.Lock()
+_loud: list[Callable[[], None]] = []  # one for each open `quiet`: restores the settings that it found
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """`silence` while the context is open; afterwards everything is as before."""
+    """`silence` while the context is open; afterwards log levels and progress bars are as before.
+
+    Contexts may be nested or open in several threads; the last one that is left restores what the first one found.
+    """
+    with _quiet_lock:
+        _loud.append(_loud[0] if _loud else _restorer())
+        silence()
+    try:
+        yield
+    finally:
+        with _quiet_lock:
+            restore = _loud.pop()
+            if not _loud:
+                restore()
+
+
+def _restorer() -> Callable[[], None]:
+    """A function that undoes `silence`."""
     from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
     levels = logging.get_verbosity(), hub_logging.get_verbosity()
-    bar, hub_bars = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
-    silence()
-    try:
-        yield
-    finally:
+    bars, hub_bars = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+
+    def restore() -> None:
         logging.set_verbosity(levels[0])
         hub_logging.set_verbosity(levels[1])
-        if bar:
+        if bars:
             logging.enable_progress_bar()
         if hub_bars:
             enable_progress_bars()
+
+    return restore
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -152,28 +189,37 @@ def quiet() -> Iterator[None]:
 def load_config(source: str) -> Any:
     """The configuration of a directory or hub id. Raises OSError or ValueError where there is none."""
     with quiet():
-        return AutoConfig.from_pretrained(source)
+        return public("AutoConfig").from_pretrained(source)
 
 
 def make_config(model_type: str, settings: Mapping[str, Any]) -> Any:
     """A configuration of the given architecture."""
-    return AutoConfig.for_model(model_type, **settings)
+    return public("AutoConfig").for_model(model_type, **settings)
 
 
 def load_weights(
     source: str, config: Any, *, dtype: torch.dtype | None, attention: str, device_map: str | None = None
-) -> Any:
-    """The model of a directory or hub id; without a dtype, in that of the stored weights."""
+) -> tuple[Any, list[str]]:
+    """The model of a directory or hub id, and the names of the weights that its files lack, which are random.
+
+    Without a dtype, the model has that of the stored weights.
+    """
     with quiet():
-        return AutoModelForImageTextToText.from_pretrained(
-            source, config=config, dtype=dtype or "auto", attn_implementation=attention, device_map=device_map
+        model, loading = public("AutoModelForImageTextToText").from_pretrained(
+            source,
+            config=config,
+            dtype=dtype or "auto",
+            attn_implementation=attention,
+            device_map=device_map,
+            output_loading_info=True,
         )
+    return model, sorted(loading["missing_keys"])
 
 
 def empty_model(config: Any, dtype: torch.dtype | None, attention: str) -> Any:
     """The model of a configuration on the meta device, without memory for its weights."""
     with quiet(), torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation=attention)
+        return public("AutoModelForImageTextToText").from_config(config, dtype=dtype, attn_implementation=attention)
 
 
 def initialize_weights(model: Any) -> None:
@@ -193,12 +239,12 @@ def load_processor(source: str, *, local_files_only: bool = False) -> Any:
     Raises OSError or ValueError where there is none.
     """
     with quiet():
-        return AutoProcessor.from_pretrained(source, backend="pil", local_files_only=local_files_only)
+        return public("AutoProcessor").from_pretrained(source, backend="pil", local_files_only=local_files_only)
 
 
 def load_tokenizer(source: str | Path, *, local_files_only: bool = False) -> Any:
     with quiet():
-        return AutoTokenizer.from_pretrained(source, local_files_only=local_files_only)
+        return public("AutoTokenizer").from_pretrained(source, local_files_only=local_files_only)
 
 
 def load_chat_template(source: str | Path, *, local_files_only: bool = False) -> Any:
@@ -210,22 +256,23 @@ def load_chat_template(source: str | Path, *, local_files_only: bool = False) ->
 
 
 def image_processor_class(kind: str) -> Any:
-    """The image processor that works on PIL images, without torchvision. kind: clip, llava, llava_next, qwen2_vl."""
-    names = {"clip": "CLIP", "llava": "Llava", "llava_next": "LlavaNext", "qwen2_vl": "Qwen2VL"}
+    """The image processor that works on PIL images, without torchvision.
+
+    kind: clip, got_ocr2 (InternVL), llava, llava_next, qwen2_vl.
+    """
+    names = {
+        "clip": "CLIP",
+        "got_ocr2": "GotOcr2",
+        "llava": "Llava",
+        "llava_next": "LlavaNext",
+        "qwen2_vl": "Qwen2VL",
+    }
     return imported(f"models.{kind}.image_processing_pil_{kind}", f"{names[kind]}ImageProcessorPil")
 
 
 def load_image_processor(kind: str, source: str | Path, *, local_files_only: bool = False) -> Any:
     with quiet():
         return image_processor_class(kind).from_pretrained(source, local_files_only=local_files_only)
-
-
-def processor_class(name: str) -> Any:
-    """A public processor class: LlavaProcessor, LlavaNextProcessor."""
-    try:
-        return getattr(importlib.import_module("transformers"), name)
-    except AttributeError as error:
-        raise changed(f"class {name}") from error
 
 
 def pixel_statistics(kind: str) -> tuple[list[float], list[float]]:
@@ -236,7 +283,7 @@ def pixel_statistics(kind: str) -> tuple[list[float], list[float]]:
 def load_clip(source: str, dtype: torch.dtype) -> tuple[Any, list[str]]:
     """A whole CLIP model, and the names of the weights that its files lack."""
     with quiet():
-        clip, loading = processor_class("CLIPModel").from_pretrained(source, dtype=dtype, output_loading_info=True)
+        clip, loading = public("CLIPModel").from_pretrained(source, dtype=dtype, output_loading_info=True)
     return clip, sorted(loading["missing_keys"])
 
 
@@ -262,8 +309,35 @@ def decoder_layers(language: Any) -> Any:
     return part(language, "layers")
 
 
+def input_embedding(model: Any) -> Any:
+    """The embedding of tokens at the entrance of the language model."""
+    return part(model, "get_input_embeddings")()
+
+
+def output_embedding(model: Any) -> Any:
+    """The layer that gives the logits."""
+    return part(model, "get_output_embeddings")()
+
+
+def end_tokens(model: Any) -> Any:
+    """The id of the token that ends an answer, several of them, or None."""
+    return part(model, "generation_config.eos_token_id")
+
+
+def head_width(text_config: Any) -> int:
+    """Values per attention head. Configurations name it only where it is not the usual share of the hidden size."""
+    named = getattr(text_config, "head_dim", None)
+    return int(named or part(text_config, "hidden_size") // part(text_config, "num_attention_heads"))
+
+
+def keep_layer_types(text_config: Any, layers: int) -> None:
+    """Shorten the list of layer types, which only some architectures have, to the first `layers`."""
+    if getattr(text_config, "layer_types", None):
+        text_config.layer_types = text_config.layer_types[:layers]
+
+
 def vision_tower(model: Any) -> Any:
-    """The CLIP encoder of a LLaVA model."""
+    """The encoder of a LLaVA or InternVL model."""
     return part(model, "model.vision_tower")
 
 
@@ -273,7 +347,7 @@ def vision_blocks(model: Any) -> Any:
 
 
 def project(model: Any, features: Tensor) -> Tensor:
-    """The projector of a LLaVA model: [..., vision dim] to [..., dim]."""
+    """The projector of a LLaVA or InternVL model: [..., vision dim] to [..., dim]."""
     return part(model, "model.multi_modal_projector")(features)
 
 
@@ -287,7 +361,10 @@ def forward(model: Any, inputs: Mapping[str, Any], cache: Any = None) -> tuple[T
     inputs: arguments of the forward. cache: what was read before; None starts a new one.
     """
     known = {} if cache is None else cache_argument(model, cache)
+    _reads.images = False
     out = call(model, **inputs, **known, use_cache=True, logits_to_keep=1)
+    if "mm_encoder_outputs" in inputs and not _reads.images:
+        raise changed(f"key 'image' in the 'mm_encoder_outputs' of {type(model).__name__}")
     return _output(out, "logits")[:, -1], cache_of(out)
 
 
@@ -308,18 +385,39 @@ def _cache_name(names: Any) -> str:
     raise changed("argument or output " + " or ".join(repr(name) for name in CACHE_NAMES) + " for the KV cache")
 
 
-def encoded_images(rows: Sequence[Tensor], deepstack: Sequence[Sequence[Tensor]] | None = None) -> dict[str, Any]:
+def encoded_images(
+    rows: Sequence[Tensor], deepstack: Sequence[Sequence[Tensor]] | None = None, *, stacked: bool = False
+) -> dict[str, Any]:
     """Arguments of a forward pass whose images are encoded already.
 
-    rows: [kept, dim] of each image. deepstack: for each of the first decoder layers, [kept, dim] of each image. Made
-    for each call, since beam search changes them in place.
+    rows: [kept, dim] of each image. stacked: the architecture takes one tensor of them all, not a list. deepstack: for
+    each of the first decoder layers, [kept, dim] of each image. Made for each call, since beam search changes them in
+    place.
     """
     if deepstack is None:
-        output = imported("modeling_outputs", "BaseModelOutputWithPooling")(pooler_output=list(rows))
+        images = torch.cat(list(rows))[None] if stacked else list(rows)
+        output = imported("modeling_outputs", "BaseModelOutputWithPooling")(pooler_output=images)
     else:
         kind = imported("models.qwen3_vl.modeling_qwen3_vl", "BaseModelOutputWithDeepstackFeatures")
         output = kind(pooler_output=list(rows), deepstack_features=[list(layer) for layer in deepstack])
-    return {"mm_encoder_outputs": {"image": output}}
+    return {"mm_encoder_outputs": _Encoded(image=output)}
+
+
+_reads = threading.local()  # images: whether this thread's forward pass has read its images
+
+
+class _Encoded(dict[str, Any]):
+    """Outputs of encoders by modality. A forward pass that looked for another key would ignore the images."""
+
+    def get(self, key: str, default: Any = None) -> Any:
+        if key in self:
+            _reads.images = True
+        return super().get(key, default)
+
+    def __getitem__(self, key: str) -> Any:
+        if key in self:
+            _reads.images = True
+        return super().__getitem__(key)
 
 
 def is_plain_cache(cache: Any) -> bool:
@@ -334,7 +432,7 @@ def cached_tokens(cache: Any) -> int:
 
 
 def cached_keys(cache: Any, layer: int) -> Tensor:
-    """The keys of a decoder layer, behind the rotary embedding: [batch, KV heads, tokens, head dim]."""
+    """The keys of a decoder layer, after the rotary embedding: [batch, KV heads, tokens, head dim]."""
     keys: Tensor = part(part(cache, "layers")[layer], "keys")
     return keys
 
@@ -400,12 +498,12 @@ def hidden_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
 
 
 def first_norm(layer: Any) -> Any:
-    """The norm in front of a decoder layer's attention."""
+    """The norm before a decoder layer's attention."""
     return part(layer, "input_layernorm")
 
 
 def final_norm(language: Any) -> Any:
-    """The norm behind a language model's last layer."""
+    """The norm after a language model's last layer."""
     return part(language, "norm")
 
 
@@ -415,12 +513,12 @@ def rotary_embedding(language: Any, hidden: Tensor, position_ids: Tensor) -> Rot
 
 
 def queries(layer: Any, hidden: Tensor, rotary: Rotary) -> Tensor:
-    """A decoder layer's queries behind the rotary embedding: [heads, tokens, head dim]. hidden: [tokens, dim]."""
+    """A decoder layer's queries after the rotary embedding: [heads, tokens, head dim]. hidden: [tokens, dim]."""
     return _projected(layer, hidden, rotary, "q_proj", "q_norm")
 
 
 def keys(layer: Any, hidden: Tensor, rotary: Rotary) -> Tensor:
-    """A decoder layer's keys behind the rotary embedding: [KV heads, tokens, head dim]. hidden: [tokens, dim]."""
+    """A decoder layer's keys after the rotary embedding: [KV heads, tokens, head dim]. hidden: [tokens, dim]."""
     return _projected(layer, hidden, rotary, "k_proj", "k_norm")
 
 
@@ -437,21 +535,29 @@ def rotate(layer: Any, rows: Tensor, rotary: Rotary) -> Tensor:
 
 def _projected(layer: Any, hidden: Tensor, rotary: Rotary, projection: str, norm: str) -> Tensor:
     attention = part(layer, "self_attn")
-    # Attention modules have four projections and, in some architectures, norms of queries and keys. Anything else would
-    # take part in the attention without being known here.
-    children = {name for name, _ in attention.named_children()}
-    projections, norms = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"q_norm", "k_norm"}
-    if children not in (projections, projections | norms):
-        unknown = sorted(children ^ projections)
-        raise MMTokError(
-            f"the attention of {type(attention).__name__} is not supported: it differs in {', '.join(unknown)}",
-            "use a method that drops tokens before the language model, or a model whose language model is a Llama, "
-            "Mistral or Qwen",
-        )
+    has_norms = _members(attention, {"q_proj", "k_proj", "v_proj", "o_proj"}, {"q_norm", "k_norm"})
     split = part(attention, projection)(first_norm(layer)(hidden)).unflatten(-1, (-1, part(attention, "head_dim")))
-    if norm in children:
+    if has_norms:
         split = part(attention, norm)(split)
     return rotate(layer, split.transpose(0, 1), rotary)
+
+
+def _members(attention: nn.Module, projections: set[str], norms: Set[str] = frozenset()) -> bool:
+    """Whether an attention module has the norms beside the projections, as some architectures do.
+
+    Raises MMTokError for modules and parameters other than these: they would take part in the attention without being
+    known here.
+    """
+    members = {name for name, _ in [*attention.named_children(), *attention.named_parameters(recurse=False)]}
+    if members not in (projections, projections | norms):
+        raise MMTokError(
+            f"the attention of {type(attention).__name__} is not supported: it differs in "
+            f"{', '.join(sorted(members ^ projections))}",
+            or_tested(
+                "use a method that does not read attention, or a model whose language model is a Llama, Mistral or Qwen"
+            ),
+        )
+    return members != projections
 
 
 def _sibling(module: nn.Module, name: str) -> Any:
@@ -498,12 +604,13 @@ def clip_attention_scale(attention: Any) -> float:
 
 
 def _clip_heads(attention: Any, projected: Tensor) -> Tensor:
+    _members(attention, {"q_proj", "k_proj", "v_proj", "out_proj"})
     shape = part(attention, "num_heads"), part(attention, "head_dim")
     return projected.unflatten(-1, shape).transpose(1, 2)
 
 
 def clip_text_parts(clip: Any) -> tuple[Any, Any, Any, Any]:
-    """The text model, its projection, the norm behind the encoder and the encoder's projection of a CLIP model."""
+    """The text model, its projection, the norm after the encoder and the encoder's projection of a CLIP model."""
     names = ("text_model", "text_projection", "vision_model.post_layernorm", "visual_projection")
     text_model, text_projection, post_layernorm, visual_projection = (part(clip, name) for name in names)
     return text_model, text_projection, post_layernorm, visual_projection
@@ -551,7 +658,7 @@ def pack_crops(model: Any, features: Tensor, height: int, width: int, newline: T
 class QwenEncoded:
     """What Qwen's vision encoder makes of several images.
 
-    patches: [patches of all images, dim], behind the last block, in the order of the encoder's windows.
+    patches: [patches of all images, dim], after the last block, in the order of the encoder's windows.
     tokens: [tokens, dim] of each image, in raster order. deepstack: for each of the first decoder layers, the same.
     """
 
@@ -613,7 +720,8 @@ def vision_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tenso
 
 
 def vision_queries_and_keys(attention: Any, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
-    """[heads, patches, head dim] each, behind the rotary embedding. hidden: [patches, dim]."""
+    """[heads, patches, head dim] each, after the rotary embedding. hidden: [patches, dim]."""
+    _members(attention, {"qkv", "proj"})
     split = part(attention, "qkv")(hidden).unflatten(-1, (3, part(attention, "num_heads"), -1))
     found_queries, found_keys, _ = split.unbind(1)
     apply = _sibling(attention, "apply_rotary_pos_emb_vision")
@@ -623,3 +731,41 @@ def vision_queries_and_keys(attention: Any, hidden: Tensor, rotary: Rotary) -> t
 
 def vision_attention_scale(attention: Any) -> float:
     return float(part(attention, "scaling"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# InternVL
+
+
+def tile_grid(height: int, width: int, side: int, fewest: int, most: int) -> tuple[int, int]:
+    """(rows, columns) of the tiles of `side` pixels that an image is cut into, between `fewest` and `most` of them."""
+    canvas = imported("models.got_ocr2.image_processing_pil_got_ocr2", "get_optimal_tiled_canvas")
+    columns, rows = canvas((height, width), (side, side), fewest, most)
+    return rows, columns
+
+
+def encode_internvl(model: Any, pixels: Tensor, patches: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Features [tiles, tokens, vision dim] and projected tokens [tiles, tokens, dim]. patches: (rows, columns)."""
+    hidden = _output(call(vision_tower(model), pixels, return_dict=True), "last_hidden_state")[:, 1:]
+    inner = part(model, "model")
+    ratio = part(inner, "config.downsample_ratio")
+    shuffled = call(part(inner, "pixel_shuffle"), hidden.unflatten(1, patches), scale_factor=ratio)
+    features = shuffled.flatten(1, 2)
+    return features, project(model, features)
+
+
+def internvl_attention(model: Any) -> Any:
+    """The attention module of the encoder's last layer."""
+    return part(part(vision_tower(model), "encoder.layer")[-1], "attention")
+
+
+def internvl_queries_and_keys(attention: Any, hidden: Tensor) -> tuple[Tensor, Tensor, float]:
+    """[tiles, heads, 1 + patches, head dim] each, and the scale. hidden: [tiles, 1 + patches, dim], its input."""
+    projections = {"q_proj", "k_proj", "v_proj", "projection_layer", "projection_dropout"}
+    _members(attention, projections | {"q_norm", "k_norm"})
+    shape = part(attention, "num_heads"), part(attention, "head_dim")
+    found = [
+        part(attention, norm)(part(attention, projection)(hidden)).unflatten(-1, shape).transpose(1, 2)
+        for projection, norm in (("q_proj", "q_norm"), ("k_proj", "k_norm"))
+    ]
+    return found[0], found[1], float(part(attention, "scale"))

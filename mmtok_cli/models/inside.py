@@ -1,6 +1,6 @@
 """Reduction inside the language model: hooks on the decoder layers that drop or merge vision tokens on the way.
 
-Layers behind a cut see a shorter sequence and cache no more than that, so the KV cache becomes ragged. Nothing of the
+Layers after a cut see a shorter sequence and cache no more than that, so the KV cache becomes ragged. Nothing of the
 model is changed, and no attention matrix is built: what a method reads of the attention is computed for its few
 queries alone. Written for decoder layers such as those of transformers' Llama, Mistral and Qwen.
 """
@@ -29,10 +29,10 @@ class Inside:
     """Context within which a prompt's images are cut down between decoder layers.
 
     It serves forward passes, greedy decoding, sampling and beams of one prompt, padded on the left, without gradients.
-    Every forward pass with an empty cache is a prefill and chooses anew; so does, without a cache, every step, from the
-    token generated last. Kept tokens stay at their positions (`keep`), or each shorter sequence is counted anew and
-    decoding goes on from its end (`renumber`). On leaving, the hooks are gone and the model is as it was; a cache that
-    was filled here must be decoded here.
+    Every forward pass with an empty cache is a prefill and chooses tokens; without a cache, so does every step, from
+    the attention of the last generated token. Kept tokens stay at their positions (`keep`), or each shorter sequence is
+    renumbered and decoding continues from its end (`renumber`). On exit the hooks are removed. A cache that was filled
+    in this context must be decoded in it.
 
     selections: after a prefill, for each image which of the tokens that entered went through the last layer.
 
@@ -65,9 +65,9 @@ class Inside:
         self._handles: list[Any] = []
         self._prefilled = 0  # tokens of the last prefill's rows, padding included
         self._reached: LayerSequence | None = None  # at the layer that a prefill has come to
-        self._behind: dict[int, LayerSequence] = {}  # behind the cut before each layer
+        self._behind: dict[int, LayerSequence] = {}  # after the cut before each layer
         self._read: dict[int | None, Tensor] = {}  # what the layers that are read from were called with
-        self._generated = 0  # tokens behind the prompt at a step of decoding, and the arguments of that step
+        self._generated = 0  # tokens after the prompt at a step of decoding, and the arguments of that step
         self._step: dict[int, dict[str, Any]] = {}
 
     def __enter__(self) -> Inside:
@@ -75,7 +75,7 @@ class Inside:
             raise RuntimeError("this context is open already")
         layers = list(self._layers)
         if len(layers) in self._cut_layers:
-            layers.append(hf.final_norm(self._model))  # a cut behind the last layer comes before the final norm
+            layers.append(hf.final_norm(self._model))  # a cut after the last layer is made before the final norm
         for index, layer in enumerate(layers):
             self._handles.append(layer.register_forward_pre_hook(partial(self._enter_layer, index), with_kwargs=True))
         return self
@@ -107,7 +107,7 @@ class Inside:
         return hf.with_hidden(args, kwargs, hidden)
 
     def _begin(self, call: hf.LayerCall) -> None:
-        """Tell a prefill from a step of decoding, and refuse what is neither."""
+        """Distinguish a prefill from a step of decoding, and refuse anything else."""
         hidden, cache = call.hidden, call.cache
         if cache is not None and not hf.is_plain_cache(cache):
             raise MMTokError(
@@ -128,14 +128,14 @@ class Inside:
             self._step.clear()
         else:
             raise MMTokError(
-                f"{batch} x {width} tokens were read behind {cached} cached ones, where the reduced prompt has "
-                f"{len(self._lengths)} x {self._width}: methods inside the language model need it in one piece, and "
-                "decode token by token",
+                f"{batch} x {width} tokens were read after {cached} cached ones, but the reduced prompt has "
+                f"{len(self._lengths)} x {self._width}: methods inside the language model need the "
+                "prompt in one piece and decode token by token",
                 "leave prefill_chunk_size, assistant models and caches of other prompts out",
             )
 
     def _start(self, call: hf.LayerCall) -> LayerSequence:
-        """The sequence before any cut. Beams repeat rows; without a cache, generated tokens stand behind the prompt."""
+        """The sequence before any cut. Beams repeat rows; without a cache, generated tokens follow the prompt."""
         hidden = call.hidden
         batch, width, _ = hidden.shape
         copies = batch // len(self._lengths)
@@ -179,8 +179,8 @@ class Inside:
             text = hidden[row.text_behind(image, hidden.device)]
             if not len(text):
                 raise MMTokError(
-                    f"no text follows {image.plan.image_id}, so that nothing can ask for its tokens",
-                    "put the question behind the image, or use a method that acts before the language model",
+                    f"no text follows {image.plan.image_id}, so there is no text whose attention could be read",
+                    "put the question after the image, or use a method that acts before the language model",
                 )
             images.append(replace(image, queries=image.plan.queries(hidden[image.start : image.end], text)))
         return replace(row, images=tuple(images))

@@ -13,13 +13,12 @@ from PIL.Image import Image
 from torch import Tensor
 
 from mmtok_cli.budget import Budget, rectangle
-from mmtok_cli.crops import Crops
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.models import hf
 from mmtok_cli.models.base import Box, Grid, Panel, Prompt, Stage, cells, unwatched
 from mmtok_cli.models.clip import ClipEncoded
 from mmtok_cli.rules import Track
-from mmtok_cli.tokens import PADDING, VisionTokens
+from mmtok_cli.tokens import PADDING, Crops, VisionTokens
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What methods ask to see of an encoder without a class token (Qwen), computed beside the stock forward pass."""
+"""Signals of an encoder without a class token (Qwen), computed next to the stock forward pass."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def received_attention(attention: Any, call: Call, lengths: Sequence[int]) -> Te
 
 
 def mean_keys(attention: Any, call: Call, lengths: Sequence[int]) -> Tensor:
-    """Keys of each patch behind the rotary embedding, averaged over the heads: [patches, head dim]."""
+    """Keys of each patch after the rotary embedding, averaged over the heads: [patches, head dim]."""
     return _rotated(attention, call)[1].mean(0)
 
 

@@ -24,13 +24,13 @@ FULLEST = 0.85  # of a budget that a smaller image takes up at least
 class QwenVL(VisionLanguageModel):
     """`Qwen2_5_VLForConditionalGeneration`.
 
-    A vision token is what the merger makes of 2x2 patches; its features are the mean of these behind the last block,
+    A vision token is what the merger makes of 2x2 patches; its features are the mean of these after the last block,
     as in MMTok's release, in raster order. Positions are those of the whole image (M-RoPE) whatever is dropped.
     """
 
     family: ClassVar[str] = "qwen2_5_vl"
     positions: ClassVar[tuple[Positions, ...]] = ("keep",)
-    has_class_token: ClassVar[bool] = False
+    signals: ClassVar[tuple[str, ...]] = tuple(SIGNALS)
     has_deepstack: ClassVar[bool] = False  # whether the encoder gives the first decoder layers features of their own
 
     @classmethod
@@ -90,7 +90,7 @@ class QwenVL(VisionLanguageModel):
         return self.processor.image_processor(image, do_resize=False, return_tensors="pt")["pixel_values"]
 
     def encode(self, prompt: Prompt, signals: Sequence[str] = (), *, stage: Stage = unwatched) -> list[VisionTokens]:
-        self._check_signals(signals)
+        self.require_signals(signals)
         grids, sizes = self._sizes(prompt)
         counts = [rows * columns for rows, columns in grids]
         with calls_of(self._last_attention(), wanted=bool(signals)) as calls:
@@ -170,15 +170,6 @@ class QwenVL(VisionLanguageModel):
             f"the merger of {self.name} takes four patches, not one row of features",
             "this is a defect of the method: it must merge projected tokens where there is no class token",
         )
-
-    def _check_signals(self, signals: Sequence[str]) -> None:
-        unknown = [name for name in signals if name not in SIGNALS]
-        if unknown:
-            raise MMTokError(
-                f"the {self.family} family does not offer {', '.join(unknown)}: its encoder has no class token and no "
-                "text tower",
-                "use another method, such as mmtok, visionzip or divprune",
-            )
 
 
 class Qwen3VL(QwenVL):

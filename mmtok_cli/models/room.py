@@ -14,7 +14,7 @@ from mmtok_cli.models import hf
 
 GIB = 2**30
 NARROW = (torch.bfloat16, torch.float16)
-TEXT_TOKENS = 128  # of a prompt, beside its vision tokens
+TEXT_TOKENS = 128  # of a prompt, besides its vision tokens
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Needs:
 
 
 def laid_out(config: Any, dtype: torch.dtype | None, attention: str = "sdpa") -> Any:
-    """The model of a configuration without memory behind it."""
+    """The model of a configuration, without memory for its weights."""
     return hf.empty_model(config, dtype, attention)
 
 
@@ -55,7 +55,7 @@ def needs_of(model: Any, dtype: torch.dtype, vision_tokens: int, attention: str 
     """
     text, width = model.config.text_config, dtype.itemsize
     tokens = vision_tokens + TEXT_TOKENS
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    head = hf.head_width(text)
     cache = 2 * text.num_key_value_heads * head * tokens * width
     states = 4 * text.hidden_size + 2 * text.num_attention_heads * head + 3 * text.intermediate_size
     matrix = text.num_attention_heads * tokens**2 * (width + 4) if attention == "eager" else 0

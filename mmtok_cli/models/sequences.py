@@ -1,4 +1,4 @@
-"""What decoder layers are called with when images of a batch have been cut down: rows, their images, masks."""
+"""Arguments of decoder layers after images of a batch have been cut down: rows, their images, masks."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class ImageTokens:
     """An image's tokens in a sequence: where they start in the row, what they stand for, which of them may be kept, and
     which are made of several.
 
-    queries: which text tokens behind the image ask for it.
+    queries: which text tokens after the image ask for it.
     """
 
     plan: CutImage
@@ -57,7 +57,7 @@ class Row:
     images: tuple[ImageTokens, ...]
 
     def text_behind(self, image: ImageTokens, device: torch.device) -> Tensor:
-        """The text tokens behind an image."""
+        """The text tokens after an image."""
         others = [other for other in self.images if other.start >= image.end]
         starts, ends = [image.end, *(o.end for o in others)], [*(o.start for o in others), self.length]
         return torch.cat([torch.arange(a, b, device=device) for a, b in zip(starts, ends, strict=True)])
@@ -91,7 +91,7 @@ def causal_mask(width: int, live: Tensor | None, dtype: torch.dtype, device: tor
 
     None is plain causal attention to a fused kernel.
 
-    Dead slots are hidden from all others and see themselves, lest their softmax be over nothing.
+    Padding slots are hidden from all others and see only themselves, so that no softmax is over an empty set.
     """
     if live is None and dtype == torch.bool:
         return None

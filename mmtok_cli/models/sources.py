@@ -1,4 +1,4 @@
-"""What a model's name stands for: its profile, its files, its family and configuration."""
+"""Finding a model by name: its profile, files, family and configuration."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def profile_of(name: str) -> Profile | None:
 
 
 def guiding_profile(name: str, family: str | None = None) -> Profile | None:
-    """The profile of a model, or one of its family: what it says of methods holds for this one as well.
+    """The profile of a model, or one of its family: its method parameters apply to the whole family.
 
     family: read from the model's configuration unless given. Raises MMTokError for a model that is not there.
     """
@@ -31,7 +31,7 @@ def guiding_profile(name: str, family: str | None = None) -> Profile | None:
 
 
 def source_of(name: str, *, weights: bool = True) -> str:
-    """The directory or hub id that `name` stands for; a directory must hold a model, with its weights if asked for."""
+    """The directory or hub id that `name` stands for; a directory must hold a model; weights: with weights."""
     profile = known_profiles().get(name)
     if profile:
         return profile.source
@@ -41,11 +41,11 @@ def source_of(name: str, *, weights: bool = True) -> str:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise MMTokError(
-                f"{name} holds no model: there is no config.json in it", "name a directory in the hub's format"
+                f"{name} is not a model directory: config.json is missing", "name a directory in the hub's format"
             )
         if weights and not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
             raise MMTokError(
-                f"{name} holds no weights: there is no .safetensors file in it", "copy the weights there too"
+                f"{name} has no weights: there is no .safetensors file in it", "copy the weights there too"
             )
         return str(path)
     if path.exists():
@@ -85,10 +85,11 @@ def architecture(name: str, source: str) -> Any:
 
 def shortened(config: Any, layers: int, name: str) -> Any:
     """The configuration with the first `layers` decoder layers alone. Raises MMTokError for more than there are."""
+    from mmtok_cli.models import hf
+
     text = config.text_config
     if not 1 <= layers <= text.num_hidden_layers:
         raise MMTokError(f"{name} has {text.num_hidden_layers} decoder layers, not {layers}", "choose fewer --layers")
     text.num_hidden_layers = layers
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:layers]
+    hf.keep_layer_types(text, layers)
     return config

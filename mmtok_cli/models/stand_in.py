@@ -25,14 +25,17 @@ QWEN_IMAGES = {  # fewest tokens per image, and the statistics that pixels are n
 }
 
 
-class StandInTokenizer(hf.PreTrainedTokenizer):
+_Tokenizer: Any = hf.public("PreTrainedTokenizer")
+
+
+class StandInTokenizer(_Tokenizer):
     """Cuts text into pieces of a few letters and gives each an id below `size` by its hash.
 
     Prompts come out about as long as with the real vocabulary, and equal words get equal ids. Ids cannot be turned back
     into words.
 
     bos: begins every sequence; None where none does. pad: that of the token at the end unless given.
-    special: ids of the special tokens beside the image token, those of Llama's vocabulary unless given.
+    special: ids of the special tokens besides the image token, those of Llama's vocabulary unless given.
     words, letters: the pattern of the words, and how many letters of a word make a piece.
     """
 
@@ -93,7 +96,7 @@ class StandInTokenizer(hf.PreTrainedTokenizer):
 def llava_processor(config: Any, chat_template: str) -> Any:
     """A LLaVA-1.5 processor for a configuration, with a stand-in for the vocabulary."""
     side = config.vision_config.image_size
-    return hf.processor_class("LlavaProcessor")(
+    return hf.public("LlavaProcessor")(
         image_processor=hf.image_processor_class("clip")(
             size={"shortest_edge": side}, crop_size={"height": side, "width": side}
         ),
@@ -108,7 +111,7 @@ def llava_processor(config: Any, chat_template: str) -> Any:
 def llava_next_processor(config: Any, chat_template: str) -> Any:
     """A LLaVA-NeXT processor for a configuration, with a stand-in for the vocabulary."""
     side = config.vision_config.image_size
-    return hf.processor_class("LlavaNextProcessor")(
+    return hf.public("LlavaNextProcessor")(
         image_processor=hf.image_processor_class("llava_next")(
             size={"shortest_edge": side},
             crop_size={"height": side, "width": side},
@@ -136,23 +139,28 @@ def qwen_processor(config: Any, chat_template: str) -> QwenProcessor:
         image_mean=mean,
         image_std=deviation,
     )
-    tokenizer = StandInTokenizer(
+    special = {
+        "<|vision_start|>": config.vision_start_token_id,
+        "<|vision_end|>": config.vision_end_token_id,
+        "<|video_pad|>": config.video_token_id,
+    }
+    tokenizer = qwen_tokenizer(IMAGE_TOKEN, config.image_token_id, special)
+    return QwenProcessor(image_processor, tokenizer, chat_template)
+
+
+def qwen_tokenizer(image_token: str, image_token_id: int, special: Mapping[str, int]) -> StandInTokenizer:
+    """A stand-in for the vocabulary of Qwen2.5 and Qwen3. special: ids of special tokens besides the image token."""
+    return StandInTokenizer(
         QWEN_PIECES,
-        IMAGE_TOKEN,
-        config.image_token_id,
+        image_token,
+        image_token_id,
         bos=None,
         eos=QWEN_SPECIAL["<|im_end|>"],
         pad=QWEN_SPECIAL["<|endoftext|>"],
-        special={
-            **QWEN_SPECIAL,
-            "<|vision_start|>": config.vision_start_token_id,
-            "<|vision_end|>": config.vision_end_token_id,
-            "<|video_pad|>": config.video_token_id,
-        },
+        special={**QWEN_SPECIAL, **special},
         words=QWEN_WORDS,
         letters=QWEN_LETTERS_PER_TOKEN,
     )
-    return QwenProcessor(image_processor, tokenizer, chat_template)
 
 
 def _llama_tokenizer(config: Any) -> StandInTokenizer:

@@ -16,6 +16,7 @@ from mmtok_cli.profiles import known_profiles
 
 LAYERS = 4  # of every language model
 SIDE = 84  # pixels of a picture that CLIP encodes, 6 x 6 vision tokens
+INTERNVL_SIDE = 112  # pixels of a tile, 4 x 4 vision tokens
 SCALE = 3  # of the weights, so that attention is far from uniform
 
 TEXT = {
@@ -34,8 +35,9 @@ CLIP = {
 }
 QWEN = {"depth": 3, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 48}
 ROTARY = {"mrope_section": [2, 2, 2]}
-# What each family's architecture has in place of the values of its smallest known model.
+# Values that replace those of each family's first profile.
 SMALLER: dict[str, dict[str, Any]] = {
+    "internvl": {"text_config": TEXT, "vision_config": {**CLIP, "image_size": [INTERNVL_SIDE, INTERNVL_SIDE]}},
     "llava": {"text_config": TEXT, "vision_config": CLIP},
     "llava_next": {
         "text_config": TEXT,

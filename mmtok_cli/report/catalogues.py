@@ -20,10 +20,10 @@ PLACES = {  # where methods act, for a narrow column
     "inside the language model": "layers",
 }
 METHODS_LEGEND = (
-    "paper: number on arXiv. on: the image before the encoder, the tokens between encoder and language model, or "
-    "layers of the language model. asks: reads the question. free: needs no training. turns: what is dropped does not "
-    "depend on the question, so that a second one finds what it needs. `mmtok methods NAME` tells more, with the "
-    "parameters."
+    "paper: number on arXiv. on: where the method acts: the image before the encoder, the tokens between encoder and "
+    "language model, or layers of the language model. asks: reads the question. free: needs no training. turns: safe "
+    "for a second question, because the selection does not depend on the first. `mmtok methods NAME` shows the details "
+    "and parameters."
 )
 
 
@@ -49,8 +49,8 @@ def models_legend(profiles: Sequence[Profile]) -> str:
         kinds.setdefault((profile.family, profile.budgets), profile.name.rpartition("-")[0] or profile.name)
     budgets = [f"{kind} {' '.join(each)}" for (_, each), kind in kinds.items()]
     return (
-        "size: number of parameters. tokens: of one image; where they depend on it, of a photograph of 640 x 480. "
-        f"here: the weights need no download. Published budgets: {'; '.join(budgets)}."
+        "size: number of parameters. tokens: of one image; if that depends on its size, of one of 640 x 480. "
+        f"here: the weights are on this machine. Published budgets: {'; '.join(budgets)}."
     )
 
 
@@ -83,15 +83,15 @@ def method_details(method: dict[str, Any]) -> Table:
     table.add_row("reads question", yes_or_no(method["reads_question"]))
     table.add_row("training-free", yes_or_no(method["training_free"]))
     table.add_row("multi-turn safe", yes_or_no(method["multi_turn"]))
-    positions = "kept" if method["positions"] == "keep" else "counted anew"
+    positions = "kept" if method["positions"] == "keep" else "renumbered"
     table.add_row("positions", f"{positions} on the released track")
-    padding = "competes for the budget on the released track" if method["keeps_padding"] else "does not compete"
+    padding = "can be selected on the released track" if method["keeps_padding"] else "never selected"
     table.add_row("padding", padding)
-    table.add_row("signals", ", ".join(method["signals"]) or "none: the vision tokens alone")
+    table.add_row("signals", ", ".join(method["signals"]) or "none; it sees only the vision tokens")
     if not method["parameters"]:
         table.add_row("parameters", "none")
     for name, setting in method["settings"].items():
-        table.add_row(name, f"{method['expected'][name]}; by default --set {setting}")
+        table.add_row(name, f"{method['expected'][name]}; default: --set {setting}")
     return table
 
 

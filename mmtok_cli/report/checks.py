@@ -1,4 +1,4 @@
-"""What a comparison's measurements themselves give away: what disturbed them, what they leave out, what failed."""
+"""Notes on a comparison: how to read it, what disturbed the measurements, what is missing, what failed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from mmtok_cli.errors import MMTokError
+from mmtok_cli.report.columns import COMPARED
 from mmtok_cli.report.tables import (
     by_batch_size,
     ceiling,
@@ -14,21 +16,22 @@ from mmtok_cli.report.tables import (
     layer_notes,
     plain_table,
 )
-from mmtok_cli.report.units import seconds, share
+from mmtok_cli.report.units import duration, plural, seconds, share
 
-FEW = 3
+MOST_LEFT_OUT = 3  # lines on data that could not be used
+FEW_QUESTIONS = 200
 
 if TYPE_CHECKING:
-    from mmtok_cli.results.planning import Estimate
+    from mmtok_cli.planning import Estimate
     from mmtok_cli.results.schema import CaseResult, Comparison
 
 
 def notes(comparison: Comparison, *, ceilings: bool = True) -> list[str]:
-    """Everything that there is to say beside the tables of a comparison; `ceilings` may be said elsewhere."""
+    """All notes on a comparison. ceilings: whether to include the upper bounds of the speedup."""
     lines = []
     parts = by_batch_size(comparison)
     for part in parts:
-        head = f"batches of {part.schedule.batch_size}: " if len(parts) > 1 else ""
+        head = f"batch size {part.schedule.batch_size}: " if len(parts) > 1 else ""
         lines += [head + ceiling(result) for result in part.results if ceilings and result.case.is_baseline]
         lines += [head + line for line in (*outlier_notes(part.results), *drift_notes(part.results))]
     lines += [*failure_notes(comparison), *left_out_notes(comparison), *comparison.remarks]
@@ -38,14 +41,14 @@ def notes(comparison: Comparison, *, ceilings: bool = True) -> list[str]:
 
 
 def left_out_notes(comparison: Comparison) -> list[str]:
-    """What of the data could not be used, the first few in their own words."""
+    """Which data could not be used: the first few problems and the number of the others."""
     lines = comparison.left_out
-    more = [f"… and {len(lines) - FEW} more that were left out"] if len(lines) > FEW else []
-    return [*lines[:FEW], *more]
+    more = [f"… and {len(lines) - MOST_LEFT_OUT} more problems of the data"] if len(lines) > MOST_LEFT_OUT else []
+    return [*lines[:MOST_LEFT_OUT], *more]
 
 
 def failure_notes(comparison: Comparison) -> list[str]:
-    """Why a case has no figures, or none of quality."""
+    """Why a case has no measurements, or was not evaluated."""
     lines = []
     for failed in comparison.unevaluated:
         lines.append(
@@ -53,113 +56,113 @@ def failure_notes(comparison: Comparison) -> list[str]:
             f"its answers are not scored: {failed.message}"
         )
     for failed in comparison.failures:
-        when = "while it was warming up" if failed.round is None else f"in round {failed.round + 1}"
+        when = "during warm-up" if failed.round is None else f"in round {failed.round + 1}"
         remedy = (
             "lower --batch-size, or free memory"
             if failed.reason == "out of memory"
-            else "choose what suits all samples, or leave it out"
+            else "choose a budget that fits every sample, or drop the case"
         )
         lines.append(
-            f"{failed} (batches of {failed.case.batch_size}): {failed.reason} {when}: {failed.message}; {remedy}"
+            f"{failed} (batch size {failed.case.batch_size}): {failed.reason} {when}: {failed.message}; {remedy}"
         )
     return lines
 
 
 def comparison_notes(comparison: Comparison) -> list[str]:
-    """How to read the tables, and what to do where they do not settle the matter."""
+    """How to read the tables, and what to do about inconclusive results."""
     others = [result for result in comparison.results if not result.case.is_baseline]
     methods = [result for result in others if not result.case.again]
     notes = [
-        "times are medians over rounds, of a whole batch; speedups are paired within rounds, with a 95 % interval",
-        "TTFT, the time to the first token: prepare, encode, select and prefill. KV cache and FLOPs are per sample",
+        "times are medians over rounds, per batch; speedups are paired within rounds, with a 95 % interval",
+        "TTFT (time to first token): prepare, encode, select and prefill. KV cache and FLOPs are per sample",
     ]
     notes += [*overhead_notes(methods), *layer_notes(methods), *position_notes(methods)]
     for part in by_batch_size(comparison):
-        head = f"batches of {part.schedule.batch_size}: " if part is not comparison else ""
+        head = f"batch size {part.schedule.batch_size}: " if part is not comparison else ""
         doubtful = [result for result in part.results if not result.case.is_baseline]
         notes += [head + note for note in inconclusive_notes(doubtful, ("prefill", "ttft"))]
     return [*notes, *quality_notes(comparison), *interruption_notes(comparison)]
 
 
 def quality_notes(comparison: Comparison) -> list[str]:
-    """What scores, flips and fidelity are, as far as they are shown."""
+    """Explains scores, flips and fidelity, as far as they are shown."""
     results, schedule = comparison.results, comparison.schedule
-    on = "" if schedule.timed is None else f" on {schedule.timed} samples"
-    timed = f"{_count(schedule.rounds, 'round')}{on} for the times, then {schedule.samples} samples, each asked once"
+    on = "" if schedule.timed is None else f" on {plural(schedule.timed, 'sample')}"
+    timing = f"{plural(schedule.rounds, 'round')}{on}"
     notes = []
     if any(result.fidelity for result in results):
         notes += [
-            "times and quality are measured apart: " + timed,
-            "same: answers in the same words as the unreduced model's. top-1, KL: agreement and divergence (nats) at "
+            f"timing: {timing}; evaluation, in a separate pass: {plural(schedule.samples, 'sample')}",
+            "same: answers identical to those of the unreduced model. top-1, KL: agreement and divergence (nats) at "
             "each token of its answer",
         ]
     counts = next((result.score_counts for result in results if result.score_counts), None)
     if counts:
         score = "score: F1; retention" if any(result.yes_no for result in results) else "retention"
         notes.append(
-            f"{score}: score / unreduced score, with a 95 % interval over images. lost, gained: answers that the "
-            "unreduced model alone has right, and that it alone has wrong; p: how likely chance is to part them so far "
-            "(McNemar's exact test)"
+            f"{score}: score / score of the unreduced model, with a 95 % interval over images. lost, gained: samples "
+            "that only the unreduced model, or only the reduced model, answers correctly; p: probability of a "
+            "difference this large by chance (McNemar's exact test)"
         )
-        if counts.asked < 200:
-            notes.append(f"scores of so few questions ({counts.asked}) vary by several points: raise --limit")
+        if counts.asked < FEW_QUESTIONS:
+            notes.append(f"with only {plural(counts.asked, 'question')}, scores vary by several points: raise --limit")
     return notes
 
 
 def interruption_notes(comparison: Comparison) -> list[str]:
-    """How far a comparison came that was stopped."""
+    """How far an interrupted comparison came."""
     if not comparison.interrupted:
         return []
     schedule, planned = comparison.schedule, comparison.planned_rounds
     if planned and schedule.rounds >= planned and schedule.planned_samples:
         asked = schedule.samples if any(result.fidelity for result in comparison.results) else 0
-        return [f"interrupted: {asked} of {schedule.planned_samples} samples were asked"]
+        return [f"interrupted: {asked} of {schedule.planned_samples} samples were evaluated"]
     of = f" of {planned}" if planned else ""
-    return [f"interrupted: {schedule.rounds}{of} whole rounds were measured"]
+    return [f"interrupted: {schedule.rounds}{of} rounds were completed"]
 
 
 def overhead_notes(results: Sequence[CaseResult]) -> list[str]:
-    """What each method costs, at the budget where that is most."""
+    """The overhead of each method, at the budget where it is largest."""
     largest: dict[str, float] = {}
     for result in results:
         method = result.case.method
         largest[method] = max(result.overhead, largest.get(method, 0.0))
     shares = ", ".join(f"{method} {share(value)}" for method, value in largest.items())
-    return [f"choosing tokens costs, as a share of encode and prefill: {shares}"] if shares else []
+    return [f"selection overhead, as a share of encode and prefill: {shares}"] if shares else []
 
 
 def position_notes(results: Sequence[CaseResult]) -> list[str]:
-    """A warning where methods differ in what they do with positions."""
-    keeping, counting = (
+    """A warning if some methods keep the position ids of tokens and others renumber them."""
+    keeping, renumbering = (
         {r.case.method: None for r in results if r.positions == policy} for policy in ("keep", "renumber")
     )
-    if not keeping or not counting:
+    if not keeping or not renumbering:
         return []
     return [
-        f"positions are kept by {', '.join(keeping)} and counted anew by {', '.join(counting)}, as released; "
-        "--track harmonised or --positions give all the same"
+        f"position ids are kept by {', '.join(keeping)} and renumbered by {', '.join(renumbering)}, as released; use "
+        "--track harmonised or --positions for the same policy everywhere"
     ]
 
 
 def outlier_notes(results: Sequence[CaseResult]) -> list[str]:
-    """A warning where single rounds took far longer than the rest."""
+    """A warning if single rounds took much longer than the others."""
     disturbed = {str(result): result for result in results if result.outliers}
     if not disturbed:
         return []
     if all(result.outliers == [0] for result in disturbed.values()):
-        return [f"the first round took much longer than the rest ({', '.join(disturbed)}): raise --warmup"]
+        return [f"the first round took much longer than the others ({', '.join(disturbed)}): raise --warmup"]
     worst = max(disturbed.values(), key=lambda result: max(result.seconds["ttft"].values))
     times = worst.seconds["ttft"]
     rounds = sorted({number for result in disturbed.values() for number in result.outliers})
     return [
-        f"outliers: {_count(len(rounds), 'round')} of {len(times.values)} took up to {seconds(max(times.values))} to "
-        f"the first token where {seconds(times.median)} is usual ({', '.join(disturbed)}). Medians hardly change; if "
-        "there are many, stop what else runs on the machine, or use --runs 3"
+        f"outliers: {plural(len(rounds), 'round')} of {len(times.values)} took up to {seconds(max(times.values))} to "
+        f"the first token, with a median of {seconds(times.median)} ({', '.join(disturbed)}). Medians are hardly "
+        "affected; if there are many outliers, stop other processes on the machine, or use --runs 3"
     ]
 
 
 def drift_notes(results: Sequence[CaseResult]) -> list[str]:
-    """A warning where the machine became faster or slower while it was measured on."""
+    """A warning if the machine became faster or slower during the run."""
     drifting = [result for result in results if result.case.is_baseline and result.drift]
     lines = []
     for result in drifting:
@@ -167,57 +170,57 @@ def drift_notes(results: Sequence[CaseResult]) -> list[str]:
         change = result.drift.change
         lines.append(
             f"drift: {result} became {abs(change):.0%} {'slower' if change > 0 else 'faster'} from the first round to "
-            "the last. Speedups are paired and hardly touched; for seconds to be trusted, "
+            "the last. Speedups are paired within rounds and hardly affected; for reliable seconds, "
             + (
-                "let the machine cool and stop what else runs on it"
+                "let the machine cool and stop other processes"
                 if change > 0
-                else "raise --warmup, or stop what else runs"
+                else "raise --warmup or stop other processes"
             )
         )
     return lines
 
 
 def flop_notes(results: Sequence[CaseResult]) -> list[str]:
-    """Which operators the FLOPs are made of."""
+    """Which operators the FLOPs include."""
     seen = [result.flop_coverage for result in results if result.flop_coverage]
     if not seen:
         return []
     missed = {name: None for coverage in seen for name in coverage.missed}
     if missed:
-        return [f"FLOPs are too few: torch has no formula for {', '.join(missed)}"]
+        return [f"FLOPs are underestimated: torch has no formula for {', '.join(missed)}"]
     counted, calls = sum(sum(c.counted.values()) for c in seen), sum(c.calls for c in seen)
     return [
-        f"FLOPs count {counted / calls:.0%} of the operators called, which are all that multiply matrices, convolve or "
-        "attend; the rest, element-wise, counts as nothing"
+        f"FLOPs cover {counted / calls:.0%} of the operator calls: all matrix products, convolutions and attention. "
+        "Element-wise operators are not counted"
     ]
 
 
 def gpu_notes(comparison: Comparison) -> list[str]:
-    """What the GPU's driver gave away, and how to have it tell."""
+    """GPU state reported by the driver, or how to get it."""
     if not comparison.environment.device.startswith("cuda"):
         return []
     uses = {str(result): result.gpu for result in comparison.results if result.gpu}
     if not uses:
-        return ["clocks, throttling and energy were not read: pip install 'mmtok[gpu]'"]
+        return ["GPU clocks, throttling and energy were not recorded: pip install 'mmtok[gpu]'"]
     lines = []
     reasons = {reason: None for use in uses.values() for reason in use.throttled}
     if reasons:
         held = ", ".join(name for name, use in uses.items() if use.throttled)
         lines.append(
-            f"the GPU held its clock down ({', '.join(reasons)}) after runs of {held}: fix the clocks "
-            "(nvidia-smi --lock-gpu-clocks), or let it cool, before seconds are compared with those of another day"
+            f"the GPU throttled ({', '.join(reasons)}) during {held}: before comparing seconds with those of another "
+            "run, lock the clocks (nvidia-smi --lock-gpu-clocks) or let the GPU cool"
         )
     others = max((use.other_processes or 0 for use in uses.values()), default=0)
     if others:
-        lines.append(f"{_count(others, 'other process', 'es')} used the GPU too: wait for it to be free")
+        lines.append(f"{plural(others, 'other process', 'other processes')} used the GPU too: wait until it is idle")
     joules = [f"{name} {use.joules:.3g} J" for name, use in uses.items() if use.joules is not None]
     if joules:
-        lines.append(f"energy per answer, of the whole card: {', '.join(joules)}")
+        lines.append(f"energy per answer (whole card): {', '.join(joules)}")
     return lines
 
 
 def plan_table(plan: Estimate) -> Table:
-    """The cases of a plan, and how long each takes."""
+    """The cases of a plan, with the estimated time of each."""
     table = plain_table("Plan")
     table.add_column("", justify="right")
     table.add_column("method", no_wrap=True)
@@ -238,21 +241,40 @@ def plan_table(plan: Estimate) -> Table:
 
 
 def plan_lines(plan: Estimate) -> list[str]:
-    """The order of the first rounds, and the time that all will take."""
+    """The order of the first rounds, and the estimated time of the run."""
     lines = [f"round {number + 1}: {' '.join(map(str, order))}" for number, order in enumerate(plan.order)]
     if plan.rounds > len(plan.order):
-        lines.append(f"… {plan.rounds} rounds in all")
-    least = f", of which at least {seconds(plan.min_time)} measured" if plan.min_time else ""
-    return [*lines, f"{plan.samples} samples, seed {plan.seed}; about {duration(plan.seconds)}{least}"]
+        lines.append(f"… {plan.rounds} rounds in total")
+    least = f", of which at least {seconds(plan.min_time)} timed" if plan.min_time else ""
+    return [*lines, f"{plural(plan.samples, 'sample')}, seed {plan.seed}; about {duration(plan.seconds)}{least}"]
 
 
-def duration(value: float) -> str:
-    """A long time in the units that people plan with."""
-    if value < 120:
-        return seconds(value)
-    minutes = round(value / 60)
-    return f"{minutes} minutes" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+def shortfalls(comparison: Comparison, stage: str, least: float) -> list[str]:
+    """One line for each case whose lower 95 % bound of the speedup is below `least`; none if all reach it.
+
+    A case without an interval, because it failed or ran in too few rounds, does not reach it.
+    """
+    lines = []
+    for failed in comparison.failures:
+        lines.append(
+            f"{failed}, batch size {failed.case.batch_size}: {failed.reason}, so there is no speedup ({stage})"
+        )
+    for result in comparison.results:
+        if result.case.is_baseline:
+            continue
+        name = f"{result}, batch size {result.case.batch_size}"
+        speedup = result.speedup.get(stage)
+        if speedup is None or speedup.low is None or speedup.high is None:
+            lines.append(f"{name}: the speedup ({stage}) has no interval, which requires six rounds and a baseline")
+        elif speedup.low < least:
+            lines.append(
+                f"{name}: the speedup ({stage}) is {speedup.median:.2f}x, 95 % interval {speedup.low:.2f} to "
+                f"{speedup.high:.2f}; the lower bound must reach {least:g}x"
+            )
+    return lines
 
 
-def _count(number: int, noun: str, plural: str = "s") -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}{plural}"
+def require_speedup_stage(stage: str) -> None:
+    """Raises MMTokError for a stage without a speedup."""
+    if stage not in COMPARED:
+        raise MMTokError(f"--fail-below-stage {stage!r} has no speedup", f"choose one of {', '.join(COMPARED)}")

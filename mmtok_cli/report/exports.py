@@ -16,11 +16,12 @@ from mmtok_cli.report.checks import failure_notes, interruption_notes
 from mmtok_cli.report.columns import markdown_columns
 from mmtok_cli.report.csv_export import csv_text
 from mmtok_cli.report.tables import environment_line, rules_text
+from mmtok_cli.report.units import plural
 from mmtok_cli.results.schema import json_text
 
 if TYPE_CHECKING:
     from mmtok_cli.report.page import OverlayGroup
-    from mmtok_cli.results.schema import Comparison
+    from mmtok_cli.results.schema import Comparison, Record
 
 EXPORTS = (".json", ".csv", ".md", ".html")
 
@@ -49,7 +50,16 @@ def write_export(comparison: Comparison, path: Path, *, overlays: Sequence[Overl
         text = page_text(comparison, overlays)
     else:
         raise MMTokError(f"{path} does not end in {', '.join(EXPORTS[:-1])} or {EXPORTS[-1]}", "choose one of these")
-    data = text.encode("utf-8", "backslashreplace")  # the command line may hold bytes that are no text
+    _write(path, text)
+
+
+def write_json(result: Record, path: Path) -> None:
+    """Write a result as JSON. Raises MMTokError if the file cannot be written."""
+    _write(path, json_text(result, indent=2) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    data = text.encode("utf-8", "backslashreplace")  # the command line may hold bytes that are not text
     write_whole(path, lambda part: part.write_bytes(data))
 
 
@@ -72,9 +82,9 @@ def _conditions(comparison: Comparison) -> str:
     schedule = comparison.schedule
     rules = rules_text(comparison.rules)
     return (
-        f"{environment_line(comparison.model, comparison.environment).plain}; {schedule.samples} samples, "
-        f"{schedule.rounds} rounds, batch size {schedule.batch_size}, seed {schedule.seed}"
-        + (f"; {rules}" if rules else "")
+        f"{environment_line(comparison.model, comparison.environment).plain}; "
+        f"{plural(schedule.samples, 'sample')}, {plural(schedule.rounds, 'round')}, "
+        f"batch size {schedule.batch_size}, seed {schedule.seed}" + (f"; {rules}" if rules else "")
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmtok_cli.files import write_whole
+from mmtok_cli.report.units import plural
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def save_gain_curve(gains: Sequence[float], path: Path, title: str) -> None:
-    """What each pick added to the coverage, and the coverage reached: where the curve is flat, tokens are spare."""
+    """The gain of each pick and the coverage reached; where the curve is flat, more tokens add little."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -72,7 +73,7 @@ def save_tradeoff(comparison: Comparison, path: Path) -> None:
         xlabel="vision tokens per decoder layer", ylabel="right answers [%]" if scored else "top-1 agreement [%]"
     )
     by_time.set(xlabel="time to first token, median [ms]")
-    by_tokens.set_title(f"{comparison.model}, {asked} questions", loc="left")
+    by_tokens.set_title(f"{comparison.model}, {plural(asked, 'question')}", loc="left")
     handles, names = by_tokens.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=8, fontsize="small")
     for axes in (by_tokens, by_time):

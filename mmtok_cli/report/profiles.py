@@ -15,6 +15,7 @@ from mmtok_cli.report.units import count, number, seconds, share, size, spread
 if TYPE_CHECKING:
     from mmtok_cli.results.profile import CeilingProfile
     from mmtok_cli.results.schema import Environment, Profile, Times
+    from mmtok_cli.settings import ProfileSettings
 
 SIDE_BY_SIDE = 2  # cases that fit beside each other with their spread
 ESTIMATED = ("prefill", "ttft", "decode", "total")  # if only some layers are run
@@ -29,6 +30,42 @@ def profile_tables(profile: Profile) -> list[Table]:
     return [_stages(profile), _speedups(profile), _tokens_and_memory(profile), _operations(profile)]
 
 
+def profiles_by_batch_size(profile: Profile) -> list[Profile]:
+    """The profile with the cases of one batch size at a time."""
+    sizes = dict.fromkeys(result.case.batch_size for result in profile.cases)
+    return [
+        profile.model_copy(update={"cases": [r for r in profile.cases if r.case.batch_size == size]}) for size in sizes
+    ]
+
+
+def profile_notes(
+    profile: CeilingProfile, settings: ProfileSettings, sizes: Sequence[int], context_length: int
+) -> list[str]:
+    """How to read the tables. sizes: the numbers of vision tokens that scaling was to be measured at."""
+    from mmtok_cli.report.scaling import scaling_notes
+    from mmtok_cli.results.profile import ScalingProfile
+
+    lines = list(filter(None, [tables.rules_text(settings.rules, settings.parameters)]))
+    for part in profiles_by_batch_size(profile):
+        baseline, *others = part.cases
+        head = f"batch size {baseline.case.batch_size}: " if len(settings.batch_size) > 1 else ""
+        notes = [
+            tables.ceiling(baseline),
+            *tables.layer_notes(part.cases),
+            *tables.inconclusive_notes(others, COMPARED),
+        ]
+        lines += [head + note for note in notes]
+    lines += ceiling_notes(profile)
+    if isinstance(profile, ScalingProfile):
+        lines += scaling_notes(profile, context_length)
+    if profile.schedule.rounds < settings.rounds:
+        lines.append(f"interrupted: {profile.schedule.rounds} of {settings.rounds} rounds were timed")
+    if isinstance(profile, ScalingProfile) and profile.interrupted:
+        reached = len({point.tokens for point in profile.scaling})
+        lines.append(f"interrupted: {reached} of {len(sizes)} numbers of tokens were measured")
+    return lines
+
+
 def _stage_name(stage: str, environment: Environment) -> str:
     """What a stage is called; "~" marks an estimate."""
     return ("~ " if environment.layers and stage in ESTIMATED else "") + tables.SUMS.get(stage, stage)
@@ -39,10 +76,10 @@ def _stage_table(profile: Profile) -> Table:
     table = tables.plain_table("Seconds per stage: median (p10–p90)")
     baseline, *others = profile.cases
     table.add_column("stage", no_wrap=True)
-    table.add_column(str(baseline), justify="right", no_wrap=True)
+    table.add_column(baseline.case.label, justify="right", no_wrap=True)
     table.add_column("share", justify="right", no_wrap=True)
     for case in others:
-        table.add_column(str(case), justify="right", no_wrap=True)
+        table.add_column(case.case.label, justify="right", no_wrap=True)
         table.add_column("speedup of stage", justify="right")
     for stage in STAGES:
         times = baseline.seconds[stage]
@@ -64,7 +101,7 @@ def _cost_table(profile: Profile) -> Table:
     table = tables.plain_table("Tokens, memory, operations")
     table.add_column("", no_wrap=True)
     for case in cases:
-        table.add_column(str(case), justify="right")
+        table.add_column(case.case.label, justify="right")
     table.add_row("vision tokens kept", *(str(KEPT.cell_of(case)) for case in cases))
     if layers_differ(case.tokens for case in cases):
         table.add_row("layer average", *(number(round(case.tokens.layer_average, 1)) for case in cases))
@@ -75,7 +112,7 @@ def _cost_table(profile: Profile) -> Table:
         table.add_row("peak above weights", *(size(case.memory.peak) for case in cases))
     for stage in STAGES:
         if any(stage in peaks for peaks in profile.stage_peaks.values()):
-            peaks = (profile.stage_peaks[str(case)].get(stage) for case in cases)
+            peaks = (profile.stage_peaks[case.case.label].get(stage) for case in cases)
             table.add_row(f"peak in {stage} (trace)", *(size(peak) for peak in peaks))
     for stage in ("encode", "select", "prefill"):
         table.add_row(f"FLOPs in {stage}", *(count(case.flops[stage]) for case in cases))
@@ -86,7 +123,7 @@ def _stages(profile: Profile) -> Table:
     headings = [_stage_name(stage, profile.environment) for stage in STAGES]
     table = _table("Seconds per stage: medians", headings)
     for case in profile.cases:
-        table.add_row(str(case), *(seconds(case.seconds[stage].median) for stage in STAGES))
+        table.add_row(case.case.label, *(seconds(case.seconds[stage].median) for stage in STAGES))
     return table
 
 
@@ -94,7 +131,7 @@ def _speedups(profile: Profile) -> Table:
     baseline, *others = profile.cases
     table = _table(f"Speedup over {baseline}", [tables.SUMS.get(stage, stage) for stage in SPEEDUPS])
     for case in others:
-        table.add_row(str(case), *(tables.speedup_text(case.speedup.get(stage)) for stage in SPEEDUPS))
+        table.add_row(case.case.label, *(tables.speedup_text(case.speedup.get(stage)) for stage in SPEEDUPS))
     return table
 
 
@@ -106,9 +143,9 @@ def _tokens_and_memory(profile: Profile) -> Table:
     table = _table(f"Vision tokens and memory{of_stages}", headings)
     for case in profile.cases:
         peaks = [size(case.memory.peak)] if with_peaks else []
-        within = [size(profile.stage_peaks[str(case)].get(stage)) for stage in stages]
+        within = [size(profile.stage_peaks[case.case.label].get(stage)) for stage in stages]
         average = number(round(case.tokens.layer_average, 1))
-        table.add_row(str(case), number(case.tokens.kept), average, size(case.memory.kv_cache), *peaks, *within)
+        table.add_row(case.case.label, number(case.tokens.kept), average, size(case.memory.kv_cache), *peaks, *within)
     return table
 
 
@@ -116,7 +153,7 @@ def _operations(profile: Profile) -> Table:
     table = _table("FLOPs, and tokens of the text", [*MEMORY_STAGES, "text tokens", "new tokens"])
     for case in profile.cases:
         flops = (count(case.flops[stage]) for stage in MEMORY_STAGES)
-        table.add_row(str(case), *flops, number(case.tokens.text), number(case.tokens.new))
+        table.add_row(case.case.label, *flops, number(case.tokens.text), number(case.tokens.new))
     return table
 
 
@@ -125,7 +162,7 @@ def ceiling_table(profile: CeilingProfile) -> Table:
     ceilings, stages = profile.ceilings, ("encode", "select", "prefill")
     table = _table("Against the device's ceilings", [f"{stage} FLOP/s" for stage in stages] + ["decode B/s"])
     for case in profile.achieved:
-        name = str(case)
+        name = case.case.label
         flops = [_of_ceiling(case.flops_per_second.get(stage), ceilings.flops_per_second) for stage in stages]
         table.add_row(name, *flops, _of_ceiling(case.decode_bytes_per_second, ceilings.bytes_per_second))
     ceiling = count(ceilings.flops_per_second)

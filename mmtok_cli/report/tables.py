@@ -12,7 +12,7 @@ from rich.text import Text
 
 from mmtok_cli.report.cells import Cell, Column, speedup_cell
 from mmtok_cli.report.columns import COMPARED, KEPT, STAGES, kind_columns, layers_differ, terminal_columns
-from mmtok_cli.report.units import number, seconds, size
+from mmtok_cli.report.units import number, plural, seconds, size
 
 if TYPE_CHECKING:
     from mmtok_cli.results.records import TimedRun
@@ -41,7 +41,7 @@ def narrow_text(cell: Cell) -> Text:
 
 
 def by_batch_size(comparison: Comparison) -> list[Comparison]:
-    """The comparison itself where there is one batch size, else the part of each."""
+    """The comparison itself if it has one batch size, else one comparison for each."""
     sizes = comparison.schedule.batch_size
     if isinstance(sizes, int):
         return [comparison]
@@ -110,86 +110,85 @@ def case_table(title: str, comparison: Comparison, columns: Sequence[Column], *,
 
 
 def layer_notes(results: Sequence[CaseResult]) -> list[str]:
-    """What the layer average is, where it is shown."""
+    """Explains the layer average, if it is shown."""
     if not layers_differ(result.tokens for result in results):
         return []
     return [
-        "layer average (avg): vision tokens per decoder layer; methods inside the language model make the first layers "
-        "see all"
+        "layer average (avg): vision tokens per decoder layer; methods inside the language model process all tokens "
+        "in its first layers"
     ]
 
 
 def rules_text(rules: Rules, settings: Sequence[str] | None = None) -> str:
-    """The rules in words, as far as they are not the usual ones, and what was set of the methods' parameters."""
+    """The rules in words where they differ from the defaults, and the parameters given by --set."""
     said = [] if rules.track == "released" else [f"{rules.track} track"]
     if rules.positions:
-        said.append("positions kept" if rules.positions == "keep" else "positions counted anew")
+        said.append("positions kept" if rules.positions == "keep" else "positions renumbered")
     if rules.budget_means == "layer-average":
         said.append("budgets are layer averages")
     return ", ".join([*said, *(settings or ())])
 
 
 def weights_text(weights: str) -> str:
-    """A warning about answers that mean nothing; empty for a model that has learnt something."""
-    return "random weights: answers and scores mean nothing, time and memory do" if weights == "random" else ""
+    """A warning for a model with random weights; empty for a trained one."""
+    return "random weights: only time and memory are meaningful" if weights == "random" else ""
 
 
 def part_text(layers: tuple[int, int] | None) -> str:
-    """A warning about estimates; empty where all decoder layers were run."""
+    """A warning about estimates; empty if all decoder layers were run."""
     if layers is None:
         return ""
     run, of = layers
     return (
-        f"{run} of {of} decoder layers were run, so answers mean nothing, and prefill, decode, their sums, KV cache "
-        "and FLOPs are estimates (~): each missing layer is taken for as costly as the last one that was run. Peaks "
-        "are those of the layers that were run"
+        f"only {run} of {of} decoder layers were run: answers are not meaningful; prefill, decode, TTFT, total, KV "
+        "cache and FLOPs are estimates (~), assuming that every skipped layer costs as much as the last one that was "
+        "run. Peak memory is that of the layers that were run"
     )
 
 
 def inconclusive_notes(results: Sequence[CaseResult], stages: Sequence[str] = COMPARED) -> list[str]:
-    """What a question mark behind a speedup means, if there is one."""
+    """Explains the question mark after a speedup, if there is one."""
     found = [(str(r), stage, r.speedup[stage]) for r in results for stage in stages if stage in r.speedup]
     doubtful = [(name, stage, speedup) for name, stage, speedup in found if not speedup.conclusive]
     if not doubtful:
         return []
     if any(speedup.low is None for _, _, speedup in doubtful):
-        return ["? marks an inconclusive speedup: fewer than six rounds say nothing. Measure more of them"]
+        return ["? marks an inconclusive speedup: fewer than six rounds give no interval. Run more rounds"]
     by_case: dict[str, list[str]] = defaultdict(list)
     for name, stage, _ in doubtful:
         by_case[name].append(SUMS.get(stage, stage))
     which = "; ".join(f"{name} ({', '.join(stages)})" for name, stages in by_case.items())
     return [
-        f"? marks an inconclusive speedup, one whose interval contains 1: {which}. Measure more rounds, or quieten the "
-        "machine"
+        f"? marks an inconclusive speedup, one whose interval contains 1: {which}. Run more rounds, or stop other "
+        "processes on the machine"
     ]
 
 
 def ceiling(baseline: CaseResult) -> str:
-    """The most that a method behind the encoder could gain on the time to the first token: prefill for nothing."""
+    """The upper bound of the TTFT speedup of methods after the encoder, reached if prefill took no time."""
     median = {stage: times.median for stage, times in baseline.seconds.items()}
     before, prefill = median["prepare"] + median["encode"], median["prefill"]
     return (
         f"prepare and encode take {seconds(before)} of {seconds(before + prefill)} to the first token: "
-        f"no method behind the encoder can gain more than {(before + prefill) / before:.2f}x there"
+        f"methods after the encoder can reach a speedup (TTFT) of {(before + prefill) / before:.2f}x at most"
     )
 
 
 def environment_line(model: str, environment: Environment) -> Text:
-    """What the figures were measured on."""
+    """What the results were measured on: hardware, versions and settings."""
     e = environment
     commit = f", git {e.git_commit[:9]}{' (changed)' if e.git_dirty else ''}" if e.git_commit else ""
     driver = f", driver {e.driver}" if e.driver else ""
-    threads = "1 thread" if e.threads == 1 else f"{e.threads} threads"
     remarks = "".join(f"; {text}" for text in (weights_text(e.weights), part_text(e.layers)) if text)
     return Text(
-        f"{model} on {e.processor} ({e.device}, {e.dtype}, {e.attention} attention, {threads}), "
+        f"{model} on {e.processor} ({e.device}, {e.dtype}, {e.attention} attention, {plural(e.threads, 'thread')}), "
         f"torch {e.torch}, transformers {e.transformers}, mmtok {e.mmtok}{commit}{driver}{remarks}",
         style="dim",
     )
 
 
 def operator_table(operators: Sequence[Operator], top: int) -> Table:
-    """The operators of one case that take longest themselves, by stage."""
+    """The operators of one case with the longest times of their own, by stage."""
     table = plain_table(f"Top operators of {operators[0].case} (from the trace)")
     table.add_column("stage", no_wrap=True)
     table.add_column("operator")
@@ -204,7 +203,7 @@ def operator_table(operators: Sequence[Operator], top: int) -> Table:
 
 
 def answer_table(names: Sequence[str], runs: Sequence[TimedRun]) -> Table:
-    """Tokens and seconds of each stage, a column for each case."""
+    """Tokens, and seconds of each stage; one column for each case."""
     table = plain_table()
     table.add_column("", no_wrap=True)
     for name in names:

@@ -1,14 +1,27 @@
-"""Figures for people: human units, three significant digits."""
+"""Numbers as text: human units, three significant digits."""
+
+
+def plural(number: float, noun: str, nouns: str = "") -> str:
+    """ "1 sample", "2 samples". nouns: the plural, if it takes more than an s."""
+    return f"{number} {noun if number == 1 else nouns or noun + 's'}"
+
+
+def duration(value: float) -> str:
+    """A long time in seconds, minutes or hours."""
+    if value < 120:
+        return seconds(value)
+    minutes = round(value / 60)
+    return f"{minutes} minutes" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def seconds(value: float) -> str:
-    """A duration in the unit that suits it."""
+    """A short time in s, ms or µs."""
     factor, unit = _unit_of(value)
     return f"{_digits(value * factor)} {unit}"
 
 
 def spread(median: float, low: float, high: float) -> str:
-    """A duration and its spread, all in one unit: "15.4 ms (10.6–17.7)"."""
+    """A short time and its spread, all in one unit: "15.4 ms (10.6–17.7)"."""
     factor, unit = _unit_of(median)
     return f"{_digits(median * factor)} {unit} ({_digits(low * factor)}–{_digits(high * factor)})"
 
@@ -24,7 +37,7 @@ def _digits(value: float) -> str:
 
 
 def size(value: float | None) -> str:
-    """Bytes in human units; a dash for what was not counted."""
+    """Bytes in binary units; a dash if there is no value."""
     if value is None:
         return "–"
     units = ["B", "KiB", "MiB", "GiB"]
@@ -49,20 +62,20 @@ def number(value: float) -> str:
 
 
 def share(value: float | None) -> str:
-    """A share as a percentage; a dash where there is none."""
+    """A share in percent; a dash if there is none."""
     return "–" if value is None else f"{100 * value:.1f} %"
 
 
 def shares(value: float) -> str:
-    """A share in percent, without the sign."""
+    """A share in percent, without the percent sign."""
     return f"{100 * value:.1f}"
 
 
 def p_value(value: float) -> str:
-    """A probability; what is smaller than a thousandth is said to be so."""
+    """A probability, to three decimals."""
     return "<0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def ratio(value: float) -> str:
-    """A speedup without its x: three digits."""
+    """A speedup without the x, three digits."""
     return f"{value:.2f}" if value < 10 else f"{value:.1f}"

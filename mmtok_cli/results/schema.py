@@ -1,13 +1,15 @@
-"""The shape of what is reported: seconds and bytes, raw values kept. `--json` prints these objects.
+"""The results that `--json` prints, in seconds and bytes, with all raw values.
 
-Each object that is printed names its `schema`. The number behind the slash goes up when a key changes its meaning or
-goes away; keys may be added without that. What is printed can be read back: `from_json(Comparison, text)`.
+Every printed object names its `schema`. The number after the slash is raised when a key is removed or changes its
+meaning; keys may be added without that. `from_json(Comparison, text)` reads a result back, and
+`python -m mmtok_cli.results.schema` prints the JSON Schema of a comparison and of a profile.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
@@ -54,8 +56,8 @@ def _finite(value: Any) -> Any:
 class Times(Record):
     """Seconds of one stage over all rounds.
 
-    values: one for each round, the median of its repetitions. repetitions: all raw values by round, where a case was
-    run more than once in a round.
+    values: one per round, the median of its repetitions. repetitions: the raw values of each round, if cases were run
+    more than once in a round.
     """
 
     median: float
@@ -77,7 +79,7 @@ class Speedup(Record):
 class Drift(Record):
     """A steady change of a case's seconds from the first round to the last.
 
-    change: as a share of their median, above 0 where it became slower. p: how likely chance alone is to do that.
+    change: as a share of the median; above 0 if the case became slower. p: probability of such a change by chance.
     """
 
     change: float
@@ -96,10 +98,11 @@ class Tokens(Record):
 
 
 class Memory(Record):
-    """Bytes: peak of a batch above the weights (None where the device does not count it), KV cache per sample, and
-    what the whole process held resident on the host, which is the same story for every case.
+    """Memory in bytes.
 
-    reserved: what the device's allocator held at most, weights and unused blocks included.
+    peak: of a batch, above the weights; None if the device does not report it. kv_cache: per sample. host: resident
+    memory of the whole process. reserved: the most that the device's allocator held, including weights and unused
+    blocks.
     """
 
     peak: int | None
@@ -109,11 +112,11 @@ class Memory(Record):
 
 
 class GpuUse(Record):
-    """What the GPU's driver said after the runs of a case; None where it does not tell.
+    """The state of the GPU during the runs of a case, as its driver reports it; None for values it does not report.
 
-    clock, memory_clock: MHz, medians. full_clock: the highest that the card may run at. power_limit: watts. throttled:
-    by reason, in how many rounds the clock was held down. other_processes: how many at most. joules: per sample,
-    by the card's energy counter.
+    clock, memory_clock: medians in MHz. full_clock: the highest allowed clock. power_limit: watts. throttled: number of
+    rounds with throttling, by reason. other_processes: the largest number of them. joules: per sample, from the
+    energy counter of the card.
     """
 
     clock: float | None
@@ -126,10 +129,11 @@ class GpuUse(Record):
 
 
 class FlopCoverage(Record):
-    """Which operators the FLOPs are made of.
+    """Which operators the FLOPs include.
 
-    calls: of all operators. counted: calls of those that torch has a formula for. missed: calls of those that multiply
-    matrices, by their names, and for which it has none; where there are some, the FLOPs are too few.
+    calls: of all operators. counted: calls of the operators that torch has a formula for. missed: calls of operators
+    whose names say that they multiply matrices and that torch has no formula for; if there are any, the FLOPs are
+    underestimated.
     """
 
     calls: int
@@ -151,7 +155,7 @@ class Flops(Record):
 class Fidelity(Record):
     """Closeness to the unreduced model, means over samples.
 
-    kl: divergence of the next token's distribution in nats. top1: agreement on the likeliest token. Both over all
+    kl: divergence of the next token's distribution in nats. top1: agreement on the most likely token. Both over all
     tokens of the unreduced model's answer, which is read back to the reduced one. same: the share of identical
     answers.
     """
@@ -162,7 +166,7 @@ class Fidelity(Record):
 
 
 class Score(Record):
-    """Right answers, by kind of question too. Not whole numbers where an answer may be partly right."""
+    """Correct answers, in total and by kind of question. Not whole numbers if answers can be partly correct."""
 
     right: int | float
     asked: int
@@ -174,9 +178,9 @@ class Score(Record):
 
 
 class YesNo(Record):
-    """POPE's scores; "yes" is the positive answer. 0 stands where a ratio has nothing below the line.
+    """POPE's scores, with "yes" as the positive answer. A ratio with denominator 0 is 0.
 
-    yes_ratio: share of the answers that say yes.
+    yes_ratio: share of answers that are "yes".
     """
 
     accuracy: float
@@ -187,10 +191,9 @@ class YesNo(Record):
 
 
 class Flips(Record):
-    """Samples by what the baseline's answer was and what the method's is.
+    """Numbers of samples by whether the baseline's answer and the method's answer are correct.
 
-    p_value: McNemar's exact test of whether answers get lost as often as they are gained. Small means that the two
-    differ by more than chance.
+    p_value: of McNemar's exact test: the probability of a difference this large by chance.
     """
 
     right_right: int
@@ -203,8 +206,8 @@ class Flips(Record):
 class CaseId(Record):
     """A case, which is a row of every table: a method with its parameters, at a budget and a batch size.
 
-    budget: "64", "10%"; None where the method takes none. again: the baseline measured a second time as if it were a
-    method, so that what it gains or loses is noise. run: the label of the run, where several runs are merged.
+    budget: "64", "10%"; None where the method takes none. again: the second measurement of the baseline, as a
+    check of the noise. run: the label of the run, where several runs are merged.
     """
 
     method: str
@@ -224,13 +227,18 @@ class CaseId(Record):
         return f"{self.run}: {name}" if self.run else name
 
     @property
+    def label(self) -> str:
+        """The case with its batch size, if that is not 1."""
+        return str(self) if self.batch_size == 1 else f"{self} x {self.batch_size}"
+
+    @property
     def is_baseline(self) -> bool:
         """Whether this is the unreduced model that the others are compared with."""
         return self.method == "full" and not self.again
 
 
 class OfCase(Record):
-    """Anything that is said of one case, and is shown under its name."""
+    """Something about one case, shown under its name."""
 
     case: CaseId
 
@@ -243,9 +251,9 @@ class CaseResult(OfCase):
 
     positions: whether kept tokens kept their positions. overhead: seconds of select / (encode + prefill), median.
     decode_tokens_per_second: (new tokens - 1) / seconds of decode, median; None where nothing was decoded after the
-    first token. outliers: which of the values of `ttft` are far above the rest. drift: of `ttft`, if there is any.
-    score: F1 where answers are yes or no, else the mean; it and all below belong to the method and its budget, whatever
-    the batch size, and are None where they were not asked for. retention_low, retention_high: 95 %.
+    first token. outliers: indices of the values of `ttft` that are far above the others. drift: of `ttft`, if any.
+    score: F1 if the answers are yes or no, otherwise the mean. It and the fields below do not depend on the batch size;
+    they are None if answers were not evaluated. retention_low, retention_high: bounds of a 95 % interval.
     """
 
     positions: Positions
@@ -271,10 +279,10 @@ class CaseResult(OfCase):
 
 
 class FailedCase(OfCase):
-    """A case that could not be run to its end, and so has no result; or, among `unevaluated`, no quality.
+    """A case that failed and has no result, or, among `unevaluated`, no quality.
 
-    round: during which it failed, counted from 0; None while it was warming up, or asked. reason: "out of memory",
-    or "refused" where a sample was such that the case could not be run on it.
+    round: in which it failed, from 0; None for the warm-up and the evaluation. reason: "out of memory", or "refused" if
+    the case cannot be run on one of the samples.
     """
 
     round: int | None
@@ -283,10 +291,10 @@ class FailedCase(OfCase):
 
 
 class Environment(Record):
-    """What the figures were measured on.
+    """Hardware, versions and settings of a measurement.
 
-    driver and cuda: versions, where there is an NVIDIA GPU. layers: decoder layers that were run, and those of the
-    model, where these are more: times of prefill and decode, KV cache and FLOPs are estimates then.
+    driver, cuda: versions, on an NVIDIA GPU. layers: decoder layers that were run, and those of the model, if only some
+    were run; prefill, decode, KV cache and FLOPs are then estimates.
     """
 
     mmtok: str
@@ -309,12 +317,13 @@ class Environment(Record):
 
 
 class Schedule(Record):
-    """What was asked and in which order: order[round] lists the cases in the order in which they ran.
+    """What was run and in which order.
 
-    seed: of the order, and of methods that draw, unless their parameters say otherwise. samples: how many were asked,
-    of `planned_samples`; timed: between how many the rounds went round. data_digest: of names, questions and answers.
-    batch_size: a list where there were several, and each result names its own. rounds: those that were finished. runs:
-    repetitions of each case within a round. min_time: the seconds that rounds were to go on for, at least.
+    order: order[round] lists the cases in the order in which they ran. seed: of the order, and of random methods unless
+    their parameters set one. samples: number of samples that were evaluated, of `planned_samples`. timed: number of
+    samples that the rounds cycle through. data_digest: of names, questions and answers. batch_size: a list if there are
+    several. rounds: completed rounds. runs: repetitions of each case within a round. min_time: minimum seconds of
+    timed runs.
     """
 
     data: str
@@ -335,10 +344,9 @@ class Schedule(Record):
 class Comparison(Record):
     """What `mmtok compare --json` prints.
 
-    results: first the unreduced baseline, then the cases that go with it; so for each batch size, unless the baseline
-    itself is among the failures. planned_rounds: how many there were to be at least. unevaluated: cases that were timed
-    and could not be evaluated. left_out: a line for each part of the data that could not be used. remarks:
-    what else there is to know, a line each.
+    results: for each batch size the unreduced baseline, unless it failed, then the other cases. planned_rounds: minimum
+    number of rounds. unevaluated: cases that were timed but could not be evaluated. left_out: one line for each part of
+    the data that could not be used. remarks: further lines about the results.
     """
 
     schema_: Literal["mmtok.compare/2"] = Field(default="mmtok.compare/2", alias="schema")
@@ -381,3 +389,7 @@ class Profile(Record):
     stage_peaks: dict[str, dict[str, int]]
     operators: list[Operator]
     trace: str
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps([kind.model_json_schema() for kind in (Comparison, Profile)], indent=2) + "\n")

@@ -29,6 +29,8 @@ SMALLEST_COPY = 2**20  # bytes
 LARGEST_COPY = {"cpu": 256 * 2**20}  # bytes: larger than the caches
 LARGEST_COPY_ELSEWHERE = 2**30
 
+CLOCK_TICK = 1e-9  # seconds; a coarse clock may read zero
+
 Work = Callable[[], Any]
 
 
@@ -49,7 +51,7 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
 
 
 def achieved(results: Sequence[CaseResult], weights_read: int) -> list[Achieved]:
-    """The rates of the cases of a profile with one sample per batch."""
+    """The rates that the cases of a profile reached."""
     return [_achieved(result, weights_read) for result in results]
 
 
@@ -59,8 +61,8 @@ def weights_read(model: VisionLanguageModel) -> int:
     The KV cache and the one row of the input embedding are not counted. Layers that are not run count as the last one
     that is.
     """
-    embedding = model.model.get_input_embeddings().weight
-    head = model.model.get_output_embeddings().weight
+    embedding = hf.input_embedding(model.model).weight
+    head = hf.output_embedding(model.model).weight
     language_model = hf.language_model(model.model)
     last = hf.decoder_layers(language_model)[-1]
     missing = missing_layers(model) * sum(weight.nbytes for weight in last.parameters())
@@ -73,7 +75,9 @@ def _achieved(result: CaseResult, weights_read: int) -> Achieved:
     return Achieved(
         case=result.case,
         flops_per_second={
-            stage: flops / seconds[stage] for stage, flops in result.flops.items() if flops > 0 and seconds[stage] > 0
+            stage: flops * result.case.batch_size / seconds[stage]
+            for stage, flops in result.flops.items()
+            if flops > 0 and seconds[stage] > 0
         },
         decode_bytes_per_second=weights_read * passes / seconds["decode"] if passes > 0 else None,
     )
@@ -106,7 +110,7 @@ def grow(
         while len(seconds) < REPETITIONS and sum(seconds) < TIME_LIMIT:
             seconds.append(time(work))
         fastest, larger = min(seconds), min(2 * size, largest)
-        rate = size**power / fastest
+        rate = size**power / max(fastest, CLOCK_TICK)
         settled = fastest >= enough and rate < RISE * rate_before
         if settled or size == largest or fastest * (larger / size) ** power > TOO_LONG:
             return size, seconds

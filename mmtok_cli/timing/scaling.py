@@ -14,6 +14,7 @@ from mmtok_cli.cases import Case
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.decoding import prefill
 from mmtok_cli.errors import MMTokError
+from mmtok_cli.models import hf
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.models.room import GIB, free_memory
 from mmtok_cli.pipeline import check_budget, inside, reduce
@@ -162,7 +163,7 @@ def needed_memory(model: VisionLanguageModel, case: Case, tokens: int) -> int:
     kept = tokens if case.budget is None else case.budget.resolve(tokens)
     inner = bool(case.method.cuts(tokens, kept, model.layer_count))
     entering = tokens if inner or case.budget is None else kept
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head = hf.head_width(config)
     cache = 2 * config.num_hidden_layers * config.num_key_value_heads * head * entering * width
     activations = 3 * config.intermediate_size * entering * width
     attention = 2 * 4 * config.num_attention_heads * entering**2 if model.attention == "eager" else 0

@@ -62,7 +62,8 @@ def trace_case(
 
 
 def _file_name(case: Case) -> str:
-    return str(case).replace(" @ ", "-").replace(":", "-").replace("%", "pct").replace("/", "-")
+    label = case.id.label.replace(" @ ", "-").replace(" x ", "-x")
+    return label.replace(":", "-").replace("%", "pct").replace("/", "-")
 
 
 def _export(profiler: Any) -> dict[str, Any]:
@@ -94,7 +95,7 @@ def _operators(profiler: Any, case: Case) -> list[Operator]:
             total[1] += event.self_cpu_time_total / 1e6
             total[2] += event.self_device_time_total / 1e6
     operators = [
-        Operator(case=str(case), stage=stage, name=name, calls=int(calls), cpu_seconds=cpu, device_seconds=device)
+        Operator(case=case.id.label, stage=stage, name=name, calls=int(calls), cpu_seconds=cpu, device_seconds=device)
         for (stage, name), (calls, cpu, device) in totals.items()
     ]
     return sorted(operators, key=lambda o: (STAGES.index(o.stage), -(o.device_seconds or o.cpu_seconds)))

@@ -20,7 +20,7 @@ from mmtok_cli.report.cells import Column, missing, rows
 from mmtok_cli.report.columns import KEPT, is_scored, kind_columns, section_columns
 from mmtok_cli.report.page import charts
 from mmtok_cli.report.page.facts import headline
-from mmtok_cli.report.units import number
+from mmtok_cli.report.units import plural
 
 if TYPE_CHECKING:
     from mmtok_cli.results.schema import CaseResult, Comparison
@@ -122,10 +122,10 @@ def _subtitle(comparison: Comparison) -> str:
     methods = dict.fromkeys(result.case.title for result in others)
     budgets = dict.fromkeys(result.case.budget for result in others if result.case.budget)
     said = [
-        f"{len(methods)} {'method' if len(methods) == 1 else 'methods'}"
+        plural(len(methods), "method")
         + (f" at {'a budget' if len(budgets) == 1 else 'budgets'} of {', '.join(budgets)}" if budgets else ""),
-        f"{number(schedule.samples)} samples",
-        f"batches of {_sizes(comparison)}",
+        plural(schedule.samples, "sample"),
+        f"batch size {_sizes(comparison)}",
         f"{environment.processor} ({environment.device}, {environment.dtype})",
         tables.rules_text(comparison.rules) or f"{comparison.rules.track} track",
         tables.weights_text(environment.weights),
@@ -141,17 +141,18 @@ def _sizes(comparison: Comparison) -> str:
 
 def _environment(comparison: Comparison) -> list[tuple[str, str]]:
     e, s = comparison.environment, comparison.schedule
-    timed = f" on {s.timed} samples" if s.timed else ""
+    timed = f" on {plural(s.timed, 'sample')}" if s.timed else ""
     commit = f"{e.git_commit}{' (changed)' if e.git_dirty else ''}" if e.git_commit else "not from a checkout"
     return [
         ("processor", e.processor),
-        ("device", f"{e.device}, {e.threads} {'thread' if e.threads == 1 else 'threads'}"),
+        ("device", f"{e.device}, {plural(e.threads, 'thread')}"),
         ("weights", f"{e.weights}, {e.dtype}, {e.attention} attention"),
         (
             "data",
-            f"{s.data}, {s.samples} samples, batches of {_sizes(comparison)}, {s.max_new_tokens} new tokens at most",
+            f"{s.data}, {plural(s.samples, 'sample')}, batch size {_sizes(comparison)}, at most "
+            f"{plural(s.max_new_tokens, 'new token')}",
         ),
-        ("schedule", f"{s.rounds} rounds{timed} after {s.warmup} to warm up, in random order, seed {s.seed}"),
+        ("schedule", f"{plural(s.rounds, 'round')}{timed}, {s.warmup} for warm-up, in random order, seed {s.seed}"),
         ("rules", tables.rules_text(comparison.rules) or f"{comparison.rules.track} track"),
         ("versions", f"mmtok {e.mmtok}, torch {e.torch}, transformers {e.transformers}, Python {e.python}"),
         ("platform", e.platform),

@@ -96,7 +96,7 @@ class Span:
 def series_name(case: CaseResult | FailedCase, comparison: Comparison) -> str:
     """What a case's method is called; the batch size belongs to it where there are several."""
     several = isinstance(comparison.schedule.batch_size, list)
-    return f"{case.case.title}, batches of {case.case.batch_size}" if several else case.case.title
+    return f"{case.case.title}, batch size {case.case.batch_size}" if several else case.case.title
 
 
 def method_numbers(comparison: Comparison) -> dict[str, int]:

@@ -60,7 +60,7 @@ def _fewest(enough: Measured, bar: str, scored: bool) -> Fact:
 
 
 def _earliest(timed: Measured, bar: str, scored: bool) -> Fact:
-    """The largest speedup, and whoever's interval overlaps its own."""
+    """The largest speedup, and the cases whose intervals overlap with it."""
     case, score = max(timed, key=lambda pair: pair[0].speedup["ttft"].median)
     gain = case.speedup["ttft"]
     shown = speedup_cell(gain)
@@ -80,6 +80,6 @@ def _reaches(case: CaseResult, low: float | None) -> bool:
 
 def _right(score: PlottedScore, scored: bool) -> str:
     if score.low == score.high:
-        return "what the others are compared with"
+        return "the reference of the others"
     words = "right" if scored else "agreement"
     return f"{share(score.share)} {words} ({100 * score.low:.1f}–{100 * score.high:.1f})"

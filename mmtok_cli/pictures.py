@@ -1,4 +1,4 @@
-"""Pictures of what each method keeps, made while the model is loaded and left in the run directory for a page."""
+"""Pictures of the tokens that each case keeps, saved in the run directory for the HTML page."""
 
 from __future__ import annotations
 
@@ -10,11 +10,8 @@ from typing import TYPE_CHECKING
 from PIL import Image as PILImage
 from PIL.Image import Image
 
-from mmtok_cli.cases import is_out_of_memory, release_memory
-from mmtok_cli.cli.panels import draw, lay_out
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.files import write_whole
-from mmtok_cli.pipeline import answer, reduce
 from mmtok_cli.report.overlay import save_image
 from mmtok_cli.results.schema import Record, from_json, json_text
 
@@ -50,7 +47,7 @@ class Album(Record):
 
 
 def save_pictures(model: VisionLanguageModel, cases: Sequence[Case], dataset: Dataset, store: RunDirectory) -> None:
-    """Draw what each case of the middle budget keeps of the first few images, unless that was done before.
+    """Draw what each case of the middle budget keeps of the first few images, unless they exist.
 
     A case that fails is left out. Raises MMTokError where pictures cannot be written.
     """
@@ -94,7 +91,7 @@ def read_pictures(run: Path) -> list[OverlayGroup]:
             for g in album.groups
         ]
     except (OSError, ValueError) as error:
-        raise MMTokError(f"the pictures in {folder} cannot be read", "delete them to go without") from error
+        raise MMTokError(f"the pictures in {folder} cannot be read", "delete the directory to omit them") from error
 
 
 def _opened(path: Path) -> Image:
@@ -128,6 +125,8 @@ def _different(samples: Sequence[Sample]) -> Iterator[tuple[int, Sample]]:
 
 def _drawn(model: VisionLanguageModel, case: Case, sample: Sample) -> Image | None:
     """What the case keeps of the sample's first image; None where it cannot be run."""
+    from mmtok_cli.cases import is_out_of_memory, release_memory
+
     try:
         return _draw(model, case, sample)
     except MMTokError:
@@ -140,6 +139,9 @@ def _drawn(model: VisionLanguageModel, case: Case, sample: Sample) -> Image | No
 
 
 def _draw(model: VisionLanguageModel, case: Case, sample: Sample) -> Image:
+    from mmtok_cli.panels import draw, lay_out
+    from mmtok_cli.pipeline import answer, reduce
+
     run = partial(reduce, model, case.method, [sample], case.budget, rules=case.rules)
     reduced = run()
     selections = reduced.selections

@@ -1,24 +1,24 @@
-"""Making a plan of what was asked, and seeing whether a plan made earlier can be gone on with."""
+"""Making the plan of a comparison, estimating its time, and checking whether an earlier plan can be resumed."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any, Literal
 
 from pydantic import Field
 
 from mmtok_cli.cases import Case
-from mmtok_cli.data.datasets import Metric
+from mmtok_cli.data.datasets import Dataset
 from mmtok_cli.data.samples import Sample, batches
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.results.records import Plan, digest_of_samples, planned_case
 from mmtok_cli.results.schedule import rotation
 from mmtok_cli.results.schema import CaseId, Environment, OfCase, Record
-from mmtok_cli.rules import Rules
+from mmtok_cli.settings import CompareSettings
 
 SHOWN_ROUNDS = 5
-MOST_ROUNDS = 30  # unless more are asked for: by then intervals are as narrow as the machine's own unrest allows
+MOST_ROUNDS = 30  # unless more are asked for: more would hardly narrow the intervals
 
 
 class EstimatedCase(OfCase):
@@ -49,17 +49,14 @@ class Estimate(Record):
     quality_seconds: float = 0.0
 
 
-def at_batch_sizes(cases: Sequence[Case], sizes: Sequence[int]) -> list[Case]:
-    """Every case at every batch size; those of one size together, the baseline first."""
-    return [replace(case, batch_size=size) for size in sizes for case in cases]
-
-
 def require_whole_batches(samples: int, sizes: Sequence[int]) -> None:
-    """Refuse sizes of which so many samples do not fill one batch. Raises MMTokError."""
+    """Raises MMTokError for a batch size that is larger than the number of samples."""
     for size in sizes:
         if size > samples:
-            count = "1 sample is" if samples == 1 else f"{samples} samples are"
-            raise MMTokError(f"{count} less than one batch of {size}", "raise --limit, or lower --batch-size")
+            raise MMTokError(
+                f"batch size {size} is larger than the number of samples ({samples})",
+                "raise --limit, or lower --batch-size",
+            )
 
 
 def timed_samples(samples: Sequence[Sample], sizes: Sequence[int], rounds: int | None) -> list[Sample]:
@@ -89,59 +86,37 @@ def in_batches(samples: Sequence[Sample], sizes: Sequence[int]) -> dict[int, lis
 
 
 def make_plan(
-    cases: Sequence[Case],
-    samples: Sequence[Sample],
-    environment: Environment,
-    *,
-    model: str,
-    rules: Rules,
-    options: Mapping[str, Any],
-    data: str,
-    seed: int,
-    max_new_tokens: int,
-    rounds: int | None,
-    runs: int,
-    warmup: int,
-    min_time: float | None,
-    timed: int | None = None,
-    quality: bool = True,
-    metric: Metric | None = None,
-    left_out: Sequence[str] = (),
+    settings: CompareSettings, cases: Sequence[Case], dataset: Dataset, environment: Environment, timed: int
 ) -> Plan:
-    """Resolve what was asked. rounds: None for as many as it takes to time every sample, or MOST_ROUNDS."""
-    turns = rotation([case.batch_size for case in cases], timed or len(samples), rounds, seed, MOST_ROUNDS)
+    """Everything that a run will do. timed: how many of the samples the rounds cycle through."""
+    turns = rotation([case.batch_size for case in cases], timed, settings.rounds, settings.seed, MOST_ROUNDS)
+    data_digest = digest_of_samples(dataset.samples)
     common = {
-        "model": model,
-        "rules": asdict(rules),
-        "data": digest_of_samples(samples),
-        "max_new_tokens": max_new_tokens,
-        "runs": runs,
-        "seed": seed,
-        "rounds": rounds,
-        "layers": options.get("layers"),
-        "device_map": options.get("device_map"),
+        "rules": asdict(settings.rules),
+        "data": data_digest,
+        **settings.model_dump(include={"model", "max_new_tokens", "runs", "seed", "rounds", "layers", "device_map"}),
     }
     return Plan(
-        model=model,
-        options=dict(options),
-        rules=rules,
+        model=settings.model,
+        options=settings.model_dump(mode="json"),
+        rules=settings.rules,
         cases=[planned_case(case.id, environment, common) for case in cases],
         environment=environment,
-        data=data,
-        data_digest=common["data"],
-        samples=len(samples),
-        seed=seed,
-        max_new_tokens=max_new_tokens,
+        data=dataset.name,
+        data_digest=data_digest,
+        samples=len(dataset.samples),
+        seed=settings.seed,
+        max_new_tokens=settings.max_new_tokens,
         rounds=turns.rounds,
         every_round=turns.every_round,
-        runs=runs,
-        warmup=warmup,
-        min_time=min_time,
+        runs=settings.runs,
+        warmup=settings.warmup,
+        min_time=settings.min_time,
         order=turns.first(turns.rounds),
         timed=timed,
-        quality=quality,
-        metric=metric,
-        left_out=list(left_out),
+        quality=settings.measures_quality,
+        metric=dataset.metric,
+        left_out=dataset.notes(),
     )
 
 
@@ -150,15 +125,15 @@ def require_same(then: Plan, now: Plan) -> None:
     differences = _differences(_where(then.environment), _where(now.environment))
     if differences:
         raise MMTokError(
-            f"the run was begun in another environment: {'; '.join(differences)}",
-            "restore that and resume, or begin a new run without --resume; figures of the two do not belong together",
+            f"the run was started in another environment: {'; '.join(differences)}",
+            "restore that environment, or start a new run without --resume; results would not be comparable",
         )
     for before, after in zip(then.cases, now.cases, strict=False):
         differences = _differences(_resolved(before.case) | vars(then.rules), _resolved(after.case) | vars(now.rules))
         if differences:
-            raise MMTokError(f"{before} has changed: {'; '.join(differences)}", "begin a new run without --resume")
+            raise MMTokError(f"{before} has changed: {'; '.join(differences)}", "start a new run without --resume")
     if [case.key for case in then.cases] != [case.key for case in now.cases]:
-        raise MMTokError(f"the samples of {then.data} have changed", "begin a new run without --resume")
+        raise MMTokError(f"the samples of {then.data} have changed", "start a new run without --resume")
 
 
 def estimate(plan: Plan, seconds: Sequence[float | None]) -> Estimate:

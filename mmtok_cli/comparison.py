@@ -1,0 +1,260 @@
+"""Running a comparison: prepare, plan, time, evaluate. Everything measured goes into the run directory at once."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmtok_cli.cases import Case
+from mmtok_cli.configuration import cases_of, configured_model
+from mmtok_cli.data.datasets import Dataset, open_dataset
+from mmtok_cli.data.samples import ClosedImages
+from mmtok_cli.environment import environment_of
+from mmtok_cli.errors import MMTokError
+from mmtok_cli.evaluation.predictions import evaluate
+from mmtok_cli.evaluation.processes import Processes
+from mmtok_cli.files import require_writable_directory
+from mmtok_cli.models.base import VisionLanguageModel
+from mmtok_cli.pictures import has_pictures, save_pictures
+from mmtok_cli.planning import (
+    Estimate,
+    estimate,
+    in_batches,
+    make_plan,
+    require_same,
+    require_whole_batches,
+    timed_samples,
+)
+from mmtok_cli.progress import Progress
+from mmtok_cli.results.progress import Remaining, is_finished, is_timed, left_to_evaluate, whole_rounds
+from mmtok_cli.results.records import Plan
+from mmtok_cli.results.run_directory import PLAN, NotWrittenError, RunDirectory, newest_run
+from mmtok_cli.results.schema import Comparison
+from mmtok_cli.settings import CompareSettings, column_names, option_name
+from mmtok_cli.summary import summarise_run
+from mmtok_cli.timing.gpu import open_gpu
+from mmtok_cli.timing.rounds import Measurement
+
+RUNS = Path("runs")
+MOST_NOTES = 10
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is measured."""
+
+    model: VisionLanguageModel
+    cases: list[Case]
+    dataset: Dataset
+
+
+class ComparisonRun:
+    """One run of a comparison, new or resumed.
+
+    run_dir: where it is saved; a new directory in `runs` unless given. store: what is known of a resumed run.
+    pictures: whether to draw the tokens that each case keeps.
+    """
+
+    def __init__(
+        self,
+        settings: CompareSettings,
+        run_dir: Path | None = None,
+        progress: Progress | None = None,
+        *,
+        store: RunDirectory | None = None,
+        pictures: bool = False,
+    ) -> None:
+        self.settings = settings
+        self.directory = run_dir or _new_directory(settings.model)
+        self.progress = progress or Progress()
+        self.store = store
+        self.pictures = pictures
+
+    @classmethod
+    def resumed(
+        cls,
+        settings: CompareSettings,
+        given: Collection[str],
+        run_dir: Path | None,
+        progress: Progress,
+        *,
+        pictures: bool = False,
+    ) -> ComparisonRun:
+        """The run in `run_dir`, or the newest, to be continued with its own settings.
+
+        given: names of settings that the user spelled out. Raises MMTokError where there is no run, and where one of
+        these differs.
+        """
+        store = RunDirectory.open(run_dir or newest_run(RUNS))
+        then = CompareSettings.of(**store.plan.options)
+        _require_same_settings(then, settings, given, store.path)
+        return cls(then, store.path, progress, store=store, pictures=pictures)
+
+    def estimate(self) -> Estimate:
+        """The plan and the time that it takes, after one run of each case. Nothing is written."""
+        measurement = self._measurement(self._prepare(), RunDirectory)
+        with self.progress.task("one run of each case"):
+            return estimate(measurement.store.plan, measurement.estimate())
+
+    def measure(self, processes: Processes) -> tuple[Comparison, NotWrittenError | None]:
+        """Measure what is missing: times by this process, answers by all. To be called in the writer alone.
+
+        Returns the result, and the error where saving failed on the way. Raises KeyboardInterrupt or NotWrittenError
+        if not even one round is complete by then.
+        """
+        if self.store and is_finished(self.store) and not (self.pictures and not has_pictures(self.directory)):
+            self.progress.note(f"run {self.directory} is already complete")
+            processes.tell([None])
+            return summarise_run(self.store), None
+        if self.store is None:
+            if (self.directory / PLAN).exists():
+                raise MMTokError(
+                    f"{self.directory} already contains a run",
+                    "add --resume to continue it, or choose another directory",
+                )
+            require_writable_directory(self.directory, "--run-dir")
+        prepared = self._prepare()
+        measurement = self._measurement(prepared, RunDirectory.create)
+        store = measurement.store
+        with store.locked():
+            timed, stopped = self._until_stopped(store, lambda: self._time(measurement))
+            remaining = left_to_evaluate(store) if timed else None
+            evaluated, stopped_too = self._until_stopped(
+                store, lambda: self._evaluate(prepared, remaining, processes, store)
+            )
+            stopped = stopped or stopped_too
+            if timed and evaluated and self.pictures:
+                self._until_stopped(store, lambda: self._draw(prepared, store))
+        comparison = summarise_run(store)
+        try:
+            store.write_result(comparison)
+        except NotWrittenError as error:
+            stopped = stopped or error
+        if comparison.interrupted:
+            self._how_to_resume()
+        return comparison, stopped
+
+    def help(self, processes: Processes) -> None:
+        """Evaluate, in a process other than the writer, the batches that the writer distributes."""
+        with contextlib.suppress(KeyboardInterrupt):
+            self._evaluate(self._prepare(), None, processes, None)
+
+    def _until_stopped(self, store: RunDirectory, work: Callable[[], None]) -> tuple[bool, NotWrittenError | None]:
+        """Whether the work was done, and the error where saving is what stopped it."""
+        try:
+            work()
+        except (KeyboardInterrupt, NotWrittenError) as error:
+            if not whole_rounds(store):
+                self._how_to_resume()
+                raise
+            return False, error if isinstance(error, NotWrittenError) else None
+        except Exception:
+            if store.runs:
+                self._how_to_resume()
+            raise
+        return True, None
+
+    def _draw(self, prepared: Prepared, store: RunDirectory) -> None:
+        """Draw the kept tokens. Errors are reported but not fatal: the results do not depend on the pictures."""
+        with self.progress.task("drawing overlays"):
+            try:
+                save_pictures(prepared.model, prepared.cases, prepared.dataset, store)
+            except MMTokError as error:
+                self.progress.warn(error)
+
+    def _how_to_resume(self) -> None:
+        self.progress.note(f"resume with: mmtok compare --run-dir {self.directory} --resume")
+
+    def _prepare(self) -> Prepared:
+        """What every process needs. Raises MMTokError for what cannot be done, the cheapest checks first."""
+        settings = self.settings
+        cases = cases_of(settings)
+        dataset = open_dataset(
+            settings.data,
+            image_root=settings.image_root,
+            limit=settings.limit,
+            question=settings.question,
+            columns=column_names(settings.columns),
+        )
+        require_whole_batches(len(dataset.samples), settings.batch_size)
+        for note in dataset.notes()[:MOST_NOTES]:
+            self.progress.note(note)
+        if settings.layers is not None and not settings.no_quality:
+            self.progress.note("--layers runs a part of the model, so answers are not evaluated")
+        return Prepared(configured_model(settings, self.progress, settings.layers), cases, dataset)
+
+    def _measurement(self, prepared: Prepared, create: Callable[[Path, Plan], RunDirectory]) -> Measurement:
+        model, cases, sizes = prepared.model, prepared.cases, self.settings.batch_size
+        samples = prepared.dataset.samples
+        timed = timed_samples(samples, sizes, self.settings.rounds)
+        groups = in_batches(timed, sizes)
+        for case in cases:
+            whole = [sample for batch in in_batches(samples, sizes)[case.batch_size] for sample in batch]
+            lazy = any(isinstance(sample.images, ClosedImages) for sample in whole)
+            case.check(model, [sample.open() for sample in groups[case.batch_size][0]] if lazy else whole)
+        plan = make_plan(self.settings, cases, prepared.dataset, environment_of(model), len(timed))
+        if self.store is not None:
+            require_same(self.store.plan, plan)
+        store = self.store or create(self.directory, plan)
+        return Measurement(model, cases, groups, store, open_gpu(model.device))
+
+    def _time(self, measurement: Measurement) -> None:
+        plan = measurement.store.plan
+        if is_timed(measurement.store):
+            return
+        with self.progress.task("warming up", len(measurement.cases)) as update:
+            for number, _ in enumerate(measurement.warm_up(), 1):
+                update(number)
+        with self.progress.task("timing", plan.rounds) as update:
+            for number in measurement.rounds():
+                update(number + 1, max(plan.rounds, number + 1))
+
+    def _evaluate(
+        self, prepared: Prepared, remaining: Remaining | None, processes: Processes, store: RunDirectory | None
+    ) -> None:
+        samples = len(prepared.dataset.samples)
+        left = 0 if remaining is None else min(samples, len(remaining.batches) * remaining.batch_size)
+        done = samples - left
+        with self.progress.task("evaluating", samples, done) as update:
+            for more in evaluate(
+                prepared.model,
+                prepared.cases,
+                prepared.dataset,
+                remaining,
+                processes=processes,
+                store=store,
+                max_new_tokens=self.settings.max_new_tokens,
+            ):
+                done += more
+                update(done)
+
+
+def _require_same_settings(
+    then: CompareSettings, now: CompareSettings, given: Collection[str], directory: Path
+) -> None:
+    for name in given:
+        before, after = getattr(then, name), getattr(now, name)
+        if before != after:
+            option = option_name(CompareSettings, name)
+            raise MMTokError(
+                f"{option} is {_shown(after)} here and {_shown(before)} in the run in {directory}",
+                f"omit {option}, or start a new run without --resume",
+            )
+
+
+def _new_directory(model: str) -> Path:
+    """A directory named after the time and the model, which does not exist yet."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model).name) or "model"
+    stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{name[:60]}"
+    names = [stem, *(f"{stem}-{i}" for i in range(2, 100))]
+    return next(path for path in (RUNS / name for name in names) if not path.exists())
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(str, value)) or "missing"
+    return "missing" if value is None else str(value)

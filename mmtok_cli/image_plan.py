@@ -1,0 +1,133 @@
+"""How each image is to be reduced, known before it is encoded: its token counts, its size and the method's cuts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+
+from PIL.Image import Image
+
+from mmtok_cli.budget import Budget, rectangle
+from mmtok_cli.errors import MMTokError
+from mmtok_cli.methods.base import Method
+from mmtok_cli.models.base import Grid, VisionLanguageModel
+from mmtok_cli.rules import Rules
+from mmtok_cli.tokens import Cut
+
+
+@dataclass(frozen=True)
+class ImagePlan:
+    """How one image is to be reduced.
+
+    total: its vision tokens when nothing is reduced. keep: how many of them are left after the last reduction.
+    grid: the grid at which the image is encoded; None is the model's own choice.
+    """
+
+    total: int
+    keep: int
+    grid: Grid | None
+
+
+def plan_images(
+    model: VisionLanguageModel,
+    method: Method,
+    images: Sequence[Image],
+    budget: Budget | None,
+    rules: Rules,
+    grids: Sequence[Grid] | None = None,
+) -> list[ImagePlan]:
+    """The plan of each image. grids: as in `pipeline.reduce`. Raises MMTokError where the budget cannot be met."""
+    given: Sequence[Grid | None] = grids or [None] * len(images)
+    return [_plan(model, method, image, budget, rules, grid) for image, grid in zip(images, given, strict=True)]
+
+
+def _plan(
+    model: VisionLanguageModel, method: Method, image: Image, budget: Budget | None, rules: Rules, grid: Grid | None
+) -> ImagePlan:
+    total = grid[0] * grid[1] if grid else model.total(image)
+    keep = total if budget is None else _kept(model, method, image, budget, rules, grid, total)
+    smaller = method.resize(total, keep)
+    if smaller is not None:
+        grid = rectangle(smaller, grid, grid[0] / grid[1]) if grid else model.smaller(image, smaller)
+    return ImagePlan(total, keep, grid)
+
+
+def _kept(
+    model: VisionLanguageModel,
+    method: Method,
+    image: Image,
+    budget: Budget,
+    rules: Rules,
+    grid: Grid | None,
+    total: int,
+) -> int:
+    """Vision tokens that the image keeps of `total`."""
+    if rules.track == "released" and budget.percent is not None:
+        count = partial(method.count, signals=method.signals_among(model.signals))
+        keep = budget.resolve(total, count)
+    elif grid:
+        keep = budget.resolve(total)
+    else:
+        keep = model.keep(image, budget, rules.track)
+    if rules.budget_means == "layer-average":
+        return final_count(method, keep, total, model.layer_count)
+    return keep
+
+
+def cuts_of(method: Method, entering: int, keep: int, model: VisionLanguageModel) -> tuple[Cut, ...]:
+    """The method's cuts of an image of which `entering` tokens enter the language model.
+
+    Raises MMTokError naming the method where its cuts are inconsistent, and where they are beyond the loaded layers.
+    """
+    layers = model.layer_count
+    cuts, before, tokens = method.cuts(entering, keep, layers), 0, entering
+    for cut in cuts:
+        follows = before < cut.before < layers and 1 <= cut.keep <= tokens
+        if not follows or cut.reads not in (None, cut.before - 1, cut.before):
+            raise MMTokError(
+                f"{type(method).__name__} makes an impossible cut of {tokens} tokens among {layers} layers: {cut}",
+                "this is a defect of the method: layers must ascend, each cut keeps between 1 token and what the "
+                "previous one kept, and reads the layer before or after it",
+            )
+        before, tokens = cut.before, cut.keep
+    if cuts and cuts[0].before < model.first_cut:
+        raise MMTokError(
+            f"{type(method).__name__} drops tokens before layer {cuts[0].before + 1}, and the first {model.first_cut} "
+            f"decoder layers of {model.name} need all vision tokens (DeepStack)",
+            "let it cut later; `mmtok methods` followed by its name shows the parameter",
+        )
+    if before >= model.loaded_layers:
+        raise MMTokError(
+            f"{type(method).__name__} drops tokens before layer {before + 1} of {layers}, and only "
+            f"{model.loaded_layers} are run",
+            f"use --layers {before + 1} or more",
+        )
+    return cuts
+
+
+def layer_average(total: int, cuts: Sequence[Cut], layers: int) -> float:
+    """Vision tokens of an image on average over the decoder layers; `total` enter the first layer."""
+    starts = [0, *(cut.before for cut in cuts), layers]
+    counts = [total, *(cut.keep for cut in cuts)]
+    return sum(n * (end - start) for n, start, end in zip(counts, starts, starts[1:], strict=False)) / layers
+
+
+@lru_cache(maxsize=1024)
+def final_count(method: Method, wanted: int, total: int, layers: int) -> int:
+    """How many tokens must be left after the last cut for the layer average to be nearest to `wanted`.
+
+    Raises MMTokError with the range where the layers before the first cut alone exceed it.
+    """
+    if not method.cuts(total, 1, layers):
+        return wanted
+    averages = {n: layer_average(total, method.cuts(total, n, layers), layers) for n in range(1, total + 1)}
+    lowest = min(averages.values())
+    if wanted < lowest:
+        raise MMTokError(
+            f"a layer average of {wanted} vision tokens cannot be reached: keeping one token after the cut still "
+            f"gives {lowest:.1f}",
+            f"choose {math.ceil(lowest)} to {total}, cut in an earlier layer, or count with --budget-means final",
+        )
+    return min(averages, key=lambda n: abs(averages[n] - wanted))

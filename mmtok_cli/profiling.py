@@ -1,0 +1,221 @@
+"""Profiling: time every stage of each case, trace it in a separate run, and measure the device's ceilings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmtok_cli.cases import Case
+from mmtok_cli.configuration import cases_of, configured_model
+from mmtok_cli.data.samples import Sample
+from mmtok_cli.environment import environment_of
+from mmtok_cli.models.base import VisionLanguageModel
+from mmtok_cli.pipeline import Reduced, answer, reduce
+from mmtok_cli.progress import Progress
+from mmtok_cli.results.profile import CeilingProfile, ScalingPoint, ScalingProfile
+from mmtok_cli.results.records import TimedRun
+from mmtok_cli.results.schedule import Turn, interleaved
+from mmtok_cli.results.schema import CaseResult, Schedule
+from mmtok_cli.settings import ProfileSettings
+from mmtok_cli.timing.ceilings import achieved, measure_ceilings, weights_read
+from mmtok_cli.timing.clock import Clock
+from mmtok_cli.timing.flops import count_flops
+from mmtok_cli.timing.partial import last_layer, missing_layers, of_whole_model
+from mmtok_cli.timing.runner import run_case, run_round
+from mmtok_cli.timing.scaling import check_scaling, growth_of, measure_size, smallest_size
+from mmtok_cli.timing.summary import summarise_case
+from mmtok_cli.timing.traces import Trace, trace_case
+from mmtok_cli.tokens import Selection
+
+SELECTION_STAGES = ("prepare", "encode", "select", "prefill")
+
+
+@dataclass(frozen=True)
+class Profiled:
+    """A profile with the traces that were written, and what its notes need to know of the model."""
+
+    profile: CeilingProfile
+    traces: list[Trace]
+    context_length: int
+
+
+@dataclass(frozen=True)
+class Selected:
+    """A sample's image reduced. selection: what is left of it. seconds: by stage, up to prefill."""
+
+    reduced: Reduced
+    selection: Selection
+    seconds: dict[str, float]
+
+
+def profile(
+    settings: ProfileSettings,
+    sample: Sample,
+    data: str,
+    trace_dir: Path,
+    progress: Progress | None = None,
+    *,
+    scaling_sizes: Sequence[int] = (),
+) -> Profiled:
+    """Profile the cases of the settings on one sample; a batch repeats it. data: what the sample is called.
+
+    scaling_sizes: numbers of vision tokens at which selection and prefill are timed as well.
+
+    An interrupted run keeps its complete rounds. Raises KeyboardInterrupt before the first one, and MMTokError for
+    what cannot be run.
+    """
+    progress = progress or Progress()
+    cases = cases_of(settings)
+    model = configured_model(settings, progress, settings.layers)
+    if scaling_sizes:
+        check_scaling(model, cases, sample, scaling_sizes)
+    for case in cases:
+        case.check(model, [sample])
+    order = interleaved(len(cases), settings.rounds, settings.seed)
+    rounds, interrupted = _time(model, cases, sample, order, settings, progress)
+    flops: list[dict[str, float]] = []
+    traces: list[Trace] = []
+    with progress.task("tracing", len(cases)) as update:
+        for case in cases:
+            samples = [sample] * case.batch_size
+            flops.append(count_flops(model, case, samples, settings.max_new_tokens))
+            traces.append(trace_case(model, case, samples, trace_dir, settings.max_new_tokens))
+            update(len(traces))
+    with progress.task("measuring ceilings"):
+        ceilings = measure_ceilings(model.device, model.dtype)
+    results, read = _results(cases, rounds, flops), weights_read(model)
+    sizes = list(settings.batch_size)
+    found = CeilingProfile(
+        model=settings.model,
+        parameters=model.parameter_count,
+        rules=settings.rules,
+        environment=environment_of(model),
+        schedule=Schedule(
+            data=data,
+            seed=settings.seed,
+            max_new_tokens=settings.max_new_tokens,
+            samples=1,
+            batch_size=sizes[0] if len(sizes) == 1 else sizes,
+            rounds=len(rounds),
+            warmup=settings.warmup,
+            order=order[: len(rounds)],
+            runs=settings.runs,
+        ),
+        interrupted=interrupted,
+        cases=results,
+        stage_peaks={case.id.label: trace.peaks for case, trace in zip(cases, traces, strict=True)},
+        operators=[operator for trace in traces for operator in trace.operators],
+        trace=str(trace_dir),
+        ceilings=ceilings,
+        weights_read=read,
+        achieved=achieved(results, read),
+    )
+    if scaling_sizes:
+        found = _with_scaling(model, cases, sample, scaling_sizes, found, progress)
+    return Profiled(found, traces, model.context_length)
+
+
+def time_selection(model: VisionLanguageModel, case: Case, sample: Sample) -> Selected:
+    """Reduce the sample's image, after a first run that is not timed.
+
+    What a method drops inside the language model is known only when the prompt has been read, so it is read then.
+    """
+    cuts_inside = bool(reduce(model, case.method, [sample], case.budget, rules=case.rules).cuts)
+    if cuts_inside:
+        answer(model, case.method, [sample], case.budget, rules=case.rules, max_new_tokens=1)
+    clock = Clock(model.device)
+    with last_layer(model, clock.now) as spans:
+        if cuts_inside:
+            answers = answer(
+                model, case.method, [sample], case.budget, rules=case.rules, max_new_tokens=1, stage=clock.stage
+            )
+            reduced, selection = answers.reduced, answers.selections[0]
+        else:
+            reduced = reduce(model, case.method, [sample], case.budget, rules=case.rules, stage=clock.stage)
+            selection = reduced.selections[0]
+    stages = of_whole_model(clock.stages(), clock.sums(spans), missing_layers(model))
+    return Selected(reduced, selection, {stage: s for stage, s in stages.items() if stage in SELECTION_STAGES})
+
+
+def _time(
+    model: VisionLanguageModel,
+    cases: Sequence[Case],
+    sample: Sample,
+    order: Sequence[Sequence[int]],
+    settings: ProfileSettings,
+    progress: Progress,
+) -> tuple[list[list[TimedRun]], bool]:
+    """The complete rounds, each with its runs in the order of cases, and whether timing was interrupted."""
+    with progress.task("warming up", len(cases) * settings.warmup) as update:
+        for number in range(len(cases) * settings.warmup):
+            case = cases[number // settings.warmup]
+            run_case(model, case, [sample] * case.batch_size, settings.max_new_tokens)
+            update(number + 1)
+    batches = {size: [[sample] * size] for size in settings.batch_size}
+    rounds: list[list[TimedRun]] = []
+    with progress.task("timing", len(order)) as update:
+        try:
+            for number, permutation in enumerate(order):
+                turns = [Turn(case, 0) for case in permutation]
+                runs = run_round(
+                    model,
+                    cases,
+                    batches,
+                    number,
+                    turns,
+                    max_new_tokens=settings.max_new_tokens,
+                    runs=settings.runs,
+                )
+                rounds.append(sorted(runs, key=lambda run: run.case))
+                update(number + 1)
+        except KeyboardInterrupt:
+            if not rounds:
+                raise
+            return rounds, True
+    return rounds, False
+
+
+def _results(
+    cases: Sequence[Case], rounds: Sequence[Sequence[TimedRun]], flops: Sequence[dict[str, float]]
+) -> list[CaseResult]:
+    """One result for each case; its baseline is the first case of the same batch size."""
+    runs = [[each[i] for each in rounds] for i in range(len(cases))]
+    first = {case.batch_size: i for i, case in reversed(list(enumerate(cases)))}
+    results = []
+    for i, case in enumerate(cases):
+        baseline = None if first[case.batch_size] == i else runs[first[case.batch_size]]
+        results.append(summarise_case(case.id, runs[i], baseline, flops[i]))
+    return results
+
+
+def _with_scaling(
+    model: VisionLanguageModel,
+    cases: Sequence[Case],
+    sample: Sample,
+    sizes: Sequence[int],
+    found: CeilingProfile,
+    progress: Progress,
+) -> ScalingProfile:
+    """The profile with the times at each number of tokens, as far as they were measured if it is interrupted."""
+    smallest = smallest_size(model, cases, sample, sizes)
+    numbers = [*filter(None, [smallest]), *sizes]
+    points: dict[int, list[ScalingPoint]] = {}
+    interrupted, schedule = found.interrupted, found.schedule
+    for tokens in [] if interrupted else numbers:
+        try:
+            with progress.task(f"{tokens} tokens ({len(points) + 1} of {len(numbers)})"):
+                points[tokens] = measure_size(
+                    model, cases, sample, tokens, runs=schedule.rounds, warmup=schedule.warmup, seed=schedule.seed
+                )
+        except KeyboardInterrupt:
+            interrupted = True
+            break
+    fixed = points.pop(smallest, []) if smallest else []
+    scaling = [point for measured in points.values() for point in measured]
+    return ScalingProfile(
+        **found.model_dump(by_alias=True) | {"interrupted": interrupted},
+        scaling=scaling,
+        growth=list(growth_of(scaling, fixed)),
+        fixed=fixed,
+    )

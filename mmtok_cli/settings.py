@@ -1,0 +1,297 @@
+"""What a command is asked to do: one description for the command line, the plan of a run, `--resume` and Python.
+
+The options of the commands are generated from these models (see cli/options.py). Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, cast
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+
+from mmtok_cli.budget import Budget, parse_budgets
+from mmtok_cli.errors import MMTokError
+from mmtok_cli.rules import BudgetMeaning, Positions, Rules, Track
+
+MODEL = "Model"
+REDUCTION = "Reduction"
+DATA = "Data"
+MEASUREMENT = "Measurement"
+PANELS = (MODEL, REDUCTION, DATA, MEASUREMENT)  # in the order in which help shows them
+
+
+@dataclass(frozen=True)
+class Option:
+    """How a field appears on the command line, beside its type, default, limits and description.
+
+    names: spellings; the field's name with dashes unless given. panel: heading in `--help`. env: environment variable
+    with the default. complete: what shell completion offers.
+    """
+
+    names: tuple[str, ...] = ()
+    panel: str = ""
+    env: str | None = None
+    metavar: str | None = None
+    complete: Literal["models", "methods", "parameters"] | None = None
+
+
+def _split(value: Any) -> Any:
+    """ "a, b,a" as ("a", "b"); other values as they are."""
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, (list, tuple)):
+        return parts
+    return tuple(dict.fromkeys(str(part).strip() for part in parts if str(part).strip()))
+
+
+def _methods(value: Any) -> Any:
+    names = _split(value)
+    if not names:
+        raise MMTokError("no method was named", "name some of those that `mmtok methods` lists")
+    return names
+
+
+def _budgets(value: Any) -> Any:
+    if value is None:
+        return None
+    text = value if isinstance(value, str) else ",".join(map(str, value))
+    return tuple(map(str, parse_budgets(text)))
+
+
+def _batch_sizes(value: Any) -> Any:
+    sizes = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
+    for size in sizes:
+        if not re.fullmatch(r"\s*[0-9]{1,6}\s*", str(size)) or int(size) < 1:
+            raise MMTokError(f"{str(size).strip()!r} is not a batch size", "give one or several: --batch-size 1,8")
+    return tuple(dict.fromkeys(map(int, sizes)))
+
+
+def _budget(value: str) -> str:
+    return str(Budget.parse(value))
+
+
+def _column_names(value: str | None) -> str | None:
+    column_names(value)
+    return value
+
+
+def column_names(text: str | None) -> dict[str, str]:
+    """Fields of a sample by their names in a dataset, from "question=text,answer=label".
+
+    Raises MMTokError for a part that is not `field=name`.
+    """
+    names = {}
+    for part in filter(None, map(str.strip, (text or "").split(","))):
+        field, _, name = (each.strip() for each in part.partition("="))
+        if not field or not name:
+            raise MMTokError(f"--columns {part!r} is not field=name", "as in --columns question=text,answer=label")
+        names[field] = name
+    return names
+
+
+Methods = Annotated[tuple[str, ...], BeforeValidator(_methods)]
+Budgets = Annotated[tuple[str, ...], BeforeValidator(_budgets)]
+BatchSizes = Annotated[tuple[int, ...], BeforeValidator(_batch_sizes)]
+
+
+class Settings(BaseModel):
+    """What all settings have in common."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @classmethod
+    def of(cls, **values: Any) -> Self:
+        """The settings with these values and the defaults of the others. Raises MMTokError for what is not valid."""
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = "".join(f"{part} " for part in first["loc"]).strip() or "settings"
+            raise MMTokError(f"{name}: {first['msg']}", f"see the documentation of {cls.__name__}") from error
+
+
+class ModelSettings(Settings):
+    """Which model runs where."""
+
+    model: Annotated[str, Option(("--model", "-m"), MODEL, env="MMTOK_MODEL", complete="models")] = Field(
+        "demo", description="Model: a name (see `mmtok models`), a hub id or a directory."
+    )
+    device: Annotated[str, Option(panel=MODEL, env="MMTOK_DEVICE", metavar="auto|cpu|cuda|mps")] = Field(
+        "auto", description="Device. auto: a GPU if there is one."
+    )
+    dtype: Annotated[str, Option(panel=MODEL, env="MMTOK_DTYPE", metavar="auto|float32|bfloat16|float16")] = Field(
+        "auto", description="Data type. auto: float32 on a CPU, otherwise that of the stored weights."
+    )
+    weights: Annotated[str, Option(panel=MODEL, metavar="pretrained|random")] = Field(
+        "pretrained",
+        description="random: the real architecture with random weights; only time and memory are meaningful.",
+    )
+    attention: Annotated[str, Option(panel=MODEL, metavar="sdpa|eager|flash_attention_2")] = Field(
+        "sdpa", description="Attention kernel."
+    )
+    device_map: Annotated[str | None, Option(panel=MODEL, metavar="auto")] = Field(
+        None, description="auto: spread the model over all GPUs (needs accelerate)."
+    )
+
+
+class PartSettings(Settings):
+    """Whether only a part of the model is run."""
+
+    layers: Annotated[int | None, Option(panel=MODEL)] = Field(
+        None, ge=1, description="Run only the first N decoder layers and estimate the times of the whole model."
+    )
+
+
+class ReductionSettings(Settings):
+    """The rules under which methods run."""
+
+    track: Annotated[str, Option(panel=REDUCTION, metavar="released|harmonised")] = Field(
+        "released",
+        description="released: every method as its authors released it. harmonised: identical rules for every method.",
+    )
+    positions: Annotated[str | None, Option(panel=REDUCTION, metavar="keep|renumber")] = Field(
+        None, description="Position ids of kept tokens. Default: set by --track."
+    )
+    budget_means: Annotated[str, Option(panel=REDUCTION, metavar="final|layer-average")] = Field(
+        "final",
+        description="What a budget counts: tokens at the last layer, or the mean over all decoder layers.",
+    )
+    parameters: Annotated[
+        tuple[str, ...], Option(("--set",), REDUCTION, metavar="METHOD.PARAM=VALUE", complete="parameters")
+    ] = Field((), description="Parameter of a method, as in fastv.layer=3 (see `mmtok methods NAME`). Repeatable.")
+    seed: Annotated[int, Option(panel=REDUCTION)] = Field(0, ge=0, description="Random seed.")
+
+    @property
+    def rules(self) -> Rules:
+        """Raises MMTokError for a track or a policy that does not exist."""
+        return Rules(
+            cast(Track, self.track), cast(Positions | None, self.positions), cast(BudgetMeaning, self.budget_means)
+        )
+
+
+class MethodSettings(Settings):
+    """One method at one budget."""
+
+    method: Annotated[str, Option(("--method",), REDUCTION, complete="methods")] = Field(
+        "mmtok", description="Reduction method (see `mmtok methods`)."
+    )
+    budget: Annotated[str, AfterValidator(_budget), Option(("--budget", "-b"), REDUCTION)] = Field(
+        "64", description="Vision tokens kept per image: 64, or 10% of them."
+    )
+
+    @property
+    def budgets(self) -> list[Budget]:
+        return [Budget.parse(self.budget)]
+
+
+class OneCaseSettings(ReductionSettings, MethodSettings, ModelSettings):
+    """One case, and the model that it runs on. (Fields of the last base come first in the help.)"""
+
+
+class InferSettings(OneCaseSettings):
+    """What `mmtok infer` does."""
+
+    max_new_tokens: Annotated[int, Option(panel=MEASUREMENT)] = Field(
+        64, ge=1, description="Maximum number of new tokens."
+    )
+
+
+class PruneSettings(PartSettings, OneCaseSettings):
+    """What `mmtok prune` does."""
+
+
+class MethodsSettings(Settings):
+    """Several methods at several budgets."""
+
+    methods: Annotated[Methods, Option(("--methods", "--method"), REDUCTION, complete="methods")] = Field(
+        ("mmtok",), description="Methods (see `mmtok methods`), separated by commas."
+    )
+    budget: Annotated[Budgets | None, Option(("--budget", "-b"), REDUCTION)] = Field(
+        None, description="Budgets, separated by commas: 64,16 or 10%,5%. Default: those of the model's profile."
+    )
+
+    @property
+    def budgets(self) -> list[Budget] | None:
+        """None for those of the model's profile."""
+        return None if self.budget is None else [Budget.parse(text) for text in self.budget]
+
+
+class CasesSettings(ReductionSettings, MethodsSettings, PartSettings, ModelSettings):
+    """Several methods at several budgets and batch sizes, and how they are timed."""
+
+    batch_size: Annotated[BatchSizes, Option(panel=MEASUREMENT)] = Field(
+        (1,), description="Batch size, or several: 1,8."
+    )
+    runs: Annotated[int, Option(panel=MEASUREMENT)] = Field(
+        1, ge=1, description="Repetitions of each case within a round; their median is used."
+    )
+    warmup: Annotated[int, Option(panel=MEASUREMENT)] = Field(1, ge=0, description="Untimed runs of each case.")
+    max_new_tokens: Annotated[int, Option(panel=MEASUREMENT)] = Field(
+        16, ge=1, description="Maximum number of new tokens."
+    )
+
+
+class ProfileSettings(CasesSettings):
+    """What `mmtok profile` measures."""
+
+    budget: Annotated[Budgets | None, Option(("--budget", "-b"), REDUCTION)] = Field(
+        ("64",), description="Budgets, separated by commas: 64,16 or 10%,5%."
+    )
+    rounds: Annotated[int, Option(panel=MEASUREMENT)] = Field(
+        20, ge=1, description="Timed rounds; each runs all cases once, in random order."
+    )
+    warmup: Annotated[int, Option(panel=MEASUREMENT)] = Field(3, ge=0, description="Untimed runs of each case.")
+
+
+class CompareSettings(CasesSettings):
+    """What `mmtok compare` measures. The plan of a run keeps it."""
+
+    methods: Annotated[Methods, Option(("--methods", "--method"), REDUCTION, complete="methods")] = Field(
+        ("mmtok", "random", "uniform", "resize", "none"),
+        description="Methods (see `mmtok methods`), separated by commas. The baseline `full` always runs; list it to "
+        "measure it a second time as a check of the noise.",
+    )
+    limit: Annotated[int, Option(panel=MEASUREMENT)] = Field(80, ge=1, description="Maximum number of samples.")
+    rounds: Annotated[int | None, Option(panel=MEASUREMENT)] = Field(
+        None,
+        ge=1,
+        description="Timed rounds over all cases, each on the next batch of samples. Default: all batches, at most 30.",
+    )
+    min_time: Annotated[float | None, Option(panel=MEASUREMENT)] = Field(
+        None, ge=0, description="Keep running rounds for at least this many seconds."
+    )
+    no_quality: Annotated[bool, Option(("--no-quality",), MEASUREMENT)] = Field(
+        False, description="Measure only time and memory; do not evaluate answers."
+    )
+    data: Annotated[str, Option(panel=DATA)] = Field(
+        "demo",
+        description="Dataset: demo, FILE.jsonl, pope:FILE, a folder of images, hub:NAME or hub:NAME:SPLIT.",
+    )
+    image_root: Annotated[Path | None, Option(panel=DATA)] = Field(
+        None, description="Directory of the image files. Default: that of the data file."
+    )
+    question: Annotated[str | None, Option(panel=DATA)] = Field(
+        None, description="Question for images without one, or a template with {question}."
+    )
+    columns: Annotated[str | None, AfterValidator(_column_names), Option(panel=DATA, metavar="FIELD=NAME,…")] = Field(
+        None, description="Names that the data uses for image, question, answer, answers, id and kind."
+    )
+
+    @property
+    def measures_quality(self) -> bool:
+        """Whether answers are evaluated; those of a part of a model mean nothing."""
+        return not self.no_quality and self.layers is None
+
+
+def option_name(settings: type[Settings], field: str) -> str:
+    """The option of a field on the command line: `--set` for `parameters`."""
+    names = option_of(settings.model_fields[field]).names
+    return names[0] if names else f"--{field.replace('_', '-')}"
+
+
+def option_of(field: FieldInfo) -> Option:
+    """How a field appears on the command line."""
+    return next((each for each in field.metadata if isinstance(each, Option)), Option())
