@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from statistics import median
 
 import torch
-from scipy.stats import linregress, t
 
 from mmtok_cli.cases import Case
 from mmtok_cli.data.samples import Sample
@@ -151,6 +150,8 @@ def fit_exponent(
     """
     if len(tokens) < FEWEST_POINTS:
         return None, None, None
+    from scipy.stats import linregress, t
+
     fit = linregress([math.log(n) for n in tokens], [math.log(s) for s in seconds])
     slope, half = float(fit.slope), float(t.ppf((1 + CONFIDENCE) / 2, len(tokens) - 2) * fit.stderr)
     return slope, slope - half, slope + half
