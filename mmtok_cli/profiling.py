@@ -13,23 +13,17 @@ from mmtok_cli.environment import environment_of
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.pipeline import Reduced, answer, reduce
 from mmtok_cli.progress import Progress
+from mmtok_cli.results.profile import CeilingProfile, ScalingPoint, ScalingProfile
 from mmtok_cli.results.records import TimedRun
 from mmtok_cli.results.schedule import Turn, interleaved
 from mmtok_cli.results.schema import CaseResult, Schedule
 from mmtok_cli.settings import ProfileSettings
-from mmtok_cli.timing.ceilings import CeilingProfile, achieved, measure_ceilings, weights_read
+from mmtok_cli.timing.ceilings import achieved, measure_ceilings, weights_read
 from mmtok_cli.timing.clock import Clock
 from mmtok_cli.timing.flops import count_flops
 from mmtok_cli.timing.partial import last_layer, missing_layers, of_whole_model
 from mmtok_cli.timing.runner import run_case, run_round
-from mmtok_cli.timing.scaling import (
-    ScalingPoint,
-    ScalingProfile,
-    check_scaling,
-    growth_of,
-    measure_size,
-    smallest_size,
-)
+from mmtok_cli.timing.scaling import check_scaling, growth_of, measure_size, smallest_size
 from mmtok_cli.timing.summary import summarise_case
 from mmtok_cli.timing.traces import Trace, trace_case
 from mmtok_cli.tokens import Selection

@@ -33,8 +33,7 @@ ALLOWED = {
     "timing": SHARED | {"timing", "cases", "pipeline", "decoding", "models", "methods", "results", "data", "files"},
     "evaluation": SHARED | {"evaluation", "cases", "pipeline", "decoding", "models", "methods", "results", "data"},
     "summary": {"evaluation", "timing", "results"},
-    "report": {"report", "results", "timing", "planning", "progress", "settings"}
-    | {"errors", "files", "profiles", "rules"},
+    "report": {"report", "results", "planning", "progress", "settings"} | {"errors", "files", "profiles", "rules"},
     "demo": {"demo", "errors", "models"},
     "tokens": {"errors"},
     "errors": set(),
@@ -109,7 +108,15 @@ def test_no_modules_import_each_other() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["results.schema", "results.run_directory", "results.merge", "results.progress", "timing.summary", "summary"],
+    [
+        "results.schema",
+        "results.run_directory",
+        "results.merge",
+        "results.progress",
+        "results.profile",
+        "timing.summary",
+        "summary",
+    ],
 )
 def test_saved_results_are_read_without_torch_and_scipy(module: str) -> None:
     script = f"import sys, mmtok_cli.{module}; print(*sys.modules.keys() & {{'torch', 'transformers', 'scipy'}})"

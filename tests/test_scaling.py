@@ -24,10 +24,10 @@ from mmtok_cli.models.llava import Llava
 from mmtok_cli.pipeline import reduce
 from mmtok_cli.report.console import results_console
 from mmtok_cli.report.scaling import growth_table, scaling_table
+from mmtok_cli.results.profile import ScalingPoint
 from mmtok_cli.results.schema import CaseId
 from mmtok_cli.timing import scaling
 from mmtok_cli.timing.scaling import (
-    ScalingPoint,
     check_scaling,
     fit_exponent,
     growth_of,

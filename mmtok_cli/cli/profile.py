@@ -68,7 +68,8 @@ def profile(
     from mmtok_cli.profiling import profile as measure
     from mmtok_cli.report.console import ConsoleProgress, print_json
     from mmtok_cli.report.plots import save_scaling
-    from mmtok_cli.timing.scaling import ScalingProfile, parse_tokens
+    from mmtok_cli.results.profile import ScalingProfile
+    from mmtok_cli.timing.scaling import parse_tokens
 
     if not scaling and (plot or scaling_tokens):
         raise MMTokError(f"{'--plot' if plot else '--scaling-tokens'} requires --scaling", "add --scaling")
@@ -95,7 +96,7 @@ def _show(found: Profiled, settings: ProfileSettings, sizes: Sequence[int], top:
     from mmtok_cli.report import console, tables
     from mmtok_cli.report.profiles import ceiling_table, profile_notes, profile_tables, profiles_by_batch_size
     from mmtok_cli.report.scaling import growth_table, scaling_table
-    from mmtok_cli.timing.scaling import ScalingProfile
+    from mmtok_cli.results.profile import ScalingProfile
 
     result, out, notes = found.profile, console.results_console(), console.notes_console(quiet)
     for part in profiles_by_batch_size(result):

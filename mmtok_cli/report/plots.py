@@ -14,8 +14,8 @@ from mmtok_cli.report.units import plural
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from mmtok_cli.results.profile import ScalingPoint, ScalingProfile
     from mmtok_cli.results.schema import CaseResult, Comparison
-    from mmtok_cli.timing.scaling import ScalingPoint, ScalingProfile
 
 
 def save_gain_curve(gains: Sequence[float], path: Path, title: str) -> None:

@@ -13,9 +13,9 @@ from mmtok_cli.report.columns import COMPARED, KEPT, STAGES, layers_differ
 from mmtok_cli.report.units import count, number, seconds, share, size, spread
 
 if TYPE_CHECKING:
+    from mmtok_cli.results.profile import CeilingProfile
     from mmtok_cli.results.schema import Environment, Profile, Times
     from mmtok_cli.settings import ProfileSettings
-    from mmtok_cli.timing.ceilings import CeilingProfile
 
 SIDE_BY_SIDE = 2  # cases that fit beside each other with their spread
 ESTIMATED = ("prefill", "ttft", "decode", "total")  # if only some layers are run
@@ -43,7 +43,7 @@ def profile_notes(
 ) -> list[str]:
     """How to read the tables. sizes: the numbers of vision tokens that scaling was to be measured at."""
     from mmtok_cli.report.scaling import scaling_notes
-    from mmtok_cli.timing.scaling import ScalingProfile
+    from mmtok_cli.results.profile import ScalingProfile
 
     lines = list(filter(None, [tables.rules_text(settings.rules, settings.parameters)]))
     for part in profiles_by_batch_size(profile):

@@ -13,7 +13,7 @@ from mmtok_cli.report.tables import plain_table
 from mmtok_cli.report.units import seconds, size
 
 if TYPE_CHECKING:
-    from mmtok_cli.timing.scaling import Growth, ScalingPoint, ScalingProfile
+    from mmtok_cli.results.profile import Growth, ScalingPoint, ScalingProfile
 
 
 def scaling_table(points: Sequence[ScalingPoint]) -> Table:
@@ -70,7 +70,7 @@ def _points(used: Sequence[int], sizes: Sequence[int]) -> str:
 
 def scaling_notes(profile: ScalingProfile, context_length: int) -> list[str]:
     """How to read the tables."""
-    from mmtok_cli.timing.scaling import DOMINATES, FEWEST_POINTS
+    from mmtok_cli.results.profile import DOMINATES, FEWEST_POINTS
 
     notes = [
         "encoded at square grids other than its own, the model sees the image in one piece: times mean something "

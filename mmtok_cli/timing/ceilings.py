@@ -13,7 +13,8 @@ import torch
 from mmtok_cli.models import hf
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.models.room import free_memory
-from mmtok_cli.results.schema import CaseResult, OfCase, Profile, Record
+from mmtok_cli.results.profile import Achieved, Ceilings
+from mmtok_cli.results.schema import CaseResult
 from mmtok_cli.timing.clock import Clock
 from mmtok_cli.timing.partial import missing_layers
 
@@ -31,40 +32,6 @@ LARGEST_COPY_ELSEWHERE = 2**30
 CLOCK_TICK = 1e-9  # seconds; a coarse clock may read zero
 
 Work = Callable[[], Any]
-
-
-class Ceilings(Record):
-    """FLOP/s of the product of two square matrices in the model's data type, and bytes/s of a copy.
-
-    Medians over five repetitions, fewer on a slow device; their seconds are kept. rows: of the matrices. copied: bytes
-    that were copied; each is read and written and counts twice. tf32: whether float32 products are rounded to TF32, as
-    those of the model are.
-    """
-
-    flops_per_second: float
-    bytes_per_second: float
-    dtype: str
-    tf32: bool
-    rows: int
-    copied: int
-    matmul_seconds: list[float]
-    copy_seconds: list[float]
-
-
-class Achieved(OfCase):
-    """What one case achieved: counted FLOPs / median seconds by stage, and bytes of the language model's weights read
-    for each decoded token / seconds per token, None where a single token was made, which prefill had left over."""
-
-    flops_per_second: dict[str, float]
-    decode_bytes_per_second: float | None
-
-
-class CeilingProfile(Profile):
-    """A profile with the device's ceilings; `weights_read` are bytes for each decoded token."""
-
-    ceilings: Ceilings
-    weights_read: int
-    achieved: list[Achieved]
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:

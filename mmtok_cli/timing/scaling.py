@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from statistics import median
 
 import torch
-from pydantic import Field
-from scipy.stats import linregress, t
 
 from mmtok_cli.cases import Case
 from mmtok_cli.data.samples import Sample
@@ -19,58 +17,18 @@ from mmtok_cli.models import hf
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.models.room import GIB, free_memory
 from mmtok_cli.pipeline import check_budget, inside, reduce
+from mmtok_cli.results.profile import DOMINATES, FEWEST_POINTS, Growth, ScalingPoint
 from mmtok_cli.results.schedule import interleaved
-from mmtok_cli.results.schema import OfCase
-from mmtok_cli.timing.ceilings import CeilingProfile
+from mmtok_cli.results.schema import CONFIDENCE
 from mmtok_cli.timing.clock import Clock
 from mmtok_cli.timing.memory import peak_memory
 from mmtok_cli.timing.partial import last_layer, missing_layers, of_whole_model
-from mmtok_cli.timing.statistics import CONFIDENCE
 
 PATIENCE = 10.0  # seconds for a case at one number of tokens; there are fewer runs where it would take longer
 FEWEST_RUNS = 3
 NEVER_TWICE = 20.0  # seconds from which a run is not repeated, and counts although it was the first
 SMALLEST_GRID = 8  # rows and columns at which fixed costs are measured
-DOMINATES = 4.0  # times its fixed cost that a stage takes at the points of a fit
-FEWEST_POINTS = 3
 STAGES = ("select", "prefill")
-
-
-class ScalingPoint(OfCase):
-    """One case at one number of vision tokens: medians of `select_values` and `prefill_values`, whose lengths are the
-    runs. refused: why nothing was measured. peak: bytes of the largest run, None where the device does not count."""
-
-    tokens: int
-    kept: int | None = None
-    select_seconds: float | None = None
-    prefill_seconds: float | None = None
-    select_values: list[float] = Field(default_factory=list)
-    prefill_values: list[float] = Field(default_factory=list)
-    peak: int | None = None
-    refused: str | None = None
-
-
-class Growth(OfCase):
-    """Seconds of a stage grow as tokens ** exponent; low and high bound a 95 % interval.
-
-    fixed_seconds: what the fastest run of the stage takes at the smallest grid. tokens: the points that the line was
-    fitted to. Without enough of them there is no exponent.
-    """
-
-    stage: str
-    exponent: float | None
-    low: float | None
-    high: float | None
-    fixed_seconds: float | None
-    tokens: list[int]
-
-
-class ScalingProfile(CeilingProfile):
-    """What `mmtok profile --scaling --json` prints. fixed: the points at the smallest grid, one for each case."""
-
-    scaling: list[ScalingPoint]
-    growth: list[Growth]
-    fixed: list[ScalingPoint]
 
 
 @dataclass
@@ -194,6 +152,8 @@ def fit_exponent(
     """
     if len(tokens) < FEWEST_POINTS:
         return None, None, None
+    from scipy.stats import linregress, t
+
     fit = linregress([math.log(n) for n in tokens], [math.log(s) for s in seconds])
     slope, half = float(fit.slope), float(t.ppf((1 + CONFIDENCE) / 2, len(tokens) - 2) * fit.stderr)
     return slope, slope - half, slope + half

@@ -1,0 +1,83 @@
+"""The shape of a profile: the device's peak rates, the rates that were achieved, and growth with the vision tokens."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from mmtok_cli.results.schema import OfCase, Profile, Record
+
+DOMINATES = 4.0  # how many times its fixed cost a stage must take for its growth to be fitted
+FEWEST_POINTS = 3  # of a fit
+
+
+class Ceilings(Record):
+    """FLOP/s of the product of two square matrices in the model's data type, and bytes/s of a copy.
+
+    Medians over five repetitions, fewer on a slow device; their seconds are kept. rows: of the matrices. copied: bytes
+    that were copied; each is read and written and counts twice. tf32: whether float32 products are rounded to TF32, as
+    those of the model are.
+    """
+
+    flops_per_second: float
+    bytes_per_second: float
+    dtype: str
+    tf32: bool
+    rows: int
+    copied: int
+    matmul_seconds: list[float]
+    copy_seconds: list[float]
+
+
+class Achieved(OfCase):
+    """The rates of one case: counted FLOPs / median seconds by stage, and, for decoding, bytes of the language model's
+    weights / seconds per token. The latter is None where a single token was generated, which comes from prefill."""
+
+    flops_per_second: dict[str, float]
+    decode_bytes_per_second: float | None
+
+
+class CeilingProfile(Profile):
+    """A profile with the device's peak rates. weights_read: bytes that are read for each decoded token."""
+
+    ceilings: Ceilings
+    weights_read: int
+    achieved: list[Achieved]
+
+
+class ScalingPoint(OfCase):
+    """One case at one number of vision tokens: the seconds of all runs and their medians.
+
+    refused: why nothing was measured. peak: bytes of the largest run, None where the device does not report them.
+    """
+
+    tokens: int
+    kept: int | None = None
+    select_seconds: float | None = None
+    prefill_seconds: float | None = None
+    select_values: list[float] = Field(default_factory=list)
+    prefill_values: list[float] = Field(default_factory=list)
+    peak: int | None = None
+    refused: str | None = None
+
+
+class Growth(OfCase):
+    """Seconds of a stage grow as tokens ** exponent; low and high bound a 95 % interval.
+
+    fixed_seconds: the fastest run of the stage at the smallest grid. tokens: the points that the line is fitted to.
+    With fewer than three there is no exponent.
+    """
+
+    stage: str
+    exponent: float | None
+    low: float | None
+    high: float | None
+    fixed_seconds: float | None
+    tokens: list[int]
+
+
+class ScalingProfile(CeilingProfile):
+    """The output of `mmtok profile --scaling --json`. fixed: the points at the smallest grid, one for each case."""
+
+    scaling: list[ScalingPoint]
+    growth: list[Growth]
+    fixed: list[ScalingPoint]
