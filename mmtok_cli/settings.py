@@ -109,8 +109,10 @@ class Settings(BaseModel):
             return cls(**values)
         except ValidationError as error:
             first = error.errors()[0]
-            name = "".join(f"{part} " for part in first["loc"]).strip() or "settings"
-            raise MMTokError(f"{name}: {first['msg']}", f"see the documentation of {cls.__name__}") from error
+            where = str(first["loc"][0]) if first["loc"] else ""
+            name = option_name(cls, where) if where in cls.model_fields else where or "settings"
+            message = first["msg"][:1].lower() + first["msg"][1:]
+            raise MMTokError(f"{name}: {message}, not {first['input']!r}", "`--help` explains every option") from error
 
 
 class ModelSettings(Settings):

@@ -24,8 +24,8 @@ from mmtok_cli.results.schema import Comparison, Environment, Schedule
 from mmtok_cli.rules import Rules
 from mmtok_cli.timing.clock import Clock
 from mmtok_cli.timing.flops import SeenOperators, count_flops, coverage, measure_flops
-from mmtok_cli.timing.runner import run_case, run_round, run_rounds
-from mmtok_cli.timing.summary import summarise_cases
+from mmtok_cli.timing.runner import run_case, run_round
+from mmtok_cli.timing.summary import summarise_case
 
 
 def test_clock_sums_what_passes_in_each_stage(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,13 +116,19 @@ def test_running_out_of_memory_has_many_faces() -> None:
 
 
 def test_rounds_and_their_summary(tiny_sdpa: Llava, samples: list[Sample], cases: list[Case]) -> None:
-    groups = [[sample] for sample in samples]
+    groups = {1: [[sample] for sample in samples]}
     order = interleaved(3, 4, seed=0)
-    rounds = list(run_rounds(tiny_sdpa, cases, groups, order, max_new_tokens=2))
-    assert [[run.case for run in runs] for runs in rounds] == [[0, 1, 2]] * 4
-    assert rounds[3][0].samples == rounds[0][0].samples  # more rounds than samples: from the start again
-    flops = [count_flops(tiny_sdpa, case, groups[0], 2) for case in cases]
-    full, mmtok, none = results = summarise_cases(cases, rounds, flops)
+    rounds = []
+    for number, permutation in enumerate(order):
+        turns = [Turn(case, number % 3) for case in permutation]
+        runs = list(run_round(tiny_sdpa, cases, groups, number, turns, max_new_tokens=2))
+        assert [run.case for run in runs] == permutation and {run.round for run in runs} == {number}
+        rounds.append(sorted(runs, key=lambda run: run.case))
+    flops = [count_flops(tiny_sdpa, case, groups[1][0], 2) for case in cases]
+    of_case = [[runs[i] for runs in rounds] for i in range(3)]
+    full, mmtok, none = results = [
+        summarise_case(case.id, of_case[i], of_case[0] if i else None, flops[i]) for i, case in enumerate(cases)
+    ]
     assert full.speedup == {} and mmtok.speedup.keys() >= {"encode", "prefill", "ttft", "total"}
     assert all(result.score is result.retention is result.fidelity is None for result in results)  # times alone
     assert mmtok.tokens.kept == mmtok.tokens.layer_average == 4 and none.tokens.kept == 0
@@ -150,7 +156,7 @@ def test_results_say_the_positions_that_were_in_force(tiny_sdpa: Llava, samples:
     def positions(name: str, rules: Rules) -> str:
         case = Case(name, make_method(name), Budget(count=4), rules)
         runs = [run_case(tiny_sdpa, case, samples[:1], 1)]
-        return summarise_cases([case], [runs], [{}])[0].positions
+        return summarise_case(case.id, runs, None, {}).positions
 
     assert positions("fastv", Rules()) == "keep" and positions("mmtok", Rules()) == "renumber"
     assert positions("fastv", Rules(track="harmonised")) == tiny_sdpa.positions[0]

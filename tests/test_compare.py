@@ -115,7 +115,8 @@ def test_fail_below(command: tuple[Any, ...], ticking: None) -> None:
     assert few.exit_code == 1 and "no interval, which requires six rounds" in few.stderr
     refused(run(*command, "--fail-below", 1, "--fail-below-stage", "select"), "'select' has no speedup", "ttft")
     refused(run(*command, "--fail-below", "inf"), "--fail-below must be finite", "--fail-below 1.2")
-    refused(run(*command, "--min-time", "inf"), "min_time", "finite number")
+    refused(run(*command, "--min-time", "inf"), "--min-time", "finite number")
+    refused(run(*command, "--fail-below-stage", "ttft"), "--fail-below-stage requires --fail-below")
 
 
 def case(method: str, low: float | None = 1.3, **more: Any) -> CaseResult:

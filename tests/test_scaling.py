@@ -133,7 +133,7 @@ def test_the_budget_is_one_of_the_grid_and_resize_stays_within_it(tiny_sdpa: Lla
 
 def test_numbers_of_tokens() -> None:
     assert parse_tokens("2304, 576,576") == [576, 2304]
-    with pytest.raises(MMTokError, match="1000 vision tokens fill no square") as error:
+    with pytest.raises(MMTokError, match="1000 vision tokens do not fill a square") as error:
         parse_tokens("1000")
     assert "961 and 1024" in str(error.value.hint)
     for text in ("", "576,", "-4", "0", "many"):

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mmtok_cli.cli.options import OUTPUT, PLOTS, ExportOption, JsonOption, QuietOption, given_options, with_options
+from mmtok_cli.cli.options import (
+    OUTPUT,
+    PLOTS,
+    ExportOption,
+    JsonOption,
+    QuietOption,
+    given_options,
+    is_given,
+    with_options,
+)
 from mmtok_cli.settings import MEASUREMENT, CompareSettings
 
 if TYPE_CHECKING:
@@ -85,6 +94,8 @@ def compare(
         if math.isinf(fail_below):
             raise MMTokError("--fail-below must be finite", "give the least speedup, as in --fail-below 1.2")
         require_speedup_stage(fail_below_stage)
+    elif is_given(context, "fail_below_stage"):
+        raise MMTokError("--fail-below-stage requires --fail-below", "add --fail-below, as in --fail-below 1.2")
     with join_processes(settings.device) as processes:
         if settings.device_map is not None and processes.count > 1:
             raise MMTokError("--device-map gives all GPUs to one process, and there are several", "omit it")

@@ -63,10 +63,15 @@ def with_options(settings: type[Settings]) -> Callable[[Callable[..., Any]], Cal
     return decorate
 
 
+def is_given(context: typer.Context, name: str) -> bool:
+    """Whether an option was spelled out on the command line; environment variables do not count."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
 def given_options(context: typer.Context, settings: type[Settings]) -> list[str]:
-    """Fields whose options were spelled out on the command line; environment variables do not count."""
-    sources = {name: context.get_parameter_source(name) for name in settings.model_fields}
-    return [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    """The fields whose options were spelled out on the command line."""
+    return [name for name in settings.model_fields if is_given(context, name)]
 
 
 def _parameters(settings: type[Settings]) -> Iterator[inspect.Parameter]:
@@ -84,7 +89,8 @@ def _parameters(settings: type[Settings]) -> Iterator[inspect.Parameter]:
         if kind is tuple and option.metavar and default == ():  # may be repeated
             kind, default = list[str] | None, None
         elif kind is tuple and default is not None:
-            shown = ", ".join(map(str, default))  # spaces, so that help wraps a long default instead of cutting it
+            # Spaces let help wrap a long default instead of cutting it.
+            shown = ", ".join(map(str, default)) if len(default) > 1 else ""
             kind, default = str, ",".join(map(str, default))
         elif kind is tuple:
             kind = str | None

@@ -1,4 +1,4 @@
-"""Timing cases: one run, a round, or round after round."""
+"""Timing cases: one run, or one round of all cases."""
 
 from __future__ import annotations
 
@@ -81,26 +81,6 @@ def run_round(
         run = attempt(turn.case, number, partial(work, turn)) if attempt else work(turn)
         if run is not None:
             yield run.model_copy(update={"round": number, "batch": turn.batch})
-
-
-def run_rounds(
-    model: VisionLanguageModel,
-    cases: Sequence[Case],
-    groups: Sequence[Sequence[Sample]],
-    order: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    runs: int = 1,
-) -> Iterator[list[TimedRun]]:
-    """Run all cases on the same batch of samples in each round; yields the runs of a round, in the order of cases.
-
-    Rounds cycle through `groups`, the batches of samples.
-    """
-    batches = dict.fromkeys((case.batch_size for case in cases), groups)
-    for number, permutation in enumerate(order):
-        turns = [Turn(case, number % len(groups)) for case in permutation]
-        done = run_round(model, cases, batches, number, turns, max_new_tokens=max_new_tokens, runs=runs)
-        yield sorted(done, key=lambda run: run.case)
 
 
 def _record(

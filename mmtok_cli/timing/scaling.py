@@ -53,7 +53,7 @@ def parse_tokens(text: str) -> list[int]:
         side = math.isqrt(number)
         if side**2 != number:
             raise MMTokError(
-                f"{number} vision tokens fill no square grid",
+                f"{number} vision tokens do not fill a square grid",
                 f"the nearest that do are {side**2} and {(side + 1) ** 2}",
             )
         numbers.append(number)

@@ -5,25 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, median
-from typing import TYPE_CHECKING
 
 from mmtok_cli.results.records import GpuState, TimedRun
 from mmtok_cli.results.schema import CaseId, CaseResult, FlopCoverage, GpuUse, Memory, Tokens
 from mmtok_cli.timing.statistics import drift, outliers, paired_speedup, summarise
-
-if TYPE_CHECKING:
-    from mmtok_cli.cases import Case
-
-
-def summarise_cases(
-    cases: Sequence[Case], rounds: Sequence[Sequence[TimedRun]], flops: Sequence[Mapping[str, float]]
-) -> list[CaseResult]:
-    """Results of cases that all ran in every round; the first is the baseline of the speedups.
-
-    rounds: for each round the runs of all cases, in the order of cases. flops: for each case, by stage.
-    """
-    columns = [[runs[i] for runs in rounds] for i in range(len(cases))]
-    return [summarise_case(case.id, columns[i], columns[0] if i else None, flops[i]) for i, case in enumerate(cases)]
 
 
 def summarise_case(
