@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mmtok_cli.cli.options import OUTPUT, PLOTS, ExportOption, JsonOption, QuietOption, with_options
+from mmtok_cli.cli.options import OUTPUT, PLOTS, JsonOption, QuietOption, with_options
 from mmtok_cli.settings import MEASUREMENT, ProfileSettings
 
 if TYPE_CHECKING:
@@ -51,7 +51,15 @@ def profile(
         Path | None,
         typer.Option(help="Plot of the results of --scaling (.png, .svg, .pdf).", rich_help_panel=OUTPUT),
     ] = None,
-    exports: ExportOption = None,
+    exports: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--export",
+            help="Also write the results to a file (.json, .csv, .md). Repeatable.",
+            show_default=False,
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -81,14 +89,14 @@ def profile(
     sizes = parse_tokens(scaling_tokens or SCALING_TOKENS) if scaling else []
     progress = ConsoleProgress(quiet)
     found = measure(settings, sample, "demo" if image is None else str(image), trace_dir, progress, scaling_sizes=sizes)
-    if plot and isinstance(found.profile, ScalingProfile):
-        save_scaling(found.profile, plot)
-        progress.note(f"wrote {plot}")
     if as_json:
         print_json(found.profile)
     else:
         _show(found, settings, sizes, top, quiet)
     export_profile(found.profile, exports or [], quiet)
+    if plot and isinstance(found.profile, ScalingProfile):
+        save_scaling(found.profile, plot)
+        progress.note(f"wrote {plot}")
 
 
 def _show(found: Profiled, settings: ProfileSettings, sizes: Sequence[int], top: int, quiet: bool) -> None:

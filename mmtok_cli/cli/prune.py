@@ -60,7 +60,7 @@ def prune(
     from mmtok_cli.files import require_writable
     from mmtok_cli.panels import draw, lay_out
     from mmtok_cli.profiling import time_selection
-    from mmtok_cli.report.console import ConsoleProgress, print_json
+    from mmtok_cli.report.console import ConsoleProgress, print_json, printable, results_console
     from mmtok_cli.report.overlay import save_image
     from mmtok_cli.report.plots import save_gain_curve
 
@@ -77,16 +77,18 @@ def prune(
     selected = time_selection(model, case, sample)
     gains = _gains(selected, settings.method) if gain_curve else None
     shown = lay_out(model, selected.reduced, selected.selection)
+    if as_json:
+        entry = {"path": str(image)} | _entry(sample, selected, shown)
+        print_json(_head(settings, model, case, selected) | {"images": [entry], "seconds": selected.seconds})
+    else:
+        _show(settings, model, case, selected, shown, mark)
     if output:
         save_image(draw(sample.images[0], shown, mark), output)
     if gain_curve and gains is not None:
         tokens = selected.reduced.tokens[0]
         save_gain_curve(gains, gain_curve, f"{case}, {tokens.kept} of {tokens.total} tokens")
-    if as_json:
-        entry = {"path": str(image)} | _entry(sample, selected, shown)
-        print_json(_head(settings, model, case, selected) | {"images": [entry], "seconds": selected.seconds})
-    else:
-        _show(settings, model, case, selected, shown, mark, [path for path in (output, gain_curve) if path])
+    for path in () if as_json else filter(None, (output, gain_curve)):
+        results_console().print(f"wrote {printable(path)}", soft_wrap=True)
 
 
 def _gains(selected: Selected, method: str) -> list[float]:
@@ -152,10 +154,9 @@ def _show(
     selected: Selected,
     shown: list[Shown],
     mark: int,
-    written: list[Path],
 ) -> None:
     from mmtok_cli.report.catalogues import kept_map
-    from mmtok_cli.report.console import printable, results_console
+    from mmtok_cli.report.console import results_console
     from mmtok_cli.report.tables import part_text, rules_text, weights_text
 
     out = results_console()
@@ -170,8 +171,6 @@ def _show(
                 out.print(panel.title, style="bold")
             eligible = selected.reduced.vision[0].eligible[list(panel.tokens)].tolist()
             out.print(kept_map(panel.grid, each.kept, each.order, mark, eligible, each.merged))
-    for path in written:
-        out.print(f"wrote {printable(path)}", soft_wrap=True)
 
 
 def _sentence(case: Case, selected: Selected, grids: list[tuple[int, int]]) -> str:
