@@ -121,7 +121,7 @@ def make_plan(
 
 
 def require_same(then: Plan, now: Plan) -> None:
-    """Refuse to go on with a plan elsewhere than where it was begun. Raises MMTokError that says what differs."""
+    """Raises MMTokError that says what differs if a run cannot be resumed here, or with these samples."""
     differences = _differences(_where(then.environment), _where(now.environment))
     if differences:
         raise MMTokError(

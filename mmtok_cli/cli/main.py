@@ -30,7 +30,7 @@ class Commands(TyperGroup):
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
-            typer.echo("error: there is no space left to write to", err=True)
+            typer.echo("error: no space left on device", err=True)
             raise typer.Exit(1) from error
         except Exception as error:
             _note_untested_release(error)

@@ -80,11 +80,12 @@ def markdown_text(comparison: Comparison) -> str:
 
 def _conditions(comparison: Comparison) -> str:
     schedule = comparison.schedule
+    sizes = schedule.batch_size if isinstance(schedule.batch_size, int) else ", ".join(map(str, schedule.batch_size))
     rules = rules_text(comparison.rules)
     return (
         f"{environment_line(comparison.model, comparison.environment).plain}; "
         f"{plural(schedule.samples, 'sample')}, {plural(schedule.rounds, 'round')}, "
-        f"batch size {schedule.batch_size}, seed {schedule.seed}" + (f"; {rules}" if rules else "")
+        f"batch size {sizes}, seed {schedule.seed}" + (f"; {rules}" if rules else "")
     )
 
 

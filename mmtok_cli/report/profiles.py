@@ -52,7 +52,7 @@ def profile_notes(
         notes = [
             tables.ceiling(baseline),
             *tables.layer_notes(part.cases),
-            *tables.inconclusive_notes(others, COMPARED),
+            *tables.inconclusive_notes(others, COMPARED if len(part.cases) <= SIDE_BY_SIDE else SPEEDUPS),
         ]
         lines += [head + note for note in notes]
     lines += ceiling_notes(profile)

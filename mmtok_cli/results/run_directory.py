@@ -149,7 +149,7 @@ def _require_format(path: Path) -> None:
         raise MMTokError(
             f"{path.parent} was written by mmtok {version} in the format {found}; "
             f"mmtok {__version__} reads {PLAN_FORMAT}",
-            f"read it with mmtok {version}, or start a new run in another directory",
+            "read it with the version that wrote it, or start a new run in another directory",
         )
 
 
