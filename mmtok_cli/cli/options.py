@@ -7,7 +7,7 @@ import inspect
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import typer
 from typer.models import ArgumentInfo
@@ -31,8 +31,6 @@ ExportOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.", rich_help_panel=OUTPUT)]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Hide progress and notes.", rich_help_panel=OUTPUT)]
-
-Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def with_options(settings: type[Settings]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -87,7 +87,7 @@ def method_details(method: dict[str, Any]) -> Table:
     table.add_row("positions", f"{positions} on the released track")
     padding = "can be selected on the released track" if method["keeps_padding"] else "never selected"
     table.add_row("padding", padding)
-    table.add_row("signals", ", ".join(method["signals"]) or "none; it sees only the vision tokens")
+    table.add_row("signals", ", ".join(method["signals"]) or "none of the encoder")
     if not method["parameters"]:
         table.add_row("parameters", "none")
     for name, setting in method["settings"].items():
