@@ -46,7 +46,8 @@ Parameters
     Annotate each field: int, float, bool, str, a Literal, a tuple of these, or one of them or None. Values of the
     command line are converted and checked by the annotation. Check the range in `__post_init__` and raise ValueError
     (or MMTokError, to add a hint); either becomes one line and exit status 2. `require_layers` checks parameters that
-    name decoder layers, within `cuts`.
+    name decoder layers, within `cuts`. A field `seed: int` receives --seed; draw with a generator on the CPU that is
+    seeded from it and from `vision.image_id`, so that an image is treated alike in every batch and on every device.
 
 Register the class in the package's pyproject.toml, and it works in every command:
 
@@ -76,7 +77,8 @@ class Method:
 
     Class attributes, which `mmtok methods` prints:
     summary: a few words for the list. source: the paper, as in "arXiv 2403.06764".
-    acts: "before the encoder", "between encoder and language model" or "inside the language model".
+    acts: "before the encoder", "between encoder and language model" or "inside the language model", for the catalogue.
+        Set it if the method does not override `select`.
     reads_question: the choice depends on the question, so a second question may not find what it needs.
     training_free: works on a model as it is. takes_budget: False for methods whose count is fixed.
 
@@ -86,7 +88,8 @@ class Method:
     per_crop: where a model cuts an image into crops, `select` is called for each crop with a part of the budget, as in
         methods that act on the encoder's output (see `across_crops`); otherwise once for the packed sequence of all
         crops, line ends included. A method that reads signals must set it.
-    positions: whether the authors' code keeps the positions of kept tokens or renumbers them.
+    positions: whether the authors' code keeps the positions of kept tokens or renumbers them. FastV keeps them; without
+        code to follow, choose what the methods to compare with do.
     keeps_padding: in the authors' code padding can be selected; the released track then shows all tokens as eligible.
     matrices: memory that `select` needs and that grows with the square of the tokens, as a number of float32 matrices
         [tokens, tokens]; `profile --scaling` uses it to predict whether a size fits.
