@@ -1,0 +1,148 @@
+"""Bad input of every kind to every command: refused in one clear line, nothing written, nothing lost.
+
+Run as a program, this prints what is not refused: `python tests/test_bad_inputs.py [KIND …]`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+import typer.main
+from bad_inputs import GOOD_IMAGES, WORKING, BadInput, bad_inputs, make_files
+from fork_server import TIMED_OUT, Done, ForkServer
+
+from mmtok_cli.cli.main import app
+
+CASES = bad_inputs()
+MEMORY = 2**30  # bytes that a refusal may take beyond those of the server
+Tree = dict[str, tuple[int, ...]]
+
+
+class Place:
+    """A directory with everything that the tables name, and a server that runs commands in it."""
+
+    def __init__(self, directory: Path, server: ForkServer) -> None:
+        self.directory = directory
+        self.server = server
+        make_files(directory, self.run_well)
+        self.peak = server.run(["models"], directory).peak
+
+    def run_well(self, arguments: tuple[str, ...], directory: Path) -> Done:
+        done = self.server.run(arguments, directory)
+        assert done.status == 0, done.stderr
+        return done
+
+    def fault(self, case: BadInput) -> str:
+        """What is wrong with how a case is handled; nothing if it is refused as it should be."""
+        before = tree(self.directory)
+        done = self.server.run(case.arguments, self.directory, environment=case.environment, packages=case.packages)
+        after = tree(self.directory)
+        problem = fault_of_refusal(done, case, self.peak)
+        if changed := sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name)):
+            problem = f"{problem}; changed: {', '.join(changed[:4])}".removeprefix("; ")
+        return problem
+
+
+def tree(directory: Path) -> Tree:
+    """What every entry below a directory is, without reading it."""
+    found: Tree = {}
+    for root, directories, files in os.walk(directory):
+        for name in (*directories, *files):
+            status = os.lstat(os.path.join(root, name))  # noqa: PTH116, PTH118 (a thousand entries for each case)
+            size = status.st_size if name not in directories else 0
+            found[f"{root}/{name}"] = (status.st_mode, status.st_ino, size, status.st_mtime_ns)
+    return found
+
+
+def fault_of_refusal(done: Done, case: BadInput, usual_peak: int) -> str:
+    if done.status == TIMED_OUT:
+        return "it hangs"
+    if "Traceback" in done.stderr:
+        return f"traceback: {done.stderr.splitlines()[-1][:200]}"
+    if done.status != 2:
+        return f"exit status {done.status}: {(done.stderr or done.stdout)[-200:]!r}"
+    first, *rest = done.stderr.removesuffix("\n").split("\n")
+    if not first.startswith("error: ") or len(rest) > 1 or not all(line.startswith("hint: ") for line in rest):
+        return f"not an error and a hint: {done.stderr[:400]!r}"
+    if hostile := re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", done.stderr):
+        return f"{hostile[0]!r} reaches the terminal"
+    if len(done.stderr) > 12_000:
+        return f"a message of {len(done.stderr)} letters"
+    if done.stdout:
+        return f"standard output: {done.stdout[:200]!r}"
+    if case.says not in done.stderr:
+        return f"{case.says!r} is not named: {done.stderr!r}"
+    if missing := unknown_options(case, done.stderr):
+        return f"there is no option {', '.join(missing)}: {done.stderr!r}"
+    if done.peak > usual_peak + MEMORY:
+        return f"{(done.peak - usual_peak) / 2**30:.1f} GiB of memory"
+    return ""
+
+
+def unknown_options(case: BadInput, text: str) -> list[str]:
+    """Options that a message names and that the command does not have."""
+    given = " ".join(case.arguments)
+    built = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    command = case.arguments[0] if case.arguments else ""
+    missing = []
+    for other, option in re.findall(r"(?:mmtok (\w+)[^`\n]*? )?(?<![\w-])(--[a-z][a-z-]*)", text):
+        parameters = built[other or command].params if (other or command) in built else []
+        known = {name for parameter in parameters for name in (*parameter.opts, "--help")}
+        if option not in known and option not in given:
+            missing.append(option)
+    return missing
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    with ForkServer() as server:
+        yield Place(tmp_path_factory.mktemp("bad"), server)
+
+
+@pytest.mark.parametrize("command", WORKING)
+def test_what_the_cases_start_from_works(command: str, place: Place) -> None:
+    """A case is refused because of the one thing in it that is bad."""
+    with TemporaryDirectory() as outside:
+        outputs = {"profile": [f"--trace-dir={outside}/t"], "compare": [f"--run-dir={outside}/r"]}
+        place.run_well((*WORKING[command], *outputs.get(command, [])), place.directory)
+
+
+@pytest.mark.parametrize("name", GOOD_IMAGES)
+def test_unusual_images_are_read(name: str, place: Place) -> None:
+    place.run_well(("prune", f"images/{name}", *WORKING["prune"][2:]), place.directory)
+
+
+def test_a_folder_with_brackets_is_no_pattern(place: Place) -> None:
+    data = (*WORKING["compare"], "--data=more [2024]/good.jsonl", "--image-root=.", "--dry-run")
+    place.run_well(data, place.directory)
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case.id for case in CASES])
+def test_refused(case: BadInput, place: Place) -> None:
+    assert place.fault(case) == ""
+
+
+def main(kinds: list[str]) -> None:
+    failed: Counter[str] = Counter()
+    chosen = [case for case in CASES if not kinds or case.kind in kinds]
+    with TemporaryDirectory() as directory, ForkServer() as server:
+        place = Place(Path(directory), server)
+        for case in chosen:
+            if problem := place.fault(case):
+                failed[case.kind] += 1
+                print(f"{case.id}: {problem}")  # noqa: T201
+    total = Counter(case.kind for case in chosen)
+    for kind, count in total.items():
+        print(f"{kind:12} {count:5} inputs, {failed[kind]:4} not refused")  # noqa: T201
+    print(f"{'all':12} {total.total():5} inputs, {failed.total():4} not refused")  # noqa: T201
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
