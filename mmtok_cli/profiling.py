@@ -71,7 +71,7 @@ def profile(
     if scaling_sizes:
         check_scaling(model, cases, sample, scaling_sizes)
     for case in cases:
-        case.check(model, [sample])
+        case.check(model, [sample], settings.max_new_tokens)
     order = interleaved(len(cases), settings.rounds, settings.seed)
     rounds, interrupted = _time(model, cases, sample, order, settings, progress)
     flops: list[dict[str, float]] = []

@@ -17,7 +17,6 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args
@@ -188,7 +187,7 @@ BUDGETS = (
 )
 METHODS = (
     *("", " ", "mmtk", "nosuch", "MMTok", "mmtok:", ":text", "mmtok:nosuch", "mmtok.text", "../mmtok", "[red]"),
-    *("\x1b[31mmmtok", "mmtok\n", "a" * 5000, "random;full", "os:system", "mmtok_cli.methods.full:Full", "√"),
+    *("\x1b[31mmmtok", "mmtok\nfull", "a" * 5000, "random;full", "os:system", "mmtok_cli.methods.full:Full", "√"),
 )
 SETTINGS = (
     *("", "=", "x", "mmtok", "mmtok.", ".alpha=1", "mmtok.alpha", "mmtok.alpha=", "=1", "mmtok=1", "mmtok.nosuch=1"),

@@ -1,4 +1,4 @@
-"""Runs `mmtok` hundreds of times: one process imports torch and loads the demo model, and a fork of it runs each command.
+"""Runs `mmtok` hundreds of times: one process imports torch and the rest, and a fork of it runs each command.
 
 As a program this is the server: it reads one request per line on standard input and answers each with one line.
 """

@@ -35,6 +35,7 @@ from mmtok_cli.tokens import PADDING, Selection, TextTokens, VisionTokens
 Stage = Callable[[str], AbstractContextManager[Any]]
 Grid = tuple[int, int]  # rows, columns
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the image
+LONGEST_TOKEN = 64  # characters; longer ones, such as runs of spaces, are rare
 IMAGE_MARKER = "<image>"  # marks the place of an image in a question
 
 
@@ -208,19 +209,11 @@ class VisionLanguageModel(ABC):
         sizes = list(zip(flat, grids, strict=True))
         pixels = [self.pixels(image, grid) for image, grid in sizes]
         counts = iter(self.total(image) if grid is None else grid[0] * grid[1] for image, grid in sizes)
-        token = self.processor.image_token
-        texts = []
-        for question, group in zip(questions, images, strict=True):
-            before, *after = self._chat(question, len(group)).split(token)
-            texts.append(before + "".join(self.placeholders(next(counts)) + part for part in after))
-        bos = self.tokenizer.bos_token
-        encoded = self.tokenizer(
-            texts,
-            padding=True,
-            padding_side="left",
-            add_special_tokens=not (bos and texts[0].startswith(bos)),
-            return_tensors="pt",
-        ).to(self.device)
+        texts = [
+            self._prompt_text(question, [next(counts) for _ in group])
+            for question, group in zip(questions, images, strict=True)
+        ]
+        encoded = self._tokenize(texts, padding=True, padding_side="left", return_tensors="pt").to(self.device)
         return Prompt(
             input_ids=encoded["input_ids"],
             attention_mask=encoded["attention_mask"],
@@ -232,8 +225,27 @@ class VisionLanguageModel(ABC):
             questions=tuple(questions),
         )
 
+    def text_length(self, question: str, images: int) -> int:
+        """Text tokens of the prompt for a question about so many images. Raises MMTokError as `prepare` does."""
+        return len(self._tokenize([self._prompt_text(question, [0] * images)])["input_ids"][0])
+
+    def _prompt_text(self, question: str, counts: Sequence[int]) -> str:
+        """The prompt with `counts` placeholders for its images."""
+        before, *after = self._chat(question, len(counts)).split(self.processor.image_token)
+        return before + "".join(self.placeholders(count) + part for count, part in zip(counts, after, strict=True))
+
+    def _tokenize(self, texts: list[str], **options: Any) -> Any:
+        bos = self.tokenizer.bos_token
+        return self.tokenizer(texts, add_special_tokens=not (bos and texts[0].startswith(bos)), **options)
+
     def _chat(self, question: str, images: int) -> str:
         """The prompt with one image token for each image."""
+        if len(question) > self.context_length * LONGEST_TOKEN:  # a tokenizer would take minutes and gigabytes
+            raise MMTokError(
+                f"the question of {len(question):,} characters does not fit into the {self.context_length} tokens "
+                f"that {self.name} can read",
+                "shorten the question",
+            )
         markers = question.count(IMAGE_MARKER)
         if markers not in (0, images):
             raise MMTokError(
