@@ -171,10 +171,13 @@ def check_context(
 
 def _require_context(model: VisionLanguageModel, prompt: int, max_new_tokens: int) -> None:
     if prompt + max_new_tokens > model.context_length:
+        too_long, lower = "does not fit", "--budget"
+        if max_new_tokens:
+            too_long, lower = f"and an answer of up to {max_new_tokens} do not fit", "--budget or --max-new-tokens"
         raise MMTokError(
-            f"the prompt of {prompt} tokens and an answer of up to {max_new_tokens} do not fit into the "
-            f"{model.context_length} tokens that {model.name} can read",
-            "shorten the question, or lower --budget or --max-new-tokens",
+            f"the prompt of {prompt} tokens {too_long} into the {model.context_length} tokens that {model.name} "
+            "can read",
+            f"shorten the question, or lower {lower}",
         )
 
 

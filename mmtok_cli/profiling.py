@@ -121,6 +121,7 @@ def time_selection(model: VisionLanguageModel, case: Case, sample: Sample) -> Se
 
     What a method drops inside the language model is known only when the prompt has been read, so it is read then.
     """
+    case.check(model, [sample], max_new_tokens=0)
     cuts_inside = bool(reduce(model, case.method, [sample], case.budget, rules=case.rules).cuts)
     if cuts_inside:
         answer(model, case.method, [sample], case.budget, rules=case.rules, max_new_tokens=1)

@@ -10,6 +10,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -33,6 +34,7 @@ class Place:
         self.server = server
         make_files(directory, self.run_well)
         self.peak = server.run(["models"], directory).peak
+        self.tree = tree(directory)
 
     def run_well(self, arguments: tuple[str, ...], directory: Path) -> Done:
         done = self.server.run(arguments, directory)
@@ -41,23 +43,30 @@ class Place:
 
     def fault(self, case: BadInput) -> str:
         """What is wrong with how a case is handled; nothing if it is refused as it should be."""
-        before = tree(self.directory)
+        before = self.tree
         done = self.server.run(case.arguments, self.directory, environment=case.environment, packages=case.packages)
-        after = tree(self.directory)
+        self.tree = after = tree(self.directory)
         problem = fault_of_refusal(done, case, self.peak)
         if changed := sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name)):
             problem = f"{problem}; changed: {', '.join(changed[:4])}".removeprefix("; ")
         return problem
 
 
-def tree(directory: Path) -> Tree:
+def tree(directory: Path | str) -> Tree:
     """What every entry below a directory is, without reading it."""
     found: Tree = {}
-    for root, directories, files in os.walk(directory):
-        for name in (*directories, *files):
-            status = os.lstat(os.path.join(root, name))  # noqa: PTH118 (a thousand entries for each case)
-            size = status.st_size if name not in directories else 0
-            found[f"{root}/{name}"] = (status.st_mode, status.st_ino, size, status.st_mtime_ns)
+    with suppress(PermissionError), os.scandir(directory) as entries:
+        for entry in entries:
+            status = entry.stat(follow_symlinks=False)
+            is_directory = entry.is_dir(follow_symlinks=False)
+            found[entry.path] = (
+                status.st_mode,
+                status.st_ino,
+                0 if is_directory else status.st_size,
+                status.st_mtime_ns,
+            )
+            if is_directory:
+                found |= tree(entry.path)
     return found
 
 

@@ -236,7 +236,8 @@ class VisionLanguageModel(ABC):
 
     def _tokenize(self, texts: list[str], **options: Any) -> Any:
         bos = self.tokenizer.bos_token
-        return self.tokenizer(texts, add_special_tokens=not (bos and texts[0].startswith(bos)), **options)
+        special = not (bos and texts[0].startswith(bos))
+        return self.tokenizer(texts, add_special_tokens=special, verbose=False, **options)
 
     def _chat(self, question: str, images: int) -> str:
         """The prompt with one image token for each image."""
@@ -294,7 +295,7 @@ class VisionLanguageModel(ABC):
 
     def embed_words(self, words: Sequence[str]) -> Tensor:
         """Input embeddings of words, [text tokens, dim], without the token that begins every sequence."""
-        ids = self.tokenizer(list(words), is_split_into_words=True)["input_ids"]
+        ids = self.tokenizer(list(words), is_split_into_words=True, verbose=False)["input_ids"]
         if len(ids) > 1 and ids[0] == self.tokenizer.bos_token_id:
             ids = ids[1:]
         return hf.input_embedding(self.model)(torch.tensor(ids, device=self.device))
