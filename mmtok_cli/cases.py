@@ -14,7 +14,7 @@ from mmtok_cli.data.samples import Sample
 from mmtok_cli.errors import MMTokError, first_line
 from mmtok_cli.methods.base import Method
 from mmtok_cli.models.base import Stage, VisionLanguageModel
-from mmtok_cli.pipeline import RELEASED, Answers, answer, check_budget, check_context
+from mmtok_cli.pipeline import RELEASED, Answers, answer, check_budget
 from mmtok_cli.results.records import parameters_of
 from mmtok_cli.results.schema import CaseId
 from mmtok_cli.rules import Rules
@@ -48,15 +48,10 @@ class Case:
             again=self.again,
         )
 
-    def check(self, model: VisionLanguageModel, samples: Sequence[Sample], max_new_tokens: int) -> None:
-        """Refuse a budget that cannot be met, and an answer for which the first batch leaves no room.
-
-        Raises MMTokError that names the case.
-        """
+    def check(self, model: VisionLanguageModel, samples: Sequence[Sample]) -> None:
+        """Refuse a budget that cannot be met. Raises MMTokError that names the case."""
         try:
             check_budget(model, self.method, samples, self.budget, self.rules)
-            first = samples[: self.batch_size]
-            check_context(model, self.method, first, self.budget, max_new_tokens, self.rules)
         except MMTokError as error:
             raise MMTokError(f"{self}: {error.message}", error.hint) from error
 

@@ -195,8 +195,7 @@ class ComparisonRun:
         for case in cases:
             whole = [sample for batch in in_batches(samples, sizes)[case.batch_size] for sample in batch]
             lazy = any(isinstance(sample.images, ClosedImages) for sample in whole)
-            checked = [sample.open() for sample in groups[case.batch_size][0]] if lazy else whole
-            case.check(model, checked, self.settings.max_new_tokens)
+            case.check(model, [sample.open() for sample in groups[case.batch_size][0]] if lazy else whole)
         plan = make_plan(self.settings, cases, prepared.dataset, environment_of(model), len(timed))
         if self.store is not None:
             require_same(self.store.plan, plan)

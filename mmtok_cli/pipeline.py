@@ -150,37 +150,6 @@ def check_budget(
         cuts_of(method, total, kept, model)
 
 
-def check_context(
-    model: VisionLanguageModel,
-    method: Method,
-    samples: Sequence[Sample],
-    budget: Budget | None,
-    max_new_tokens: int,
-    rules: Rules = RELEASED,
-) -> None:
-    """Refuse prompts and answers that are longer than the model can read, before anything is encoded.
-
-    Tokens that are dropped inside the language model are counted as if they never entered it; `answer` counts them.
-    Raises MMTokError.
-    """
-    for sample in samples:
-        plans = plan_images(model, method, sample.images, budget, rules)
-        length = sum(plan.keep for plan in plans) + model.text_length(sample.question, len(plans))
-        _require_context(model, length, max_new_tokens)
-
-
-def _require_context(model: VisionLanguageModel, prompt: int, max_new_tokens: int) -> None:
-    if prompt + max_new_tokens > model.context_length:
-        too_long, lower = "does not fit", "--budget"
-        if max_new_tokens:
-            too_long, lower = f"and an answer of up to {max_new_tokens} do not fit", "--budget or --max-new-tokens"
-        raise MMTokError(
-            f"the prompt of {prompt} tokens {too_long} into the {model.context_length} tokens that {model.name} "
-            "can read",
-            f"shorten the question, or lower {lower}",
-        )
-
-
 def inside(
     model: VisionLanguageModel, reduced: Reduced, *, stage: Stage = unwatched
 ) -> AbstractContextManager[Inside | None]:
@@ -210,7 +179,13 @@ def answer(
     Raises MMTokError where a budget cannot be met or the prompt is longer than the model can read.
     """
     reduced = reduce(model, method, samples, budget, rules=rules, stage=stage)
-    _require_context(model, reduced.inputs["input_ids"].shape[1], max_new_tokens)
+    length = reduced.inputs["input_ids"].shape[1]
+    if length + max_new_tokens > model.context_length:
+        raise MMTokError(
+            f"the prompt of {length} tokens and an answer of up to {max_new_tokens} do not fit into the "
+            f"{model.context_length} tokens that {model.name} can read",
+            "shorten the question, or lower --budget or --max-new-tokens",
+        )
     with inside(model, reduced, stage=stage) as cut:
         with stage("prefill"):
             first_logits, cache = prefill(model, reduced.inputs)

@@ -71,7 +71,7 @@ def profile(
     if scaling_sizes:
         check_scaling(model, cases, sample, scaling_sizes)
     for case in cases:
-        case.check(model, [sample], settings.max_new_tokens)
+        case.check(model, [sample])
     order = interleaved(len(cases), settings.rounds, settings.seed)
     rounds, interrupted = _time(model, cases, sample, order, settings, progress)
     flops: list[dict[str, float]] = []
@@ -121,7 +121,6 @@ def time_selection(model: VisionLanguageModel, case: Case, sample: Sample) -> Se
 
     What a method drops inside the language model is known only when the prompt has been read, so it is read then.
     """
-    case.check(model, [sample], max_new_tokens=0)
     cuts_inside = bool(reduce(model, case.method, [sample], case.budget, rules=case.rules).cuts)
     if cuts_inside:
         answer(model, case.method, [sample], case.budget, rules=case.rules, max_new_tokens=1)

@@ -209,11 +209,20 @@ class VisionLanguageModel(ABC):
         sizes = list(zip(flat, grids, strict=True))
         pixels = [self.pixels(image, grid) for image, grid in sizes]
         counts = iter(self.total(image) if grid is None else grid[0] * grid[1] for image, grid in sizes)
-        texts = [
-            self._prompt_text(question, [next(counts) for _ in group])
-            for question, group in zip(questions, images, strict=True)
-        ]
-        encoded = self._tokenize(texts, padding=True, padding_side="left", return_tensors="pt").to(self.device)
+        token = self.processor.image_token
+        texts = []
+        for question, group in zip(questions, images, strict=True):
+            before, *after = self._chat(question, len(group)).split(token)
+            texts.append(before + "".join(self.placeholders(next(counts)) + part for part in after))
+        bos = self.tokenizer.bos_token
+        encoded = self.tokenizer(
+            texts,
+            padding=True,
+            padding_side="left",
+            add_special_tokens=not (bos and texts[0].startswith(bos)),
+            return_tensors="pt",
+            verbose=False,
+        ).to(self.device)
         return Prompt(
             input_ids=encoded["input_ids"],
             attention_mask=encoded["attention_mask"],
@@ -224,20 +233,6 @@ class VisionLanguageModel(ABC):
             owners=tuple(row for row, group in enumerate(images) for _ in group),
             questions=tuple(questions),
         )
-
-    def text_length(self, question: str, images: int) -> int:
-        """Text tokens of the prompt for a question about so many images. Raises MMTokError as `prepare` does."""
-        return len(self._tokenize([self._prompt_text(question, [0] * images)])["input_ids"][0])
-
-    def _prompt_text(self, question: str, counts: Sequence[int]) -> str:
-        """The prompt with `counts` placeholders for its images."""
-        before, *after = self._chat(question, len(counts)).split(self.processor.image_token)
-        return before + "".join(self.placeholders(count) + part for count, part in zip(counts, after, strict=True))
-
-    def _tokenize(self, texts: list[str], **options: Any) -> Any:
-        bos = self.tokenizer.bos_token
-        special = not (bos and texts[0].startswith(bos))
-        return self.tokenizer(texts, add_special_tokens=special, verbose=False, **options)
 
     def _chat(self, question: str, images: int) -> str:
         """The prompt with one image token for each image."""
