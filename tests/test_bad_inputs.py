@@ -5,6 +5,7 @@ Run as a program, this prints what is not refused: `python tests/test_bad_inputs
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import sys
@@ -13,15 +14,21 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TypeGuard
 
 import pytest
 import typer.main
 from bad_inputs import GOOD_IMAGES, WORKING, BadInput, bad_inputs, make_files
 from fork_server import TIMED_OUT, Done, ForkServer
 
+import mmtok_cli
 from mmtok_cli.cli.main import app
 
 CASES = bad_inputs()
+COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
+OPTIONS_OF_OTHERS = {"--version", "--porcelain", "--logdir", "--lock-gpu-clocks"}  # of mmtok itself and other programs
+SOURCE = Path(mmtok_cli.__file__).parent
 MEMORY = 2**30  # bytes that a refusal may take beyond those of the server
 Tree = dict[str, tuple[int, ...]]
 
@@ -97,16 +104,30 @@ def fault_of_refusal(done: Done, case: BadInput, usual_peak: int) -> str:
 
 def unknown_options(case: BadInput, text: str) -> list[str]:
     """Options that a message names and that the command does not have."""
-    given = " ".join(case.arguments)
-    built = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    command = case.arguments[0] if case.arguments else ""
-    missing = []
-    for other, option in re.findall(r"(?:mmtok (\w+)[^`\n]*? )?(?<![\w-])(--[a-z][a-z-]*)", text):
-        parameters = built[other or command].params if (other or command) in built else []
-        known = {name for parameter in parameters for name in (*parameter.opts, "--help")}
-        if option not in known and option not in given:
-            missing.append(option)
+    given, missing = " ".join(case.arguments), []
+    for line in text.splitlines():
+        other = re.search(r"mmtok (\w+)", line)  # as in "resume with: mmtok compare --resume"
+        known = option_names(other[1] if other and other[1] in COMMANDS else case.arguments[0])
+        missing += [name for name in OPTION.findall(line) if name not in known and name not in given]
     return missing
+
+
+def option_names(command: str) -> set[str]:
+    """The options of a command, in all spellings."""
+    return {name for parameter in COMMANDS[command].params for name in (*parameter.opts, "--help")}
+
+
+def test_options_in_messages_exist() -> None:
+    """Every option that a text of the program names is one; that it is the command's own is checked in each case."""
+    known = OPTIONS_OF_OTHERS.union(*map(option_names, COMMANDS))
+    for path in SOURCE.rglob("*.py"):
+        if path.parent.name != "demo":  # programs of their own
+            texts = [node.value for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if is_text(node)]
+            assert set(OPTION.findall("\n".join(texts))) <= known, path
+
+
+def is_text(node: ast.AST) -> TypeGuard[ast.Constant]:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
 
 
 @pytest.fixture(scope="module")
