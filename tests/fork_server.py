@@ -65,7 +65,7 @@ class ForkServer:
         *,
         environment: Mapping[str, str] | None = None,
         packages: str = "",
-        limit: int = 10,
+        limit: int = 120,
     ) -> Done:
         """Run `mmtok` with these arguments in a directory.
 

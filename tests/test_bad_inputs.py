@@ -29,6 +29,7 @@ COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 OPTIONS_OF_OTHERS = {"--version", "--porcelain", "--logdir", "--lock-gpu-clocks"}  # of mmtok itself and other programs
 SOURCE = Path(mmtok_cli.__file__).parent
+HANGS = 30  # seconds; most refusals take a twentieth of a second
 MEMORY = 2**30  # bytes that a refusal may take beyond those of the server
 Tree = dict[str, tuple[int, ...]]
 
@@ -51,7 +52,9 @@ class Place:
     def fault(self, case: BadInput) -> str:
         """What is wrong with how a case is handled; nothing if it is refused as it should be."""
         before = self.tree
-        done = self.server.run(case.arguments, self.directory, environment=case.environment, packages=case.packages)
+        done = self.server.run(
+            case.arguments, self.directory, environment=case.environment, packages=case.packages, limit=HANGS
+        )
         self.tree = after = tree(self.directory)
         problem = fault_of_refusal(done, case, self.peak)
         if changed := sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name)):
