@@ -48,7 +48,7 @@ class Budget:
         kept = math.floor(total * percent / 100) if count is None else count(percent / 100, total)
         if kept < 1:
             raise MMTokError(
-                f"a budget of {self} is less than one of the {total} vision tokens of the image",
+                f"{self} of {total} vision tokens is less than one",
                 f"choose at least {math.ceil(10000 / total) / 100:g}%, or a number of tokens",
             )
         return kept

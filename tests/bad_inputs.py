@@ -215,7 +215,8 @@ QUESTIONS = {
 def budgets() -> Iterator[BadInput]:
     for command in ("infer", "prune", "profile", "compare"):
         for text in BUDGETS:
-            yield BadInput("budget", _short(text), (*WORKING[command], f"--budget={text}"), says="budget")
+            says = "less than one" if text == "0.0001%" else "budget"
+            yield BadInput("budget", _short(text), (*WORKING[command], f"--budget={text}"), says=says)
 
 
 def methods() -> Iterator[BadInput]:

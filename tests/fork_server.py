@@ -100,9 +100,8 @@ def _serve() -> None:
 def _warm_up() -> None:
     """Import what commands import when they run."""
     from mmtok_cli.cli.main import app
-    from mmtok_cli.demo import architecture
 
-    image = str(Path(architecture.__file__).parent / "example.png")
+    image = str(Path(__file__).parent.parent / "mmtok_cli" / "demo" / "example.png")
     for command in (["infer", image, "What is it?"], ["compare", "--dry-run", "--limit", "1", "--methods", "none"]):
         app([*command, "--json"], standalone_mode=False)
     from mmtok_cli import profiling  # noqa: F401

@@ -96,6 +96,20 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         open_image(tmp_path / "whole.png")
 
 
+def test_right_answers() -> None:
+    sample = Sample((), "?", (), answer="Yes")
+    assert sample.is_right("yes") and sample.is_right(" YES. ") and not sample.is_right("no")
+    assert not Sample((), "?", ()).is_right("yes")
+    assert normalise("  A  Red\tstar! ") == "a red star"
+
+
+def test_demo_samples_are_the_same_every_time() -> None:
+    first, second = demo_samples(10), demo_samples(10)
+    assert [(s.question, s.answer, s.image_ids) for s in first] == [(s.question, s.answer, s.image_ids) for s in second]
+    assert all(a.images[0].tobytes() == b.images[0].tobytes() for a, b in zip(first, second, strict=True))
+    assert all(s.images[0].size == (336, 336) and s.answer and s.kind for s in first)
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -173,17 +187,3 @@ def test_whatever_a_decoder_raises(error: Exception, tmp_path: Path, monkeypatch
             open_image(tmp_path / "a.png")
     monkeypatch.setattr("PIL.ImageOps.exif_transpose", fail)
     assert open_image(tmp_path / "a.png").size == (20, 20)  # damaged metadata; the picture is there
-
-
-def test_right_answers() -> None:
-    sample = Sample((), "?", (), answer="Yes")
-    assert sample.is_right("yes") and sample.is_right(" YES. ") and not sample.is_right("no")
-    assert not Sample((), "?", ()).is_right("yes")
-    assert normalise("  A  Red\tstar! ") == "a red star"
-
-
-def test_demo_samples_are_the_same_every_time() -> None:
-    first, second = demo_samples(10), demo_samples(10)
-    assert [(s.question, s.answer, s.image_ids) for s in first] == [(s.question, s.answer, s.image_ids) for s in second]
-    assert all(a.images[0].tobytes() == b.images[0].tobytes() for a, b in zip(first, second, strict=True))
-    assert all(s.images[0].size == (336, 336) and s.answer and s.kind for s in first)

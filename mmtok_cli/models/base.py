@@ -221,7 +221,6 @@ class VisionLanguageModel(ABC):
             padding_side="left",
             add_special_tokens=not (bos and texts[0].startswith(bos)),
             return_tensors="pt",
-            verbose=False,
         ).to(self.device)
         return Prompt(
             input_ids=encoded["input_ids"],
@@ -290,7 +289,7 @@ class VisionLanguageModel(ABC):
 
     def embed_words(self, words: Sequence[str]) -> Tensor:
         """Input embeddings of words, [text tokens, dim], without the token that begins every sequence."""
-        ids = self.tokenizer(list(words), is_split_into_words=True, verbose=False)["input_ids"]
+        ids = self.tokenizer(list(words), is_split_into_words=True)["input_ids"]
         if len(ids) > 1 and ids[0] == self.tokenizer.bos_token_id:
             ids = ids[1:]
         return hf.input_embedding(self.model)(torch.tensor(ids, device=self.device))
