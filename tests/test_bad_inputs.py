@@ -30,7 +30,7 @@ OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 OPTIONS_OF_OTHERS = {"--version", "--porcelain", "--logdir", "--lock-gpu-clocks"}  # of mmtok itself and other programs
 SOURCE = Path(mmtok_cli.__file__).parent
 HANGS = 30  # seconds; most refusals take a twentieth of a second
-MEMORY = 2**30  # bytes that a refusal may take beyond those of the server
+MEMORY = 2 * 2**30  # bytes that a refusal may take beyond those of the server
 Tree = dict[str, tuple[int, ...]]
 
 
