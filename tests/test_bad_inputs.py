@@ -117,7 +117,8 @@ def unknown_options(case: BadInput, text: str) -> list[str]:
 
 def option_names(command: str) -> set[str]:
     """The options of a command, in all spellings."""
-    return {name for parameter in COMMANDS[command].params for name in (*parameter.opts, "--help")}
+    parameters = COMMANDS[command].params if command in COMMANDS else []
+    return {"--help"}.union(*(parameter.opts for parameter in parameters))
 
 
 def test_options_in_messages_exist() -> None:
