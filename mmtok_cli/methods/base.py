@@ -15,7 +15,6 @@ works on tensors of one image and never sees the model:
         power: float = 2.0                                  # set by --set largest-norm.power=1
 
         def select(self, vision, text, budget):
-            require_eligible(vision, budget)
             return highest(vision.projected.float().norm(p=self.power, dim=-1), vision.eligible, budget)
 
 Hooks, in the order in which they are called
@@ -77,10 +76,9 @@ class Method:
 
     Class attributes, which `mmtok methods` prints:
     summary: a few words for the list. source: the paper, as in "arXiv 2403.06764".
-    acts: "before the encoder", "between encoder and language model" or "inside the language model", for the catalogue.
-        Set it if the method does not override `select`.
     reads_question: the choice depends on the question, so a second question may not find what it needs.
-    training_free: works on a model as it is. takes_budget: False for methods whose count is fixed.
+    training_free: works on a model as it is. takes_budget: False for methods whose count is fixed. exact: keeps as many
+        tokens as the budget says; False for methods that may keep fewer, such as those that form rectangles.
 
     Class attributes about what the method reads and how its authors run it:
     signals: what the method reads of the encoder besides the tokens; nothing else is computed.
@@ -97,16 +95,27 @@ class Method:
 
     summary: ClassVar[str]
     source: ClassVar[str] = ""
-    acts: ClassVar[str] = "between encoder and language model"
     reads_question: ClassVar[bool] = False
     training_free: ClassVar[bool] = True
     takes_budget: ClassVar[bool] = True
+    exact: ClassVar[bool] = True
     signals: ClassVar[tuple[str, ...]] = ()
     alternative_signals: ClassVar[tuple[tuple[str, ...], ...]] = ()
     per_crop: ClassVar[bool] = False
     positions: ClassVar[Positions] = "renumber"
     keeps_padding: ClassVar[bool] = False
     matrices: ClassVar[float] = 0
+
+    @classmethod
+    def acts(cls) -> str:
+        """Where the method acts, which follows from the hooks that it overrides."""
+        places = {
+            "before the encoder": cls.resize is not Method.resize,
+            "between encoder and language model": cls.select is not Method.select
+            or cls.select_batch is not Method.select_batch,
+            "inside the language model": cls.cuts is not Method.cuts,
+        }
+        return " and ".join(place for place, is_used in places.items() if is_used) or "nowhere"
 
     @classmethod
     def signals_among(cls, offered: Sequence[str]) -> tuple[str, ...]:
@@ -182,17 +191,6 @@ class Method:
         raise MMTokError(
             f"{type(self).__name__} defines cuts but does not override choose",
             "this is a defect of the method: it must override `choose`",
-        )
-
-
-def require_eligible(vision: VisionTokens, budget: int) -> None:
-    """Refuse a budget above the number of eligible tokens. Raises MMTokError with the range that works."""
-    eligible = int(vision.eligible.sum())
-    if budget > eligible:
-        raise MMTokError(
-            f"the budget of {budget} is more than the {eligible} vision tokens of {vision.image_id} "
-            "that are not padding",
-            f"choose 1 to {eligible}, or all {vision.total}",
         )
 
 

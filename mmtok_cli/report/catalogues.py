@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
+from mmtok_cli.report.console import printable
 from mmtok_cli.report.tables import plain_table
 from mmtok_cli.report.units import count
 
@@ -62,11 +63,14 @@ def methods_table(methods: Sequence[dict[str, Any]]) -> Table:
     for heading in ("paper", "on", "asks", "free", "turns"):
         table.add_column(heading, no_wrap=True)
     for method in methods:
+        if "fault" in method:
+            table.add_row(Text(printable(method["name"])), "cannot be used, see below", *["–"] * 5)
+            continue
         table.add_row(
             method["name"],
             method["summary"],
             method["source"].removeprefix("arXiv ") or "–",
-            PLACES.get(method["acts"], method["acts"]),
+            ", ".join(PLACES.get(place, "–") for place in method["acts"].split(" and ") if place in PLACES) or "–",
             *(yes_or_no(method[fact]) for fact in ("reads_question", "training_free", "multi_turn")),
         )
     return table
