@@ -253,10 +253,14 @@ def _reduce_images(
         seen = [_as_seen(encoded, method, rules.track) for encoded in vision]
         texts = model.text_tokens(prompt, rules.track)
     plans = [_within_reach(plan, tokens, method) for plan, tokens in zip(plans, seen, strict=True)]
-    tasks = [SelectionTask(*each) for each in zip(seen, texts, [plan.keep for plan in plans], strict=True)]
+    tasks = [
+        # A smaller image may have fewer tokens than the budget.
+        SelectionTask(tokens, text, min(plan.keep, tokens.total))
+        for plan, tokens, text in zip(plans, seen, texts, strict=True)
+    ]
     images = []
     for plan, encoded, task, kept in zip(plans, vision, tasks, select(method, tasks, stage), strict=True):
-        image = ReducedImage(plan, encoded, task.vision.eligible, kept, cuts_of(method, kept.kept, plan.keep, model))
+        image = ReducedImage(plan, encoded, task.vision.eligible, kept, cuts_of(method, kept.kept, task.budget, model))
         hooks.check_kept(method, image.kept, plan.keep, encoded)
         images.append(image)
     if rules.budget_means == "layer-average" and any(
@@ -271,8 +275,8 @@ def _reduce_images(
 
 
 def _within_reach(plan: ImagePlan, seen: VisionTokens, method: Method) -> ImagePlan:
-    """The plan of an encoded image: unless everything is kept, no more tokens than are eligible."""
-    if plan.keep == plan.total:
+    """The plan of an image that was encoded at its own size: unless all are kept, no more tokens than are eligible."""
+    if plan.keep == plan.total or plan.grid:
         return plan
     parts = seen.crops.tokens if seen.crops and method.per_crop else (seen,)
     return replace(plan, keep=min(plan.keep, sum(int(part.eligible.sum()) for part in parts)))

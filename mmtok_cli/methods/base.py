@@ -17,6 +17,21 @@ works on tensors of one image and never sees the model:
         def select(self, vision, text, budget):
             return highest(vision.projected.float().norm(p=self.power, dim=-1), vision.eligible, budget)
 
+One that drops tokens inside the language model, before the decoder layer with index 2, by the attention that they
+receive in the layer before:
+
+    @dataclass(frozen=True)
+    class AfterTwoLayers(Method):
+        '''Keeps the tokens that the end of the prompt attends to most.'''
+
+        summary: ClassVar[str] = "tokens attended to after two layers"
+
+        def cuts(self, total, budget, layers):
+            return (Cut(before=2, keep=budget, reads=1),) if budget < total else ()
+
+        def choose(self, tokens, cut):
+            return highest(attention_at(tokens).mean((0, 1)), tokens.eligible, cut.keep)
+
 Hooks, in the order in which they are called
     resize    before the encoder: how many tokens a smaller version of the image has
     select    between encoder and language model: `budget` of the image's tokens (see VisionTokens, TextTokens)
@@ -24,7 +39,9 @@ Hooks, in the order in which they are called
     queries   for cuts that read attention: the text tokens whose attention is read
     choose    at each cut: which tokens stay (see LayerTokens)
     `count` (how a percentage is rounded), `across_crops` and `select_batch` are rarely needed.
-    select and choose return a Selection; it lists indices in ascending order, each once, exactly as many as asked for.
+    select and choose return a Selection: indices in ascending order, each once, exactly as many as asked for. What a
+    hook returns is checked in every run, and whatever it raises is reported as the method's fault. Tensors that a hook
+    is given must not be changed in place: rows of the method's own go into `Selection.tokens`.
 
 What a method reads
     `vision.projected` and `vision.features` are always there. Name anything else in the class attribute `signals`; it
@@ -37,23 +54,27 @@ What a method reads
     clip_text_embeds      [pieces, clip dim] the question there, one row for each piece that CLIP can read
 
 Padding
-    LLaVA-1.5 pads an image to a square. Tokens of padding are False in `vision.eligible` (and `tokens.eligible`): start
-    with `require_eligible(vision, budget)`, which refuses a budget that would need them, and rank with `highest` or
-    `ranking`, which put them last. With a budget of all tokens `select` is not called: nothing is dropped.
+    LLaVA-1.5 pads an image to a square. Tokens of padding are False in `vision.eligible` (and `tokens.eligible`) and
+    must not be kept: rank with `highest` or `ranking`, which put them last. `budget` is never more than the number of
+    eligible tokens. If everything is kept, `select` is not called.
 
 Parameters
-    Annotate each field: int, float, bool, str, a Literal, a tuple of these, or one of them or None. Values of the
-    command line are converted and checked by the annotation. Check the range in `__post_init__` and raise ValueError
+    Annotate each field: int, float, bool, str, a Literal, tuple[int, ...] (or of floats or str), or one of them or
+    None. Values are converted and checked by the annotation. Check the range in `__post_init__` and raise ValueError
     (or MMTokError, to add a hint); either becomes one line and exit status 2. `require_layers` checks parameters that
     name decoder layers, within `cuts`. A field `seed: int` receives --seed; draw with a generator on the CPU that is
     seeded from it and from `vision.image_id`, so that an image is treated alike in every batch and on every device.
+
+Extras
+    `Selection.order` is the order of the picks, which `mmtok prune` numbers in its picture; `highest` fills it with the
+    ranking by score. `Selection.gains`, what each pick added to the objective, is what `prune --gain-curve` plots.
 
 Register the class in the package's pyproject.toml, and it works in every command:
 
     [project.entry-points."mmtok.methods"]
     largest-norm = "largest_norm:LargestNorm"
 
-`mmtok_cli.methods.testing` has the checks that every method must pass.
+`mmtok_cli.methods.testing` has the checks that every method must pass. They take 10 to 60 seconds.
 """
 
 from __future__ import annotations
@@ -206,7 +227,8 @@ def require_layers(parameter: str, given: Sequence[int], layers: int, first: int
         example = ",".join(str(first + i) for i in range(min(len(given), last - first + 1)))
         raise MMTokError(
             f"{parameter}={','.join(map(str, given))} does not fit a language model of {layers} layers",
-            f"choose from {first} to {last}, ascending, as in --set {parameter}={example}",
+            f"choose {'a layer' if len(given) == 1 else 'layers'} from {first} to {last}"
+            f"{', ascending' if len(given) > 1 else ''}, as in --set {parameter}={example}",
         )
 
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from mmtok_cli.report.console import printable
 from mmtok_cli.report.tables import plain_table
 from mmtok_cli.report.units import count
 
@@ -64,7 +63,7 @@ def methods_table(methods: Sequence[dict[str, Any]]) -> Table:
         table.add_column(heading, no_wrap=True)
     for method in methods:
         if "fault" in method:
-            table.add_row(Text(printable(method["name"])), "cannot be used, see below", *["–"] * 5)
+            table.add_row(Text(ascii(method["name"])), "cannot be used, see below", *["–"] * 5)
             continue
         table.add_row(
             method["name"],
