@@ -12,6 +12,7 @@ import pytest
 import torch
 from cli_helpers import refused, run, run_json
 from test_third_party import installed
+from tiny_models import FAMILIES
 
 from mmtok_cli.budget import Budget
 from mmtok_cli.data.samples import Sample
