@@ -255,7 +255,7 @@ def test_count(kept: Any, tiny_sdpa: Llava, samples: list[Sample]) -> None:
 def test_across_crops(crops: Callable[..., Any], samples: list[Sample]) -> None:
     hooks = {"across_crops": lambda self, each: crops(each), "select": lambda self, v, t, b: best(v, b)}
     with pytest.raises(MethodFaultError, match="across_crops"):
-        answer(FAMILIES["llava_next"](), overriding(per_crop=True, **hooks), samples[:1], Budget(count=20))
+        answer(FAMILIES["llava_next"]("sdpa"), overriding(per_crop=True, **hooks), samples[:1], Budget(count=20))
 
 
 DECLARATIONS: dict[str, tuple[dict[str, Any], str]] = {
