@@ -141,7 +141,7 @@ def test_a_panorama_costs_no_case_anything(place: int, command: tuple[Any, ...],
     for number in range(3):
         picture(*((400, 40) if number == place else (84, 84)), number).save(folder / f"{number}.png")
     methods = "mmtok,resize,resize:pool,random,fastv,none"
-    options = ("--set", "fastv.layer=1", "--methods", methods, "-b", "30")
+    options = ("--set", "fastv.layer=1", "--methods", methods, "-b", "30", "--rounds", 3)
     result = run_json(*command, "--data", folder, "--question", "What?", *options)
     assert [case["case"]["method"] for case in result["results"]] == ["full", *methods.split(",")]
     assert not result["failures"] and not result["unevaluated"]
