@@ -29,6 +29,7 @@ from mmtok_cli.planning import (
     require_same,
     require_whole_batches,
     timed_samples,
+    with_absolute_paths,
 )
 from mmtok_cli.progress import Progress
 from mmtok_cli.results.progress import Remaining, is_finished, is_timed, left_to_evaluate, whole_rounds
@@ -95,7 +96,7 @@ class ComparisonRun:
         """
         directory = run_dir or newest_run(RUNS)
         then = read_plan(directory).options
-        _require_same_settings(then, settings, given, directory)
+        _require_same_settings(with_absolute_paths(then), with_absolute_paths(settings), given, directory)
         return cls(then, directory, progress, resume=True, pictures=pictures)
 
     def estimate(self) -> Estimate:

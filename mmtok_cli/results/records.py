@@ -34,6 +34,7 @@ from mmtok_cli.rules import Positions, Rules
 from mmtok_cli.settings import CompareSettings
 
 STAGES = ("prepare", "encode", "select", "prefill", "decode")
+SUMS = ("ttft", "total")
 
 
 def _read_number(value: Any) -> Any:
@@ -104,12 +105,16 @@ class TimedRun(Record):
 
     @model_validator(mode="after")
     def _adds_up(self) -> Self:
-        _require_stages(self.seconds, "ttft")
+        _require_stages(self.seconds, *SUMS)
         if self.seconds.keys() != self.repetitions.keys():
             raise ValueError("seconds and repetitions do not have the same stages")
         for stage, values in self.repetitions.items():
             if not values or not math.isclose(self.seconds[stage], median(values), abs_tol=1e-12):
                 raise ValueError(f"the seconds of {stage} are not the median of its repetitions")
+        if len({len(values) for values in self.repetitions.values()}) > 1:
+            raise ValueError("the stages differ in their number of repetitions")
+        for number in range(len(self.repetitions["total"])):
+            _require_sums({stage: values[number] for stage, values in self.repetitions.items()})
         if not (self.seconds["encode"] + self.seconds["prefill"] > 0 and self.seconds["ttft"] > 0):
             raise ValueError("the stages until the first token took no time")
         if not len(self.samples) == len(self.tokens) == len(self.answers) > 0:
@@ -131,7 +136,9 @@ class CountedFlops(Record):
 
     @model_validator(mode="after")
     def _has_all_stages(self) -> Self:
-        _require_stages(self.flops)
+        _require_stages(self.flops, "total")
+        if not math.isclose(self.flops["total"], sum(self.flops[stage] for stage in STAGES)):
+            raise ValueError("the total is not the sum of the stages")
         return self
 
 
@@ -285,6 +292,8 @@ class Plan(Record):
             raise ValueError(f"{differing[0]} and the options contradict each other")
         if not (self.timed or 1) <= self.samples <= self.options.limit:
             raise ValueError("the number of samples contradicts the options")
+        if any(planned.case.run is not None for planned in self.cases):
+            raise ValueError("its cases are of several runs")
         for number, planned in enumerate(self.cases):
             if not self.cases[self.baseline_of(number)].case.is_baseline:
                 raise ValueError(f"{planned.case.label} has no baseline")
@@ -316,10 +325,20 @@ class Plan(Record):
         return next(i for i, other in enumerate(self.cases) if other.case.batch_size == size)
 
 
-def _require_stages(values: Mapping[str, float], *more: str) -> None:
-    for name in (*STAGES, *more, "total"):
+def _require_stages(values: Mapping[str, float], *sums: str) -> None:
+    for name in (*STAGES, *sums):
         if name not in values:
             raise ValueError(f"{name} is missing")
+
+
+def _require_sums(seconds: Mapping[str, float]) -> None:
+    """Seconds of one repetition. Stages with the prefix `measured_` are contained in others."""
+    total = seconds["total"]
+    parts = [value for name, value in seconds.items() if name not in SUMS and not name.startswith("measured_")]
+    if not math.isclose(total, sum(parts)):
+        raise ValueError("the total is not the sum of the stages")
+    if not math.isclose(seconds["ttft"], total - seconds["decode"], abs_tol=1e-9 * total):
+        raise ValueError("ttft is not the sum of the stages before decode")
 
 
 def plain(value: Any) -> Any:

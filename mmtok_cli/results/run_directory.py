@@ -276,6 +276,7 @@ def _records(folder: Path, kind: type[Saved], check: Callable[[Saved], None]) ->
 def _parsed(path: Path, content: bytes, kind: type[Kind], hint: str) -> Kind:
     """A record from the content of its file. Raises MMTokError that names the file and says what is wrong with it."""
     try:
+        parse_json(content, allow_inf_nan=False)  # JSON has no NaN, and json_text writes none
         return from_json(kind, content, strict=True)
     except ValueError as error:
         raise MMTokError(f"{path} cannot be read: {validation_message(error)}", hint) from error

@@ -13,8 +13,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from mmtok_cli.budget import Budget
 from mmtok_cli.rules import Positions, Rules
 
 CONFIDENCE = 0.95  # of all intervals
@@ -217,6 +218,11 @@ class Flips(Record):
     p_value: float
 
 
+def _require_budget(text: str) -> str:
+    Budget.parse(text)
+    return text
+
+
 class CaseId(Record):
     """A case, which is a row of every table: a method with its parameters, at a budget and a batch size.
 
@@ -226,7 +232,7 @@ class CaseId(Record):
 
     method: str = Field(min_length=1)
     parameters: dict[str, Any]
-    budget: str | None
+    budget: Annotated[str, AfterValidator(_require_budget)] | None
     batch_size: Annotated[int, Field(ge=1)] = 1
     again: bool = False
     run: str | None = None
@@ -248,7 +254,7 @@ class CaseId(Record):
     @property
     def is_baseline(self) -> bool:
         """Whether this is the unreduced model that the others are compared with."""
-        return self.method == "full" and not self.again
+        return self.method == "full" and self.budget is None and not self.again
 
 
 class OfCase(Record):
