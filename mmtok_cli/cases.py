@@ -91,7 +91,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, (RuntimeError, OSError)) and bool(OUT_OF_MEMORY.search(str(error)))
+    return isinstance(error, (RuntimeError, OSError, torch.jit.Error)) and bool(OUT_OF_MEMORY.search(str(error)))
 
 
 def _line(error: Exception) -> str:

@@ -127,7 +127,8 @@ class ComparisonRun:
                 require_same(store.plan, plan)
                 self._tell_failures(store)
                 return self._complete(prepared, batches, store, processes)
-        require_no_run(self.directory)
+        if self.named:
+            require_no_run(self.directory)
         require_writable_directory(self.directory, "--run-dir")
         prepared = self._prepare()
         plan, batches = self._plan(prepared)

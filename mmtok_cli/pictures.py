@@ -86,7 +86,7 @@ def read_pictures(run: Path) -> list[OverlayGroup]:
     from mmtok_cli.report.page import Overlay, OverlayGroup
 
     folder = run / FOLDER
-    if not os.path.lexists(folder / INDEX):
+    if not (os.path.lexists(folder / INDEX) or folder.is_file()):
         return []
     try:
         album = from_json(Album, read_file(folder / INDEX), strict=True)

@@ -112,8 +112,10 @@ def absolute_data(text: str) -> str:
     return _absolute(text)
 
 
-def _absolute(path: str) -> str:
-    return str(Path(path).expanduser().absolute())
+def _absolute(text: str) -> str:
+    """A path with its directory resolved. Its own name stays, since its suffix tells the format, if it is a link."""
+    path = Path(text).expanduser()
+    return str(path.parent.resolve() / path.name)
 
 
 def make_plan(

@@ -229,8 +229,11 @@ def damaged(run_directory: Path, damage: Damage) -> Iterator[None]:
             damage.apply(run_directory / damage.file)
             yield
         finally:
-            shutil.rmtree(run_directory)
-            saved.rename(run_directory)
+            if run_directory.is_dir():
+                shutil.rmtree(run_directory)
+            else:
+                run_directory.unlink()
+            shutil.move(saved, run_directory)
 
 
 def main(run_directory: Path, other: Path, step: int = 1) -> None:

@@ -45,8 +45,8 @@ def _read_number(value: Any) -> Any:
 def _require_plausible(tokens: TokenCounts) -> TokenCounts:
     if not (0 <= tokens.kept <= tokens.total <= 10**9 and 0 <= tokens.text <= 10**9):
         raise ValueError("token counts must be positive, and no more can be kept than there are")
-    if not 0 <= tokens.layer_average <= tokens.total + 1:  # which allows for rounding
-        raise ValueError("the layer average must be between 0 and the number of vision tokens")
+    if not tokens.kept - 1 <= tokens.layer_average <= tokens.total + 1:  # which allows for rounding
+        raise ValueError("the layer average must be between the numbers of kept and of all vision tokens")
     return tokens
 
 

@@ -328,7 +328,7 @@ class Environment(Record):
     weights: str
     dtype: str
     attention: str
-    threads: Number
+    threads: Annotated[Number, Field(ge=1)]
     command: list[str]
     driver: str | None = None
     cuda: str | None = None
