@@ -21,7 +21,7 @@ ALLOWED = {
     "configuration": {"methods", "models", "settings", "cases", "budget", "progress"},
     "settings": {"budget", "errors", "rules"},
     "progress": {"errors"},
-    "planning": {"cases", "data", "results", "settings", "errors"},
+    "planning": {"cases", "data", "profiles", "results", "settings", "errors"},
     "api": SHARED
     | {"cases", "comparison", "configuration", "data", "evaluation", "methods", "models", "pipeline", "results"}
     | {"settings", "timing"},
