@@ -15,6 +15,7 @@ from mmtok_cli.data.datasets import Dataset, open_dataset
 from mmtok_cli.data.samples import ClosedImages
 from mmtok_cli.environment import environment_of
 from mmtok_cli.errors import MMTokError
+from mmtok_cli.evaluation.metrics import judged
 from mmtok_cli.evaluation.predictions import evaluate
 from mmtok_cli.evaluation.processes import Processes
 from mmtok_cli.files import require_writable_directory
@@ -180,8 +181,9 @@ class ComparisonRun:
             question=settings.question,
             columns=column_names(settings.columns),
         )
+        dataset = judged(dataset, settings.metric)
         require_whole_batches(len(dataset.samples), settings.batch_size)
-        for note in dataset.notes()[:MOST_NOTES]:
+        for note in (*dataset.remarks, *dataset.notes()[:MOST_NOTES]):
             self.progress.note(note)
         if settings.layers is not None and not settings.no_quality:
             self.progress.note("--layers runs a part of the model, so answers are not evaluated")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mmtok_cli.evaluation.metrics import METRICS
 from mmtok_cli.evaluation.summary import evaluated_samples, left_out, summarise_evaluation, unevaluated_cases
 from mmtok_cli.results.progress import is_finished, whole_rounds
 from mmtok_cli.results.records import TimedRun
@@ -72,4 +73,6 @@ def _schedule(store: RunDirectory, rounds: list[int], columns: list[list[TimedRu
         data_digest=plan.data_digest,
         planned_samples=plan.samples,
         timed=timed,
+        metric=plan.metric,
+        metric_title=METRICS[plan.metric].title if plan.metric else None,
     )

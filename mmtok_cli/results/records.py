@@ -12,7 +12,7 @@ from pydantic import Field
 from pydantic_core import to_jsonable_python
 
 from mmtok_cli.budget import TokenCounts
-from mmtok_cli.data.datasets import Metric
+from mmtok_cli.data.layouts import MetricName
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.results.schedule import Rotation
 from mmtok_cli.results.schema import CaseId, Environment, FlopCoverage, OfCase, Record
@@ -175,7 +175,7 @@ class Plan(Record):
     order: list[list[int]]
     timed: int | None = None
     quality: bool = True
-    metric: Metric | None = None
+    metric: MetricName | None = None
     left_out: list[str] = Field(default=[])
 
     def rotation(self) -> Rotation:
