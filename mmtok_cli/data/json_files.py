@@ -25,7 +25,7 @@ def document_of(path: Path) -> Any:
     if first.startswith(b"["):
         return read_json(path)
     line = _parsed(first)
-    if _list_in(line) is not None or (line is None and first.startswith(b"{")):
+    if _is_container(line) or (line is None and first.startswith(b"{")):
         return read_json(path, strict=False)
     return None
 
@@ -82,6 +82,13 @@ def _parsed(line: bytes) -> Any:
         return json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError):
         return None
+
+
+def _is_container(document: Any) -> bool:
+    """Whether an object holds samples or annotations, and is not a sample itself."""
+    if not isinstance(document, dict) or "image" in document:
+        return False
+    return any(isinstance(document.get(name), list) for name in (*LISTS, "annotations"))
 
 
 def _list_in(document: Any) -> list[Any] | None:
