@@ -183,7 +183,7 @@ class ComparisonRun:
         )
         dataset = judged(dataset, settings.metric)
         require_whole_batches(len(dataset.samples), settings.batch_size)
-        for note in (*dataset.remarks, *dataset.notes()[:MOST_NOTES]):
+        for note in dataset.notes()[:MOST_NOTES]:
             self.progress.note(note)
         if settings.layers is not None and not settings.no_quality:
             self.progress.note("--layers runs a part of the model, so answers are not evaluated")

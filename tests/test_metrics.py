@@ -313,13 +313,6 @@ def test_the_metric_does_not_depend_on_the_labels(answers: Sequence[str | None])
     assert judged(dataset("exact", *answers), None).metric == "exact"
 
 
-def test_yes_and_no_without_a_known_format_are_pointed_out() -> None:
-    (remark,) = judged(dataset("exact", "yes", "No."), None).remarks
-    assert "--metric yes-no" in remark
-    assert not judged(dataset("exact", "yes", "red"), None).remarks
-    assert not judged(dataset("exact", "yes"), "exact").remarks
-
-
 def test_a_metric_by_hand() -> None:
     assert judged(dataset("exact", "yes", "no"), "yes-no").metric == "yes-no"
     assert judged(dataset("exact", "true", "False"), "mme").metric == "mme"

@@ -28,8 +28,7 @@ class Dataset:
 
     metric: how answers are judged unless the user says otherwise: that of the format, or the one that suits the fields
     of the whole dataset; None without reference answers. missing: number of image files that do not exist; left_out:
-    number of samples that need them. problems: a message for each line or row that could not be used. remarks: what
-    else a reader of its scores should know.
+    number of samples that need them. problems: a message for each line or row that could not be used.
     """
 
     name: str
@@ -38,7 +37,6 @@ class Dataset:
     missing: int = 0
     left_out: int = 0
     problems: tuple[str, ...] = ()
-    remarks: tuple[str, ...] = ()
 
     def notes(self) -> list[str]:
         """What could not be used, one line each."""

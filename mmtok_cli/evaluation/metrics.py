@@ -78,15 +78,11 @@ def judged(dataset: Dataset, name: str | None) -> Dataset:
     faults = [f"{sample.place}: {fault}" for sample in answered if (fault := METRICS[metric].fault(sample))]
     if answered and len(faults) == len(answered):
         raise MMTokError(f"{faults[0]} (metric: {metric})", f"choose another with --metric: {', '.join(METRICS)}")
-    remarks = []
-    if not name and metric == "exact" and answered and all(yes_or_no(s.references[0]) is not None for s in answered):
-        remarks.append(f"the answers of {dataset.name} are yes and no: --metric yes-no judges them as POPE does")
     return replace(
         dataset,
         metric=metric,
         samples=[s for s in dataset.samples if not s.references or not METRICS[metric].fault(s)],
         problems=(*dataset.problems, *faults),
-        remarks=(*dataset.remarks, *remarks),
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mmtok_cli.data.layouts import MetricName
-from mmtok_cli.evaluation.metrics import is_yes, paired_accuracy, paired_shares, says_yes, yes_no
+from mmtok_cli.evaluation.metrics import is_yes, paired_accuracy, paired_shares, says_yes, yes_no, yes_or_no
 from mmtok_cli.results.progress import evaluated_cases, evaluation_failures
 from mmtok_cli.results.records import Prediction, SampleLabel
 from mmtok_cli.results.run_directory import RunDirectory
@@ -187,6 +187,17 @@ def left_out(store: RunDirectory) -> list[str]:
     """The parts of the data that could not be used, a line each."""
     unreadable = [item for _, batch in sorted(store.predictions.items()) for item in batch.unreadable]
     return [*store.plan.left_out, *(f"left out: sample {item.sample + 1}: {item.problem}" for item in unreadable)]
+
+
+def metric_remarks(store: RunDirectory) -> list[str]:
+    """Points out answers that are all yes or no and were judged as any others, unless the user wanted that."""
+    plan = store.plan
+    answers = [label.answer for batch in store.predictions.values() for label in batch.samples if label.answer]
+    if plan.metric != "exact" or plan.options.get("metric") or not answers:
+        return []
+    if any(yes_or_no(answer) is None for answer in answers):
+        return []
+    return [f"the answers of {plan.data} are yes or no: --metric yes-no judges them as POPE does"]
 
 
 def mean_retention(
