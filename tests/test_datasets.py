@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import base64
 import csv
+import io
 import json
+import random
 import sys
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,7 @@ from mmtok_cli.data import samples as samples_module
 from mmtok_cli.data.datasets import Dataset, open_dataset
 from mmtok_cli.data.samples import ClosedImages
 from mmtok_cli.errors import MMTokError
+from mmtok_cli.evaluation.metrics import METRICS, judged
 
 
 def write(path: Path, *rows: object) -> Path:
@@ -548,7 +553,8 @@ def test_csv(folder: Path) -> None:
         ("image,image\na.png,b", ", line 1: two columns are named 'image'"),
         ("picture,question\na.png,b", ", line 2: image: field required"),
         ("image,question\na.png,b,c", ", line 2: it has 3 cells, and the first row 2"),
-        ('image,question\n"a.png,b\n', ", line 2: its quotes are wrong"),
+        ('image,question\n"a.png,b\n', ", line 2: it is not a row of a table"),
+        ("\r'", ", line 1: it is not a row of a table"),
         ("image,question\n,b", ", line 2: image: field required"),
         ("image,question\na.png,", ", line 2: there is no question"),
     ],
@@ -637,3 +643,63 @@ def test_rows_of_the_hub_about_one_image_share_its_name(folder: Path) -> None:
     first, second, third = found.samples
     assert first.image_ids == second.image_ids != third.image_ids
     assert found.metric == "anls" and open_dataset(f"hub:{folder / 'one'}", limit=1).metric == "anls"
+
+
+VALUES: tuple[Any, ...] = (
+    *(None, True, 3.0, float("nan"), float("inf"), 10**400, "", "a", "B", "\ud800", "\0", [], [[]], ["a"], ["a"] * 10),
+    *({}, [{"answer": "a"}] * 3, [None], [{"from": "human", "value": "q"}], {"A": "r", "B": "s"}, "['a', 'b']"),
+    *("[" * 2000, "x" * 300, "data:image/png;base64,x", ".", "/dev/null"),
+)
+
+
+def damaged_files(generator: random.Random, count: int) -> Iterator[tuple[str, bytes]]:
+    """Files of every format, with fields of wrong types and bytes changed, inserted or missing."""
+    usual = [
+        {"image": "a.png", "question": "q?", "answer": "a", "choices": ["a", "b"]},
+        *(f[0][0] for f in FORMATS.values()),
+    ]
+    for _ in range(count):
+        rows = [dict(generator.choice(usual)) for _ in range(generator.randint(1, 3))]
+        for changed in rows:
+            for name in generator.sample([*changed, "A", "B", "index"], generator.randint(0, 2)):
+                changed[name] = generator.choice(VALUES)
+        kind = generator.choice(("a.jsonl", "a.json", "a.csv", "a.tsv"))
+        out = io.StringIO()
+        if kind == "a.jsonl":
+            out.writelines(f"{json.dumps(changed)}\n" for changed in rows)
+        elif kind == "a.json":
+            json.dump(
+                generator.choice([rows, {"data": rows}, {"questions": rows}]), out, indent=generator.choice([None, 1])
+            )
+        else:
+            names = list(dict.fromkeys(name for changed in rows for name in changed))
+            table = csv.DictWriter(out, names, delimiter="\t" if kind == "a.tsv" else ",")
+            table.writeheader()
+            table.writerows([{n: v for n, v in changed.items() if v != 10**400} for changed in rows])
+        content = bytearray(out.getvalue().encode("utf-8", "surrogatepass"))
+        for _ in range(generator.choice((0, 0, 1, 3))):
+            place = generator.randrange(len(content))
+            content[place : place + generator.choice((0, 1, 20))] = generator.choice(
+                (b"", b'"', b"\n", b"\xff", b"[", b"\r")
+            )
+        yield kind, bytes(content)
+
+
+def test_damaged_files_are_read_or_refused_in_one_line(folder: Path) -> None:
+    generator = random.Random(0)
+    outcomes: Counter[str] = Counter()
+    for kind, content in damaged_files(generator, 600):
+        file = folder / kind
+        file.write_bytes(content)
+        try:
+            found = judged(
+                open_dataset(str(file), limit=generator.choice((None, 1))), generator.choice((None, *METRICS))
+            )
+        except MMTokError as error:
+            outcomes["refused"] += 1
+            assert "\n" not in error.message and len(error.message) < 1000 and error.hint, content
+            assert kind in error.message or "--metric" in error.message or "metric" in error.hint, error.message
+        else:
+            outcomes["read"] += 1
+            assert not any("\n" in note for note in found.notes()), content
+    assert min(outcomes["refused"], outcomes["read"]) > 50

@@ -14,7 +14,7 @@ from mmtok_cli.data.base64_images import decoded, image_name, is_base64
 from mmtok_cli.data.images import open_image
 from mmtok_cli.data.json_files import HINT, Entry, document_entries, document_of, line_entries, read_json
 from mmtok_cli.data.layouts import Layout, MetricName, layout_of
-from mmtok_cli.data.rows import Columns, Row, fault_of, fields_of, make_sample, plain_text
+from mmtok_cli.data.rows import Columns, Row, fault_of, fields_of, make_sample, plain_text, require_names, shown_names
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.data.tables import SUFFIXES, StoredImage, table_entries
 from mmtok_cli.data.vqav2 import is_vqav2, vqav2_entries
@@ -118,7 +118,7 @@ class DataFile:
                     raise raw
                 fields = self._fields(raw)
                 usual.add(fields)
-                if wanted and (sample := self._sample(fields, number, f"{self.path}, {place}")):
+                if wanted and (sample := self._sample(raw, fields, number, f"{self.path}, {place}")):
                     samples.append(sample)
             except MMTokError as error:
                 if wanted:
@@ -133,15 +133,20 @@ class DataFile:
         """The fields of a row in this file's format, which the first row shows unless columns were named."""
         if self._layout is None:
             self._layout = layout_of(raw)
+        require_names(raw, sorted(self._layout.needs))
         columns = {**self._layout.columns, **self._columns}
         return fields_of(self._layout.convert(raw), columns)
 
-    def _sample(self, fields: Mapping[str, Any], number: int, place: str) -> Sample | None:
+    def _sample(self, raw: Mapping[str, Any], fields: Mapping[str, Any], number: int, place: str) -> Sample | None:
         """The sample of a row; None if one of its images does not exist."""
         try:
             row = FileRow.model_validate(fields)
         except ValidationError as error:
-            hint = f"its fields are {', '.join(fields)}; name others with --columns" if "image" not in fields else ""
+            hint = (
+                f"its columns are {shown_names(raw)}: name the right one, as in --columns image=NAME"
+                if "image" not in fields
+                else ""
+            )
             raise MMTokError(fault_of(error), hint) from error
         absent, readers, names = [], [], []
         for image in row.image:

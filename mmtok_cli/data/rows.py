@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
 from string import ascii_uppercase
 from typing import Any
 
@@ -17,7 +18,8 @@ from mmtok_cli.errors import MMTokError
 FIELDS = ("image", "question", "answer", "answers", "choices", "id", "kind")
 Columns = Mapping[str, str]  # field -> its name in the dataset, where the two differ
 GAP = "{question}"
-LISTED = re.compile(r"^\s*\(?A[.):]\s", re.MULTILINE)  # a question that lists its choices itself
+MOST_NAMES, LONGEST_SHOWN = 12, 60  # names and characters in a message
+LISTED = re.compile(r"^[ \t]*\(?A[.):]\s", re.MULTILINE)  # a question that lists its choices itself
 CHOICE_PROMPT = "Answer with the option's letter from the given choices directly."  # that of LLaVA-1.5
 
 
@@ -115,13 +117,27 @@ def plain_text(value: Any) -> Any:
 
 def fields_of(raw: Mapping[str, Any], columns: Columns) -> dict[str, Any]:
     """The fields of a row under the names used here. Raises MMTokError for a configured column that is missing."""
-    for column in columns.values():
-        if column not in raw:
-            raise MMTokError(
-                f"there is no {column!r}, only {', '.join(map(repr, raw))}", "name the columns with --columns"
-            )
+    require_names(raw, columns.values())
     named = {field: raw.get(columns.get(field, field)) for field in FIELDS}
     return {field: value for field, value in named.items() if value is not None}
+
+
+def require_names(raw: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Raises MMTokError for the first of some names that a row does not have."""
+    for name in names:
+        if name not in raw:
+            raise MMTokError(f"there is no {name!r}, only {shown_names(raw)}", "name the columns with --columns")
+
+
+def shown_names(names: Iterable[str]) -> str:
+    """Names in quotes, the first MOST_NAMES of them and shortened."""
+    shown = [shown_text(name) for name in islice(names, MOST_NAMES + 1)]
+    return ", ".join(shown[:MOST_NAMES]) + (", …" if len(shown) > MOST_NAMES else "")
+
+
+def shown_text(text: str) -> str:
+    """A text of a data file in quotes, on one line and shortened."""
+    return repr(text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…")
 
 
 def fault_of(error: ValidationError) -> str:

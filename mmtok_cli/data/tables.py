@@ -70,15 +70,29 @@ def table_entries(path: Path) -> Iterator[Entry]:
             file.seek(0)
             delimiter = max("\t,;", key=start.decode("utf-8-sig").count)
             reader = csv.reader(lines, delimiter=delimiter, strict=True)
-            names = [name.strip() for name in next(reader, [])]
-            if len(set(names)) < len(names):
-                twice = next(name for name in names if names.count(name) > 1)
-                raise MMTokError(f"{path}, line 1: two columns are named {twice!r}", "rename one of them")
+            names = _header(path, reader)
             yield from _rows(path, reader, lines, names, delimiter)
     except OSError as error:
         raise MMTokError(f"{path} cannot be read: {error.strerror}", "check the path") from error
     except UnicodeDecodeError as error:
         raise MMTokError(f"{path}, line {max(1, lines.number)}: it is not UTF-8", "save it as UTF-8") from error
+
+
+def _header(path: Path, reader: Any) -> list[str]:
+    """The names of the columns. Raises MMTokError where they cannot be read or two are equal."""
+    try:
+        names = [name.strip() for name in next(reader, [])]
+    except csv.Error as error:
+        fault = _malformed(error)
+        raise MMTokError(f"{path}, line 1: {fault.message}", fault.hint) from error
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise MMTokError(f"{path}, line 1: two columns are named {twice!r}", "rename one of them")
+    return names
+
+
+def _malformed(error: csv.Error) -> MMTokError:
+    return MMTokError(f"it is not a row of a table ({error})", "end lines and quote cells as spreadsheets do")
 
 
 def _rows(path: Path, reader: Any, lines: _Lines, names: list[str], delimiter: str) -> Iterator[Entry]:
@@ -90,7 +104,7 @@ def _rows(path: Path, reader: Any, lines: _Lines, names: list[str], delimiter: s
         except StopIteration:
             return
         except csv.Error as error:
-            yield place, MMTokError(f"its quotes are wrong ({error})", "quote cells as spreadsheets do")
+            yield place, _malformed(error)
             continue
         if not cells:
             continue

@@ -19,6 +19,7 @@ import regex
 
 from mmtok_cli.data.datasets import Dataset
 from mmtok_cli.data.layouts import MetricName
+from mmtok_cli.data.rows import shown_text
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.evaluation.vqa import textvqa_normalise, vqa_accuracy, vqav2_normalise
@@ -34,14 +35,9 @@ ANLS_THRESHOLD = 0.5
 RELATIVE_ERROR = 0.05
 
 # Sentence marks, quotes and brackets of any script. Operators, signs, currencies, units and primes are none of these.
-MARKS = r"\p{Terminal_Punctuation}…¿¡"
-BRACKETS_AND_QUOTES = r"\s\p{Quotation_Mark}\p{Ps}\p{Pe}"
-# A full stop before a digit is a decimal point; a straight quote after one stands for feet or inches.
-AT_START = regex.compile(rf"^(?:[{BRACKETS_AND_QUOTES}]|[{MARKS}](?!\p{{Nd}}))+")
-AT_END = regex.compile(rf"(?:(?!(?<=\p{{Nd}})['\"])[{BRACKETS_AND_QUOTES}{MARKS}])+$")
-AT_END_OF_QUOTE = regex.compile(rf"[{BRACKETS_AND_QUOTES}{MARKS}]+$")
+MARK = regex.compile(r"[\p{Terminal_Punctuation}\p{Quotation_Mark}\p{Ps}\p{Pe}…¿¡]")
 WHOLE_NUMBER = re.compile(r"([+-]?\d+)\.0+")
-OPTION = re.compile(r"^\s*\(?([A-Z])[.):]\s*(\S.*?)\s*$", re.MULTILINE)
+OPTION = re.compile(r"^[ \t]*\(?([A-Z])[.):][ \t]*(\S.*)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -100,11 +96,17 @@ def normalise(text: str) -> str:
     Signs, operators and units stay (-5, C++, 50%, .5, 6'2"), as does a text that consists of marks. 3.0 becomes 3.
     """
     whole = " ".join(unicodedata.normalize("NFC", text).casefold().split())
-    rest = AT_START.sub("", whole)
-    quoted = {"'", '"'} & set(whole[: len(whole) - len(rest)])
-    bare = (AT_END_OF_QUOTE if quoted else AT_END).sub("", rest) or whole
+    marks = "".join({" ", *MARK.findall(whole)})
+    rest = whole.lstrip(marks)
+    before = whole[: len(whole) - len(rest)]
+    if rest[:1].isdecimal() and before.endswith((".", ",")):  # a decimal point
+        rest = before[-1] + rest
+    bare = rest.rstrip(marks)
+    after = rest[len(bare) : len(bare) + 1]
+    if bare[-1:].isdecimal() and after in {"'", '"'} and after not in before:  # feet or inches
+        bare += after
     number = WHOLE_NUMBER.fullmatch(bare)
-    return number[1] if number else bare
+    return number[1] if number else bare or whole
 
 
 # Yes or no.
@@ -199,7 +201,7 @@ def _pairs(kinds: Sequence[str], images: Sequence[str]) -> dict[tuple[str, str],
 
 def _yes_no_fault(sample: Sample) -> str:
     reference = sample.references[0]
-    return "" if yes_or_no(reference) is not None else f"the answer {reference!r} is neither yes nor no"
+    return "" if yes_or_no(reference) is not None else f"the answer {shown_text(reference)} is neither yes nor no"
 
 
 # Several reference answers.
@@ -249,7 +251,10 @@ def _distance(answer: str, reference: str) -> float:
     longest = max(len(answer.upper()), len(reference.upper()))
     if not longest:
         return 0.0
-    return _edit_distance(*(" ".join(text.lower().split()) for text in (answer, reference))) / longest
+    first, second = (" ".join(text.lower().split()) for text in (answer, reference))
+    if abs(len(first) - len(second)) > ANLS_THRESHOLD * longest:  # below the threshold, whatever they say
+        return 1.0
+    return _edit_distance(first, second) / longest
 
 
 def _edit_distance(first: str, second: str) -> int:
@@ -310,7 +315,7 @@ def options_of(sample: Sample) -> dict[str, str]:
     """The choices of a sample by letter: its own, else those that its question lists, else only letters."""
     if sample.choices:
         return dict(zip(ascii_uppercase, sample.choices, strict=False))
-    listed = dict(OPTION.findall(sample.question))
+    listed = {letter: text.rstrip() for letter, text in OPTION.findall(sample.question)}
     if len(listed) > 1:
         return listed
     right = normalise(sample.references[0]).upper()
@@ -328,7 +333,7 @@ def _right_letter(sample: Sample) -> str | None:
 def _choice_fault(sample: Sample) -> str:
     if _right_letter(sample):
         return ""
-    return f"the answer {sample.references[0]!r} is neither the letter nor the text of a choice"
+    return f"the answer {shown_text(sample.references[0])} is neither the letter nor the text of a choice"
 
 
 METRICS: dict[MetricName, Metric] = {
