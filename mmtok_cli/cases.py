@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,7 +11,7 @@ import torch
 
 from mmtok_cli.budget import Budget
 from mmtok_cli.data.samples import Sample
-from mmtok_cli.errors import MMTokError, first_line
+from mmtok_cli.errors import MethodFaultError, MMTokError, first_line, is_out_of_memory
 from mmtok_cli.methods.base import Method
 from mmtok_cli.models.base import Stage, VisionLanguageModel
 from mmtok_cli.pipeline import RELEASED, Answers, answer, check_budget
@@ -48,10 +48,12 @@ class Case:
             again=self.again,
         )
 
-    def check(self, model: VisionLanguageModel, samples: Sequence[Sample]) -> None:
-        """Refuse a budget that cannot be met. Raises MMTokError that names the case."""
+    def check(self, model: VisionLanguageModel, samples: Iterable[Sample]) -> None:
+        """Refuse a budget that none of the samples can meet. Raises MMTokError that names the case."""
         try:
             check_budget(model, self.method, samples, self.budget, self.rules)
+        except MethodFaultError:
+            raise
         except MMTokError as error:
             raise MMTokError(f"{self}: {error.message}", error.hint) from error
 
@@ -74,15 +76,6 @@ def failure_reason(error: Exception) -> Literal["out of memory", "refused"] | No
 def failure_message(error: Exception) -> str:
     """The error in one line."""
     return error.message if isinstance(error, MMTokError) else first_line(error)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that memory ran out, on the device or on the host, where torch has no type for it."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(
-        text in str(error) for text in ("DefaultCPUAllocator: can't allocate memory", "MPS backend out of memory")
-    )
 
 
 def release_memory(device: torch.device) -> None:

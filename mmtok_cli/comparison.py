@@ -7,12 +7,12 @@ import re
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from mmtok_cli.cases import Case
 from mmtok_cli.configuration import cases_of, configured_model
 from mmtok_cli.data.datasets import Dataset, open_dataset
-from mmtok_cli.data.samples import ClosedImages
 from mmtok_cli.environment import environment_of
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.evaluation.metrics import judged
@@ -21,6 +21,7 @@ from mmtok_cli.evaluation.processes import Processes
 from mmtok_cli.files import require_writable_directory
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.pictures import has_pictures, save_pictures
+from mmtok_cli.pipeline import check_sample
 from mmtok_cli.planning import (
     Estimate,
     estimate,
@@ -191,13 +192,13 @@ class ComparisonRun:
 
     def _measurement(self, prepared: Prepared, create: Callable[[Path, Plan], RunDirectory]) -> Measurement:
         model, cases, sizes = prepared.model, prepared.cases, self.settings.batch_size
-        samples = prepared.dataset.samples
-        timed = timed_samples(samples, sizes, self.settings.rounds)
+        readable = partial(check_sample, model, max_new_tokens=self.settings.max_new_tokens)
+        timed, left_out = timed_samples(prepared.dataset.samples, sizes, self.settings.rounds, readable)
+        for problem in left_out[:MOST_NOTES]:
+            self.progress.note(problem)
         groups = in_batches(timed, sizes)
         for case in cases:
-            whole = [sample for batch in in_batches(samples, sizes)[case.batch_size] for sample in batch]
-            lazy = any(isinstance(sample.images, ClosedImages) for sample in whole)
-            case.check(model, [sample.open() for sample in groups[case.batch_size][0]] if lazy else whole)
+            case.check(model, (sample.open() for sample in timed))
         plan = make_plan(self.settings, cases, prepared.dataset, environment_of(model), len(timed))
         if self.store is not None:
             require_same(self.store.plan, plan)

@@ -13,7 +13,37 @@ class MMTokError(Exception):
         self.hint = hint
 
 
-def first_line(error: Exception) -> str:
+class MethodFaultError(MMTokError):
+    """A reduction method does not do what a method must. package: the one that it comes from."""
+
+    def __init__(self, message: str, package: str) -> None:
+        super().__init__(
+            message,
+            f"report it to the authors of {package}; if the method is yours, `python -m pydoc mmtok_cli.methods.base` "
+            "says what it must do",
+        )
+
+
+OUT_OF_MEMORY = (  # in messages of torch's allocators, for which there is no exception class everywhere
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that memory ran out, on the device or on the host.
+
+    TorchScript wraps the allocator's error into its own, whose message quotes it.
+    """
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
+
+
+def first_line(error: BaseException) -> str:
     """The message of another library's error, in one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 

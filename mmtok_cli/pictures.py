@@ -125,7 +125,8 @@ def _different(samples: Sequence[Sample]) -> Iterator[tuple[int, Sample]]:
 
 def _drawn(model: VisionLanguageModel, case: Case, sample: Sample) -> Image | None:
     """What the case keeps of the sample's first image; None where it cannot be run."""
-    from mmtok_cli.cases import is_out_of_memory, release_memory
+    from mmtok_cli.cases import release_memory
+    from mmtok_cli.errors import is_out_of_memory
 
     try:
         return _draw(model, case, sample)

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from mmtok_cli.budget import Budget
-from mmtok_cli.cases import Case, failure_message, failure_reason, is_out_of_memory, release_memory
+from mmtok_cli.cases import Case, failure_message, failure_reason, release_memory
 from mmtok_cli.data.datasets import Dataset
 from mmtok_cli.data.samples import Sample, batches
 from mmtok_cli.decoding import Continuation, prefill
-from mmtok_cli.errors import MMTokError, first_line
+from mmtok_cli.errors import MMTokError, first_line, is_out_of_memory
 from mmtok_cli.evaluation.metrics import closeness_of, score_of
 from mmtok_cli.evaluation.processes import Processes
 from mmtok_cli.methods import make_method
