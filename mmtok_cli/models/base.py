@@ -219,7 +219,7 @@ class VisionLanguageModel(ABC):
         token = self.processor.image_token
         texts = []
         for question, group in zip(questions, images, strict=True):
-            before, *after = self._chat(question, len(group)).split(token)
+            before, *after = self.chat(question, len(group)).split(token)
             texts.append(before + "".join(self.placeholders(next(counts)) + part for part in after))
         bos = self.tokenizer.bos_token
         encoded = self.tokenizer(
@@ -240,8 +240,11 @@ class VisionLanguageModel(ABC):
             questions=tuple(questions),
         )
 
-    def _chat(self, question: str, images: int) -> str:
-        """The prompt with one image token for each image."""
+    def chat(self, question: str, images: int) -> str:
+        """The prompt as text, with one image token for each image.
+
+        Raises MMTokError for a question that does not suit the images, and for a chat template that fails.
+        """
         markers = question.count(IMAGE_MARKER)
         if markers not in (0, images):
             raise MMTokError(

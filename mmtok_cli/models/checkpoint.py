@@ -105,6 +105,7 @@ class VisionConfig(TypedDict, total=False):
 
 @strict
 class ModelConfig(TypedDict, total=False):
+    auto_map: dict[str, Any]
     model_type: str
     dtype: Dtype
     torch_dtype: Dtype
@@ -148,6 +149,7 @@ class ImageProcessorConfig(TypedDict, total=False):
 
 @strict
 class ProcessorConfig(ImageProcessorConfig, total=False):
+    auto_map: dict[str, Any]
     processor_class: str | None
     image_processor: ImageProcessorConfig
     image_token: Token
@@ -158,6 +160,7 @@ class ProcessorConfig(ImageProcessorConfig, total=False):
 
 @strict
 class TokenizerConfig(TypedDict, total=False):
+    auto_map: dict[str, Any]
     tokenizer_class: str | None
     bos_token: Token
     eos_token: Token
@@ -179,7 +182,8 @@ class GenerationConfig(TypedDict, total=False):
 
 @strict
 class WeightsIndex(TypedDict):
-    weight_map: dict[str, str]
+    metadata: dict[str, Any]
+    weight_map: Annotated[dict[str, str], Field(min_length=1)]
 
 
 @strict
@@ -187,6 +191,7 @@ class ChatTemplate(TypedDict):
     chat_template: Template
 
 
+FLOATS = ("BF16", "F16", "F32", "F64")
 CONFIG, SINGLE_FILE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 # All but the configuration may be missing; which ones are needed depends on the family.
 FILES: dict[str, Any] = {
@@ -214,7 +219,9 @@ def check_config(directory: Path, name: str) -> None:
         "vision_config.rope_parameters": vision.get("rope_parameters"),
     }
     activations, rotary_types = hf.activations(), hf.rotary_types()
+    quantizer = (config.get("quantization_config") or {}).get("quant_method")
     for field, given, known in (
+        ("quantization_config.quant_method", quantizer, hf.quantizers()),
         ("projector_hidden_act", config.get("projector_hidden_act"), activations),
         ("text_config.hidden_act", text.get("hidden_act"), activations),
         ("vision_config.hidden_act", vision.get("hidden_act"), activations),
@@ -254,7 +261,9 @@ def _fault(error: ValidationError) -> str:
     fault = max(error.errors(include_url=False), key=lambda each: len(each["loc"]))
     message = fault["msg"]
     # Besides names of fields, the location holds names of types.
-    field = ".".join(str(part) for part in fault["loc"] if re.fullmatch(r"[a-z0-9_]+", str(part)) and part != "int")
+    field = ".".join(
+        str(part) for part in fault["loc"] if re.fullmatch(r"[a-z0-9_]+", str(part)) and part not in ("int", "str")
+    )
     if not field or fault["type"] == "missing":
         return f"{field}: {message}" if field else message
     given = shorten(repr(fault["input"]), 60)
@@ -282,8 +291,12 @@ def check_stored_weights(directory: Path, name: str) -> None:
     quantized = read_json(directory / CONFIG, ModelConfig, name).get("quantization_config")
     for file in _weight_files(directory, name):
         for tensor, dtype in _stored_types(file, name).items():
-            if not dtype.startswith(("F", "BF")) and not quantized:
-                raise MMTokError(f"{tensor} in {file.name} of {name} is stored as {dtype}, not as floats", COMPARE)
+            # Positions are counted anew: older releases stored them as integers.
+            if dtype not in FLOATS and not quantized and not tensor.endswith("position_ids"):
+                raise MMTokError(
+                    f"{tensor} in {file.name} of {name} is stored as {dtype}, and config.json names no quantization",
+                    f"weights must be stored as {', '.join(FLOATS)}",
+                )
 
 
 def _weight_files(directory: Path, name: str) -> list[Path]:
@@ -297,15 +310,15 @@ def _weight_files(directory: Path, name: str) -> list[Path]:
         )
     shards = dict.fromkeys(read_json(directory / INDEX, WeightsIndex, name)["weight_map"].values())
     for shard in shards:
-        if Path(shard).name != shard:
-            raise MMTokError(f"{INDEX} of {name} names {shard!r}, which is not a file beside it", COMPARE)
+        if Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise MMTokError(f"{INDEX} of {name} names {shard!r}, which is not a safetensors file beside it", COMPARE)
     return [directory / shard for shard in shards]
 
 
 def _stored_types(file: Path, name: str) -> dict[str, str]:
     """The type of each tensor in a safetensors file, as the file calls it."""
     if not file.is_file():
-        raise MMTokError(f"{file.name} of {name} is missing", "copy all of its weights")
+        raise MMTokError(f"{file.name} of {name} is missing, or is not a file", "copy all of its weights")
     try:
         with safe_open(file, framework="pt") as stored:
             return {tensor: stored.get_slice(tensor).get_dtype() for tensor in stored.keys()}  # noqa: SIM118
@@ -328,10 +341,19 @@ def faults_of(what: str, hint: str) -> Iterator[None]:
     except (MMTokError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise MMTokError(
+                f"{what}: it asks for Python code that comes with it (auto_map), which is never run",
+                "use a version of the model that transformers supports by itself",
+            ) from error
+        raise MMTokError(f"{what}: {summary(error)}", hint) from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of the tokenizers package, which is written in Rust
+            raise
         raise MMTokError(f"{what}: {summary(error)}", hint) from error
 
 
-def summary(error: Exception) -> str:
+def summary(error: BaseException) -> str:
     """An error's message on one line, with its type where that is what tells most."""
     message = shorten(str(error), LONGEST_MESSAGE)
     bare = isinstance(error, (ArithmeticError, AttributeError, LookupError, TypeError)) or not message

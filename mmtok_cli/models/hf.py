@@ -213,6 +213,11 @@ def rotary_types() -> list[str]:
     return ["default", "mrope", "axial", *imported("modeling_rope_utils", "ROPE_INIT_FUNCTIONS")]
 
 
+def quantizers() -> list[str]:
+    """Names of the ways to store quantized weights."""
+    return list(imported("quantizers.auto", "AUTO_QUANTIZATION_CONFIG_MAPPING"))
+
+
 @dataclass(frozen=True)
 class Loaded:
     """A loaded model, and where the stored weights differ from it.

@@ -57,7 +57,7 @@ def require_same_weights(loaded: hf.Loaded, name: str, layers: int | None = None
             COMPARE,
         )
     unexpected = [weight for weight in loaded.unexpected if not _is_behind(weight, layers)]
-    for fault, weights in (("lack", loaded.missing), ("hold, beside the model's weights,", unexpected)):
+    for fault, weights in (("lack", loaded.missing), ("hold weights that the model does not have:", unexpected)):
         if weights:
             raise MMTokError(f"the files of {name} {fault} {_list(weights)}", hf.or_tested(COMPARE))
 

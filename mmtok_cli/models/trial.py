@@ -33,12 +33,17 @@ def try_processor(model: VisionLanguageModel, *, own_template: bool) -> None:
         finite = all(bool(pixels.isfinite().all()) for pixels in prompt.pixel_values)
     if not finite:
         raise MMTokError(f"the image processor of {name} makes NaN or infinity of an image", COMPARE)
-    rows = model.model.config.text_config.vocab_size
-    highest = max(*model.tokenizer.get_vocab().values(), *model.eos_token_ids, model.tokenizer.pad_token_id)
-    if highest >= rows:
+    if QUESTION not in model.chat(QUESTION, 1):
+        raise MMTokError(f"the chat template of {name} leaves out the question", COMPARE)
+    words = model.tokenizer.get_vocab().values()
+    if len(set(words)) < len(words):
+        raise MMTokError(f"the tokenizer of {name} gives the same number to several words", COMPARE)
+    last = model.model.config.text_config.vocab_size - 1
+    highest = max(*words, *model.eos_token_ids, model.tokenizer.pad_token_id, int(prompt.input_ids.max()))
+    if highest > last:
         raise MMTokError(
-            f"the tokenizer or generation_config.json of {name} has a token {highest}, and its vocabulary ends at "
-            f"{rows - 1}",
+            f"the tokenizer or generation_config.json of {name} has a token {highest}, and the vocabulary of "
+            f"config.json ends at {last}",
             COMPARE,
         )
     found = int((prompt.input_ids == model.image_token_id).sum())
@@ -51,21 +56,20 @@ def try_processor(model: VisionLanguageModel, *, own_template: bool) -> None:
 
 
 def _require_bounded(model: VisionLanguageModel) -> None:
+    """Refuse a chat template that takes too much time or memory, or writes too much. Raises MMTokError."""
     template = model.processor.chat_template
     if isinstance(template, dict):  # several by name
         template = template.get("default")
-    special = tuple(sorted((k, v) for k, v in model.tokenizer.special_tokens_map.items() if isinstance(v, str)))
     if not isinstance(template, str):
-        return  # refused with its name when it is used
-    with faults_of(f"the chat template of {model.name} cannot be tried", hf.or_tested("")):
+        return  # an error of the trial
+    tokens = model.tokenizer.special_tokens_map.items()
+    special = tuple(sorted((role, token) for role, token in tokens if isinstance(token, str)))
+    with faults_of(f"the chat template of {model.name} cannot be tried", hf.or_tested(COMPARE)):
         length = _rendered_length(template, special)
-    if length is None or length > LONGEST_PROMPT:
-        excess = (
-            f"makes {length} characters of a short question" if length else "does not end, or needs too much memory"
-        )
-        raise MMTokError(
-            f"the chat template of {model.name} {excess}", "compare it with the original, or download it again"
-        )
+    if length is None:
+        raise MMTokError(f"the chat template of {model.name} takes too much time or memory", COMPARE)
+    if length > LONGEST_PROMPT:
+        raise MMTokError(f"the chat template of {model.name} makes {length} characters of a short question", COMPARE)
 
 
 @lru_cache(maxsize=64)
