@@ -23,31 +23,35 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def require_writable(path: Path, suffixes: Sequence[str], option: str) -> None:
-    """Make sure that a file can be written. Raises MMTokError naming the option if not."""
+    """Make sure that a file can be written, though its directory may be missing yet. Raises MMTokError if not."""
     if path.suffix.lower() not in suffixes:
         raise MMTokError(f"{option} {path} does not end in {' or '.join(suffixes)}", "choose one of these formats")
     try:
         if path.is_dir():
             raise MMTokError(f"{option} {path} is a directory", "name a file in it")
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
-            pass
+        if path.exists() and not path.is_file():
+            raise MMTokError(f"{option} {path} is not a regular file", "choose another place")
+        _try_names(path.parent, [path.name])
     except OSError as error:
-        hint = (
-            "choose another place" if path.parent.exists() else f"create {path.parent} first, or choose another place"
-        )
-        raise MMTokError(f"{option} {path} cannot be written: {error.strerror}", hint) from error
+        raise MMTokError(f"{option} {path} cannot be written: {error.strerror}", "choose another place") from error
 
 
 def require_writable_directory(path: Path, option: str) -> None:
     """Make sure that files can be written into a directory, which need not exist yet."""
-    place = path
     try:
-        while not place.exists() and place != place.parent:
-            place = place.parent
-        with tempfile.TemporaryFile(dir=place):
-            pass
+        _try_names(path, [])
     except OSError as error:
         raise MMTokError(f"{option} {path} cannot be written to: {error.strerror}", "choose another place") from error
+
+
+def _try_names(place: Path, names: list[str]) -> None:
+    """Create files of these names and those of directories that are missing, and remove them again."""
+    while not place.exists() and place != place.parent:
+        names = [*names, place.name]
+        place = place.parent
+    for name in names or [""]:
+        with tempfile.NamedTemporaryFile(dir=place, prefix=f".{name}."):
+            pass
 
 
 def _remove(part: Path) -> None:

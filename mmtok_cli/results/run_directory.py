@@ -14,6 +14,7 @@ from mmtok_cli.results.records import CountedFlops, Plan, PredictionBatch, Timed
 from mmtok_cli.results.schema import Kind, Record, from_json, json_text
 
 PLAN = "plan.json"
+RECORDS = frozenset({PLAN, "comparison.json", "rounds", "cases", "failures", "predictions", "overlays"})
 PLAN_FORMAT = Plan.model_fields["schema_"].default
 
 
