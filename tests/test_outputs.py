@@ -8,13 +8,13 @@ import os
 import shutil
 import subprocess
 import sys
-import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cli_helpers import QUESTION, refused, run, run_json
+from comparisons import HOSTILE_TEXTS, is_harmless
 from conftest import picture
 from typer.testing import Result
 
@@ -337,34 +337,10 @@ def test_interrupted_before_anything_was_measured(place: Path, monkeypatch: pyte
         assert done.exit_code == 130 and done.stdout == "" and not (place / "t.json").exists()
 
 
-# What a terminal, a page, a sheet or Markdown would follow instead of showing it.
-ESCAPE = "\x1b[2J\x1b]0;title\x07"
-HOSTILE = {
-    "escape sequence": ESCAPE,
-    "8-bit sequence": "\x9b2J",
-    "newline": "a\nerror: forged",
-    "carriage return": "a\rforged",
-    "backspace": "abc\b\b\bxyz\x7f",
-    "line separator": "a\u2028b\u2029c\x85d",
-    "right-to-left override": "\u202egnp.exe\u202c\u2066\u2069\u200f",
-    "invisible": "a\u200b\ufeff\u00ad\U000e0041",
-    "markup": "[red]x[/red][/]",
-    "script": "<script>alert(1)</script><img src=x onerror=alert(2)>",
-    "formula": '=HYPERLINK("http://x","y")',
-    "table": "a|b`c`*d*$e$",
-}
-
-
-def is_harmless(text: str, lines: bool = True) -> bool:
-    """Whether text holds no character that does anything but appear, except ends of lines."""
-    shown = text.replace("\n", "") if lines else text
-    return not any(unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") for c in shown)
-
-
-@pytest.mark.parametrize("kind", HOSTILE)
+@pytest.mark.parametrize("kind", HOSTILE_TEXTS)
 def test_hostile_text_is_shown_and_does_nothing(kind: str, place: Path) -> None:
     """In questions, kinds, answers, file names, the name of the data, predictions and parameters."""
-    text = HOSTILE[kind]
+    text = HOSTILE_TEXTS[kind]
     name = text.replace("/", "-")
     plan = json.loads((place / "run" / "plan.json").read_text())
     rows = [place / "run" / "predictions" / "000000.json", place / "run" / "overlays" / "index.json"]
@@ -409,12 +385,12 @@ def is_number(cell: str) -> bool:
     return True
 
 
-@pytest.mark.parametrize("kind", HOSTILE)
+@pytest.mark.parametrize("kind", HOSTILE_TEXTS)
 def test_hostile_names_and_answers_on_the_command_line(kind: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mmtok_cli.timing import runner
 
     usual = runner.run_case
-    text = HOSTILE[kind]
+    text = HOSTILE_TEXTS[kind]
 
     def answering(*arguments: Any, **options: Any) -> Any:
         return usual(*arguments, **options).model_copy(update={"answers": [text]})
