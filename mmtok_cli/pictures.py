@@ -87,18 +87,18 @@ def read_pictures(run: Path) -> list[OverlayGroup]:
     try:
         album = from_json(Album, (folder / INDEX).read_text(encoding="utf-8"))
         return [
-            OverlayGroup(g.title, [Overlay(p.caption, _opened(folder, p.file), p.note) for p in g.pictures])
+            OverlayGroup(g.title, [Overlay(p.caption, _opened(run, p.file), p.note) for p in g.pictures])
             for g in album.groups
         ]
     except (OSError, ValueError, PILImage.DecompressionBombError) as error:
         raise MMTokError(f"the pictures in {folder} cannot be read", "delete the directory to omit them") from error
 
 
-def _opened(folder: Path, name: str) -> Image:
-    """A picture of the run. Raises ValueError for a file outside its directory, to which links may lead as well."""
-    path = (folder / name).resolve()
-    if path.parent != folder.resolve():
-        raise ValueError(f"{name} is not in {folder}")
+def _opened(run: Path, name: str) -> Image:
+    """A picture of the run. Raises ValueError for a file elsewhere, to which links may lead as well."""
+    path = (run / FOLDER / name).resolve()
+    if path.parent != run.resolve() / FOLDER:
+        raise ValueError(f"{name} is not one of the pictures in {run}")
     with PILImage.open(path, formats=["WEBP"]) as image:
         return image.convert("RGB")
 

@@ -14,12 +14,13 @@ from typing import Any
 
 import pytest
 from cli_helpers import QUESTION, refused, run, run_json
-from comparisons import HOSTILE_TEXTS, is_harmless
+from comparisons import HOSTILE_TEXTS, case, comparison, is_harmless
 from conftest import picture
 from typer.testing import Result
 
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.files import write_whole
+from mmtok_cli.report.plots import save_gain_curve, save_tradeoff
 
 BUDGET = ("-b", 4, "--max-new-tokens", 2, "--warmup", 0)
 
@@ -109,6 +110,7 @@ TARGETS = {
     "report: result": ("report", "--export", "run/comparison.json"),
     "report: measurement": ("report", "--export", "run/rounds/00000-000.json"),
     "report: predictions": ("report", "--export", "run/predictions/000000.json"),
+    "prune: picture of a run": ("prune", "--output", "run/overlays/000000-001.webp"),
     "report: pictures": ("report", "--export", "run/overlays/index.json"),
 }
 
@@ -277,7 +279,8 @@ def test_full_standard_output(name: str, more: tuple[str, ...], place: Path) -> 
     with Path("/dev/full").open("w") as full:
         line = ("models",) if name == "models" else command(name, place)
         done = process(place, *line, *files, *more, stdout=full)
-    assert done.returncode == 1 and "No space left on device" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "Exception" not in done.stderr
+    assert done.stderr.count("error: ") == done.stderr.count("No space left on device") == 1
     assert not files or ((place / "t.csv").exists() and (place / "t.html").exists())
 
 
@@ -418,6 +421,15 @@ def test_hostile_names_and_answers_on_the_command_line(kind: str, place: Path, m
         assert not any(line.startswith(("forged", "error: forged")) for line in each.output.splitlines())
 
 
+@pytest.mark.parametrize("name", ["$x$", r"$\frac$", "a$b", "\x1b[2J", "_hidden", "模型 😀", "x" * 3000])
+def test_any_name_can_be_plotted(name: str, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    result = comparison([case("full", 576), case(name), case("mmtok")], model=name)
+    save_tradeoff(result, tmp_path / "plot.svg")
+    save_gain_curve([3.0, 2.0], tmp_path / "curve.png", name)
+    assert (tmp_path / "plot.svg").stat().st_size and (tmp_path / "curve.png").stat().st_size
+    assert not [str(warning.message) for warning in recwarn if "Glyph" in str(warning.message)]
+
+
 def test_numbers_stay_numbers_in_a_sheet(place: Path) -> None:
     assert run("report", place / "run", "--export", place / "t.csv").exit_code == 0
     rows = list(csv.DictReader((place / "t.csv").read_text().splitlines()))
@@ -427,6 +439,7 @@ def test_numbers_stay_numbers_in_a_sheet(place: Path) -> None:
 
 def test_no_picture_from_outside_the_run_is_embedded(place: Path) -> None:
     overlays = place / "run" / "overlays"
+    shutil.copytree(overlays, place / "pictures")
     outside = place / "secret.webp"
     picture(84, 84).save(outside)
     index = json.loads((overlays / "index.json").read_text())
@@ -438,6 +451,11 @@ def test_no_picture_from_outside_the_run_is_embedded(place: Path) -> None:
         (overlays / "index.json").write_text(json.dumps(index))
         refused(run("report", place / "run", "--export", place / "t.html"), "pictures", "cannot be read")
         assert not (place / "t.html").exists()
+    shutil.rmtree(overlays)
+    shutil.copytree(place / "run", place / "other")
+    shutil.copytree(place / "pictures", place / "other" / "overlays")
+    overlays.symlink_to(place / "other" / "overlays")
+    refused(run("report", place / "run", "--export", place / "t.html"), "pictures", "cannot be read")
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from pydantic import BaseModel
 from rich.console import Console
@@ -30,7 +28,8 @@ class ResultsConsole(Console):
         super().__init__(highlight=False, markup=False, emoji=False)
 
     def on_broken_pipe(self) -> None:
-        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))  # rich would end the program
+        """Rich would end the program, and with it what is still to be done."""
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
 
 class NotesConsole(Console):
@@ -41,13 +40,11 @@ class NotesConsole(Console):
         super().__init__(stderr=True, highlight=False, markup=False, emoji=False, quiet=quiet)
 
     def print(self, *objects: Any, **options: Any) -> None:
-        try:
+        with contextlib.suppress(OSError):
             super().print(*objects, **options)
-        except OSError:
-            discard(sys.stderr)
 
     def on_broken_pipe(self) -> None:
-        discard(sys.stderr)
+        """Rich would end the program."""
 
 
 def results_console() -> ResultsConsole:
@@ -56,12 +53,6 @@ def results_console() -> ResultsConsole:
 
 def notes_console(quiet: bool = False) -> NotesConsole:
     return NotesConsole(quiet)
-
-
-def discard(stream: TextIO) -> None:
-    """Drop what is still to be written to a stream that fails, so that Python does not try it again as it exits."""
-    with contextlib.suppress(OSError), Path(os.devnull).open("w") as null:
-        os.dup2(null.fileno(), stream.fileno())
 
 
 def print_json(result: BaseModel | dict[str, Any]) -> None:
@@ -96,8 +87,7 @@ def attempt_all(parts: Iterable[Callable[[], object]]) -> bool:
 
 
 def report_unwritable(error: OSError) -> None:
-    """Say that standard output cannot be written, unless nobody reads it any more, and write nothing more to it."""
-    discard(sys.stdout)
+    """Say that standard output cannot be written, unless it is that nobody reads it any more."""
     if not isinstance(error, BrokenPipeError):
         print_error(MMTokError(f"standard output could not be written: {error.strerror or error}"))
 
