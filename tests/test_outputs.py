@@ -110,7 +110,6 @@ TARGETS = {
     "report: result": ("report", "--export", "run/comparison.json"),
     "report: measurement": ("report", "--export", "run/rounds/00000-000.json"),
     "report: predictions": ("report", "--export", "run/predictions/000000.json"),
-    "prune: picture of a run": ("prune", "--output", "run/overlays/000000-001.webp"),
     "report: pictures": ("report", "--export", "run/overlays/index.json"),
 }
 
@@ -167,6 +166,8 @@ def test_no_output_is_another_output(name: str, options: tuple[str, ...], place:
         ("profile", "--trace-dir", "model"),
         ("profile", "--trace-dir", "run/predictions"),
         ("profile", "--trace-dir", "photo.png"),
+        ("prune", "--output", "run/overlays/000000-001.webp"),
+        ("compare", "--export", "run/plan.json"),
         ("report", "--export", "run/rounds/results.csv"),
         ("report", "--export", "run/fifo.csv"),
     ],
