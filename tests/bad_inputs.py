@@ -547,7 +547,7 @@ MODEL_FIELDS: tuple[tuple[str, str, object], ...] = (
     *((PROCESSOR, "patch_size", value) for value in (0, "x")),
     *((PROCESSOR, "image_processor.crop_size", value) for value in (0, -1, "x", {"height": 0, "width": 0})),
     *((PROCESSOR, "processor_class", value) for value in ("NoSuch", 3)),
-    *((TOKENIZER, "tokenizer_class", value) for value in ("NoSuch", 3)),
+    *((TOKENIZER, "tokenizer_class", value) for value in (3, [])),
 )
 # The file and its whole content; None removes it.
 MODEL_FILES: dict[str, tuple[str, bytes | Callable[[Path], object] | None]] = {
