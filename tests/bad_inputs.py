@@ -28,7 +28,7 @@ from PIL import Image
 
 import mmtok_cli
 from mmtok_cli.cli.main import app
-from mmtok_cli.methods import BUILT_IN
+from mmtok_cli.methods.catalogue import BUILT_IN
 from mmtok_cli.methods.parameters import expected, parameter_types
 
 DEMO = Path(mmtok_cli.__file__).parent / "demo" / "weights"

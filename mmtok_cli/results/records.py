@@ -50,6 +50,9 @@ def _require_plausible(tokens: TokenCounts) -> TokenCounts:
     return tokens
 
 
+Tokens = Annotated[TokenCounts, AfterValidator(_require_plausible)]
+
+
 def _require_not_negative(value: float) -> float:
     if value < 0:  # NaN is not
         raise ValueError("must not be negative")
@@ -89,7 +92,7 @@ class TimedRun(Record):
     samples: list[str]
     seconds: dict[str, Seconds]
     repetitions: dict[str, list[Seconds]]
-    tokens: list[Annotated[TokenCounts, AfterValidator(_require_plausible)]]
+    tokens: list[Tokens]
     positions: Positions
     answers: list[str]
     steps: Number
@@ -178,7 +181,8 @@ class Closeness(Record):
 class Prediction(Record):
     """What one case answered to one sample of the dataset.
 
-    case, sample: numbers in the plan and in the dataset. score: None where there is no reference answer.
+    case, sample: numbers in the plan and in the dataset. score: None where there is no reference answer. tokens: of the
+    prompt.
     """
 
     case: Number
@@ -186,6 +190,7 @@ class Prediction(Record):
     answer: str
     score: Share | None
     closeness: Closeness
+    tokens: Tokens | None = None
 
 
 class UnreadableSample(Record):
