@@ -22,7 +22,7 @@ from damaged_runs import MEASURES, MISPLACED, Damage, Reader, damaged, damages, 
 
 import mmtok_cli.comparison as comparison
 import mmtok_cli.timing.runner as runner
-from mmtok_cli.cases import Case
+from mmtok_cli.cases import Case, release_memory
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.files import require_writable, write_whole
 from mmtok_cli.results.records import TimingFailure
@@ -300,6 +300,14 @@ def test_a_plan_that_cannot_be_written(
     assert run(*options, "--run-dir", tmp_path / "run").exit_code == 0  # as soon as there is space
 
 
+def test_a_run_that_is_refused_before_anything_is_measured_leaves_nothing(
+    options: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing("full", MMTokError("the prompt is too long"), 1, monkeypatch)
+    refused(run(*options, "--run-dir", tmp_path / "run"), "the prompt is too long")
+    assert not list(tmp_path.iterdir())
+
+
 def test_writing_needs_the_lock(copy: Path) -> None:
     store = RunDirectory.open(copy)
     with pytest.raises(ValueError, match="under its lock"):
@@ -424,6 +432,17 @@ def test_an_error_while_answers_are_evaluated_takes_the_quality_of_its_case_alon
     assert [bool(case["fidelity"]) for case in result["results"]] == [False, True, False]
     assert [(case["case"]["method"], case["reason"]) for case in result["unevaluated"]] == [("fastv", "error")]
     assert not result["interrupted"] and run_json("report", tmp_path / "run") == result
+
+
+def test_a_gpu_that_an_error_left_unusable_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cases that follow would fail for no fault of their own."""
+
+    def synchronize(_: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    with pytest.raises(MMTokError, match="cuda:0 cannot be used any more by this process: CUDA error: an illegal"):
+        release_memory(torch.device("cuda:0"))
 
 
 def test_an_image_that_disappears_stops_the_run_and_not_its_cases(
