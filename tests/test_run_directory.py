@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tracemalloc
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +240,29 @@ def test_runs_that_start_in_the_same_second(options: tuple[Any, ...], monkeypatc
         patch.setattr(Path, "exists", lambda path: path != Path(first) and os.path.exists(path))  # noqa: PTH110
         second = run_json(*options)["run_directory"]
     assert first != second and not run_json("report", first)["interrupted"]
+
+
+def test_processes_of_one_run_end_together(copy: Path) -> None:
+    """The writer is refused; the other says in a line that it is alone."""
+    variables = (
+        "import os; os.environ |= dict(MASTER_ADDR='localhost', MASTER_PORT='29517', WORLD_SIZE='2', RANK='{0}')"
+    )
+    (copy / "predictions" / "000001.json").unlink()
+    with RunDirectory.resume(copy), ThreadPoolExecutor() as pool:
+        command = ("compare", "--resume", "--run-dir", copy)
+        writer, other = pool.map(lambda rank: run_process(*command, before=variables.format(rank)), range(2))
+    for process, words in ((writer, "is in use by another run"), (other, "another process of this run has ended")):
+        assert process.returncode == 2 and process.stdout == "" and words in process.stderr
+        assert len(process.stderr.splitlines()) == 2
+
+
+@pytest.mark.parametrize("count", ["x", "0", "-1", "", "1.5", "2"])
+def test_processes_that_no_launcher_started(
+    count: str, options: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", count)
+    refused(run(*options, "--run-dir", tmp_path / "run"), "WORLD_SIZE")
+    assert not list(tmp_path.iterdir())
 
 
 # Directories that change while they are used

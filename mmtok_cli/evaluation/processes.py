@@ -39,20 +39,36 @@ class Processes:
         return 0 if self.state is None else self.state.process_index
 
     def tell(self, items: list[Item]) -> list[Item]:
-        """The writer's items, in every process. The others pass a list of the same length, whose items are ignored."""
+        """The writer's items, in every process. The others pass a list of the same length, whose items are ignored.
+
+        Raises MMTokError where another process has ended.
+        """
         if self.state is None:
             return items
         from accelerate.utils import broadcast_object_list
 
-        return broadcast_object_list(items)
+        with _connected():
+            return broadcast_object_list(items)
 
     def gather(self, items: list[Item]) -> list[Item]:
-        """The items of all processes, in every one of them. They are sent pickled."""
+        """The items of all processes, in every one of them. They are sent pickled.
+
+        Raises MMTokError where another process has ended.
+        """
         if self.state is None:
             return items
         from accelerate.utils import gather_object
 
-        return gather_object(items)
+        with _connected():
+            return gather_object(items)
+
+
+@contextmanager
+def _connected() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # of gloo, which has no type of its own for it
+        raise MMTokError("another process of this run has ended", "its message says why") from error
 
 
 @contextmanager
