@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import gc
-import re
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,17 +12,13 @@ import torch
 
 from mmtok_cli.budget import Budget
 from mmtok_cli.data.samples import Sample
-from mmtok_cli.errors import MMTokError, first_line
+from mmtok_cli.errors import MethodFaultError, MMTokError, first_line, is_out_of_memory
 from mmtok_cli.methods.base import Method
 from mmtok_cli.models.base import Stage, VisionLanguageModel
 from mmtok_cli.pipeline import RELEASED, Answers, answer, check_budget
 from mmtok_cli.results.records import parameters_of
 from mmtok_cli.results.schema import CaseId
 from mmtok_cli.rules import Rules
-
-OUT_OF_MEMORY = re.compile(
-    r"out of memory|(can't|cannot) allocate memory|not enough memory|[A-Z]+_STATUS_ALLOC_FAILED", re.IGNORECASE
-)
 
 
 @dataclass(frozen=True)
@@ -54,10 +49,12 @@ class Case:
             again=self.again,
         )
 
-    def check(self, model: VisionLanguageModel, samples: Sequence[Sample]) -> None:
-        """Refuse a budget that cannot be met. Raises MMTokError that names the case."""
+    def check(self, model: VisionLanguageModel, samples: Iterable[Sample]) -> None:
+        """Refuse a budget that none of the samples can meet. Raises MMTokError that names the case."""
         try:
             check_budget(model, self.method, samples, self.budget, self.rules)
+        except MethodFaultError:
+            raise
         except MMTokError as error:
             raise MMTokError(f"{self}: {error.message}", error.hint) from error
 
@@ -74,6 +71,8 @@ def failure_of(error: Exception) -> dict[str, Any]:
     """Why a case cannot be run: the fields `reason`, `message` and `traceback` of a CaseFailure."""
     if is_out_of_memory(error):
         return {"reason": "out of memory", "message": _line(error)}
+    if isinstance(error, MethodFaultError):
+        return {"reason": "error", "message": error.message}
     if isinstance(error, MMTokError):
         return {"reason": "refused", "message": error.message}
     return {
@@ -81,17 +80,6 @@ def failure_of(error: Exception) -> dict[str, Any]:
         "message": f"{type(error).__name__}: {_line(error)}",
         "traceback": "".join(traceback.format_exception(error)),
     }
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that memory ran out, on the device or on the host.
-
-    Only some parts of torch raise OutOfMemoryError for that; TorchScript, cuBLAS and the allocators of other devices
-    have nothing but a message.
-    """
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, (RuntimeError, OSError, torch.jit.Error)) and bool(OUT_OF_MEMORY.search(str(error)))
 
 
 def _line(error: Exception) -> str:

@@ -7,20 +7,23 @@ import re
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, count
 from pathlib import Path
 
 from mmtok_cli.cases import Case
 from mmtok_cli.configuration import cases_of, configured_model
 from mmtok_cli.data.datasets import Dataset, open_dataset
-from mmtok_cli.data.samples import ClosedImages, Sample
+from mmtok_cli.data.samples import Sample
 from mmtok_cli.environment import environment_of
 from mmtok_cli.errors import MMTokError
+from mmtok_cli.evaluation.metrics import judged
 from mmtok_cli.evaluation.predictions import evaluate
 from mmtok_cli.evaluation.processes import Processes
 from mmtok_cli.files import require_writable_directory
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.pictures import has_pictures, save_pictures
+from mmtok_cli.pipeline import check_sample
 from mmtok_cli.planning import (
     Estimate,
     estimate,
@@ -212,6 +215,7 @@ class ComparisonRun:
             question=settings.question,
             columns=column_names(settings.columns),
         )
+        dataset = judged(dataset, settings.metric)
         require_whole_batches(len(dataset.samples), settings.batch_size)
         for note in dataset.notes()[:MOST_NOTES]:
             self.progress.note(note)
@@ -223,13 +227,13 @@ class ComparisonRun:
         """The plan, and the batches of each size that the rounds cycle through. Raises MMTokError for a budget that
         cannot be met."""
         model, cases, sizes = prepared.model, prepared.cases, self.settings.batch_size
-        samples = prepared.dataset.samples
-        timed = timed_samples(samples, sizes, self.settings.rounds)
+        readable = partial(check_sample, model, max_new_tokens=self.settings.max_new_tokens)
+        timed, left_out = timed_samples(prepared.dataset.samples, sizes, self.settings.rounds, readable)
+        for problem in left_out[:MOST_NOTES]:
+            self.progress.note(problem)
         groups = in_batches(timed, sizes)
         for case in cases:
-            whole = [sample for batch in in_batches(samples, sizes)[case.batch_size] for sample in batch]
-            lazy = any(isinstance(sample.images, ClosedImages) for sample in whole)
-            case.check(model, [sample.open() for sample in groups[case.batch_size][0]] if lazy else whole)
+            case.check(model, (sample.open() for sample in timed))
         return make_plan(self.settings, cases, prepared.dataset, environment_of(model), len(timed)), groups
 
     def _measurement(self, prepared: Prepared, batches: Batches, store: RunDirectory) -> Measurement:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -61,25 +61,31 @@ def require_whole_batches(samples: int, sizes: Sequence[int]) -> None:
             )
 
 
-def timed_samples(samples: Sequence[Sample], sizes: Sequence[int], rounds: int | None) -> list[Sample]:
-    """The first samples whose images can be read, as many as the rounds take.
+def timed_samples(
+    samples: Sequence[Sample], sizes: Sequence[int], rounds: int | None, check: Callable[[Sample], None]
+) -> tuple[list[Sample], list[str]]:
+    """The first samples that can be timed, as many as the rounds take, and why others before them cannot.
 
-    Images are looked at and let go. Raises MMTokError where too few can be read for one batch of each size.
+    check: raises MMTokError for a sample that the model cannot read. Images are looked at and let go.
+    Raises MMTokError where there are too few samples for one batch of each size.
     """
     found: list[Sample] = []
-    problem = ""
-    for sample in samples:
+    problems = []
+    for number, sample in enumerate(samples, 1):
         if len(found) == (rounds or MOST_ROUNDS) * max(sizes):
             break
         try:
-            sample.open()
+            check(sample.open())
         except MMTokError as error:
-            problem = problem or error.message
+            problems.append((number, error.message))
         else:
             found.append(sample)
     if len(found) < max(sizes):
-        raise MMTokError(f"only {len(found)} of {len(samples)} samples can be read: {problem}", "check the image files")
-    return found
+        raise MMTokError(
+            f"only {len(found)} of {len(samples)} samples can be used: {problems[0][1]}",
+            "check the images and questions of the data",
+        )
+    return found, [f"sample {number} is left out: {problem}" for number, problem in problems]
 
 
 def in_batches(samples: Sequence[Sample], sizes: Sequence[int]) -> dict[int, list[list[Sample]]]:

@@ -1,6 +1,6 @@
 """The interface that every model family implements.
 
-A family is one file with a subclass of `VisionLanguageModel`, and one line in `FAMILIES` (models/__init__.py). It must
+A family is one file with a subclass of `VisionLanguageModel`, and one line in `FAMILIES` (models/families.py). It must
 define `total`, `smaller`, `pixels`, `encode` and `panels`. Override the rest where the family differs:
 
     signals             what the encoder offers to methods; `encode` computes those that a method requests
@@ -27,6 +27,7 @@ from torch import Tensor
 from mmtok_cli.budget import Budget
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.models import hf
+from mmtok_cli.models.checkpoint import COMPARE, faults_of
 from mmtok_cli.models.inside import Inside
 from mmtok_cli.models.sequences import CutImage
 from mmtok_cli.rules import Positions, Track
@@ -97,6 +98,11 @@ class VisionLanguageModel(ABC):
         self.tokenizer = processor.tokenizer
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
+        if not self.eos_token_ids or self.tokenizer.pad_token_id is None:
+            raise MMTokError(
+                f"{name} names no token that ends an answer, so that every answer would be of the greatest length",
+                "set eos_token in tokenizer_config.json, as in the original",
+            )
 
     @property
     def device(self) -> torch.device:
@@ -145,8 +151,10 @@ class VisionLanguageModel(ABC):
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer: those of the generation settings, and the tokenizer's."""
         ids = hf.end_tokens(self.model)
-        return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
+        named = list(ids) if isinstance(ids, list | tuple) else [ids]
+        return tuple(dict.fromkeys(i for i in (*named, self.tokenizer.eos_token_id) if i is not None))
 
     @property
     def reserved(self) -> tuple[str, ...]:
@@ -180,13 +188,13 @@ class VisionLanguageModel(ABC):
         """Vision tokens of the unreduced image."""
 
     def keep(self, image: Image, budget: Budget, track: Track) -> int:
-        """Vision tokens to keep of the image. Raises MMTokError for a budget that it cannot meet."""
+        """Vision tokens to keep of the image. Raises UnmetBudgetError for a budget that it cannot meet."""
         return budget.resolve(self.total(image))
 
     @abstractmethod
     def smaller(self, image: Image, tokens: int) -> Grid:
         """The grid at which a smaller version of the image is encoded to `tokens` vision tokens, or slightly fewer if
-        the family cannot meet the number. Raises MMTokError where there is no such grid."""
+        the family cannot meet the number. Raises UnmetBudgetError where there is no such grid."""
 
     @abstractmethod
     def pixels(self, image: Image, grid: Grid | None) -> Tensor:
@@ -205,22 +213,8 @@ class VisionLanguageModel(ABC):
         Raises MMTokError unless a question has no markers or one for each image.
         """
         flat = [image for group in images for image in group]
-        sizes = list(zip(flat, grids, strict=True))
-        pixels = [self.pixels(image, grid) for image, grid in sizes]
-        counts = iter(self.total(image) if grid is None else grid[0] * grid[1] for image, grid in sizes)
-        token = self.processor.image_token
-        texts = []
-        for question, group in zip(questions, images, strict=True):
-            before, *after = self._chat(question, len(group)).split(token)
-            texts.append(before + "".join(self.placeholders(next(counts)) + part for part in after))
-        bos = self.tokenizer.bos_token
-        encoded = self.tokenizer(
-            texts,
-            padding=True,
-            padding_side="left",
-            add_special_tokens=not (bos and texts[0].startswith(bos)),
-            return_tensors="pt",
-        ).to(self.device)
+        pixels = [self.pixels(image, grid) for image, grid in zip(flat, grids, strict=True)]
+        encoded = self.tokenize(questions, images, grids).to(self.device)
         return Prompt(
             input_ids=encoded["input_ids"],
             attention_mask=encoded["attention_mask"],
@@ -232,8 +226,34 @@ class VisionLanguageModel(ABC):
             questions=tuple(questions),
         )
 
-    def _chat(self, question: str, images: int) -> str:
-        """The prompt with one image token for each image."""
+    def tokenize(
+        self, questions: Sequence[str], images: Sequence[Sequence[Image]], grids: Sequence[Grid | None]
+    ) -> Any:
+        """The tokens of the prompts, padded on the left: `input_ids` and `attention_mask` [batch, length].
+
+        Arguments and errors as for `prepare`.
+        """
+        sizes = zip((image for group in images for image in group), grids, strict=True)
+        counts = iter(self.total(image) if grid is None else grid[0] * grid[1] for image, grid in sizes)
+        token = self.processor.image_token
+        texts = []
+        for question, group in zip(questions, images, strict=True):
+            before, *after = self.chat(question, len(group)).split(token)
+            texts.append(before + "".join(self.placeholders(next(counts)) + part for part in after))
+        bos = self.tokenizer.bos_token
+        return self.tokenizer(
+            texts,
+            padding=True,
+            padding_side="left",
+            add_special_tokens=not (bos and texts[0].startswith(bos)),
+            return_tensors="pt",
+        )
+
+    def chat(self, question: str, images: int) -> str:
+        """The prompt as text, with one image token for each image.
+
+        Raises MMTokError for a question that does not suit the images, and for a chat template that fails.
+        """
         markers = question.count(IMAGE_MARKER)
         if markers not in (0, images):
             raise MMTokError(
@@ -248,7 +268,16 @@ class VisionLanguageModel(ABC):
         content = [] if markers else [{"type": "image"} for _ in range(images)]
         content.append({"type": "text", "text": question.replace(IMAGE_MARKER, self.image_text)})
         conversation = [{"role": "user", "content": content}]
-        return self.processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+        with faults_of(f"the chat template of {self.name} fails", COMPARE):
+            text: str = self.processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+        marks = text.count(self.processor.image_token)
+        if marks != images:
+            raise MMTokError(
+                f"the chat template of {self.name} puts {marks} image tokens into a prompt about {images} "
+                f"image{'s' * (images != 1)}",
+                COMPARE,
+            )
+        return text
 
     @abstractmethod
     def encode(self, prompt: Prompt, signals: Sequence[str] = (), *, stage: Stage = unwatched) -> list[VisionTokens]:

@@ -9,9 +9,9 @@ from functools import partial
 from itertools import count
 from typing import TypeVar
 
-from mmtok_cli.cases import Case, failure_of, is_out_of_memory, release_memory
+from mmtok_cli.cases import Case, failure_of, release_memory
 from mmtok_cli.data.samples import Sample
-from mmtok_cli.errors import MMTokError
+from mmtok_cli.errors import MMTokError, is_out_of_memory
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.results.records import CountedFlops, TimingFailure
 from mmtok_cli.results.run_directory import NotWrittenError, RunDirectory
