@@ -7,6 +7,7 @@ import os
 import random
 import re
 import shutil
+import socket
 import stat
 import subprocess
 import sys
@@ -250,7 +251,7 @@ def test_processes_of_one_run_end_together(copy: Path) -> None:
     (copy / "predictions" / "000001.json").unlink()
     with RunDirectory.resume(copy), ThreadPoolExecutor() as pool:
         command = ("compare", "--resume", "--run-dir", copy)
-        writer, other = pool.map(lambda rank: run_process(*command, before=variables.format(rank)), range(2))
+        writer, other = pool.map(lambda rank: run_process(*command, before=variables.format(rank, port)), range(2))
     for process, words in ((writer, "is in use by another run"), (other, "another process of this run has ended")):
         assert process.returncode == 2 and process.stdout == "" and words in process.stderr
         assert len(process.stderr.splitlines()) == 2
