@@ -245,9 +245,9 @@ def test_runs_that_start_in_the_same_second(options: tuple[Any, ...], monkeypatc
 
 def test_processes_of_one_run_end_together(copy: Path) -> None:
     """The writer is refused; the other says in a line that it is alone."""
-    variables = (
-        "import os; os.environ |= dict(MASTER_ADDR='localhost', MASTER_PORT='29517', WORLD_SIZE='2', RANK='{0}')"
-    )
+    with socket.create_server(("localhost", 0)) as free:
+        port = str(free.getsockname()[1])
+    variables = "import os; os.environ |= dict(MASTER_ADDR='localhost', WORLD_SIZE='2', RANK='{}', MASTER_PORT='{}')"
     (copy / "predictions" / "000001.json").unlink()
     with RunDirectory.resume(copy), ThreadPoolExecutor() as pool:
         command = ("compare", "--resume", "--run-dir", copy)
