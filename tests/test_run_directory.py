@@ -429,6 +429,14 @@ def test_a_case_that_fails_is_a_row(
     assert ("def answer" in traceback or "in answer" in traceback) == (reason == "error")
 
 
+def test_a_dry_run_shows_what_fails(options: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    failing("fastv", RuntimeError("shapes differ"), 1, monkeypatch)
+    shown = run(*options, "--dry-run")
+    assert shown.exit_code == 0 and "fastv @ 4 (batch size 1): error: RuntimeError: shapes differ" in shown.stdout
+    cases = run_json(*options, "--dry-run")["cases"]
+    assert [case["seconds"] is None for case in cases] == [False, False, True]
+
+
 def test_a_failed_case_is_not_run_again_unless_its_failure_is_deleted(
     options: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
