@@ -258,7 +258,7 @@ def plan_table(plan: Estimate) -> Table:
     for heading in ("budget", "batch", "rounds", "runs", "one run"):
         table.add_column(heading, justify="right", no_wrap=True)
     for place, case in enumerate(plan.cases):
-        one = "out of memory" if case.seconds is None else seconds(case.seconds)
+        one = (case.failure or "").partition(":")[0] if case.seconds is None else seconds(case.seconds)
         table.add_row(
             str(place),
             case.case.title,
@@ -272,8 +272,9 @@ def plan_table(plan: Estimate) -> Table:
 
 
 def plan_lines(plan: Estimate) -> list[str]:
-    """The order of the first rounds, and the estimated time of the run."""
-    lines = [f"round {number + 1}: {' '.join(map(str, order))}" for number, order in enumerate(plan.order)]
+    """Why cases failed, the order of the first rounds, and the estimated time of the run."""
+    lines = [f"{case} (batch size {case.case.batch_size}): {case.failure}" for case in plan.cases if case.failure]
+    lines += [f"round {number + 1}: {' '.join(map(str, order))}" for number, order in enumerate(plan.order)]
     if plan.rounds > len(plan.order):
         lines.append(f"… {plan.rounds} rounds in total")
     least = f", of which at least {seconds(plan.min_time)} timed" if plan.min_time else ""

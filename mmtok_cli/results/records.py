@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import to_jsonable_python
 
-from mmtok_cli.budget import TokenCounts
+from mmtok_cli.budget import Budget, TokenCounts
 from mmtok_cli.data.layouts import MetricName
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.results.schedule import Rotation
@@ -292,6 +292,7 @@ class Plan(Record):
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Self:
+        """Raises MMTokError for a budget that is none."""
         differing = [name for name, value in self._settings() if value != getattr(self, name)]
         if differing:
             raise ValueError(f"{differing[0]} and the options contradict each other")
@@ -300,6 +301,8 @@ class Plan(Record):
         if any(planned.case.run is not None for planned in self.cases):
             raise ValueError("its cases are of several runs")
         for number, planned in enumerate(self.cases):
+            if planned.case.budget is not None:
+                Budget.parse(planned.case.budget)
             if not self.cases[self.baseline_of(number)].case.is_baseline:
                 raise ValueError(f"{planned.case.label} has no baseline")
             if planned.case.batch_size > (self.timed or self.samples):

@@ -13,10 +13,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 
-from mmtok_cli.budget import Budget
-from mmtok_cli.errors import MMTokError
 from mmtok_cli.rules import Positions, Rules
 
 CONFIDENCE = 0.95  # of all intervals
@@ -232,14 +230,6 @@ class Flips(Record):
     p_value: float
 
 
-def _require_budget(text: str) -> str:
-    try:
-        Budget.parse(text)
-    except MMTokError as error:
-        raise ValueError(error.message) from error
-    return text
-
-
 class CaseId(Record):
     """A case, which is a row of every table: a method with its parameters, at a budget and a batch size.
 
@@ -249,7 +239,7 @@ class CaseId(Record):
 
     method: str = Field(min_length=1)
     parameters: dict[str, Any]
-    budget: Annotated[str, AfterValidator(_require_budget)] | None
+    budget: str | None
     batch_size: Annotated[int, Field(ge=1)] = 1
     again: bool = False
     run: str | None = None
