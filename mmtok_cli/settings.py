@@ -55,8 +55,8 @@ def _methods(value: Any) -> Any:
 
 
 def _budgets(value: Any) -> Any:
-    if value is None:
-        return None
+    if not isinstance(value, (str, list, tuple)):
+        return value
     text = value if isinstance(value, str) else ",".join(map(str, value))
     return tuple(map(str, parse_budgets(text)))
 

@@ -74,7 +74,7 @@ def test_bad_data(command: tuple[Any, ...], tmp_path: Path) -> None:
     refused(run(*command, "--columns", "question"), "'question' is not field=name")
     file = pope(tmp_path / "data", 1)
     (tmp_path / "data" / "0.png").write_bytes(b"no picture")
-    refused(run(*command, "--data", file), "only 0 of 2 samples can be read", "0.png is not an image")
+    refused(run(*command, "--data", file), "only 0 of 2 samples can be used", "0.png is not an image")
 
 
 def test_times_alone(command: tuple[Any, ...], tmp_path: Path) -> None:
@@ -133,17 +133,33 @@ def test_stopped_during_evaluation_and_resumed(
     assert small == large and [case["method"] for case in small] == CASES
 
 
-def test_a_case_that_is_refused_an_answer_keeps_its_times(command: tuple[Any, ...], tmp_path: Path) -> None:
-    """A later image leaves fewer tokens than the budget; that is found out when it is asked about."""
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_panorama_costs_no_case_anything(place: int, command: tuple[Any, ...], tmp_path: Path) -> None:
+    """An image with fewer tokens than the budget that are not padding, wherever it comes."""
     folder = tmp_path / "data"
     folder.mkdir()
-    picture(84, 84, 1).save(folder / "a.png")
-    picture(160, 100, 2).save(folder / "b.png")
-    result = run_json(*command, "--data", folder, "--question", "What?", "-b", "30", "--methods", "mmtok,none")
-    assert [case["case"]["method"] for case in result["results"]] == ["full", "mmtok", "none"]
-    (failed,) = result["unevaluated"]
-    assert (failed["case"]["method"], failed["reason"]) == ("mmtok", "refused") and "b.png" in failed["message"]
-    assert result["results"][1]["fidelity"] is None and result["results"][2]["fidelity"] is not None
+    for number in range(3):
+        picture(*((400, 40) if number == place else (84, 84)), number).save(folder / f"{number}.png")
+    methods = "mmtok,resize,resize:pool,random,fastv,none"
+    options = ("--set", "fastv.layer=1", "--methods", methods, "-b", "30", "--rounds", 3)
+    result = run_json(*command, "--data", folder, "--question", "What?", *options)
+    assert [case["case"]["method"] for case in result["results"]] == ["full", *methods.split(",")]
+    assert not result["failures"] and not result["unevaluated"]
+    assert all(case["fidelity"] for case in result["results"][1:])
+    kept = {case["case"]["method"]: case["tokens"]["kept"] for case in result["results"]}
+    assert kept["mmtok"] == kept["random"] == (30 + 30 + 12) / 3 and kept["resize"] == 30
+
+
+def test_a_sample_that_the_model_cannot_read_is_not_timed(command: tuple[Any, ...], tmp_path: Path) -> None:
+    file = pope(tmp_path / "data", 3)
+    first, *rest = file.read_text().splitlines()
+    endless = json.dumps(json.loads(first) | {"text": "word " * 3000, "question": "word " * 3000})
+    file.write_text("\n".join([endless, *rest]) + "\n")
+    shown = run(*command, "--data", file, "--export", tmp_path / "out.json")
+    assert shown.exit_code == 0 and "sample 1 is left out" in shown.stderr
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert len(result["results"]) > 1 and not result["failures"]
+    assert any("do not fit" in line for line in result["left_out"])
 
 
 def test_two_processes_give_the_scores_of_one(command: tuple[Any, ...], tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from mmtok_cli.evaluation.processes import Processes, join_processes
 from mmtok_cli.evaluation.summary import EvaluationSummary, f1_retention, summarise_predictions
 from mmtok_cli.methods import make_method
 from mmtok_cli.methods.base import Method
+from mmtok_cli.methods.mmtok import MMTok
 from mmtok_cli.models.llava import Llava
 from mmtok_cli.pipeline import answer
 from mmtok_cli.results.progress import Remaining
@@ -144,12 +145,20 @@ def test_images_are_opened_once_for_all_cases_and_let_go(tiny_sdpa: Llava) -> No
     assert opened == [0, 1, 2, 3]
 
 
-def test_a_budget_that_cannot_be_met_ends_its_case_alone(tiny_sdpa: Llava, samples: list[Sample]) -> None:
-    cases = [CASES[0], Case("mmtok", make_method("mmtok"), Budget(count=30)), CASES[1]]
+@dataclass(frozen=True)
+class Fails(MMTok):
+    """Does not work on one image."""
+
+    def select_batch(self, vision: Any, text: Any, budgets: Any) -> Any:
+        return [None] if vision[0].image_id == "picture-1" else super().select_batch(vision, text, budgets)
+
+
+def test_a_method_that_fails_ends_its_case_alone(tiny_sdpa: Llava, samples: list[Sample]) -> None:
+    cases = [CASES[0], Case("fails", Fails(), Budget(count=6)), CASES[1]]
     found = run(tiny_sdpa, Dataset("three", samples, None), cases, batch_size=1)
     (failure,) = found.failures  # and the case is not tried on the third sample
     assert (failure.case, failure.reason) == (1, "refused")
-    assert "more than the 24 vision tokens of picture-1" in failure.message
+    assert "Fails.select must return a Selection" in failure.message
     assert [p.sample for p in found.predictions if p.case == 1] == [0]
     assert [p.sample for p in found.predictions if p.case == 2] == [0, 1, 2]
 

@@ -74,6 +74,7 @@ def prune(
         raise MMTokError("two of the image and the output files are the same file", "give each a name of its own")
     sample = sample_from_file(image, question)
     model = configured_model(settings, ConsoleProgress(quiet), settings.layers)
+    case.check(model, [sample])
     selected = time_selection(model, case, sample)
     gains = _gains(selected, settings.method) if gain_curve else None
     shown = lay_out(model, selected.reduced, selected.selection)

@@ -12,7 +12,7 @@ import numpy as np
 
 from mmtok_cli.data.datasets import Metric
 from mmtok_cli.evaluation.metrics import is_yes, says_yes, yes_no
-from mmtok_cli.results.progress import evaluated_cases, evaluation_failures
+from mmtok_cli.results.progress import evaluated_batches, evaluated_cases, evaluation_failures
 from mmtok_cli.results.records import Prediction, SampleLabel
 from mmtok_cli.results.run_directory import RunDirectory
 from mmtok_cli.results.schema import CONFIDENCE, FailedCase, Fidelity, Flips, Score, YesNo
@@ -82,7 +82,7 @@ def summarise_evaluation(store: RunDirectory) -> dict[int, EvaluationSummary]:
     compared = [case for case in cases if case not in failed]
     if not cases or cases[0] in failed:
         return {}
-    batches = [batch for batch in store.predictions.values() if batch.batch_size == size]
+    batches = evaluated_batches(store)
     found = summarise_predictions(
         [prediction for batch in batches for prediction in batch.predictions if prediction.case in compared],
         {label.sample: label for batch in batches for label in batch.samples},
@@ -172,7 +172,7 @@ def unevaluated_cases(store: RunDirectory) -> list[FailedCase]:
 
 def evaluated_samples(store: RunDirectory) -> int:
     """How many samples were evaluated, without those that could not be read."""
-    return sum(len(batch.samples) - len(batch.unreadable) for batch in store.predictions.values())
+    return sum(len(batch.readable) for batch in evaluated_batches(store))
 
 
 def left_out(store: RunDirectory) -> list[str]:

@@ -20,6 +20,11 @@ from mmtok_cli.report.units import duration, plural, seconds, share
 
 MOST_LEFT_OUT = 3  # lines on data that could not be used
 FEW_QUESTIONS = 200
+REMEDIES = {
+    "out of memory": "lower --batch-size, or free memory",
+    "refused": "choose a budget that fits every sample, or drop the case",
+    "error": "the traceback is in failures/ of the run directory",
+}
 
 if TYPE_CHECKING:
     from mmtok_cli.planning import Estimate
@@ -57,13 +62,9 @@ def failure_notes(comparison: Comparison) -> list[str]:
         )
     for failed in comparison.failures:
         when = "during warm-up" if failed.round is None else f"in round {failed.round + 1}"
-        remedy = (
-            "lower --batch-size, or free memory"
-            if failed.reason == "out of memory"
-            else "choose a budget that fits every sample, or drop the case"
-        )
         lines.append(
-            f"{failed} (batch size {failed.case.batch_size}): {failed.reason} {when}: {failed.message}; {remedy}"
+            f"{failed} (batch size {failed.case.batch_size}): {failed.reason} {when}: {failed.message}; "
+            f"{REMEDIES[failed.reason]}"
         )
     return lines
 
