@@ -31,7 +31,7 @@ from mmtok_cli.pipeline import answer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
-LEFT_OUT = object()
+LEFT_OUT = "left out"
 Damage = Callable[[Path], object]
 
 
