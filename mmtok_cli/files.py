@@ -54,7 +54,7 @@ def require_writable(path: Path, suffixes: Sequence[str], option: str) -> None:
             raise MMTokError(f"{option} {path} is a directory", "name a file in it")
         target = Path(os.path.realpath(path))
         _existing_file(target)
-        _try_to_write_into(target.parent)
+        _try_to_write_into(target.parent, target.name)
     except OSError as error:
         raise MMTokError(f"{option} {path} cannot be written: {error.strerror}", "choose another place") from error
 
@@ -102,10 +102,15 @@ def _give(part: Path, before: os.stat_result) -> None:
     part.chmod(stat.S_IMODE(before.st_mode))
 
 
-def _try_to_write_into(directory: Path) -> None:
-    """Raises OSError where no file can be created in a directory, or in the nearest parent that exists."""
+def _try_to_write_into(directory: Path, name: str = "") -> None:
+    """Raises OSError where no file of this name can be created in a directory, whose parents may be missing yet."""
+    names = [name]
     while not directory.exists() and directory != directory.parent:
+        names.append(directory.name)
         directory = directory.parent
+    for each in filter(None, names):
+        with contextlib.suppress(FileNotFoundError):
+            (directory / each).lstat()  # raises OSError for a name that is too long
     with tempfile.TemporaryFile(dir=directory):
         pass
 

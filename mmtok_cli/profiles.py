@@ -66,11 +66,15 @@ def known_profiles() -> dict[str, Profile]:
 
     Raises MMTokError naming a file that does not parse.
     """
-    installed = PACKAGE / "profiles"
-    directory = installed if installed.is_dir() else PACKAGE.parent / "profiles"
-    profiles = [_read(path) for path in sorted(directory.glob("*.toml"))]
+    profiles = [_read(path) for path in sorted(profile_directory().glob("*.toml"))]
     profiles.sort(key=lambda profile: (profile.name != "demo", profile.family, profile.parameters))
     return {profile.name: profile for profile in profiles}
+
+
+def profile_directory() -> Path:
+    """Where the profiles are: in the installed package, or beside it in a checkout."""
+    installed = PACKAGE / "profiles"
+    return installed if installed.is_dir() else PACKAGE.parent / "profiles"
 
 
 def _with_none(value: Any) -> Any:

@@ -258,10 +258,15 @@ def test_interrupting_keeps_what_was_measured(
     # A shell's background jobs ignore the signal, and so would what they start.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        result = run_json(*command, "-m", tiny_directory, "-b", 4)
+        stopped = run(*command, "-m", tiny_directory, "-b", 4, "--json")
     finally:
         signal.signal(signal.SIGINT, before)
-    assert result["interrupted"] and result["schedule"]["rounds"] == len(result["schedule"]["order"])
+    result = json.loads(stopped.stdout)
+    assert (
+        stopped.exit_code == 130
+        and result["interrupted"]
+        and result["schedule"]["rounds"] == len(result["schedule"]["order"])
+    )
     assert 0 < result["schedule"]["rounds"] < 24 / 2
 
 
@@ -296,6 +301,7 @@ def test_installed_command_on_the_demo_model(tmp_path: Path) -> None:
     """A real process, the real model: JSON alone on standard output."""
     image = tmp_path / "scene.png"
     from mmtok_cli.data.samples import demo_samples
+    from mmtok_cli.evaluation.metrics import score_of
 
     sample = demo_samples(1)[0]
     sample.images[0].save(image)
@@ -304,7 +310,7 @@ def test_installed_command_on_the_demo_model(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["model"] == "demo" and result["tokens"]["kept"] == 64 and result["tokens"]["total"] == 576
-    assert sample.is_right(result["answer"])
+    assert score_of(sample, result["answer"], "exact") == 1
 
 
 def test_catalogue_has_one_line_for_each_method(monkeypatch: pytest.MonkeyPatch) -> None:

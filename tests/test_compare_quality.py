@@ -69,7 +69,7 @@ def test_pictures_without_answers(command: tuple[Any, ...], tmp_path: Path) -> N
 
 
 def test_bad_data(command: tuple[Any, ...], tmp_path: Path) -> None:
-    refused(run(*command, "--data", tmp_path / "gone.jsonl"), "there is no dataset")
+    refused(run(*command, "--data", tmp_path / "gone.jsonl"), "there is no data file")
     refused(run(*command, "--question", "What?"), "demo questions are fixed")
     refused(run(*command, "--columns", "question"), "'question' is not field=name")
     file = pope(tmp_path / "data", 1)
@@ -181,3 +181,65 @@ def test_two_processes_give_the_scores_of_one(command: tuple[Any, ...], tmp_path
     assert without_noise(two) == without_noise(one)
     assert len(list((tmp_path / "two" / "predictions").iterdir())) == 6
     assert not list((tmp_path / "two").rglob("*.part"))
+
+
+def write_rows(file: Path, rows: list[dict[str, Any]]) -> Path:
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return file
+
+
+def test_the_output_names_the_metric(command: tuple[Any, ...], tmp_path: Path) -> None:
+    """Whatever the slice holds; the metric of the file is that of the whole run."""
+    file = pope(tmp_path / "data", 2)
+    outputs = [tmp_path / f"t.{kind}" for kind in ("json", "csv", "html", "md")]
+    exports = [each for path in outputs for each in ("--export", path)]
+    shown = run(*command, "--data", file, "--limit", 1, *exports)
+    assert shown.exit_code == 0, shown.output
+    assert "Quality (metric: yes-no)" in shown.stdout and "score: F1 of yes, by POPE's script" in " ".join(
+        shown.stderr.split()
+    )
+    result = json.loads(outputs[0].read_text())
+    assert result["schedule"]["metric"] == "yes-no" and result["results"][0]["yes_no"] is not None
+    assert ",yes-no," in outputs[1].read_text().splitlines()[1]
+    assert all("F1 of yes, by POPE" in path.read_text() for path in outputs[2:])
+    plan = tmp_path / "run"
+    plain = write_rows(tmp_path / "data" / "plain.jsonl", [{"image": "0.png", "question": "Is it?", "answer": "no"}])
+    for options, pointed_out in (((), True), (("--metric", "exact"), False)):
+        result = run_json(*command, "--data", plain, *options)
+        assert result["schedule"]["metric"] == "exact"
+        assert any("--metric yes-no" in remark for remark in result["remarks"]) == pointed_out
+    by_hand = run_json(*command, "--data", file, "--metric", "mme", "--run-dir", plan)
+    assert by_hand["schedule"]["metric"] == "mme" and by_hand["results"][0]["paired"]["kinds"] == 1
+    refused(run("compare", "--run-dir", plan, "--resume", "--metric", "exact"), "--metric is exact here and mme in the")
+    refused(run(*command, "--data", file, "--metric", "vqav2"), "pope.jsonl, line 1: VQA accuracy needs 3")
+
+
+def test_a_model_that_answers_nothing_right(command: tuple[Any, ...], tmp_path: Path) -> None:
+    """There is nothing to retain: no retention, no claim about reductions, an axis with a range, and a warning."""
+    picture(90, 60, 1).save(tmp_path / "a.png")
+    line = {"image": "a.png", "question": "What is it?", "answer": "something that it never says"}
+    (tmp_path / "a.jsonl").write_text("\n".join([json.dumps(line)] * 3))
+    outputs = ("--export", tmp_path / "t.json", "--export", tmp_path / "t.html", "--plot", tmp_path / "t.svg")
+    shown = run(*command, "--data", tmp_path / "a.jsonl", *outputs)
+    assert shown.exit_code == 0, shown.output
+    assert "warning: the unreduced model answers nothing right" in " ".join(shown.stderr.split())
+    result = json.loads((tmp_path / "t.json").read_text())
+    for case in result["results"]:
+        assert case["score"] == 0 and case["retention"] is case["retention_low"] is None
+    page = (tmp_path / "t.html").read_text()
+    assert "loses more than that" not in page and "it cannot do this task" in page
+    assert ">100 %<" in page and "<!-- 100 -->" in (tmp_path / "t.svg").read_text()  # the axes of quality
+
+
+def test_f1_of_zero_is_not_called_inability(command: tuple[Any, ...], tmp_path: Path) -> None:
+    """Where no answer is yes, F1 is 0 however right the model is."""
+    picture(90, 60, 1).save(tmp_path / "a.png")
+    line = {"question_id": 1, "image": "a.png", "text": "Is there a dog?", "label": "no"}
+    (tmp_path / "a.json").write_text("\n".join([json.dumps(line)] * 3))
+    shown = run(*command, "--data", tmp_path / "a.json", "--export", tmp_path / "t.html")
+    assert shown.exit_code == 0, shown.output
+    said = " ".join(shown.stderr.split())
+    accuracy = run_json(*command, "--data", tmp_path / "a.json")["results"][0]["yes_no"]["accuracy"]
+    assert ("finds no answer yes, so F1 is 0" in said) == (accuracy > 0)
+    assert ("answers nothing right" in said) == (accuracy == 0)
+    assert "loses more than that" not in (tmp_path / "t.html").read_text()

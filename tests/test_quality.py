@@ -16,10 +16,12 @@ from conftest import picture
 
 from mmtok_cli.budget import Budget
 from mmtok_cli.cases import Case
-from mmtok_cli.data.datasets import Dataset, Metric
+from mmtok_cli.data.datasets import Dataset
+from mmtok_cli.data.layouts import MetricName
 from mmtok_cli.data.samples import ClosedImages, Sample
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.evaluation import predictions
+from mmtok_cli.evaluation.metrics import score_of
 from mmtok_cli.evaluation.predictions import predict
 from mmtok_cli.evaluation.processes import Processes, join_processes
 from mmtok_cli.evaluation.summary import EvaluationSummary, f1_retention, summarise_predictions
@@ -62,7 +64,7 @@ class Evaluated:
     def failures(self) -> list[CaseFailure]:
         return [failure for batch in self.batches for failure in batch.failures]
 
-    def summary(self, metric: Metric | None) -> list[EvaluationSummary]:
+    def summary(self, metric: MetricName | None) -> list[EvaluationSummary]:
         labels = {label.sample: label for batch in self.batches for label in batch.samples}
         return list(summarise_predictions(self.predictions, labels, baseline=0, metric=metric, seed=0).values())
 
@@ -87,7 +89,7 @@ def test_every_case_says_what_it_says_alone(tiny_sdpa: Llava, samples: list[Samp
     for prediction in found.predictions:
         case, sample = CASES[prediction.case], answered[prediction.sample]
         alone = answer(tiny_sdpa, case.method, [sample], case.budget, max_new_tokens=STEPS).texts[0]
-        assert prediction.answer == alone and prediction.score == sample.is_right(alone)
+        assert prediction.answer == alone and prediction.score == score_of(sample, alone, "exact")
         assert prediction.closeness.same == (alone == sample.answer)
     full, mmtok, _ = found.summary("exact")
     assert full.score == 1 and full.fidelity.kl == 0 and full.fidelity.top1 == full.fidelity.same == 1
@@ -253,7 +255,7 @@ def test_soft_accuracies_are_averaged_and_split_in_the_middle() -> None:
         for case, row in scores.items()
         for i, score in enumerate(row)
     ]
-    _, method = summarise_predictions(predicted, labels, baseline=0, metric="vqa", seed=0).values()
+    _, method = summarise_predictions(predicted, labels, baseline=0, metric="textvqa", seed=0).values()
     assert method.score == pytest.approx(0.5) and method.retention and method.retention.value == pytest.approx(0.75)
     assert method.flips and (method.flips.right_right, method.flips.right_wrong) == (1, 1)
 

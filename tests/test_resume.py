@@ -136,7 +136,7 @@ def test_interrupting_shows_whole_rounds_and_how_to_go_on(
 ) -> None:
     stopping_after(3 * CASES + 1, KeyboardInterrupt(), monkeypatch)
     result = run(*command, "--run-dir", tmp_path / "run")
-    assert result.exit_code == 0
+    assert result.exit_code == 130
     said = " ".join(result.stderr.split())
     assert "interrupted: 3 of 6 rounds were completed" in said
     assert f"mmtok compare --run-dir {tmp_path / 'run'} --resume" in result.stderr

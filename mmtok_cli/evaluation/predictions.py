@@ -248,7 +248,9 @@ def _batch_record(
     for number in numbers:
         sample = dataset.samples[number]
         labels.append(
-            SampleLabel(sample=number, images=sample.image_ids, answer=sample.answer, kind=sample.kind),
+            SampleLabel(
+                sample=number, images=sample.image_ids, answer=next(iter(sample.references), None), kind=sample.kind
+            ),
         )
     return PredictionBatch(
         batch=batch,

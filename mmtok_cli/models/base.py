@@ -36,6 +36,7 @@ from mmtok_cli.tokens import PADDING, Selection, TextTokens, VisionTokens
 Stage = Callable[[str], AbstractContextManager[Any]]
 Grid = tuple[int, int]  # rows, columns
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the image
+LONGEST_TOKEN = 64  # characters; longer ones, such as runs of spaces, are rare
 IMAGE_MARKER = "<image>"  # marks the place of an image in a question
 
 
@@ -254,6 +255,12 @@ class VisionLanguageModel(ABC):
 
         Raises MMTokError for a question that does not suit the images, and for a chat template that fails.
         """
+        if len(question) > self.context_length * LONGEST_TOKEN:  # a tokenizer would take minutes and gigabytes
+            raise MMTokError(
+                f"the question of {len(question):,} characters does not fit into the {self.context_length} tokens "
+                f"that {self.name} can read",
+                "shorten the question",
+            )
         markers = question.count(IMAGE_MARKER)
         if markers not in (0, images):
             raise MMTokError(

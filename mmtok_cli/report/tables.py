@@ -12,6 +12,7 @@ from rich.text import Text
 
 from mmtok_cli.report.cells import Cell, Column, speedup_cell
 from mmtok_cli.report.columns import COMPARED, KEPT, STAGES, kind_columns, layers_differ, terminal_columns
+from mmtok_cli.report.text import printable
 from mmtok_cli.report.units import number, plural, seconds, size
 
 if TYPE_CHECKING:
@@ -63,7 +64,8 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
     if not comparison.results:
         return tables
     if quality := terminal_columns(comparison, "quality"):
-        tables.append(case_table("Quality", comparison, quality))
+        metric = comparison.schedule.metric
+        tables.append(case_table(f"Quality (metric: {metric})" if metric else "Quality", comparison, quality))
     if yes_no := terminal_columns(comparison, "yes-no"):
         tables.append(case_table("Yes or no", comparison, yes_no))
     tables.append(cost_and_fidelity_table(comparison))
@@ -126,7 +128,7 @@ def rules_text(rules: Rules, settings: Sequence[str] | None = None) -> str:
         said.append("positions kept" if rules.positions == "keep" else "positions renumbered")
     if rules.budget_means == "layer-average":
         said.append("budgets are layer averages")
-    return ", ".join([*said, *(settings or ())])
+    return ", ".join([*said, *map(printable, settings or ())])
 
 
 def weights_text(weights: str) -> str:

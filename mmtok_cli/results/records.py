@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import to_jsonable_python
 
 from mmtok_cli.budget import TokenCounts
-from mmtok_cli.data.datasets import Metric
+from mmtok_cli.data.layouts import MetricName
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.results.schedule import Rotation
 from mmtok_cli.results.schema import (
@@ -282,7 +282,7 @@ class Plan(Record):
     order: list[list[int]]
     timed: Annotated[Number, Field(ge=1)] | None = None
     quality: bool = True
-    metric: Metric | None = None
+    metric: MetricName | None = None
     left_out: list[str] = Field(default=[])
 
     @model_validator(mode="after")

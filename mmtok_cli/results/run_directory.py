@@ -23,6 +23,7 @@ from mmtok_cli.results.schema import Record, from_json, json_text
 PLAN = "plan.json"
 LOCK = "lock"
 FOLDERS = ("rounds", "cases", "failures", "predictions", "overlays")
+RECORDS = frozenset({PLAN, "comparison.json", LOCK, *FOLDERS})
 PLAN_FORMAT = Plan.model_fields["schema_"].default
 LARGEST = 2**28  # bytes of one file
 

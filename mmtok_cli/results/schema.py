@@ -205,6 +205,19 @@ class YesNo(Record):
     yes_ratio: float
 
 
+class PairedAccuracy(Record):
+    """MME's scores, means over the kinds of questions.
+
+    accuracy: share of correct answers. accuracy_plus: share of images whose two questions are both answered correctly.
+    points: the published score, the sum of 100 x (accuracy + accuracy_plus) over the kinds, at most 200 x `kinds`.
+    """
+
+    accuracy: float
+    accuracy_plus: float
+    points: float
+    kinds: int
+
+
 class Flips(Record):
     """Numbers of samples by whether the baseline's answer and the method's answer are correct.
 
@@ -272,7 +285,8 @@ class CaseResult(OfCase):
     positions: whether kept tokens kept their positions. overhead: seconds of select / (encode + prefill), median.
     decode_tokens_per_second: (new tokens - 1) / seconds of decode, median; None where nothing was decoded after the
     first token. outliers: indices of the values of `ttft` that are far above the others. drift: of `ttft`, if any.
-    score: F1 if the answers are yes or no, otherwise the mean. It and the fields below do not depend on the batch size;
+    score: by the metric of the schedule: F1 for POPE, (accuracy + accuracy_plus) / 2 for MME, otherwise the mean over
+    the samples. It and the fields below do not depend on the batch size;
     they are None if answers were not evaluated. retention_low, retention_high: bounds of a 95 % interval.
     """
 
@@ -295,6 +309,7 @@ class CaseResult(OfCase):
     retention_high: float | None = None
     flips: Flips | None = None
     yes_no: YesNo | None = None
+    paired: PairedAccuracy | None = None
     fidelity: Fidelity | None = None
 
 
@@ -342,7 +357,8 @@ class Schedule(Record):
     their parameters set one. samples: number of samples that were evaluated, of `planned_samples`. timed: number of
     samples that the rounds cycle through. data_digest: of names, questions and answers. batch_size: a list if there are
     several. rounds: completed rounds. runs: repetitions of each case within a round. min_time: minimum seconds of
-    timed runs.
+    timed runs. metric: name of the metric that judges the answers, None if they are not judged; metric_title: what it
+    is, in words.
     """
 
     data: str
@@ -358,6 +374,8 @@ class Schedule(Record):
     data_digest: str | None = None
     planned_samples: int | None = None
     timed: int | None = None
+    metric: str | None = None
+    metric_title: str | None = None
 
 
 class Comparison(Record):
