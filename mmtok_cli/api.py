@@ -91,7 +91,9 @@ def answer(
     budget: vision tokens kept per image: 64, "64", "10%" or a Budget; None for methods that take none.
     max_new_tokens: the longest answer, in tokens.
 
-    Raises MMTokError for a budget that an image cannot meet and for a prompt that is longer than the context.
+    An image that cannot meet the budget, such as one with fewer tokens that are not padding, is reduced as far as
+    possible; see `reduced.tokens`. Raises MMTokError for a budget that none of the samples can meet and for a prompt
+    that is longer than the context.
     """
     chosen = make_method(method, model) if isinstance(method, str) else method
     if chosen.takes_budget and budget is None:
@@ -99,6 +101,7 @@ def answer(
     if budget is not None and not isinstance(budget, Budget):
         budget = Budget.parse(str(budget))
     batch = [samples] if isinstance(samples, Sample) else list(samples)
+    pipeline.check_budget(model, chosen, batch, budget if chosen.takes_budget else None, rules)
     clock = Clock(model.device)
     answers = pipeline.answer(
         model,

@@ -10,6 +10,14 @@ from dataclasses import dataclass
 from mmtok_cli.errors import MMTokError
 
 
+class UnmetBudgetError(MMTokError):
+    """A budget that an image cannot meet. nearest: the number of vision tokens that it can keep instead."""
+
+    def __init__(self, message: str, hint: str, nearest: int) -> None:
+        super().__init__(message, hint)
+        self.nearest = nearest
+
+
 @dataclass(frozen=True)
 class Budget:
     """Vision tokens kept per image: `count`, or `percent` of the image's tokens (exactly one of the two)."""
@@ -35,21 +43,23 @@ class Budget:
 
         count: how many tokens a share, 0.1 for 10 %, of `total` is; None rounds down (see `Method.count`).
 
-        Raises MMTokError when `total` has fewer tokens than the budget, or the share comes to less than one.
+        Raises UnmetBudgetError when `total` is less than the budget, or the share comes to less than one token.
         """
         if self.count is not None:
             if self.count > total:
-                raise MMTokError(
+                raise UnmetBudgetError(
                     f"the budget of {self.count} is more than the {total} vision tokens of the image",
                     f"choose 1 to {total}, or a share such as 10%",
+                    nearest=total,
                 )
             return self.count
         percent = self.percent or 0.0
         kept = math.floor(total * percent / 100) if count is None else count(percent / 100, total)
         if kept < 1:
-            raise MMTokError(
+            raise UnmetBudgetError(
                 f"{self} of {total} vision tokens is less than one",
                 f"choose at least {math.ceil(10000 / total) / 100:g}%, or a number of tokens",
+                nearest=1,
             )
         return kept
 
@@ -81,7 +91,7 @@ def rectangle(budget: int, grid: tuple[int, int], aspect: float) -> tuple[int, i
     by a factor of two at most, so 64, 128 and 192 of 24x24 tokens exist (8x8, 8x16, 12x16 for a square image) and
     prime numbers mostly do not. Ties go to the squarer shape.
 
-    Raises MMTokError naming the nearest budgets that can be met.
+    Raises UnmetBudgetError naming the nearest budgets that can be met; its `nearest` is the next lower one.
     """
     best = _best_rectangle(budget, grid, aspect)
     if best is None:
@@ -89,10 +99,11 @@ def rectangle(budget: int, grid: tuple[int, int], aspect: float) -> tuple[int, i
         feasible = [n for n in range(1, rows * columns + 1) if _best_rectangle(n, grid, aspect)]
         below = max((n for n in feasible if n < budget), default=None)
         above = min((n for n in feasible if n > budget), default=None)
-        nearest = " or ".join(str(n) for n in (below, above) if n is not None)
-        raise MMTokError(
+        nearest = [n for n in (below, above) if n is not None]
+        raise UnmetBudgetError(
             f"no rectangle of {budget} tokens fits into {rows}x{columns} without distorting the image more than 2:1",
-            f"the nearest budgets that resizing can meet exactly are {nearest}",
+            f"the nearest budgets that resizing can meet exactly are {' or '.join(map(str, nearest))}",
+            nearest=nearest[0],
         )
     return best
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 import torch
 
 from mmtok_cli.budget import Budget
 from mmtok_cli.data.samples import Sample
-from mmtok_cli.errors import MMTokError, first_line
+from mmtok_cli.errors import MethodFaultError, MMTokError, first_line, is_out_of_memory
 from mmtok_cli.methods.base import Method
 from mmtok_cli.models.base import Stage, VisionLanguageModel
 from mmtok_cli.pipeline import RELEASED, Answers, answer, check_budget
@@ -48,10 +49,12 @@ class Case:
             again=self.again,
         )
 
-    def check(self, model: VisionLanguageModel, samples: Sequence[Sample]) -> None:
-        """Refuse a budget that cannot be met. Raises MMTokError that names the case."""
+    def check(self, model: VisionLanguageModel, samples: Iterable[Sample]) -> None:
+        """Refuse a budget that none of the samples can meet. Raises MMTokError that names the case."""
         try:
             check_budget(model, self.method, samples, self.budget, self.rules)
+        except MethodFaultError:
+            raise
         except MMTokError as error:
             raise MMTokError(f"{self}: {error.message}", error.hint) from error
 
@@ -64,29 +67,38 @@ class Case:
         )
 
 
-def failure_reason(error: Exception) -> Literal["out of memory", "refused"] | None:
-    """Why a case cannot be run; None for an error that is a defect of the code and must be raised."""
+def failure_of(error: Exception) -> dict[str, Any]:
+    """Why a case cannot be run: the fields `reason`, `message` and `traceback` of a CaseFailure."""
     if is_out_of_memory(error):
-        return "out of memory"
-    return "refused" if isinstance(error, MMTokError) else None
+        return {"reason": "out of memory", "message": _line(error)}
+    if isinstance(error, MethodFaultError):
+        return {"reason": "error", "message": error.message}
+    if isinstance(error, MMTokError):
+        return {"reason": "refused", "message": error.message}
+    return {
+        "reason": "error",
+        "message": f"{type(error).__name__}: {_line(error)}",
+        "traceback": "".join(traceback.format_exception(error)),
+    }
 
 
-def failure_message(error: Exception) -> str:
-    """The error in one line."""
-    return error.message if isinstance(error, MMTokError) else first_line(error)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that memory ran out, on the device or on the host, where torch has no type for it."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(
-        text in str(error) for text in ("DefaultCPUAllocator: can't allocate memory", "MPS backend out of memory")
-    )
+def _line(error: Exception) -> str:
+    """The line of an error that says what happened: the first, but the last in TorchScript, below its own traceback."""
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines and "TorchScript" in lines[0] else first_line(error)
 
 
 def release_memory(device: torch.device) -> None:
-    """Free the memory that a failed run still holds."""
+    """Free the memory that a failed run still holds.
+
+    Raises MMTokError where the failure left the GPU unusable for this process, as after an illegal access.
+    """
     gc.collect()
     if device.type == "cuda":
-        torch.cuda.empty_cache()
+        try:
+            torch.cuda.synchronize(device)
+            torch.cuda.empty_cache()
+        except RuntimeError as error:
+            raise MMTokError(
+                f"{device} cannot be used any more by this process: {first_line(error)}", "start the command again"
+            ) from error

@@ -10,7 +10,7 @@ from mmtok_cli.budget import Budget
 from mmtok_cli.cases import Case
 from mmtok_cli.methods import accepted, make_method, method_class
 from mmtok_cli.methods.base import Method
-from mmtok_cli.methods.parameters import profile_parameters, read_settings
+from mmtok_cli.methods.settings import profile_parameters, read_settings
 from mmtok_cli.models import guiding_profile, load_model
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.progress import Progress

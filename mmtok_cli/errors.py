@@ -1,6 +1,7 @@
 """The one exception that the command line turns into a clear line and exit status 2."""
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -13,7 +14,36 @@ class MMTokError(Exception):
         self.hint = hint
 
 
-def first_line(error: Exception) -> str:
+class MethodFaultError(MMTokError):
+    """A reduction method does not do what a method must. package: the one that it comes from."""
+
+    def __init__(self, message: str, package: str) -> None:
+        super().__init__(
+            message,
+            f"report it to the authors of {package}; if the method is yours, `python -m pydoc mmtok_cli.methods.base` "
+            "says what it must do",
+        )
+
+
+OUT_OF_MEMORY = re.compile(
+    r"out of memory|(can't|cannot) allocate memory|not enough memory|[A-Z]+_STATUS_ALLOC_FAILED", re.IGNORECASE
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that memory ran out, on the device or on the host.
+
+    Only some parts of torch raise OutOfMemoryError for that; TorchScript, cuBLAS and the allocators of other devices
+    have nothing but a message.
+    """
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    # The error of TorchScript is called Error, and derives from neither.
+    known = isinstance(error, (RuntimeError, OSError)) or type(error).__module__.startswith("torch")
+    return known and bool(OUT_OF_MEMORY.search(str(error)))
+
+
+def first_line(error: BaseException) -> str:
     """The message of another library's error, in one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 

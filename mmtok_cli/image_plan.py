@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
 from PIL.Image import Image
 
-from mmtok_cli.budget import Budget, rectangle
+from mmtok_cli import hooks
+from mmtok_cli.budget import Budget, UnmetBudgetError, rectangle
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.methods.base import Method
 from mmtok_cli.models.base import Grid, VisionLanguageModel
@@ -37,21 +38,56 @@ def plan_images(
     budget: Budget | None,
     rules: Rules,
     grids: Sequence[Grid] | None = None,
+    *,
+    strict: bool = False,
 ) -> list[ImagePlan]:
-    """The plan of each image. grids: as in `pipeline.reduce`. Raises MMTokError where the budget cannot be met."""
+    """The plan of each image.
+
+    grids: as in `pipeline.reduce`. strict: raise UnmetBudgetError for a budget that an image cannot meet, in place of
+    reducing the image as far as possible.
+    """
     given: Sequence[Grid | None] = grids or [None] * len(images)
-    return [_plan(model, method, image, budget, rules, grid) for image, grid in zip(images, given, strict=True)]
+    return [_plan(model, method, image, budget, rules, grid, strict) for image, grid in zip(images, given, strict=True)]
 
 
 def _plan(
-    model: VisionLanguageModel, method: Method, image: Image, budget: Budget | None, rules: Rules, grid: Grid | None
+    model: VisionLanguageModel,
+    method: Method,
+    image: Image,
+    budget: Budget | None,
+    rules: Rules,
+    grid: Grid | None,
+    strict: bool,
 ) -> ImagePlan:
     total = grid[0] * grid[1] if grid else model.total(image)
-    keep = total if budget is None else _kept(model, method, image, budget, rules, grid, total)
-    smaller = method.resize(total, keep)
-    if smaller is not None:
-        grid = rectangle(smaller, grid, grid[0] / grid[1]) if grid else model.smaller(image, smaller)
-    return ImagePlan(total, keep, grid)
+    keep = total
+    if budget is not None:
+        keep = _nearest(partial(_kept, model, method, image, budget, rules, grid, total), strict)
+        if rules.budget_means == "layer-average":
+            keep = _nearest(partial(final_count, method, keep, total, model.layer_count), strict)
+    smaller = hooks.resize(method, total, keep)
+    if smaller is None:
+        return ImagePlan(total, keep, grid)
+
+    def encoded_at(tokens: int) -> Grid:
+        return rectangle(tokens, grid, grid[0] / grid[1]) if grid else model.smaller(image, tokens)
+
+    try:
+        return ImagePlan(total, keep, encoded_at(smaller))
+    except UnmetBudgetError as error:
+        if strict:
+            raise
+        return ImagePlan(total, keep, encoded_at(error.nearest))
+
+
+def _nearest(find: Callable[[], int], strict: bool) -> int:
+    """The number of tokens found, or the nearest that an image can keep."""
+    try:
+        return find()
+    except UnmetBudgetError as error:
+        if strict:
+            raise
+        return error.nearest
 
 
 def _kept(
@@ -65,15 +101,8 @@ def _kept(
 ) -> int:
     """Vision tokens that the image keeps of `total`."""
     if rules.track == "released" and budget.percent is not None:
-        count = partial(method.count, signals=method.signals_among(model.signals))
-        keep = budget.resolve(total, count)
-    elif grid:
-        keep = budget.resolve(total)
-    else:
-        keep = model.keep(image, budget, rules.track)
-    if rules.budget_means == "layer-average":
-        return final_count(method, keep, total, model.layer_count)
-    return keep
+        return budget.resolve(total, partial(hooks.count, method, signals=method.signals_among(model.signals)))
+    return budget.resolve(total) if grid else model.keep(image, budget, rules.track)
 
 
 def cuts_of(method: Method, entering: int, keep: int, model: VisionLanguageModel) -> tuple[Cut, ...]:
@@ -82,14 +111,15 @@ def cuts_of(method: Method, entering: int, keep: int, model: VisionLanguageModel
     Raises MMTokError naming the method where its cuts are inconsistent, and where they are beyond the loaded layers.
     """
     layers = model.layer_count
-    cuts, before, tokens = method.cuts(entering, keep, layers), 0, entering
+    cuts, before, tokens = hooks.cuts(method, entering, keep, layers), 0, entering
     for cut in cuts:
         follows = before < cut.before < layers and 1 <= cut.keep <= tokens
         if not follows or cut.reads not in (None, cut.before - 1, cut.before):
-            raise MMTokError(
-                f"{type(method).__name__} makes an impossible cut of {tokens} tokens among {layers} layers: {cut}",
-                "this is a defect of the method: layers must ascend, each cut keeps between 1 token and what the "
-                "previous one kept, and reads the layer before or after it",
+            raise hooks.fault(
+                method,
+                "cuts",
+                f"makes an impossible cut of {tokens} tokens among {layers} layers: {cut}. Layers must ascend, and a "
+                "cut keeps between 1 token and what the previous one kept, and reads the layer before or after it",
             )
         before, tokens = cut.before, cut.keep
     if cuts and cuts[0].before < model.first_cut:
@@ -118,16 +148,17 @@ def layer_average(total: int, cuts: Sequence[Cut], layers: int) -> float:
 def final_count(method: Method, wanted: int, total: int, layers: int) -> int:
     """How many tokens must be left after the last cut for the layer average to be nearest to `wanted`.
 
-    Raises MMTokError with the range where the layers before the first cut alone exceed it.
+    Raises UnmetBudgetError with the range where the layers before the first cut alone exceed it.
     """
-    if not method.cuts(total, 1, layers):
+    if not hooks.cuts(method, total, 1, layers):
         return wanted
-    averages = {n: layer_average(total, method.cuts(total, n, layers), layers) for n in range(1, total + 1)}
+    averages = {n: layer_average(total, hooks.cuts(method, total, n, layers), layers) for n in range(1, total + 1)}
     lowest = min(averages.values())
     if wanted < lowest:
-        raise MMTokError(
+        raise UnmetBudgetError(
             f"a layer average of {wanted} vision tokens cannot be reached: keeping one token after the cut still "
             f"gives {lowest:.1f}",
             f"choose {math.ceil(lowest)} to {total}, cut in an earlier layer, or count with --budget-means final",
+            nearest=1,
         )
     return min(averages, key=lambda n: abs(averages[n] - wanted))

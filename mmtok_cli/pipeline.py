@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmtok_cli.budget import Budget, TokenCounts
+from mmtok_cli import hooks
+from mmtok_cli.budget import Budget, TokenCounts, UnmetBudgetError
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.decoding import cache_bytes, decode, prefill
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.image_plan import ImagePlan, cuts_of, layer_average, plan_images
-from mmtok_cli.methods.base import Method, require_eligible
+from mmtok_cli.methods.base import Method
 from mmtok_cli.models.base import Grid, Prompt, Stage, VisionLanguageModel, unwatched
 from mmtok_cli.models.inside import Inside
 from mmtok_cli.models.sequences import CutImage
@@ -30,7 +32,8 @@ RELEASED = Rules()
 class ReducedImage:
     """One image on its way into the language model.
 
-    vision: its encoded tokens. eligible: [tokens], those that the method may keep under the rules in force.
+    plan: its `keep` is lower than planned where fewer tokens are eligible. vision: its encoded tokens. eligible:
+    [tokens], those that the method may keep under the rules in force.
     selection: what enters the language model. cuts: where the image is cut down further inside it.
     """
 
@@ -110,9 +113,11 @@ def reduce(
 ) -> Reduced:
     """Encode the samples' images and keep the vision tokens that the method chooses before the language model.
 
-    budget: may be None for methods that take none. grids: one for each image, in place of the model's own choice; a
-    budget is then one of the grid's tokens. Tokens that the method drops inside the language model are dropped by the
-    forward pass within `inside`. Raises MMTokError where a budget cannot be met.
+    budget: may be None for methods that take none. An image that cannot meet it, because it has fewer tokens or fewer
+    that are not padding, is reduced as far as possible. grids: one for each image, in place of the model's own choice;
+    a budget is then one of the grid's tokens. Tokens that the method drops inside the language model are dropped by the
+    forward pass within `inside`. Raises MMTokError where the method cannot be followed, and MethodFaultError where it
+    does not do what a method must.
     """
     pictures = [image for sample in samples for image in sample.images]
     positions = _positions(model, method, rules)
@@ -126,8 +131,8 @@ def reduce(
         )
     with stage("encode"):
         vision = model.encode(prompt, method.signals_among(model.signals), stage=stage)
+    images = _reduce_images(model, method, prompt, plans, vision, rules, stage)
     with stage("select"):
-        images = _reduce_images(model, method, prompt, plans, vision, rules)
         inputs = model.assemble(prompt, vision, [image.selection for image in images], positions)
         cuts = _cut_images(model, method, images, inputs)
     return Reduced(prompt, images, inputs, cuts, positions, _count_tokens(prompt, images, inputs, model.layer_count))
@@ -136,18 +141,45 @@ def reduce(
 def check_budget(
     model: VisionLanguageModel,
     method: Method,
-    samples: Sequence[Sample],
+    samples: Iterable[Sample],
     budget: Budget | None,
     rules: Rules = RELEASED,
     grids: Sequence[Grid] | None = None,
 ) -> None:
-    """Refuse a budget that the method cannot meet on these samples, before anything is encoded.
+    """Refuse a budget that none of the samples can meet, before anything is encoded.
 
-    What depends on the content of an image, such as its padding, is refused by `reduce`. Raises MMTokError.
+    Samples are read one by one until one can meet it. Padding is not known yet. Raises UnmetBudgetError, or MMTokError
+    for a method that cannot be followed on the model.
     """
-    images = [image for sample in samples for image in sample.images]
-    for total, kept in {(plan.total, plan.keep) for plan in plan_images(model, method, images, budget, rules, grids)}:
-        cuts_of(method, total, kept, model)
+    unmet: UnmetBudgetError | None = None
+    for sample in samples:
+        try:
+            for plan in plan_images(model, method, sample.images, budget, rules, grids, strict=True):
+                cuts_of(method, plan.total, plan.keep, model)
+        except UnmetBudgetError as error:
+            unmet = unmet or error
+        else:
+            return
+    if unmet:
+        raise unmet
+
+
+def check_sample(model: VisionLanguageModel, sample: Sample, max_new_tokens: int) -> None:
+    """Refuse a sample that the unreduced model cannot read. Raises MMTokError.
+
+    Its image may have a shape that the model cannot see, its question too many markers, or the prompt may be too long.
+    """
+    tokens = model.tokenize([sample.question], [sample.images], [None] * len(sample.images))
+    _require_room(model, tokens["input_ids"].shape[1], max_new_tokens)
+
+
+def _require_room(model: VisionLanguageModel, length: int, max_new_tokens: int) -> None:
+    if length + max_new_tokens > model.context_length:
+        raise MMTokError(
+            f"the prompt of {length} tokens and an answer of up to {max_new_tokens} do not fit into the "
+            f"{model.context_length} tokens that {model.name} can read",
+            "shorten the question, or lower --budget or --max-new-tokens",
+        )
 
 
 def inside(
@@ -179,13 +211,7 @@ def answer(
     Raises MMTokError where a budget cannot be met or the prompt is longer than the model can read.
     """
     reduced = reduce(model, method, samples, budget, rules=rules, stage=stage)
-    length = reduced.inputs["input_ids"].shape[1]
-    if length + max_new_tokens > model.context_length:
-        raise MMTokError(
-            f"the prompt of {length} tokens and an answer of up to {max_new_tokens} do not fit into the "
-            f"{model.context_length} tokens that {model.name} can read",
-            "shorten the question, or lower --budget or --max-new-tokens",
-        )
+    _require_room(model, reduced.inputs["input_ids"].shape[1], max_new_tokens)
     with inside(model, reduced, stage=stage) as cut:
         with stage("prefill"):
             first_logits, cache = prefill(model, reduced.inputs)
@@ -220,17 +246,23 @@ def _reduce_images(
     plans: Sequence[ImagePlan],
     vision: Sequence[VisionTokens],
     rules: Rules,
+    stage: Stage,
 ) -> list[ReducedImage]:
     """What the method keeps of each image before the language model, and its cuts there."""
+    with stage("select"):
+        seen = [_as_seen(encoded, method, rules.track) for encoded in vision]
+        texts = model.text_tokens(prompt, rules.track)
+    plans = [_within_reach(plan, tokens, method) for plan, tokens in zip(plans, seen, strict=True)]
     tasks = [
-        # A method that acts before the encoder has met the budget by now.
-        SelectionTask(_as_seen(encoded, method, rules.track), text, min(plan.keep, encoded.total))
-        for plan, encoded, text in zip(plans, vision, model.text_tokens(prompt, rules.track), strict=True)
+        # A smaller image may have fewer tokens than the budget.
+        SelectionTask(tokens, text, min(plan.keep, tokens.total))
+        for plan, tokens, text in zip(plans, seen, texts, strict=True)
     ]
-    images = [
-        ReducedImage(plan, encoded, task.vision.eligible, kept, cuts_of(method, kept.kept, plan.keep, model))
-        for plan, encoded, task, kept in zip(plans, vision, tasks, select(method, tasks), strict=True)
-    ]
+    images = []
+    for plan, encoded, task, kept in zip(plans, vision, tasks, select(method, tasks, stage), strict=True):
+        image = ReducedImage(plan, encoded, task.vision.eligible, kept, cuts_of(method, kept.kept, task.budget, model))
+        hooks.check_kept(method, image.kept, plan.keep, encoded)
+        images.append(image)
     if rules.budget_means == "layer-average" and any(
         image.cuts and image.selection.kept < image.vision.total for image in images
     ):
@@ -242,29 +274,43 @@ def _reduce_images(
     return images
 
 
-def select(method: Method, tasks: Sequence[SelectionTask]) -> list[Selection]:
+def _within_reach(plan: ImagePlan, seen: VisionTokens, method: Method) -> ImagePlan:
+    """The plan of an image that was encoded at its own size: unless all are kept, no more tokens than are eligible."""
+    if plan.keep == plan.total or plan.grid:
+        return plan
+    parts = seen.crops.tokens if seen.crops and method.per_crop else (seen,)
+    return replace(plan, keep=min(plan.keep, sum(int(part.eligible.sum()) for part in parts)))
+
+
+def select(method: Method, tasks: Sequence[SelectionTask], stage: Stage = unwatched) -> list[Selection]:
     """What the method keeps of each image; crop by crop where the model cuts images and the method sees crops.
 
     Images of which everything is kept stay whole, with the line ends that no crop has.
     """
     if method.signals and not method.per_crop and any(task.vision.crops for task in tasks):
-        raise MMTokError(
-            f"{type(method).__name__} reads signals of the encoder, which this model has for each crop of an image",
-            "this is a defect of the method: it must set per_crop",
+        raise hooks.fault(
+            method,
+            "per_crop",
+            "must be True: the method reads signals of the encoder, which this model has for each crop of an image",
         )
-    parts = [_crop_tasks(method, task) for task in tasks]
-    # A crop without a share of the budget is not shown to the method.
-    shown: list[SelectionTask] = []
-    for task, crops in zip(tasks, parts, strict=True):
-        shown += [crop for crop in crops if crop.budget] if crops else [task]
-    chosen = iter(method.select_batch([t.vision for t in shown], [t.text for t in shown], [t.budget for t in shown]))
-    selections = []
-    for task, crops in zip(tasks, parts, strict=True):
-        if task.vision.crops is None or not crops:
-            selections.append(next(chosen))
-        else:
-            nothing = Selection(torch.empty(0, dtype=torch.int64, device=task.vision.projected.device))
-            selections.append(task.vision.crops.join([next(chosen) if crop.budget else nothing for crop in crops]))
+    with stage("select"):
+        parts = [_crop_tasks(method, task) for task in tasks]
+        # A crop without a share of the budget is not shown to the method.
+        shown: list[SelectionTask] = []
+        for task, crops in zip(tasks, parts, strict=True):
+            shown += [crop for crop in crops if crop.budget] if crops else [task]
+    vision, budgets = [each.vision for each in shown], [each.budget for each in shown]
+    with hooks.unchanged(method, [t for each in vision for t in (each.projected, each.eligible)]), stage("select"):
+        selected = hooks.select(method, vision, [each.text for each in shown], budgets)
+    hooks.check_selections(method, vision, budgets, selected)  # not the method's time
+    chosen, selections = iter(selected), []
+    with stage("select"):
+        for task, crops in zip(tasks, parts, strict=True):
+            if task.vision.crops is None or not crops:
+                selections.append(next(chosen))
+            else:
+                nothing = Selection(torch.empty(0, dtype=torch.int64, device=task.vision.projected.device))
+                selections.append(task.vision.crops.join([next(chosen) if crop.budget else nothing for crop in crops]))
     return selections
 
 
@@ -273,7 +319,7 @@ def _crop_tasks(method: Method, task: SelectionTask) -> list[SelectionTask]:
     crops = task.vision.crops
     if crops is None or not method.per_crop or task.budget == task.vision.total:
         return []
-    seen = zip(method.across_crops(crops.tokens), crops.split(task.budget), strict=True)
+    seen = zip(hooks.across_crops(method, crops.tokens), crops.split(task.budget), strict=True)
     return [SelectionTask(crop, task.text, share) for crop, share in seen]
 
 
@@ -298,15 +344,13 @@ def _cut_images(
     """What the context inside the language model needs of each image; nothing where no image is cut there."""
     if not any(image.cuts for image in images):
         return []
-    for image in images:
-        if image.cuts and image.selection.kept == image.vision.total:
-            require_eligible(replace(image.vision, eligible=image.eligible), image.kept)
     starts = model.image_starts(inputs["input_ids"], [image.selection.kept for image in images])
     cut = []
     for (row, start), image in zip(starts, images, strict=True):
         entered = image.selection.indices
         eligible = image.eligible[entered] | (entered < 0)
-        cut.append(CutImage(row, start, eligible, image.vision.image_id, image.cuts, method.queries, method.choose))
+        queries, choose = partial(hooks.queries, method), partial(hooks.choose, method)
+        cut.append(CutImage(row, start, eligible, image.vision.image_id, image.cuts, queries, choose))
     return cut
 
 

@@ -55,8 +55,8 @@ def _methods(value: Any) -> Any:
 
 
 def _budgets(value: Any) -> Any:
-    if value is None:
-        return None
+    if not isinstance(value, (str, list, tuple)):
+        return value
     text = value if isinstance(value, str) else ",".join(map(str, value))
     return tuple(map(str, parse_budgets(text)))
 
@@ -270,7 +270,8 @@ class CompareSettings(CasesSettings):
     )
     data: Annotated[str, Option(panel=DATA)] = Field(
         "demo",
-        description="Dataset: demo, FILE.jsonl, pope:FILE, a folder of images, hub:NAME or hub:NAME:SPLIT.",
+        description="Dataset: demo, a .jsonl, .json, .csv or .tsv file, pope:FILE, vqav2:QUESTIONS,ANNOTATIONS, a "
+        "folder of images, hub:NAME or hub:NAME:SPLIT.",
     )
     image_root: Annotated[Path | None, Option(panel=DATA)] = Field(
         None, description="Directory of the image files. Default: that of the data file."
@@ -278,8 +279,11 @@ class CompareSettings(CasesSettings):
     question: Annotated[str | None, Option(panel=DATA)] = Field(
         None, description="Question for images without one, or a template with {question}."
     )
+    metric: Annotated[str | None, Option(panel=DATA, metavar="exact|yes-no|mme|vqav2|textvqa|anls|choice|relaxed")] = (
+        Field(None, description="Metric that judges the answers. Default: that of the dataset.")
+    )
     columns: Annotated[str | None, AfterValidator(_column_names), Option(panel=DATA, metavar="FIELD=NAME,…")] = Field(
-        None, description="Names that the data uses for image, question, answer, answers, id and kind."
+        None, description="Names that the data uses for image, question, answer, answers, choices, id and kind."
     )
 
     @property

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-from mmtok_cli.evaluation.summary import evaluated_samples, left_out, summarise_evaluation, unevaluated_cases
-from mmtok_cli.results.progress import is_finished, whole_rounds
+from mmtok_cli.evaluation.metrics import METRICS
+from mmtok_cli.evaluation.summary import (
+    evaluated_samples,
+    left_out,
+    metric_remarks,
+    summarise_evaluation,
+    unevaluated_cases,
+)
+from mmtok_cli.results.progress import is_finished, require_flops, whole_rounds
 from mmtok_cli.results.records import TimedRun
 from mmtok_cli.results.run_directory import RunDirectory
 from mmtok_cli.results.schema import CaseResult, Comparison, FailedCase, Schedule
@@ -11,8 +18,9 @@ from mmtok_cli.timing.summary import summarise_case
 
 
 def summarise_run(store: RunDirectory) -> Comparison:
-    """Everything that is known of a run, from its directory alone."""
+    """Everything that is known of a run, from its directory alone. Raises MMTokError where FLOPs are missing."""
     plan = store.plan
+    require_flops(store)
     rounds = whole_rounds(store)
     columns = [[run for i in rounds if (run := store.runs.get((i, case)))] for case in range(len(plan.cases))]
     return Comparison(
@@ -30,6 +38,7 @@ def summarise_run(store: RunDirectory) -> Comparison:
         run_directory=str(store.path),
         unevaluated=unevaluated_cases(store),
         left_out=left_out(store),
+        remarks=metric_remarks(store),
     )
 
 
@@ -72,4 +81,6 @@ def _schedule(store: RunDirectory, rounds: list[int], columns: list[list[TimedRu
         data_digest=plan.data_digest,
         planned_samples=plan.samples,
         timed=timed,
+        metric=plan.metric,
+        metric_title=METRICS[plan.metric].title if plan.metric else None,
     )

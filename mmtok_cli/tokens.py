@@ -6,8 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from mmtok_cli.errors import MMTokError
-
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -114,15 +112,9 @@ class Crops:
     def split(self, budget: int) -> list[int]:
         """The budget spread evenly over the crops, the first ones taking what is left over.
 
-        What a crop cannot hold without keeping padding goes to the others. Raises MMTokError for more than all can.
+        What a crop cannot hold without keeping padding goes to the others; together they must hold the budget.
         """
         capacities = [int(crop.eligible.sum()) for crop in self.tokens]
-        if budget > sum(capacities):
-            raise MMTokError(
-                f"the budget of {budget} is more than the {sum(capacities)} vision tokens of the image's crops "
-                "that are not padding",
-                f"choose 1 to {sum(capacities)}, or 100%",
-            )
         shares = [0] * len(capacities)
         while left := budget - sum(shares):
             open_crops = [i for i, capacity in enumerate(capacities) if shares[i] < capacity]

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from mmtok_cli.budget import Budget
-from mmtok_cli.cases import Case, is_out_of_memory
+from mmtok_cli.cases import Case
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.environment import environment_of
+from mmtok_cli.errors import is_out_of_memory
 from mmtok_cli.methods import make_method
 from mmtok_cli.models.llava import Llava
 from mmtok_cli.results.records import TimedRun

@@ -301,6 +301,7 @@ def test_installed_command_on_the_demo_model(tmp_path: Path) -> None:
     """A real process, the real model: JSON alone on standard output."""
     image = tmp_path / "scene.png"
     from mmtok_cli.data.samples import demo_samples
+    from mmtok_cli.evaluation.metrics import score_of
 
     sample = demo_samples(1)[0]
     sample.images[0].save(image)
@@ -309,7 +310,7 @@ def test_installed_command_on_the_demo_model(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["model"] == "demo" and result["tokens"]["kept"] == 64 and result["tokens"]["total"] == 576
-    assert sample.is_right(result["answer"])
+    assert score_of(sample, result["answer"], "exact") == 1
 
 
 def test_catalogue_has_one_line_for_each_method(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,12 +69,12 @@ def test_pictures_without_answers(command: tuple[Any, ...], tmp_path: Path) -> N
 
 
 def test_bad_data(command: tuple[Any, ...], tmp_path: Path) -> None:
-    refused(run(*command, "--data", tmp_path / "gone.jsonl"), "there is no dataset")
+    refused(run(*command, "--data", tmp_path / "gone.jsonl"), "there is no data file")
     refused(run(*command, "--question", "What?"), "demo questions are fixed")
     refused(run(*command, "--columns", "question"), "'question' is not field=name")
     file = pope(tmp_path / "data", 1)
     (tmp_path / "data" / "0.png").write_bytes(b"no picture")
-    refused(run(*command, "--data", file), "only 0 of 2 samples can be read", "0.png is not an image")
+    refused(run(*command, "--data", file), "only 0 of 2 samples can be used", "0.png is not an image")
 
 
 def test_times_alone(command: tuple[Any, ...], tmp_path: Path) -> None:
@@ -133,17 +133,33 @@ def test_stopped_during_evaluation_and_resumed(
     assert small == large and [case["method"] for case in small] == CASES
 
 
-def test_a_case_that_is_refused_an_answer_keeps_its_times(command: tuple[Any, ...], tmp_path: Path) -> None:
-    """A later image leaves fewer tokens than the budget; that is found out when it is asked about."""
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_panorama_costs_no_case_anything(place: int, command: tuple[Any, ...], tmp_path: Path) -> None:
+    """An image with fewer tokens than the budget that are not padding, wherever it comes."""
     folder = tmp_path / "data"
     folder.mkdir()
-    picture(84, 84, 1).save(folder / "a.png")
-    picture(160, 100, 2).save(folder / "b.png")
-    result = run_json(*command, "--data", folder, "--question", "What?", "-b", "30", "--methods", "mmtok,none")
-    assert [case["case"]["method"] for case in result["results"]] == ["full", "mmtok", "none"]
-    (failed,) = result["unevaluated"]
-    assert (failed["case"]["method"], failed["reason"]) == ("mmtok", "refused") and "b.png" in failed["message"]
-    assert result["results"][1]["fidelity"] is None and result["results"][2]["fidelity"] is not None
+    for number in range(3):
+        picture(*((400, 40) if number == place else (84, 84)), number).save(folder / f"{number}.png")
+    methods = "mmtok,resize,resize:pool,random,fastv,none"
+    options = ("--set", "fastv.layer=1", "--methods", methods, "-b", "30", "--rounds", 3)
+    result = run_json(*command, "--data", folder, "--question", "What?", *options)
+    assert [case["case"]["method"] for case in result["results"]] == ["full", *methods.split(",")]
+    assert not result["failures"] and not result["unevaluated"]
+    assert all(case["fidelity"] for case in result["results"][1:])
+    kept = {case["case"]["method"]: case["tokens"]["kept"] for case in result["results"]}
+    assert kept["mmtok"] == kept["random"] == (30 + 30 + 12) / 3 and kept["resize"] == 30
+
+
+def test_a_sample_that_the_model_cannot_read_is_not_timed(command: tuple[Any, ...], tmp_path: Path) -> None:
+    file = pope(tmp_path / "data", 3)
+    first, *rest = file.read_text().splitlines()
+    endless = json.dumps(json.loads(first) | {"text": "word " * 3000, "question": "word " * 3000})
+    file.write_text("\n".join([endless, *rest]) + "\n")
+    shown = run(*command, "--data", file, "--export", tmp_path / "out.json")
+    assert shown.exit_code == 0 and "sample 1 is left out" in shown.stderr
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert len(result["results"]) > 1 and not result["failures"]
+    assert any("do not fit" in line for line in result["left_out"])
 
 
 def test_two_processes_give_the_scores_of_one(command: tuple[Any, ...], tmp_path: Path) -> None:
@@ -165,3 +181,65 @@ def test_two_processes_give_the_scores_of_one(command: tuple[Any, ...], tmp_path
     assert without_noise(two) == without_noise(one)
     assert len(list((tmp_path / "two" / "predictions").iterdir())) == 6
     assert not list((tmp_path / "two").rglob("*.part"))
+
+
+def write_rows(file: Path, rows: list[dict[str, Any]]) -> Path:
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return file
+
+
+def test_the_output_names_the_metric(command: tuple[Any, ...], tmp_path: Path) -> None:
+    """Whatever the slice holds; the metric of the file is that of the whole run."""
+    file = pope(tmp_path / "data", 2)
+    outputs = [tmp_path / f"t.{kind}" for kind in ("json", "csv", "html", "md")]
+    exports = [each for path in outputs for each in ("--export", path)]
+    shown = run(*command, "--data", file, "--limit", 1, *exports)
+    assert shown.exit_code == 0, shown.output
+    assert "Quality (metric: yes-no)" in shown.stdout and "score: F1 of yes, by POPE's script" in " ".join(
+        shown.stderr.split()
+    )
+    result = json.loads(outputs[0].read_text())
+    assert result["schedule"]["metric"] == "yes-no" and result["results"][0]["yes_no"] is not None
+    assert ",yes-no," in outputs[1].read_text().splitlines()[1]
+    assert all("F1 of yes, by POPE" in path.read_text() for path in outputs[2:])
+    plan = tmp_path / "run"
+    plain = write_rows(tmp_path / "data" / "plain.jsonl", [{"image": "0.png", "question": "Is it?", "answer": "no"}])
+    for options, pointed_out in (((), True), (("--metric", "exact"), False)):
+        result = run_json(*command, "--data", plain, *options)
+        assert result["schedule"]["metric"] == "exact"
+        assert any("--metric yes-no" in remark for remark in result["remarks"]) == pointed_out
+    by_hand = run_json(*command, "--data", file, "--metric", "mme", "--run-dir", plan)
+    assert by_hand["schedule"]["metric"] == "mme" and by_hand["results"][0]["paired"]["kinds"] == 1
+    refused(run("compare", "--run-dir", plan, "--resume", "--metric", "exact"), "--metric is exact here and mme in the")
+    refused(run(*command, "--data", file, "--metric", "vqav2"), "pope.jsonl, line 1: VQA accuracy needs 3")
+
+
+def test_a_model_that_answers_nothing_right(command: tuple[Any, ...], tmp_path: Path) -> None:
+    """There is nothing to retain: no retention, no claim about reductions, an axis with a range, and a warning."""
+    picture(90, 60, 1).save(tmp_path / "a.png")
+    line = {"image": "a.png", "question": "What is it?", "answer": "something that it never says"}
+    (tmp_path / "a.jsonl").write_text("\n".join([json.dumps(line)] * 3))
+    outputs = ("--export", tmp_path / "t.json", "--export", tmp_path / "t.html", "--plot", tmp_path / "t.svg")
+    shown = run(*command, "--data", tmp_path / "a.jsonl", *outputs)
+    assert shown.exit_code == 0, shown.output
+    assert "warning: the unreduced model answers nothing right" in " ".join(shown.stderr.split())
+    result = json.loads((tmp_path / "t.json").read_text())
+    for case in result["results"]:
+        assert case["score"] == 0 and case["retention"] is case["retention_low"] is None
+    page = (tmp_path / "t.html").read_text()
+    assert "loses more than that" not in page and "it cannot do this task" in page
+    assert ">100 %<" in page and "<!-- 100 -->" in (tmp_path / "t.svg").read_text()  # the axes of quality
+
+
+def test_f1_of_zero_is_not_called_inability(command: tuple[Any, ...], tmp_path: Path) -> None:
+    """Where no answer is yes, F1 is 0 however right the model is."""
+    picture(90, 60, 1).save(tmp_path / "a.png")
+    line = {"question_id": 1, "image": "a.png", "text": "Is there a dog?", "label": "no"}
+    (tmp_path / "a.json").write_text("\n".join([json.dumps(line)] * 3))
+    shown = run(*command, "--data", tmp_path / "a.json", "--export", tmp_path / "t.html")
+    assert shown.exit_code == 0, shown.output
+    said = " ".join(shown.stderr.split())
+    accuracy = run_json(*command, "--data", tmp_path / "a.json")["results"][0]["yes_no"]["accuracy"]
+    assert ("finds no answer yes, so F1 is 0" in said) == (accuracy > 0)
+    assert ("answers nothing right" in said) == (accuracy == 0)
+    assert "loses more than that" not in (tmp_path / "t.html").read_text()

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from mmtok_cli.methods import BUILT_IN
+from mmtok_cli.methods.catalogue import BUILT_IN
 
 HEAVY = ("torch", "transformers", "scipy", "matplotlib")
 COMMAND = "from mmtok_cli.cli.main import app; app({arguments}, standalone_mode=False)"

@@ -10,7 +10,7 @@ from conftest import picture
 from PIL import Image
 
 from mmtok_cli.data.images import open_image
-from mmtok_cli.data.samples import Sample, demo_samples, normalise
+from mmtok_cli.data.samples import demo_samples
 from mmtok_cli.errors import MMTokError
 
 RED = (200, 30, 40)
@@ -87,13 +87,6 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(MMTokError, match="more than 1,000 pixels"):
         open_image(tmp_path / "whole.png")
-
-
-def test_right_answers() -> None:
-    sample = Sample((), "?", (), answer="Yes")
-    assert sample.is_right("yes") and sample.is_right(" YES. ") and not sample.is_right("no")
-    assert not Sample((), "?", ()).is_right("yes")
-    assert normalise("  A  Red\tstar! ") == "a red star"
 
 
 def test_demo_samples_are_the_same_every_time() -> None:

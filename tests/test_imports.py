@@ -21,16 +21,18 @@ ALLOWED = {
     "configuration": {"methods", "models", "settings", "cases", "budget", "progress"},
     "settings": {"budget", "errors", "rules"},
     "progress": {"errors"},
-    "planning": {"cases", "data", "results", "settings", "errors"},
+    "planning": {"cases", "data", "profiles", "results", "settings", "errors"},
     "api": SHARED
     | {"cases", "comparison", "configuration", "data", "evaluation", "methods", "models", "pipeline", "results"}
     | {"settings", "timing"},
-    "image_plan": SHARED | {"models", "methods"},
-    "pipeline": SHARED | {"models", "methods", "data", "decoding", "image_plan"},
+    "hooks": SHARED | {"methods"},
+    "image_plan": SHARED | {"models", "methods", "hooks"},
+    "pipeline": SHARED | {"models", "methods", "data", "decoding", "image_plan", "hooks"},
     # Plain data: neither what measures it nor what runs a model.
     "results": {"__version__", "results", "data", "settings", "budget", "errors", "files", "rules"},
     "cases": {"pipeline", "models", "methods", "results", "data", "budget", "errors", "rules"},
-    "timing": SHARED | {"timing", "cases", "pipeline", "decoding", "models", "methods", "results", "data", "files"},
+    "timing": SHARED
+    | {"timing", "cases", "hooks", "pipeline", "decoding", "models", "methods", "results", "data", "files"},
     "evaluation": SHARED | {"evaluation", "cases", "pipeline", "decoding", "models", "methods", "results", "data"},
     "summary": {"evaluation", "timing", "results"},
     "report": {"report", "results", "planning", "progress", "settings"} | {"errors", "files", "profiles", "rules"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import picture
 from tiny_models import FAMILIES, stock_logits
 
 from mmtok_cli.budget import Budget
@@ -215,3 +216,24 @@ def test_gpu_selects_as_the_cpu_does(name: str, vlm: VisionLanguageModel, sample
     finally:
         vlm.model.cpu()
     assert all(a.indices.equal(b.indices.cpu()) for a, b in zip(on_cpu, on_gpu, strict=True))
+
+
+@TRACKS
+@pytest.mark.parametrize("name", BUDGETED)
+@pytest.mark.parametrize("family", ["llava", "llava_next"])
+def test_panorama_in_a_batch(family: str, name: str, track: Track, samples: list[Sample]) -> None:
+    """A budget that one image cannot meet, because it is mostly padding, reduces it as far as possible."""
+    vlm, method = FAMILIES[family]("sdpa"), tiny_method(name)
+    panorama = Sample((picture(400, 40),), "How many?", ("panorama",))
+    whole, plain = vlm.total(panorama.images[0]), vlm.total(samples[0].images[0])
+    budget = Budget(count=min(whole, plain) - 4)
+    try:
+        alone = answer(vlm, method, [samples[0]], budget, rules=Rules(track), max_new_tokens=1)
+    except MMTokError as error:
+        assert "CLIP" in error.message
+        return
+    answers = answer(vlm, method, [panorama, samples[0]], budget, rules=Rules(track), max_new_tokens=1)
+    thin, kept = (tokens.kept for tokens in answers.reduced.tokens)
+    assert kept == alone.reduced.tokens[0].kept and 1 <= thin <= whole
+    if family == "llava" and not (track == "released" and method.keeps_padding) and method.exact:
+        assert thin == int(answers.reduced.vision[0].eligible.sum()) < 20

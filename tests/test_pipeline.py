@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from contextlib import contextmanager
+from itertools import groupby
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def test_stages_are_entered_in_order(tiny_sdpa: Llava, samples: list[Sample]) ->
         yield
 
     answer(tiny_sdpa, make_method("full"), samples[:1], None, stage=stage, max_new_tokens=2)
-    assert tuple(entered) == STAGES
+    assert tuple(name for name, _ in groupby(entered)) == STAGES
 
 
 def test_cache_holds_the_kept_tokens_alone(tiny_sdpa: Llava, samples: list[Sample]) -> None:
@@ -96,13 +97,6 @@ def test_the_encoder_is_spared_by_resize(tiny_sdpa: Llava, samples: list[Sample]
     assert [v.grid for v in reduced.vision] == [(2, 4), (2, 4), (4, 2)]  # the long side follows the image's
     assert all(bool(v.eligible.all()) for v in reduced.vision)  # no padding: the image fills the smaller grid
     assert [tuple(p.shape) for p in reduced.prompt.pixel_values] == [(3, 28, 56), (3, 28, 56), (3, 56, 28)]
-
-
-def test_budget_above_the_eligible_tokens_is_refused(tiny_sdpa: Llava, samples: list[Sample]) -> None:
-    for name in ("mmtok", "mmtok:text", "mmtok:vision", "random", "uniform"):
-        with pytest.raises(MMTokError, match="30 is more than the 24 vision tokens of picture-1") as error:
-            reduce(tiny_sdpa, make_method(name), samples[1:2], Budget(count=30))
-        assert "1 to 24" in error.value.hint
 
 
 @pytest.mark.parametrize("family", FAMILIES)

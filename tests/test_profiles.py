@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from mmtok_cli.methods import make_method, method_names
-from mmtok_cli.methods.parameters import profile_parameters
+from mmtok_cli.methods.settings import profile_parameters
 from mmtok_cli.profiles import Profile, known_profiles
 from mmtok_cli.report.catalogues import models_legend, models_table
 

@@ -16,15 +16,18 @@ from conftest import picture
 
 from mmtok_cli.budget import Budget
 from mmtok_cli.cases import Case
-from mmtok_cli.data.datasets import Dataset, Metric
+from mmtok_cli.data.datasets import Dataset
+from mmtok_cli.data.layouts import MetricName
 from mmtok_cli.data.samples import ClosedImages, Sample
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.evaluation import predictions
+from mmtok_cli.evaluation.metrics import score_of
 from mmtok_cli.evaluation.predictions import predict
 from mmtok_cli.evaluation.processes import Processes, join_processes
 from mmtok_cli.evaluation.summary import EvaluationSummary, f1_retention, summarise_predictions
 from mmtok_cli.methods import make_method
 from mmtok_cli.methods.base import Method
+from mmtok_cli.methods.mmtok import MMTok
 from mmtok_cli.models.llava import Llava
 from mmtok_cli.pipeline import answer
 from mmtok_cli.results.progress import Remaining
@@ -61,7 +64,7 @@ class Evaluated:
     def failures(self) -> list[CaseFailure]:
         return [failure for batch in self.batches for failure in batch.failures]
 
-    def summary(self, metric: Metric | None) -> list[EvaluationSummary]:
+    def summary(self, metric: MetricName | None) -> list[EvaluationSummary]:
         labels = {label.sample: label for batch in self.batches for label in batch.samples}
         return list(summarise_predictions(self.predictions, labels, baseline=0, metric=metric, seed=0).values())
 
@@ -86,7 +89,7 @@ def test_every_case_says_what_it_says_alone(tiny_sdpa: Llava, samples: list[Samp
     for prediction in found.predictions:
         case, sample = CASES[prediction.case], answered[prediction.sample]
         alone = answer(tiny_sdpa, case.method, [sample], case.budget, max_new_tokens=STEPS).texts[0]
-        assert prediction.answer == alone and prediction.score == sample.is_right(alone)
+        assert prediction.answer == alone and prediction.score == score_of(sample, alone, "exact")
         assert prediction.closeness.same == (alone == sample.answer)
     full, mmtok, _ = found.summary("exact")
     assert full.score == 1 and full.fidelity.kl == 0 and full.fidelity.top1 == full.fidelity.same == 1
@@ -144,12 +147,20 @@ def test_images_are_opened_once_for_all_cases_and_let_go(tiny_sdpa: Llava) -> No
     assert opened == [0, 1, 2, 3]
 
 
-def test_a_budget_that_cannot_be_met_ends_its_case_alone(tiny_sdpa: Llava, samples: list[Sample]) -> None:
-    cases = [CASES[0], Case("mmtok", make_method("mmtok"), Budget(count=30)), CASES[1]]
+@dataclass(frozen=True)
+class Fails(MMTok):
+    """Does not work on one image."""
+
+    def select_batch(self, vision: Any, text: Any, budgets: Any) -> Any:
+        return [None] if vision[0].image_id == "picture-1" else super().select_batch(vision, text, budgets)
+
+
+def test_a_method_that_fails_ends_its_case_alone(tiny_sdpa: Llava, samples: list[Sample]) -> None:
+    cases = [CASES[0], Case("fails", Fails(), Budget(count=6)), CASES[1]]
     found = run(tiny_sdpa, Dataset("three", samples, None), cases, batch_size=1)
     (failure,) = found.failures  # and the case is not tried on the third sample
     assert (failure.case, failure.reason) == (1, "refused")
-    assert "more than the 24 vision tokens of picture-1" in failure.message
+    assert "Fails.select must return a Selection" in failure.message
     assert [p.sample for p in found.predictions if p.case == 1] == [0]
     assert [p.sample for p in found.predictions if p.case == 2] == [0, 1, 2]
 
@@ -244,7 +255,7 @@ def test_soft_accuracies_are_averaged_and_split_in_the_middle() -> None:
         for case, row in scores.items()
         for i, score in enumerate(row)
     ]
-    _, method = summarise_predictions(predicted, labels, baseline=0, metric="vqa", seed=0).values()
+    _, method = summarise_predictions(predicted, labels, baseline=0, metric="textvqa", seed=0).values()
     assert method.score == pytest.approx(0.5) and method.retention and method.retention.value == pytest.approx(0.75)
     assert method.flips and (method.flips.right_right, method.flips.right_wrong) == (1, 1)
 

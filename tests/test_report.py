@@ -106,6 +106,7 @@ def comparison(results: Sequence[CaseResult] = (), rules: Rules = USUAL) -> Comp
         "layers": None,
     }
     schedule = dict.fromkeys(Schedule.model_fields, 1) | {"data": "demo", "data_digest": "x", "order": []}
+    schedule |= {"metric": None, "metric_title": None}
     return Comparison(
         model="x",
         rules=rules,

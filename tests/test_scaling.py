@@ -21,7 +21,7 @@ from mmtok_cli.errors import MMTokError
 from mmtok_cli.methods import make_method
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.models.llava import Llava
-from mmtok_cli.pipeline import reduce
+from mmtok_cli.pipeline import check_budget, reduce
 from mmtok_cli.report.console import results_console
 from mmtok_cli.report.scaling import growth_table, scaling_table
 from mmtok_cli.results.profile import ScalingPoint
@@ -128,7 +128,7 @@ def test_the_budget_is_one_of_the_grid_and_resize_stays_within_it(tiny_sdpa: Lla
     resized = reduce(tiny_sdpa, make_method("resize"), samples[:1], Budget(count=64), grids=[(10, 10)])
     assert (resized.tokens[0].total, resized.tokens[0].kept, resized.vision[0].grid) == (100, 64, (8, 8))
     with pytest.raises(MMTokError, match="more than the 16 vision tokens"):
-        reduce(tiny_sdpa, make_method("mmtok"), samples[:1], Budget(count=17), grids=[(4, 4)])
+        check_budget(tiny_sdpa, make_method("mmtok"), samples[:1], Budget(count=17), grids=[(4, 4)])
 
 
 def test_numbers_of_tokens() -> None:

@@ -11,7 +11,7 @@ from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.evaluation import summary
-from mmtok_cli.evaluation.metrics import says_yes, score_of, soft_accuracy, yes_no
+from mmtok_cli.evaluation.metrics import says_yes, score_of, yes_no
 from mmtok_cli.evaluation.summary import Flips, count_flips, f1_retention, mean_retention
 
 
@@ -54,17 +54,9 @@ def test_what_an_answer_is_worth() -> None:
     sample = Sample((), "Is there a dog?", (), answer="No")
     assert score_of(sample, " no.", "exact") == 1 and score_of(sample, "There is not", "exact") == 0
     assert score_of(sample, "There is not", "yes-no") == 1 and score_of(sample, "Perhaps", "yes-no") == 0
+    assert score_of(sample, "No, there is none", "mme") == 1 and score_of(sample, "There is not", "mme") == 0
     assert score_of(Sample((), "?", ()), "no", "exact") is None
-    assert score_of(Sample((), "?", ()), "no", "vqa") is None
-    several = Sample((), "?", (), answer="cat", answers=("cat", "Cat.", "dog"))
-    assert score_of(several, "cat", "vqa") == pytest.approx(2 / 3) and score_of(sample, "no", "vqa") == 1
-
-
-def test_soft_accuracy() -> None:
-    said = ["cat"] * 4 + ["dog"] * 2 + ["a cat"]
-    assert [soft_accuracy(answer, said) for answer in ("CAT", "dog", "a cat.", "cow")] == pytest.approx(
-        [1, 2 / 3, 1 / 3, 0]
-    )
+    assert score_of(Sample((), "?", ()), "no", "textvqa") is None
 
 
 def names(count: int) -> list[str]:

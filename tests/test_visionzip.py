@@ -188,7 +188,7 @@ def test_impossible_splits_are_refused(dominant: int, contextual: int) -> None:
 
 @pytest.mark.parametrize("parameters", [{"merge": "median"}, {"contextual": -1}])
 def test_unknown_parameters_are_refused(parameters: dict[str, Any]) -> None:
-    with pytest.raises(MMTokError, match="VisionZip cannot m"):
+    with pytest.raises(MMTokError, match="cannot"):
         make_method("visionzip", **parameters)
 
 

@@ -93,9 +93,6 @@ def test_padding_is_left_out_where_it_may_not_be_kept() -> None:
         indices = make_method("vispruner").select(vision, TEXT, budget).indices.tolist()
         assert indices == literal(vision.features, vision.signals["class_attention"], allowed, budget)
         assert not set(indices) & set(padding)
-    with pytest.raises(MMTokError, match="17 is more than the 16 ") as refusal:
-        make_method("vispruner").select(vision, TEXT, 17)
-    assert "choose 1 to 16, or all 24" in refusal.value.hint
     assert make_method("vispruner").select(vision, TEXT, 24).indices.tolist() == list(range(24))
 
 
@@ -114,8 +111,8 @@ def test_zero_features_are_harmless() -> None:
 
 
 def test_a_ratio_out_of_range_is_refused() -> None:
-    for ratio in (-0.1, 1.5, float("nan")):
-        with pytest.raises(MMTokError, match="not between 0 and 1"):
+    for ratio, words in ((-0.1, "not between 0 and 1"), (1.5, "not between 0 and 1"), (float("nan"), "cannot be nan")):
+        with pytest.raises(MMTokError, match=words):
             make_method("vispruner", important_ratio=ratio)
 
 

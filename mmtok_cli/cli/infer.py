@@ -52,6 +52,7 @@ def infer(
     cases = [case, full] if baseline else [case]
     sample = sample_from_file(image, question, *(more or ()))
     model = configured_model(settings, progress)
+    case.check(model, [sample])
     with progress.task("answering"):
         for each in cases:  # the first run chooses kernels and allocates memory; it is not timed
             run_case(model, each, [sample], settings.max_new_tokens)

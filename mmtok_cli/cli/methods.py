@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from mmtok_cli.cli.options import JsonOption
+from mmtok_cli.errors import MethodFaultError
 
 
 def methods(
@@ -18,8 +19,9 @@ def methods(
     from mmtok_cli.methods import method_names
     from mmtok_cli.report.catalogues import METHODS_LEGEND, method_details, methods_table
     from mmtok_cli.report.console import print_json, results_console
+    from mmtok_cli.report.text import printable
 
-    listed = [_describe(each) for each in ([name] if name else method_names())]
+    listed = [_describe(name)] if name else [_describe_or_fault(each) for each in method_names()]
     if as_json:
         print_json({"schema": "mmtok.methods/1", "methods": listed})
     elif name:
@@ -27,6 +29,17 @@ def methods(
     else:
         results_console().print(methods_table(listed))
         results_console().print(METHODS_LEGEND, style="dim")
+        for method in listed:
+            if "fault" in method:
+                results_console().print(printable(method["fault"]), style="yellow", markup=False)
+
+
+def _describe_or_fault(name: str) -> dict[str, Any]:
+    """A package that cannot be used must not hide the others."""
+    try:
+        return _describe(name)
+    except MethodFaultError as error:
+        return {"name": name, "fault": error.message}
 
 
 def _describe(name: str) -> dict[str, Any]:
@@ -34,12 +47,12 @@ def _describe(name: str) -> dict[str, Any]:
     from mmtok_cli.methods.parameters import expected, parameter_defaults, parameter_types, setting_text
 
     method = method_class(name)
-    defaults = parameter_defaults(name)
+    defaults, types = parameter_defaults(method), parameter_types(method)
     return {
         "name": name,
         "summary": method.summary,
         "source": method.source,
-        "acts": method.acts,
+        "acts": method.acts(),
         "reads_question": method.reads_question,
         "training_free": method.training_free,
         "multi_turn": not method.reads_question,
@@ -48,7 +61,7 @@ def _describe(name: str) -> dict[str, Any]:
         "keeps_padding": method.keeps_padding,
         "signals": list(method.signals),
         "parameters": defaults,
-        "expected": {parameter: expected(kind) for parameter, kind in parameter_types(name).items()},
+        "expected": {parameter: expected(kind) for parameter, kind in types.items()},
         "settings": {parameter: setting_text(name, parameter, value) for parameter, value in defaults.items()},
         "description": _paragraphs(method.__doc__ or ""),
     }

@@ -6,6 +6,7 @@ import functools
 import inspect
 import types
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin
 
@@ -137,12 +138,15 @@ def _methods(incomplete: str) -> list[str]:
 
 def _method_parameters(incomplete: str) -> list[str]:
     """ "fastv.layer=" for "fas"."""
-    from dataclasses import fields
-
+    from mmtok_cli.errors import MethodFaultError
     from mmtok_cli.methods import method_class, method_names
+    from mmtok_cli.methods.parameters import parameter_types
 
-    names = [name for name in method_names() if name.startswith(incomplete.partition(".")[0])]
-    options = [f"{name}.{field.name}=" for name in names for field in fields(method_class(name))]
+    options = []
+    for name in method_names():
+        if name.startswith(incomplete.partition(".")[0]):
+            with suppress(MethodFaultError):
+                options += [f"{name}.{parameter}=" for parameter in parameter_types(method_class(name))]
     return [option for option in options if option.startswith(incomplete)]
 
 

@@ -69,6 +69,7 @@ def prune(
     check_outputs(outputs, model_inputs(settings.model, image))
     sample = sample_from_file(image, question)
     model = configured_model(settings, ConsoleProgress(quiet), settings.layers)
+    case.check(model, [sample])
     selected = time_selection(model, case, sample)
     gains = _gains(selected, settings.method) if gain_curve else None
     shown = lay_out(model, selected.reduced, selected.selection)

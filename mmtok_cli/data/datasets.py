@@ -6,38 +6,40 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Literal
 
+from mmtok_cli.data.data_files import DataFile, entries_of, require_file, vqav2_file_entries
 from mmtok_cli.data.hub import HubRows
-from mmtok_cli.data.json_lines import POPE, JsonLines, is_pope
+from mmtok_cli.data.layouts import POPE, USUAL, VQAV2, Layout, MetricName
 from mmtok_cli.data.pictures import SUFFIXES, is_pattern, pictures
 from mmtok_cli.data.rows import Columns, require_columns
 from mmtok_cli.data.samples import Sample, demo_samples
 from mmtok_cli.errors import MMTokError
 
-Metric = Literal["exact", "yes-no", "vqa"]
-
 DEMO_QUESTIONS = 1200
-KINDS = "demo, FILE.jsonl, pope:FILE, a folder of images, hub:NAME or hub:NAME:SPLIT"
+KINDS = (
+    "demo, a .jsonl, .json, .csv or .tsv file, pope:FILE, vqav2:QUESTIONS,ANNOTATIONS, a folder of images, "
+    "hub:NAME or hub:NAME:SPLIT"
+)
 
 
 @dataclass(frozen=True)
 class Dataset:
     """Samples, whose images are read when they are needed, and what had to be left out.
 
-    metric: how answers are scored, None without reference answers. missing: number of image files that do not exist;
-    left_out: number of samples that need them. problems: a message for each line or row that could not be read.
+    metric: how answers are judged unless the user says otherwise: that of the format, or the one that suits the fields
+    of the whole dataset; None without reference answers. missing: number of image files that do not exist; left_out:
+    number of samples that need them. problems: a message for each line or row that could not be used.
     """
 
     name: str
     samples: Sequence[Sample]
-    metric: Metric | None
+    metric: MetricName | None
     missing: int = 0
     left_out: int = 0
     problems: tuple[str, ...] = ()
 
     def notes(self) -> list[str]:
-        """What a reader of its scores should know, one line each."""
+        """What could not be used, one line each."""
         notes = [f"left out: {problem}" for problem in self.problems]
         if self.missing:
             notes.append(
@@ -70,30 +72,34 @@ def open_dataset(
     if kind == "hub":
         rows = HubRows(rest, question=question, columns=columns)
         samples = _take(rows.samples(), limit)
-        return Dataset(rest, samples, metric_of(samples), problems=tuple(rows.problems))
+        return Dataset(rest, samples, rows.metric, problems=tuple(rows.problems))
     path = Path(rest if kind == "pope" else text)
-    if kind != "pope" and (path.is_dir() or is_pattern(text) or path.suffix.lower() in SUFFIXES):
+    layout: Layout | None = None
+    if kind == "vqav2":
+        path, entries = vqav2_file_entries(rest)
+        layout = VQAV2
+    elif kind != "pope" and _holds_images(text):
         return Dataset(text, _take(pictures(text, question), limit), metric=None)
-    if not path.is_file():
+    else:
+        _require_data(path, text)
+        entries = entries_of(path)
+        layout = POPE if kind == "pope" else USUAL if columns else None  # not guessed where columns are named
+    file = DataFile(path, entries, image_root=image_root, question=question, columns=columns, layout=layout)
+    found = file.read(limit)
+    return Dataset(path.name, found, file.metric, len(file.missing), file.left_out, tuple(file.problems))
+
+
+def _holds_images(text: str) -> bool:
+    """Whether a name is that of a folder, an image, or several images by a pattern."""
+    path = Path(text)
+    return path.is_dir() or path.suffix.lower() in SUFFIXES or (is_pattern(text) and not path.is_file())
+
+
+def _require_data(path: Path, text: str) -> None:
+    """Raises MMTokError for a file that does not exist. A name with a suffix or a folder is meant to be a file."""
+    if not (path.suffix or len(path.parts) > 1 or path.is_file()):
         raise MMTokError(f"there is no dataset {text!r}", f"name one of: {KINDS}")
-    if kind == "pope" or (not columns and is_pope(path)):
-        columns = {**POPE, **columns}
-    lines = JsonLines(path, image_root=image_root, question=question, columns=columns)
-    samples = _take(lines.samples(), limit)
-    return Dataset(
-        path.name, samples, metric_of(samples), len(lines.missing), lines.left_out, problems=tuple(lines.problems)
-    )
-
-
-def metric_of(samples: Sequence[Sample]) -> Metric | None:
-    """The metric that suits the reference answers: VQA's soft accuracy if there are several for a question, POPE's
-    scores if all are yes or no and both occur, exact match otherwise."""
-    if any(sample.answers for sample in samples):
-        return "vqa"
-    known = {sample.answer.strip().lower() for sample in samples if sample.answer is not None}
-    if known == {"yes", "no"}:
-        return "yes-no"
-    return "exact" if known else None
+    require_file(path)
 
 
 def _take(samples: Iterable[Sample], limit: int | None) -> tuple[Sample, ...]:

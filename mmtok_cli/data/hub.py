@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 from PIL.Image import Image
 from pydantic import ValidationError
 
+from mmtok_cli.data.data_files import UsualMetric
 from mmtok_cli.data.images import open_image
+from mmtok_cli.data.layouts import MetricName
 from mmtok_cli.data.rows import Columns, Row, fault_of, fields_of, make_sample
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.errors import MMTokError
@@ -19,7 +22,8 @@ from mmtok_cli.errors import MMTokError
 class HubRows:
     """Reads NAME[:CONFIG][:SPLIT], a name on the hub or a directory, row by row.
 
-    problems: a message for each unusable row. Raises MMTokError if the dataset cannot be loaded or lacks a column.
+    problems: a message for each unusable row. metric: the one that suits its fields. Raises MMTokError if the dataset
+    cannot be loaded or lacks a column.
     """
 
     def __init__(self, text: str, *, question: str | None, columns: Columns) -> None:
@@ -28,6 +32,7 @@ class HubRows:
         self._question = question
         self._columns = columns
         self._table, self._images = _with_images(_load(*_parts(text)), columns.get("image", "image"), text)
+        self.metric = self._usual_metric()
 
     def samples(self) -> Iterator[Sample]:
         """The usable rows. Raises MMTokError if there are none."""
@@ -37,7 +42,8 @@ class HubRows:
             try:
                 row = Row.model_validate(fields_of(raw | {column: None}, self._columns))
                 reader = partial(_read, self._images, number, column, self._name)
-                sample = make_sample(row, [reader], [f"{self._name}-{number}"], self._question, number)
+                names = [_image_name(self._images[number][column], self._name, number)]
+                sample = make_sample(row, [reader], names, self._question, number, f"{self._name}, row {number}")
             except (MMTokError, ValidationError) as error:
                 fault = fault_of(error) if isinstance(error, ValidationError) else error.message
                 self.problems.append(f"{self._name}, row {number}: {fault}")
@@ -47,6 +53,15 @@ class HubRows:
             yield sample
         if not found:
             raise MMTokError(self.problems[0] if self.problems else f"{self._name} has no rows", hint)
+
+    def _usual_metric(self) -> MetricName | None:
+        """Of all rows, from the columns that decide it."""
+        names = {field: self._columns.get(field, field) for field in ("answer", "answers", "choices")}
+        there = {field: name for field, name in names.items() if name in self._table.column_names}
+        usual = UsualMetric()
+        for raw in self._table.select_columns(list(there.values())) if there else ():
+            usual.add({field: raw[name] for field, name in there.items()})
+        return usual.name
 
 
 def _parts(text: str) -> tuple[str, str | None, str | None]:
@@ -101,6 +116,13 @@ def _with_images(table: Any, column: str, name: str) -> tuple[Any, Any]:
         )
     images = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
     return table.remove_columns([column]), images
+
+
+def _image_name(stored: Any, name: str, number: int) -> str:
+    """A name by which the rows about one image are recognised: the digest of its bytes, else its path."""
+    if stored and stored["bytes"]:
+        return f"image-{hashlib.sha256(stored['bytes']).hexdigest()[:12]}"
+    return (stored and stored["path"]) or f"{name}-{number}"
 
 
 def _read(images: Any, number: int, column: str, name: str) -> Image:

@@ -2,82 +2,142 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
+from string import ascii_uppercase
 from typing import Any
 
 from PIL.Image import Image
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
 from mmtok_cli.data.samples import ClosedImages, Sample, require_question
 from mmtok_cli.errors import MMTokError
 
-FIELDS = ("image", "question", "answer", "answers", "id", "kind")
+FIELDS = ("image", "question", "answer", "answers", "choices", "id", "kind")
 Columns = Mapping[str, str]  # field -> its name in the dataset, where the two differ
 GAP = "{question}"
-ASKED_AT_LEAST = 3  # reference answers that VQA's soft accuracy needs
+MOST_NAMES, LONGEST_SHOWN = 12, 60  # names and characters in a message
+LISTED = re.compile(r"^[ \t]*\(?A[.):]\s", re.MULTILINE)  # a question that lists its choices itself
+CHOICE_PROMPT = "Answer with the option's letter from the given choices directly."  # that of LLaVA-1.5
 
 
 class Row(BaseModel):
-    """The fields of one sample except its images. Numbers are converted to strings."""
+    """The fields of one sample except its images.
+
+    Numbers and truth values are converted to text: 3.0 to "3", true to "true". NaN, null and "" stand for no answer.
+    """
 
     model_config = ConfigDict(frozen=True, coerce_numbers_to_str=True, extra="forbid")
 
     question: str | None = None
     answer: str | None = None
     answers: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
     id: str | None = None
     kind: str | None = None
 
-    @field_validator("*")
+    @model_validator(mode="before")
     @classmethod
-    def _printable(cls, value: str | tuple[str, ...] | None) -> Any:
-        try:
-            "".join(value or ()).encode()
-        except UnicodeEncodeError as error:
-            raise ValueError("it is not valid Unicode") from error
-        return value
+    def _answer_or_answers(cls, values: Any) -> Any:
+        """A list under `answer` is several answers; a number that is not itself a choice counts choices from 0."""
+        answer, choices = values.get("answer"), values.get("choices")
+        if isinstance(answer, list | tuple):
+            return {**values, "answer": None, "answers": values.get("answers") or answer}
+        is_index = isinstance(answer, int) and not isinstance(answer, bool) and isinstance(choices, list | tuple)
+        if is_index and str(answer) not in map(str, choices):
+            if not 0 <= answer < len(choices):
+                raise ValueError(f"answer: {answer} is not the number of a choice, which count from 0")
+            return {**values, "answer": ascii_uppercase[answer : answer + 1]}
+        return values
+
+    @field_validator("question", "answer", "id", "kind", mode="before")
+    @classmethod
+    def _as_text(cls, value: Any) -> Any:
+        return plain_text(value)
+
+    @field_validator("answer", "id", "kind")
+    @classmethod
+    def _known(cls, value: str | None) -> str | None:
+        return value if value and value.strip() else None
 
     @field_validator("answers", mode="before")
     @classmethod
     def _words(cls, values: Any) -> Any:
         """VQAv2 writes each answer as an object with the word under "answer"."""
         if not isinstance(values, list | tuple):
-            return values
-        return [value.get("answer") if isinstance(value, Mapping) else value for value in values]
+            values = [values]
+        words = [plain_text(value.get("answer") if isinstance(value, Mapping) else value) for value in values]
+        return [word for word in words if word is not None]
 
     @field_validator("answers")
     @classmethod
-    def _enough(cls, values: tuple[str, ...]) -> tuple[str, ...]:
-        if 0 < len(values) < ASKED_AT_LEAST:
-            raise ValueError(f"give at least {ASKED_AT_LEAST} answers, or one `answer`")
+    def _any_known(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        return values if any(value.strip() for value in values) else ()
+
+    @field_validator("choices", mode="before")
+    @classmethod
+    def _texts(cls, values: Any) -> Any:
+        """Choices by letter become a list."""
+        if isinstance(values, Mapping):
+            if list(values) != list(ascii_uppercase[: len(values)]):
+                raise ValueError("name the choices A, B, …, or write a list")
+            values = list(values.values())
+        return [plain_text(value) for value in values] if isinstance(values, list | tuple) else values
+
+    @field_validator("choices")
+    @classmethod
+    def _lettered(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        if values and not 2 <= len(values) <= len(ascii_uppercase):
+            raise ValueError(f"give 2 to {len(ascii_uppercase)} choices")
         return values
 
-
-class FileRow(Row):
-    """A row whose images are files: one path or a list of them."""
-
-    image: tuple[str, ...]
-
-    @field_validator("image", mode="before")
+    @field_validator("*")
     @classmethod
-    def _several(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
-
-    @field_validator("image")
-    @classmethod
-    def _named(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if not value or not all(value):
-            raise ValueError("name an image file")
+    def _printable(cls, value: Any) -> Any:
+        texts = [value] if isinstance(value, str) else value or ()
+        try:
+            "".join(text for text in texts if isinstance(text, str)).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("it is not valid Unicode") from error
         return value
+
+
+def plain_text(value: Any) -> Any:
+    """JSON's true, 3.0 and NaN as "true", "3" and None; other values unchanged."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return None
+        return str(int(value)) if value.is_integer() and abs(value) < 1e15 else repr(value)
+    return value
 
 
 def fields_of(raw: Mapping[str, Any], columns: Columns) -> dict[str, Any]:
     """The fields of a row under the names used here. Raises MMTokError for a configured column that is missing."""
-    for column in columns.values():
-        if column not in raw:
-            raise MMTokError(f"there is no {column!r}, only {', '.join(map(repr, raw))}")
+    require_names(raw, columns.values())
     named = {field: raw.get(columns.get(field, field)) for field in FIELDS}
     return {field: value for field, value in named.items() if value is not None}
+
+
+def require_names(raw: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Raises MMTokError for the first of some names that a row does not have."""
+    for name in names:
+        if name not in raw:
+            raise MMTokError(f"there is no {name!r}, only {shown_names(raw)}", "name the columns with --columns")
+
+
+def shown_names(names: Iterable[str]) -> str:
+    """Names in quotes, the first MOST_NAMES of them and shortened."""
+    shown = [shown_text(name) for name in islice(names, MOST_NAMES + 1)]
+    return ", ".join(shown[:MOST_NAMES]) + (", …" if len(shown) > MOST_NAMES else "")
+
+
+def shown_text(text: str) -> str:
+    """A text of a data file in quotes, on one line and shortened."""
+    return repr(text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…")
 
 
 def fault_of(error: ValidationError) -> str:
@@ -93,16 +153,20 @@ def make_sample(
     image_ids: Sequence[str],
     question: str | None,
     number: int,
+    place: str = "",
 ) -> Sample:
     """A sample whose images are read later. Raises MMTokError if there is no question."""
+    several = len(row.answers) > 1
     return Sample(
         images=ClosedImages(tuple(readers)),
-        question=_asked(question, row.question),
+        question=_asked(question, _with_choices(row.question, row.choices)),
         image_ids=tuple(image_ids),
-        answer=row.answer,
+        answer=row.answers[0] if row.answers and not several else row.answer,
         kind=row.kind,
         id=row.id or str(number),
-        answers=row.answers,
+        answers=row.answers if several else (),
+        choices=row.choices,
+        place=place,
     )
 
 
@@ -111,6 +175,14 @@ def require_columns(columns: Columns) -> None:
     for field in columns:
         if field not in FIELDS:
             raise MMTokError(f"samples have no field {field!r}", f"choose among {', '.join(FIELDS)}")
+
+
+def _with_choices(question: str | None, choices: Sequence[str]) -> str | None:
+    """The question with its choices by letter, in the words of LLaVA-1.5, unless it lists them itself."""
+    if question is None or not choices or LISTED.search(question):
+        return question
+    options = [f"{letter}. {text}" for letter, text in zip(ascii_uppercase, choices, strict=False)]
+    return "\n".join([question, *options, CHOICE_PROMPT])
 
 
 def _asked(wanted: str | None, own: str | None) -> str:

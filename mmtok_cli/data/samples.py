@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import string
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -47,8 +46,9 @@ class Sample:
 
     images: PIL images. question: its `<image>` markers, if any, say where the images go.
     image_ids: a stable name for each image, from which seeded methods draw. id: a stable name within the dataset.
-    answer: the reference answer, if known. answers: reference answers of several people. kind: the kind of question,
-    for scores by kind.
+    answer: the reference answer, if known. answers: several reference answers. choices: the texts of options A, B, …
+    of a multiple-choice question, which are in the question as well. kind: the kind of question, for scores by kind.
+    place: where it was read, as in "asked.jsonl, line 3".
     """
 
     images: Sequence[Image]
@@ -58,19 +58,17 @@ class Sample:
     kind: str | None = None
     id: str = ""
     answers: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+    place: str = ""
 
     def open(self) -> Sample:
         """The sample with its images read into memory. Raises MMTokError for an image that cannot be read."""
         return replace(self, images=tuple(self.images))
 
-    def is_right(self, answer: str) -> bool:
-        """Whether `answer` is the reference answer, ignoring letter case and punctuation."""
-        return self.answer is not None and normalise(answer) == normalise(self.answer)
-
-
-def normalise(text: str) -> str:
-    """Lower case, single spaces, no punctuation at either end."""
-    return " ".join(text.lower().split()).strip(string.punctuation + " ")
+    @property
+    def references(self) -> tuple[str, ...]:
+        """All reference answers; empty if none is known."""
+        return self.answers or (() if self.answer is None else (self.answer,))
 
 
 def sample_from_file(path: Path | str, question: str, *more: Path | str) -> Sample:

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from mmtok_cli.budget import Budget
-from mmtok_cli.cases import Case, failure_message, failure_reason, is_out_of_memory, release_memory
+from mmtok_cli.cases import Case, failure_of, release_memory
 from mmtok_cli.data.datasets import Dataset
 from mmtok_cli.data.samples import Sample, batches
 from mmtok_cli.decoding import Continuation, prefill
-from mmtok_cli.errors import MMTokError, first_line
+from mmtok_cli.errors import MMTokError
 from mmtok_cli.evaluation.metrics import closeness_of, score_of
 from mmtok_cli.evaluation.processes import Processes
 from mmtok_cli.methods import make_method
@@ -129,7 +129,7 @@ def predict_batch(
     """The predictions of all cases for some samples of a dataset, as one batch.
 
     cases: by their numbers in the plan, the baseline first. Samples that cannot be read, or are too long even for the
-    baseline, are left out; a case that runs out of memory or cannot meet its budget on one of the samples fails.
+    baseline, are left out; a case that cannot be run on one of the samples, for whatever reason, fails.
     """
     found: list[BatchItem] = []
     opened: dict[int, Sample] = {}
@@ -150,9 +150,7 @@ def predict_batch(
             found += predict_batch(model, cases, dataset, [number], max_new_tokens)
         return found
     except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        failure = CaseFailure(case=next(iter(cases)), reason="out of memory", message=first_line(error))
+        failure = CaseFailure(case=next(iter(cases)), **failure_of(error))
     else:
         for number, case in cases.items():
             found += _predictions_of(model, number, case, opened, dataset, reference, max_new_tokens)
@@ -174,10 +172,7 @@ def _predictions_of(
     try:
         texts, closeness = _answers_of(model, case, list(opened.values()), reference, max_new_tokens)
     except Exception as error:
-        reason = failure_reason(error)
-        if reason is None:
-            raise
-        failure = CaseFailure(case=number, reason=reason, message=failure_message(error))
+        failure = CaseFailure(case=number, **failure_of(error))
     else:
         return [
             Prediction(
@@ -253,7 +248,9 @@ def _batch_record(
     for number in numbers:
         sample = dataset.samples[number]
         labels.append(
-            SampleLabel(sample=number, images=sample.image_ids, answer=sample.answer, kind=sample.kind),
+            SampleLabel(
+                sample=number, images=sample.image_ids, answer=next(iter(sample.references), None), kind=sample.kind
+            ),
         )
     return PredictionBatch(
         batch=batch,

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 
-from mmtok_cli.data.datasets import Metric
-from mmtok_cli.evaluation.metrics import is_yes, says_yes, yes_no
-from mmtok_cli.results.progress import evaluated_cases, evaluation_failures
+from mmtok_cli.data.layouts import MetricName
+from mmtok_cli.evaluation.metrics import is_yes, paired_accuracy, paired_shares, says_yes, yes_no, yes_or_no
+from mmtok_cli.results.progress import evaluated_batches, evaluated_cases, evaluation_failures
 from mmtok_cli.results.records import Prediction, SampleLabel
 from mmtok_cli.results.run_directory import RunDirectory
-from mmtok_cli.results.schema import CONFIDENCE, FailedCase, Fidelity, Flips, Score, YesNo
+from mmtok_cli.results.schema import CONFIDENCE, FailedCase, Fidelity, Flips, PairedAccuracy, Score, YesNo
 
 RIGHT = 0.5  # from this score on, an answer counts as right where it must be either right or wrong
 RESAMPLES = 4000
@@ -37,7 +38,7 @@ class Retention:
 class EvaluationSummary:
     """One case on a dataset.
 
-    samples: how many have a reference answer. score: F1 where answers are yes or no, as POPE is reported; else the
+    samples: how many have a reference answer. score: F1 for POPE, (accuracy + accuracy_plus) / 2 for MME, else the
     mean. by_kind: mean score and number of samples by kind of question. retention and flips are relative to the
     baseline and None for the baseline itself; they and the scores are None without reference answers.
     """
@@ -46,6 +47,7 @@ class EvaluationSummary:
     score: float | None
     by_kind: dict[str, tuple[float, int]]
     yes_no: YesNo | None
+    paired: PairedAccuracy | None
     retention: Retention | None
     flips: Flips | None
     fidelity: Fidelity
@@ -61,6 +63,7 @@ class EvaluationSummary:
             "retention_high": retention.high if retention else None,
             "flips": self.flips,
             "yes_no": self.yes_no,
+            "paired": self.paired,
             "fidelity": None if is_baseline else self.fidelity,
         }
 
@@ -82,7 +85,7 @@ def summarise_evaluation(store: RunDirectory) -> dict[int, EvaluationSummary]:
     compared = [case for case in cases if case not in failed]
     if not cases or cases[0] in failed:
         return {}
-    batches = [batch for batch in store.predictions.values() if batch.batch_size == size]
+    batches = evaluated_batches(store)
     found = summarise_predictions(
         [prediction for batch in batches for prediction in batch.predictions if prediction.case in compared],
         {label.sample: label for batch in batches for label in batch.samples},
@@ -104,7 +107,7 @@ def summarise_predictions(
     labels: Mapping[int, SampleLabel],
     *,
     baseline: int,
-    metric: Metric | None,
+    metric: MetricName | None,
     seed: int,
 ) -> dict[int, EvaluationSummary]:
     """The summary of each case, by its number. Every case must have predictions for the same samples.
@@ -126,7 +129,7 @@ def _summary_of(
     predictions: Mapping[int, Prediction],
     baseline: Mapping[int, Prediction],
     scored: Sequence[SampleLabel],
-    metric: Metric | None,
+    metric: MetricName | None,
     seed: int,
     *,
     is_baseline: bool,
@@ -134,29 +137,34 @@ def _summary_of(
     """The summary of one case. predictions, baseline: by sample. scored: the samples with a reference answer."""
     fidelity = _fidelity(predictions.values())
     if not scored:
-        return EvaluationSummary(0, None, {}, None, None, None, fidelity)
+        return EvaluationSummary(0, None, {}, None, None, None, None, fidelity)
     mine, theirs = ([column[label.sample] for label in scored] for column in (predictions, baseline))
     scores, base = _scores(mine), _scores(theirs)
     clusters = ["\n".join(label.images) for label in scored]  # questions about the same images
-    score, detail, retention = fmean(scores), None, None
+    kinds = [label.kind or "other" for label in scored]
+    score, detail, paired = fmean(scores), None, None
+    find_retention = partial(mean_retention, base, scores)
     if metric == "yes-no":
         truth = [is_yes(label.answer or "") for label in scored]
         says, base_says = ([says_yes(prediction.answer) for prediction in column] for column in (mine, theirs))
         detail = yes_no(says, truth)
         score = detail.f1
-        if not is_baseline:
-            retention = f1_retention(truth, base_says, says, clusters, seed=seed)
-    elif not is_baseline:
-        retention = mean_retention(base, scores, clusters, seed=seed)
+        find_retention = partial(f1_retention, truth, base_says, says)
+    elif metric == "mme":
+        paired = paired_accuracy(scores, kinds, clusters)
+        score = (paired.accuracy + paired.accuracy_plus) / 2
+        base_shares, shares = (paired_shares(column, kinds, clusters) for column in (base, scores))
+        find_retention = partial(mean_retention, base_shares, shares)
     by_kind = defaultdict(list)
-    for label, value in zip(scored, scores, strict=True):
-        by_kind[label.kind or "other"].append(value)
+    for kind, value in zip(kinds, scores, strict=True):
+        by_kind[kind].append(value)
     return EvaluationSummary(
         samples=len(scored),
         score=score,
         by_kind={kind: (fmean(values), len(values)) for kind, values in sorted(by_kind.items())},
         yes_no=detail,
-        retention=retention,
+        paired=paired,
+        retention=None if is_baseline else find_retention(clusters, seed=seed),
         flips=None if is_baseline else count_flips(_right(base), _right(scores)),
         fidelity=fidelity,
     )
@@ -172,13 +180,24 @@ def unevaluated_cases(store: RunDirectory) -> list[FailedCase]:
 
 def evaluated_samples(store: RunDirectory) -> int:
     """How many samples were evaluated, without those that could not be read."""
-    return sum(len(batch.samples) - len(batch.unreadable) for batch in store.predictions.values())
+    return sum(len(batch.readable) for batch in evaluated_batches(store))
 
 
 def left_out(store: RunDirectory) -> list[str]:
     """The parts of the data that could not be used, a line each."""
     unreadable = [item for _, batch in sorted(store.predictions.items()) for item in batch.unreadable]
     return [*store.plan.left_out, *(f"left out: sample {item.sample + 1}: {item.problem}" for item in unreadable)]
+
+
+def metric_remarks(store: RunDirectory) -> list[str]:
+    """Points out answers that are all yes or no and were judged as any others, unless the user wanted that."""
+    plan = store.plan
+    answers = [label.answer for batch in store.predictions.values() for label in batch.samples if label.answer]
+    if plan.metric != "exact" or plan.options.metric or not answers:
+        return []
+    if any(yes_or_no(answer) is None for answer in answers):
+        return []
+    return [f"the answers of {plan.data} are yes or no: --metric yes-no judges them as POPE does"]
 
 
 def mean_retention(

@@ -15,8 +15,22 @@ works on tensors of one image and never sees the model:
         power: float = 2.0                                  # set by --set largest-norm.power=1
 
         def select(self, vision, text, budget):
-            require_eligible(vision, budget)
             return highest(vision.projected.float().norm(p=self.power, dim=-1), vision.eligible, budget)
+
+One that drops tokens inside the language model, before the decoder layer with index 2, by the attention that they
+receive in the layer before:
+
+    @dataclass(frozen=True)
+    class AfterTwoLayers(Method):
+        '''Keeps the tokens that the end of the prompt attends to most.'''
+
+        summary: ClassVar[str] = "tokens attended to after two layers"
+
+        def cuts(self, total, budget, layers):
+            return (Cut(before=2, keep=budget, reads=1),) if budget < total else ()
+
+        def choose(self, tokens, cut):
+            return highest(attention_at(tokens).mean((0, 1)), tokens.eligible, cut.keep)
 
 Hooks, in the order in which they are called
     resize    before the encoder: how many tokens a smaller version of the image has
@@ -25,7 +39,9 @@ Hooks, in the order in which they are called
     queries   for cuts that read attention: the text tokens whose attention is read
     choose    at each cut: which tokens stay (see LayerTokens)
     `count` (how a percentage is rounded), `across_crops` and `select_batch` are rarely needed.
-    select and choose return a Selection; it lists indices in ascending order, each once, exactly as many as asked for.
+    select and choose return a Selection: indices in ascending order, each once, exactly as many as asked for. What a
+    hook returns is checked in every run, and whatever it raises is reported as the method's fault. Tensors that a hook
+    is given must not be changed in place: rows of the method's own go into `Selection.tokens`.
 
 What a method reads
     `vision.projected` and `vision.features` are always there. Name anything else in the class attribute `signals`; it
@@ -38,23 +54,27 @@ What a method reads
     clip_text_embeds      [pieces, clip dim] the question there, one row for each piece that CLIP can read
 
 Padding
-    LLaVA-1.5 pads an image to a square. Tokens of padding are False in `vision.eligible` (and `tokens.eligible`): start
-    with `require_eligible(vision, budget)`, which refuses a budget that would need them, and rank with `highest` or
-    `ranking`, which put them last. With a budget of all tokens `select` is not called: nothing is dropped.
+    LLaVA-1.5 pads an image to a square. Tokens of padding are False in `vision.eligible` (and `tokens.eligible`) and
+    must not be kept: rank with `highest` or `ranking`, which put them last. `budget` is never more than the number of
+    eligible tokens. If everything is kept, `select` is not called.
 
 Parameters
-    Annotate each field: int, float, bool, str, a Literal, a tuple of these, or one of them or None. Values of the
-    command line are converted and checked by the annotation. Check the range in `__post_init__` and raise ValueError
+    Annotate each field: int, float, bool, str, a Literal, tuple[int, ...] (or of floats or str), or one of them or
+    None. Values are converted and checked by the annotation. Check the range in `__post_init__` and raise ValueError
     (or MMTokError, to add a hint); either becomes one line and exit status 2. `require_layers` checks parameters that
     name decoder layers, within `cuts`. A field `seed: int` receives --seed; draw with a generator on the CPU that is
     seeded from it and from `vision.image_id`, so that an image is treated alike in every batch and on every device.
+
+Extras
+    `Selection.order` is the order of the picks, which `mmtok prune` numbers in its picture; `highest` fills it with the
+    ranking by score. `Selection.gains`, what each pick added to the objective, is what `prune --gain-curve` plots.
 
 Register the class in the package's pyproject.toml, and it works in every command:
 
     [project.entry-points."mmtok.methods"]
     largest-norm = "largest_norm:LargestNorm"
 
-`mmtok_cli.methods.testing` has the checks that every method must pass.
+`mmtok_cli.methods.testing` has the checks that every method must pass. They take 10 to 60 seconds.
 """
 
 from __future__ import annotations
@@ -77,10 +97,9 @@ class Method:
 
     Class attributes, which `mmtok methods` prints:
     summary: a few words for the list. source: the paper, as in "arXiv 2403.06764".
-    acts: "before the encoder", "between encoder and language model" or "inside the language model", for the catalogue.
-        Set it if the method does not override `select`.
     reads_question: the choice depends on the question, so a second question may not find what it needs.
-    training_free: works on a model as it is. takes_budget: False for methods whose count is fixed.
+    training_free: works on a model as it is. takes_budget: False for methods whose count is fixed. exact: keeps as many
+        tokens as the budget says; False for methods that may keep fewer, such as those that form rectangles.
 
     Class attributes about what the method reads and how its authors run it:
     signals: what the method reads of the encoder besides the tokens; nothing else is computed.
@@ -97,16 +116,27 @@ class Method:
 
     summary: ClassVar[str]
     source: ClassVar[str] = ""
-    acts: ClassVar[str] = "between encoder and language model"
     reads_question: ClassVar[bool] = False
     training_free: ClassVar[bool] = True
     takes_budget: ClassVar[bool] = True
+    exact: ClassVar[bool] = True
     signals: ClassVar[tuple[str, ...]] = ()
     alternative_signals: ClassVar[tuple[tuple[str, ...], ...]] = ()
     per_crop: ClassVar[bool] = False
     positions: ClassVar[Positions] = "renumber"
     keeps_padding: ClassVar[bool] = False
     matrices: ClassVar[float] = 0
+
+    @classmethod
+    def acts(cls) -> str:
+        """Where the method acts, which follows from the hooks that it overrides."""
+        places = {
+            "before the encoder": cls.resize is not Method.resize,
+            "between encoder and language model": cls.select is not Method.select
+            or cls.select_batch is not Method.select_batch,
+            "inside the language model": cls.cuts is not Method.cuts,
+        }
+        return " and ".join(place for place, is_used in places.items() if is_used) or "nowhere"
 
     @classmethod
     def signals_among(cls, offered: Sequence[str]) -> tuple[str, ...]:
@@ -185,17 +215,6 @@ class Method:
         )
 
 
-def require_eligible(vision: VisionTokens, budget: int) -> None:
-    """Refuse a budget above the number of eligible tokens. Raises MMTokError with the range that works."""
-    eligible = int(vision.eligible.sum())
-    if budget > eligible:
-        raise MMTokError(
-            f"the budget of {budget} is more than the {eligible} vision tokens of {vision.image_id} "
-            "that are not padding",
-            f"choose 1 to {eligible}, or all {vision.total}",
-        )
-
-
 def require_layers(parameter: str, given: Sequence[int], layers: int, first: int = 1) -> None:
     """Check a parameter that names decoder layers.
 
@@ -208,7 +227,8 @@ def require_layers(parameter: str, given: Sequence[int], layers: int, first: int
         example = ",".join(str(first + i) for i in range(min(len(given), last - first + 1)))
         raise MMTokError(
             f"{parameter}={','.join(map(str, given))} does not fit a language model of {layers} layers",
-            f"choose from {first} to {last}, ascending, as in --set {parameter}={example}",
+            f"choose {'a layer' if len(given) == 1 else 'layers'} from {first} to {last}"
+            f"{', ascending' if len(given) > 1 else ''}, as in --set {parameter}={example}",
         )
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from mmtok_cli.errors import MMTokError
-from mmtok_cli.methods.base import Method, require_eligible
+from mmtok_cli.methods.base import Method
 from mmtok_cli.methods.cosine import unit_rows, without_gradients
 from mmtok_cli.rules import Positions
 from mmtok_cli.tokens import Selection, TextTokens, VisionTokens
@@ -41,7 +41,6 @@ class DivPrune(Method):
     def select(self, vision: VisionTokens, text: TextTokens, budget: int) -> Selection:
         if budget == vision.total:
             return Selection.everything(vision)
-        require_eligible(vision, budget)
         order = farthest_points(vision.projected, budget, ~vision.eligible)
         return Selection(order.sort().values, order)
 

@@ -25,7 +25,6 @@ class FastV(Method):
 
     summary: ClassVar[str] = "last token's attention"
     source: ClassVar[str] = "arXiv 2403.06764"
-    acts: ClassVar[str] = "inside the language model"
     reads_question: ClassVar[bool] = True
     positions: ClassVar[Positions] = "keep"
     keeps_padding: ClassVar[bool] = True

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from mmtok_cli.methods.base import Method, require_eligible
+from mmtok_cli.methods.base import Method
 from mmtok_cli.methods.keywords import keywords
 from mmtok_cli.tokens import Selection, TextTokens, VisionTokens
 
@@ -53,7 +53,6 @@ class MMTok(Method):
             if budget == image.total:
                 selections[i] = Selection.everything(image)
             else:
-                require_eligible(image, budget)
                 groups[image.total, budget].append(i)
         for (_, budget), members in groups.items():
             images = [vision[i] for i in members]

@@ -5,19 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mmtok_cli.budget import rectangle
-from mmtok_cli.methods.base import Method, require_eligible
+from mmtok_cli.budget import UnmetBudgetError, rectangle
+from mmtok_cli.methods.base import Method
 from mmtok_cli.tokens import Selection, TextTokens, VisionTokens
 
 
 @dataclass(frozen=True)
 class Pool(Method):
-    """Averages the projected tokens of the image over a grid of exactly as many cells as the budget.
+    """Averages the projected tokens of the image over a grid of as many cells as the budget.
 
-    Padding is not averaged. The position of a cell is that of its middle token.
+    Padding is not averaged. The position of a cell is that of its middle token. Where the budget forms no grid that
+    suits the shape of the image, the next lower number of tokens that does is kept.
     """
 
     summary: ClassVar[str] = "averages over the grid"
+    exact: ClassVar[bool] = False
     per_crop: ClassVar[bool] = True
 
     def select(self, vision: VisionTokens, text: TextTokens, budget: int) -> Selection:
@@ -26,11 +28,13 @@ class Pool(Method):
 
         if budget == vision.total:
             return Selection.everything(vision)
-        require_eligible(vision, budget)
         places = vision.eligible.view(vision.grid).nonzero()
         (top, left), (bottom, right) = places.amin(0).tolist(), (places.amax(0) + 1).tolist()
         height, width = bottom - top, right - left
-        rows, columns = rectangle(budget, (height, width), height / width)
+        try:
+            rows, columns = rectangle(budget, (height, width), height / width)
+        except UnmetBudgetError as error:
+            rows, columns = rectangle(error.nearest, (height, width), height / width)
 
         content = vision.projected.view(*vision.grid, -1)[top:bottom, left:right]
         cells = adaptive_avg_pool2d(content.permute(2, 0, 1), (rows, columns))

@@ -24,7 +24,6 @@ class PyramidDrop(Method):
 
     summary: ClassVar[str] = "fastv in three steps"
     source: ClassVar[str] = "arXiv 2410.17247"
-    acts: ClassVar[str] = "inside the language model"
     reads_question: ClassVar[bool] = True
     keeps_padding: ClassVar[bool] = True
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from mmtok_cli.methods.base import Method, highest, require_eligible, require_layers
+from mmtok_cli.methods.base import Method, highest, require_layers
 from mmtok_cli.methods.fastv import FastV
 from mmtok_cli.rules import Positions
 from mmtok_cli.tokens import Cut, LayerTokens, Selection, TextTokens, VisionTokens
@@ -32,7 +32,6 @@ class Random(Method):
     def select(self, vision: VisionTokens, text: TextTokens, budget: int) -> Selection:
         if budget == vision.total:
             return Selection.everything(vision)
-        require_eligible(vision, budget)
         scores = _draw(self.seed, vision.image_id, vision.total).to(vision.projected.device)
         return highest(scores, vision.eligible, budget)
 
@@ -44,7 +43,6 @@ class RandomInside(Method):
     """
 
     summary: ClassVar[str] = "random, inside the LM"
-    acts: ClassVar[str] = "inside the language model"
     positions: ClassVar[Positions] = "keep"
 
     layer: int = 2

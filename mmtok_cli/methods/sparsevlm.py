@@ -36,7 +36,6 @@ class SparseVLM2(Method):
 
     summary: ClassVar[str] = "key words' attention"
     source: ClassVar[str] = "arXiv 2410.04417"
-    acts: ClassVar[str] = "inside the language model"
     reads_question: ClassVar[bool] = True
     positions: ClassVar[Positions] = "keep"
     keeps_padding: ClassVar[bool] = True

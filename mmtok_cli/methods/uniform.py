@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from mmtok_cli.methods.base import Method, require_eligible
+from mmtok_cli.methods.base import Method
 from mmtok_cli.tokens import Selection, TextTokens, VisionTokens
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ class Uniform(Method):
 
         if budget == vision.total:
             return Selection.everything(vision)
-        require_eligible(vision, budget)
         columns = vision.grid[1]
         places = vision.eligible.nonzero().squeeze(1)
         lines = [line for line in places.split(torch.bincount(places // columns).tolist()) if len(line)]

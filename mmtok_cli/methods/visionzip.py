@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 from mmtok_cli.errors import MMTokError
-from mmtok_cli.methods.base import Method, ranking, require_eligible
+from mmtok_cli.methods.base import Method, ranking
 from mmtok_cli.methods.cosine import in_float64
 from mmtok_cli.tokens import Selection, TextTokens, VisionTokens
 
@@ -91,7 +91,6 @@ class VisionZip(Method):
     def _select_without_class_token(self, vision: VisionTokens, budget: int) -> Selection:
         import torch
 
-        require_eligible(vision, budget)
         contextual = self._share(budget)
         if self.contextual is None and budget > 1:
             contextual, released = max(1, contextual), _qwen_contextual(vision.total)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from mmtok_cli.errors import MMTokError
-from mmtok_cli.methods.base import Method, require_eligible
+from mmtok_cli.methods.base import Method
 from mmtok_cli.methods.cosine import in_float64
 from mmtok_cli.tokens import Selection, TextTokens, VisionTokens
 
@@ -54,7 +54,6 @@ class VisPruner(Method):
     def select(self, vision: VisionTokens, text: TextTokens, budget: int) -> Selection:
         if budget == vision.total:
             return Selection.everything(vision)
-        require_eligible(vision, budget)
         attention = vision.signals["class_attention"]
         return Selection(
             important_and_diverse(vision.features, attention, budget, self.important_ratio, eligible=vision.eligible)

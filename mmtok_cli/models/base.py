@@ -180,13 +180,13 @@ class VisionLanguageModel(ABC):
         """Vision tokens of the unreduced image."""
 
     def keep(self, image: Image, budget: Budget, track: Track) -> int:
-        """Vision tokens to keep of the image. Raises MMTokError for a budget that it cannot meet."""
+        """Vision tokens to keep of the image. Raises UnmetBudgetError for a budget that it cannot meet."""
         return budget.resolve(self.total(image))
 
     @abstractmethod
     def smaller(self, image: Image, tokens: int) -> Grid:
         """The grid at which a smaller version of the image is encoded to `tokens` vision tokens, or slightly fewer if
-        the family cannot meet the number. Raises MMTokError where there is no such grid."""
+        the family cannot meet the number. Raises UnmetBudgetError where there is no such grid."""
 
     @abstractmethod
     def pixels(self, image: Image, grid: Grid | None) -> Tensor:
@@ -205,22 +205,8 @@ class VisionLanguageModel(ABC):
         Raises MMTokError unless a question has no markers or one for each image.
         """
         flat = [image for group in images for image in group]
-        sizes = list(zip(flat, grids, strict=True))
-        pixels = [self.pixels(image, grid) for image, grid in sizes]
-        counts = iter(self.total(image) if grid is None else grid[0] * grid[1] for image, grid in sizes)
-        token = self.processor.image_token
-        texts = []
-        for question, group in zip(questions, images, strict=True):
-            before, *after = self._chat(question, len(group)).split(token)
-            texts.append(before + "".join(self.placeholders(next(counts)) + part for part in after))
-        bos = self.tokenizer.bos_token
-        encoded = self.tokenizer(
-            texts,
-            padding=True,
-            padding_side="left",
-            add_special_tokens=not (bos and texts[0].startswith(bos)),
-            return_tensors="pt",
-        ).to(self.device)
+        pixels = [self.pixels(image, grid) for image, grid in zip(flat, grids, strict=True)]
+        encoded = self.tokenize(questions, images, grids).to(self.device)
         return Prompt(
             input_ids=encoded["input_ids"],
             attention_mask=encoded["attention_mask"],
@@ -230,6 +216,29 @@ class VisionLanguageModel(ABC):
             grids=tuple(grids),
             owners=tuple(row for row, group in enumerate(images) for _ in group),
             questions=tuple(questions),
+        )
+
+    def tokenize(
+        self, questions: Sequence[str], images: Sequence[Sequence[Image]], grids: Sequence[Grid | None]
+    ) -> Any:
+        """The tokens of the prompts, padded on the left: `input_ids` and `attention_mask` [batch, length].
+
+        Arguments and errors as for `prepare`.
+        """
+        sizes = zip((image for group in images for image in group), grids, strict=True)
+        counts = iter(self.total(image) if grid is None else grid[0] * grid[1] for image, grid in sizes)
+        token = self.processor.image_token
+        texts = []
+        for question, group in zip(questions, images, strict=True):
+            before, *after = self._chat(question, len(group)).split(token)
+            texts.append(before + "".join(self.placeholders(next(counts)) + part for part in after))
+        bos = self.tokenizer.bos_token
+        return self.tokenizer(
+            texts,
+            padding=True,
+            padding_side="left",
+            add_special_tokens=not (bos and texts[0].startswith(bos)),
+            return_tensors="pt",
         )
 
     def _chat(self, question: str, images: int) -> str:

@@ -12,8 +12,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from mmtok_cli.budget import Budget, rectangle
-from mmtok_cli.errors import MMTokError
+from mmtok_cli.budget import Budget, UnmetBudgetError, rectangle
 from mmtok_cli.models import hf
 from mmtok_cli.models.base import Box, Grid, Panel, Prompt, Stage, cells, unwatched
 from mmtok_cli.models.clip import ClipEncoded
@@ -77,11 +76,12 @@ class LlavaNext(ClipEncoded):
         kept = budget.count * crops // self.most_crops
         if not 1 <= kept <= total:
             lowest, highest = math.ceil(self.most_crops / crops), total * self.most_crops // crops
-            raise MMTokError(
+            raise UnmetBudgetError(
                 f"the budget of {budget} for {self.most_crops} crops comes to {kept} tokens of an image that has "
                 f"{crops} crops and {total} vision tokens",
                 f"choose {lowest} to {highest}, a share such as 10%, or --track harmonised, where it is that of every "
                 "image",
+                nearest=min(max(kept, 1), total),
             )
         return kept
 

@@ -63,11 +63,14 @@ def methods_table(methods: Sequence[dict[str, Any]]) -> Table:
     for heading in ("paper", "on", "asks", "free", "turns"):
         table.add_column(heading, no_wrap=True)
     for method in map(printable_data, methods):
+        if "fault" in method:
+            table.add_row(method["name"], "cannot be used, see below", *["–"] * 5)
+            continue
         table.add_row(
             method["name"],
             method["summary"],
             method["source"].removeprefix("arXiv ") or "–",
-            PLACES.get(method["acts"], method["acts"]),
+            ", ".join(PLACES.get(place, "–") for place in method["acts"].split(" and ") if place in PLACES) or "–",
             *(yes_or_no(method[fact]) for fact in ("reads_question", "training_free", "multi_turn")),
         )
     return table

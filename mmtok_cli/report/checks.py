@@ -20,6 +20,11 @@ from mmtok_cli.report.units import duration, plural, seconds, share
 
 MOST_LEFT_OUT = 3  # lines on data that could not be used
 FEW_QUESTIONS = 200
+REMEDIES = {
+    "out of memory": "lower --batch-size, or free memory",
+    "refused": "choose a budget that fits every sample, or drop the case",
+    "error": "the traceback is in failures/ of the run directory",
+}
 
 if TYPE_CHECKING:
     from mmtok_cli.planning import Estimate
@@ -57,13 +62,9 @@ def failure_notes(comparison: Comparison) -> list[str]:
         )
     for failed in comparison.failures:
         when = "during warm-up" if failed.round is None else f"in round {failed.round + 1}"
-        remedy = (
-            "lower --batch-size, or free memory"
-            if failed.reason == "out of memory"
-            else "choose a budget that fits every sample, or drop the case"
-        )
         lines.append(
-            f"{failed} (batch size {failed.case.batch_size}): {failed.reason} {when}: {failed.message}; {remedy}"
+            f"{failed} (batch size {failed.case.batch_size}): {failed.reason} {when}: {failed.message}; "
+            f"{REMEDIES[failed.reason]}"
         )
     return lines
 
@@ -98,15 +99,30 @@ def quality_notes(comparison: Comparison) -> list[str]:
         ]
     counts = next((result.score_counts for result in results if result.score_counts), None)
     if counts:
-        score = "score: F1; retention" if any(result.yes_no for result in results) else "retention"
+        title = f"score: {schedule.metric_title}; " if schedule.metric_title else ""
+        score = f"{title}retention"
         notes.append(
             f"{score}: score / score of the unreduced model, with a 95 % interval over images. lost, gained: samples "
             "that only the unreduced model, or only the reduced model, answers correctly; p: probability of a "
             "difference this large by chance (McNemar's exact test)"
         )
+        notes += unable_notes(results)
         if counts.asked < FEW_QUESTIONS:
             notes.append(f"with only {plural(counts.asked, 'question')}, scores vary by several points: raise --limit")
     return notes
+
+
+def unable_notes(results: Sequence[CaseResult]) -> list[str]:
+    """A warning if the unreduced model scores 0, so that there is nothing to retain."""
+    unable = next((result for result in results if result.case.is_baseline and result.score == 0), None)
+    if unable is None:
+        return []
+    if unable.yes_no and unable.yes_no.accuracy > 0:
+        return ["warning: the unreduced model finds no answer yes, so F1 is 0 and there is no retention: read accuracy"]
+    return [
+        "warning: the unreduced model answers nothing right: it cannot do this task, and there is no retention. Check "
+        "the model, --question, --max-new-tokens and --metric"
+    ]
 
 
 def interruption_notes(comparison: Comparison) -> list[str]:

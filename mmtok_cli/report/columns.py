@@ -7,7 +7,7 @@ the entries is that of the columns.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mmtok_cli.report.cells import (
     Column,
@@ -23,7 +23,18 @@ from mmtok_cli.report.cells import (
 from mmtok_cli.report.units import count, number, p_value, seconds, share, size
 
 if TYPE_CHECKING:
-    from mmtok_cli.results.schema import CaseResult, Comparison, Fidelity, Flips, GpuUse, Score, Speedup, Times, YesNo
+    from mmtok_cli.results.schema import (
+        CaseResult,
+        Comparison,
+        Fidelity,
+        Flips,
+        GpuUse,
+        PairedAccuracy,
+        Score,
+        Speedup,
+        Times,
+        YesNo,
+    )
 
 STAGES = ("prepare", "encode", "select", "prefill", "ttft", "decode", "total")  # ttft and total are sums of stages
 COMPARED = tuple(stage for stage in STAGES if stage != "select")  # the baseline selects nothing
@@ -108,6 +119,19 @@ def _yes_no(name: str, heading: str, meaning: str, value: Callable[[YesNo], floa
         lambda case: value(case.yes_no) if case.yes_no else None,
         heading=heading,
         show=share,
+        table="yes-no",
+    )
+
+
+def _paired(
+    name: str, heading: str, meaning: str, value: Callable[[PairedAccuracy], float], show: Callable[[Any], str] = share
+) -> Column:
+    return Column(
+        f"paired_{name}",
+        meaning,
+        lambda case: value(case.paired) if case.paired else None,
+        heading=heading,
+        show=show,
         table="yes-no",
     )
 
@@ -207,7 +231,7 @@ COLUMNS: tuple[CsvColumn[CaseResult], ...] = (
     # Quality.
     Column(
         "score",
-        "mean score; F1 where answers are yes or no",
+        "score by the metric of the data: the mean over samples, F1 for POPE, accuracies of answers and pairs for MME",
         lambda case: case.score,
         heading="score",
         show=share,
@@ -279,6 +303,22 @@ COLUMNS: tuple[CsvColumn[CaseResult], ...] = (
     ),
     _yes_no("f1", "F1", "harmonic mean of precision and recall", lambda scores: scores.f1),
     _yes_no("yes_ratio", "says yes", "share of the answers that are yes", lambda scores: scores.yes_ratio),
+    _paired(
+        "accuracy", "acc", "share of correct answers, mean over kinds of questions", lambda scores: scores.accuracy
+    ),
+    _paired(
+        "accuracy_plus",
+        "acc+",
+        "share of images whose two questions are answered correctly, mean over kinds of questions",
+        lambda scores: scores.accuracy_plus,
+    ),
+    _paired(
+        "points",
+        "MME",
+        "sum of 100 x (acc + acc+) over kinds of questions",
+        lambda scores: scores.points,
+        "{:.1f}".format,
+    ),
     Column(
         "same",
         "share of answers identical to the unreduced model's",

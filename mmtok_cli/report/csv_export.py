@@ -47,6 +47,7 @@ CONTEXT: tuple[CsvColumn[Comparison], ...] = (
     CsvColumn("model", "name of the model", lambda c: c.model, always=True),
     CsvColumn("data", "dataset", lambda c: c.schedule.data, always=True),
     CsvColumn("samples", "samples that were evaluated", lambda c: c.schedule.samples, always=True),
+    CsvColumn("metric", "metric that judges the answers", lambda c: c.schedule.metric, always=True),
     CsvColumn("rounds", "timed rounds over all cases", lambda c: c.schedule.rounds, always=True),
     CsvColumn("seed", "random seed", lambda c: c.schedule.seed, always=True),
     CsvColumn("max_new_tokens", "maximum number of new tokens", lambda c: c.schedule.max_new_tokens, always=True),

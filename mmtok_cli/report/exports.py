@@ -12,7 +12,7 @@ from rich.cells import cell_len
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.files import write_whole
 from mmtok_cli.report.cells import rows
-from mmtok_cli.report.checks import failure_notes, interruption_notes
+from mmtok_cli.report.checks import failure_notes, interruption_notes, unable_notes
 from mmtok_cli.report.columns import markdown_columns
 from mmtok_cli.report.csv_export import csv_text
 from mmtok_cli.report.tables import environment_line, rules_text
@@ -78,7 +78,13 @@ def markdown_text(comparison: Comparison) -> str:
     widths = [max(4, *map(cell_len, column)) for column in zip(*table, strict=True)]
     rule = [":" + "-" * (widths[0] - 1), *("-" * (width - 1) + ":" for width in widths[1:])]
     lines = ["| " + " | ".join(map(_padded, row, widths, rule)) + " |" for row in (table[0], rule, *table[1:])]
-    notes = [*interruption_notes(comparison), *failure_notes(comparison), *comparison.left_out, *comparison.remarks]
+    notes = [
+        *unable_notes(comparison.results),
+        *interruption_notes(comparison),
+        *failure_notes(comparison),
+        *comparison.left_out,
+        *comparison.remarks,
+    ]
     said = [_conditions(comparison), READING, *notes]
     return "\n".join([*lines, "", "\n\n".join(map(_paragraph, said)), ""])
 
@@ -90,7 +96,9 @@ def _conditions(comparison: Comparison) -> str:
     return (
         f"{environment_line(comparison.model, comparison.environment).plain}; "
         f"{plural(schedule.samples, 'sample')}, {plural(schedule.rounds, 'round')}, "
-        f"batch size {sizes}, seed {schedule.seed}" + (f"; {rules}" if rules else "")
+        f"batch size {sizes}, seed {schedule.seed}"
+        + (f"; score: {schedule.metric_title}" if schedule.metric_title else "")
+        + (f"; {rules}" if rules else "")
     )
 
 

@@ -70,10 +70,9 @@ def save_tradeoff(comparison: Comparison, path: Path) -> None:
     by_tokens.minorticks_off()
     ticks = [0] * (min(seen) < 1) + [2**i for i in range(16) if min(seen) <= 2**i <= max(seen)]
     by_tokens.set_xticks(ticks, [str(tick) for tick in ticks])
+    by_tokens.set_ylim(*_quality_limits([full, *(100 * _quality(case, scored) for case in results)]))
     asked = baseline.score_counts.asked if baseline.score_counts else comparison.schedule.samples
-    by_tokens.set(
-        xlabel="vision tokens per decoder layer", ylabel="right answers [%]" if scored else "top-1 agreement [%]"
-    )
+    by_tokens.set(xlabel="vision tokens per decoder layer", ylabel="score [%]" if scored else "top-1 agreement [%]")
     by_time.set(xlabel="time to first token, median [ms]")
     by_tokens.set_title(f"{_plain(comparison.model)}, {plural(asked, 'question')}", loc="left")
     handles, names = by_tokens.get_legend_handles_labels()
@@ -128,6 +127,15 @@ def _quality(case: CaseResult, scored: bool) -> float:
 def _plain(text: str) -> str:
     """Text that matplotlib shows as it is, without formulas between dollar signs."""
     return printable(text).replace("$", r"\$")
+
+
+def _quality_limits(percents: Sequence[float]) -> tuple[float, float]:
+    """The ends of the axis of quality, in percent: at least two points apart, the whole range if all are 0."""
+    low, high = min(percents), max(percents)
+    if high == 0:
+        return 0, 100
+    margin = max(1, (high - low) / 20)
+    return max(0, low - margin), high + margin
 
 
 def _save(figure: Figure, path: Path) -> None:

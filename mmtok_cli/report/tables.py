@@ -64,7 +64,8 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
     if not comparison.results:
         return tables
     if quality := terminal_columns(comparison, "quality"):
-        tables.append(case_table("Quality", comparison, quality))
+        metric = comparison.schedule.metric
+        tables.append(case_table(f"Quality (metric: {metric})" if metric else "Quality", comparison, quality))
     if yes_no := terminal_columns(comparison, "yes-no"):
         tables.append(case_table("Yes or no", comparison, yes_no))
     tables.append(cost_and_fidelity_table(comparison))

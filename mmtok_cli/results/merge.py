@@ -85,6 +85,7 @@ def _facts(comparison: Comparison) -> dict[str, Any]:
         "batch size": schedule.batch_size,
         "new tokens": schedule.max_new_tokens,
         "samples evaluated": schedule.samples,
+        "metric": schedule.metric,
     }
 
 

@@ -11,13 +11,25 @@ import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from mmtok_cli.budget import Budget
 from mmtok_cli.rules import Positions, Rules
 
 CONFIDENCE = 0.95  # of all intervals
+
+# Limits beyond which a figure can only be damaged.
+Number = Annotated[int, Field(ge=0, le=10**9)]  # of a case, a round, a sample; how many there are
+Bytes = Annotated[int, Field(ge=0, le=10**16)]
+Seconds = Annotated[float, Field(ge=0, le=10**9)]
+Measure = Annotated[float, Field(ge=0, le=10**24)]  # of FLOPs, watts, megahertz, joules
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+# "refused": the case cannot be run on one of the samples. "error": anything else, a defect of the code.
+FailureReason = Literal["out of memory", "refused", "error"]
 
 
 class Record(BaseModel):
@@ -38,9 +50,12 @@ def json_text(value: BaseModel | Mapping[str, Any], indent: int | None = None) -
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def from_json(kind: type[Kind], text: str) -> Kind:
-    """What `json_text` was given. Raises ValueError for text that is something else."""
-    return kind.model_validate(json.loads(text))
+def from_json(kind: type[Kind], text: str | bytes, *, strict: bool = False) -> Kind:
+    """What `json_text` was given. strict: without conversions, such as that of "1" to 1.
+
+    Raises ValueError for text that is something else, MMTokError for settings in it that are not valid.
+    """
+    return kind.model_validate_json(text, strict=strict or None)
 
 
 def _finite(value: Any) -> Any:
@@ -136,9 +151,9 @@ class FlopCoverage(Record):
     underestimated.
     """
 
-    calls: int
-    counted: dict[str, int]
-    missed: dict[str, int]
+    calls: Number
+    counted: dict[str, Number]
+    missed: dict[str, Number]
 
     @property
     def share(self) -> float:
@@ -190,6 +205,19 @@ class YesNo(Record):
     yes_ratio: float
 
 
+class PairedAccuracy(Record):
+    """MME's scores, means over the kinds of questions.
+
+    accuracy: share of correct answers. accuracy_plus: share of images whose two questions are both answered correctly.
+    points: the published score, the sum of 100 x (accuracy + accuracy_plus) over the kinds, at most 200 x `kinds`.
+    """
+
+    accuracy: float
+    accuracy_plus: float
+    points: float
+    kinds: int
+
+
 class Flips(Record):
     """Numbers of samples by whether the baseline's answer and the method's answer are correct.
 
@@ -203,6 +231,11 @@ class Flips(Record):
     p_value: float
 
 
+def _require_budget(text: str) -> str:
+    Budget.parse(text)
+    return text
+
+
 class CaseId(Record):
     """A case, which is a row of every table: a method with its parameters, at a budget and a batch size.
 
@@ -210,10 +243,10 @@ class CaseId(Record):
     check of the noise. run: the label of the run, where several runs are merged.
     """
 
-    method: str
+    method: str = Field(min_length=1)
     parameters: dict[str, Any]
-    budget: str | None
-    batch_size: int = 1
+    budget: Annotated[str, AfterValidator(_require_budget)] | None
+    batch_size: Annotated[int, Field(ge=1)] = 1
     again: bool = False
     run: str | None = None
 
@@ -234,7 +267,7 @@ class CaseId(Record):
     @property
     def is_baseline(self) -> bool:
         """Whether this is the unreduced model that the others are compared with."""
-        return self.method == "full" and not self.again
+        return self.method == "full" and self.budget is None and not self.again
 
 
 class OfCase(Record):
@@ -252,7 +285,8 @@ class CaseResult(OfCase):
     positions: whether kept tokens kept their positions. overhead: seconds of select / (encode + prefill), median.
     decode_tokens_per_second: (new tokens - 1) / seconds of decode, median; None where nothing was decoded after the
     first token. outliers: indices of the values of `ttft` that are far above the others. drift: of `ttft`, if any.
-    score: F1 if the answers are yes or no, otherwise the mean. It and the fields below do not depend on the batch size;
+    score: by the metric of the schedule: F1 for POPE, (accuracy + accuracy_plus) / 2 for MME, otherwise the mean over
+    the samples. It and the fields below do not depend on the batch size;
     they are None if answers were not evaluated. retention_low, retention_high: bounds of a 95 % interval.
     """
 
@@ -275,18 +309,18 @@ class CaseResult(OfCase):
     retention_high: float | None = None
     flips: Flips | None = None
     yes_no: YesNo | None = None
+    paired: PairedAccuracy | None = None
     fidelity: Fidelity | None = None
 
 
 class FailedCase(OfCase):
     """A case that failed and has no result, or, among `unevaluated`, no quality.
 
-    round: in which it failed, from 0; None for the warm-up and the evaluation. reason: "out of memory", or "refused" if
-    the case cannot be run on one of the samples.
+    round: in which it failed, from 0; None for the warm-up and the evaluation.
     """
 
     round: int | None
-    reason: Literal["out of memory", "refused"]
+    reason: FailureReason
     message: str
 
 
@@ -309,7 +343,7 @@ class Environment(Record):
     weights: str
     dtype: str
     attention: str
-    threads: int
+    threads: Annotated[Number, Field(ge=1)]
     command: list[str]
     driver: str | None = None
     cuda: str | None = None
@@ -323,7 +357,8 @@ class Schedule(Record):
     their parameters set one. samples: number of samples that were evaluated, of `planned_samples`. timed: number of
     samples that the rounds cycle through. data_digest: of names, questions and answers. batch_size: a list if there are
     several. rounds: completed rounds. runs: repetitions of each case within a round. min_time: minimum seconds of
-    timed runs.
+    timed runs. metric: name of the metric that judges the answers, None if they are not judged; metric_title: what it
+    is, in words.
     """
 
     data: str
@@ -339,6 +374,8 @@ class Schedule(Record):
     data_digest: str | None = None
     planned_samples: int | None = None
     timed: int | None = None
+    metric: str | None = None
+    metric_title: str | None = None
 
 
 class Comparison(Record):

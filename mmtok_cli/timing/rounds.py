@@ -9,8 +9,9 @@ from functools import partial
 from itertools import count
 from typing import TypeVar
 
-from mmtok_cli.cases import Case, failure_message, failure_reason, is_out_of_memory, release_memory
+from mmtok_cli.cases import Case, failure_of, release_memory
 from mmtok_cli.data.samples import Sample
+from mmtok_cli.errors import MMTokError, is_out_of_memory
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.results.records import CountedFlops, TimingFailure
 from mmtok_cli.results.run_directory import NotWrittenError, RunDirectory
@@ -27,8 +28,8 @@ Result = TypeVar("Result")
 class Measurement:
     """Times the runs of a plan that are not in its run directory yet.
 
-    cases: those of the plan, in its order. batches: the samples, by batch size. A case that runs out of memory is given
-    up; the others continue.
+    cases: those of the plan, in its order. batches: the samples, by batch size. A case that fails is given up; the
+    others continue.
     """
 
     model: VisionLanguageModel
@@ -110,23 +111,18 @@ class Measurement:
     def _attempt(self, case: int, number: int | None, work: Callable[[], Result]) -> Result | None:
         """Do the work of a case, or give the case up where it cannot be done.
 
-        A case that is refused in the warm-up, on the very first batch, is an error of the user's and is raised.
+        A baseline that is refused in the warm-up, on the very first batch, is an error of the user's and is raised.
         """
         try:
             return work()
         except NotWrittenError:
             raise
         except Exception as error:
-            reason = failure_reason(error)
-            if reason is None or (reason == "refused" and number is None):
+            is_baseline = self.store.plan.baseline_of(case) == case
+            if isinstance(error, MMTokError) and is_baseline and number is None:
                 raise
-            failure = TimingFailure(
-                case=case,
-                key=self.store.plan.cases[case].key,
-                round=number,
-                reason=reason,
-                message=failure_message(error),
-            )
+            key = self.store.plan.cases[case].key
+            failure = TimingFailure(case=case, key=key, round=number, **failure_of(error))
         self.store.add_failure(failure)
         release_memory(self.model.device)  # only here, since the error holds on to the memory of the failed run
         return None

@@ -9,10 +9,11 @@ from statistics import median
 
 import torch
 
+from mmtok_cli import hooks
 from mmtok_cli.cases import Case
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.decoding import prefill
-from mmtok_cli.errors import MMTokError
+from mmtok_cli.errors import MMTokError, is_out_of_memory
 from mmtok_cli.models import hf
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.models.room import GIB, free_memory
@@ -164,7 +165,7 @@ def needed_memory(model: VisionLanguageModel, case: Case, tokens: int) -> int:
     cache, the widest activations and, under eager attention, one layer's weights."""
     config, width = model.model.config.text_config, model.dtype.itemsize
     kept = tokens if case.budget is None else case.budget.resolve(tokens)
-    inner = bool(case.method.cuts(tokens, kept, model.layer_count))
+    inner = bool(hooks.cuts(case.method, tokens, kept, model.layer_count))
     entering = tokens if inner or case.budget is None else kept
     head = hf.head_width(config)
     cache = 2 * config.num_hidden_layers * config.num_key_value_heads * head * entering * width
@@ -197,10 +198,8 @@ def _warm_up(
         done.seconds.clear()
         try:
             spent.append(_run(model, case, sample, tokens, done))
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            raise _TooLargeError("needs more memory than is free") from error
-        except RuntimeError as error:  # what the allocator of the CPU raises
-            if "not enough memory" not in str(error):
+        except Exception as error:
+            if not is_out_of_memory(error):
                 raise
             raise _TooLargeError("needs more memory than is free") from error
     if spent[-1] >= NEVER_TWICE:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from mmtok_cli.methods.base import Method, highest, require_eligible
+from mmtok_cli.methods.base import Method, highest
 from mmtok_cli.tokens import Selection, TextTokens, VisionTokens
 
 
@@ -28,7 +28,6 @@ class Dart(Method):
             raise ValueError(f"pivots must be 1 or more, not {self.pivots}")
 
     def select(self, vision: VisionTokens, text: TextTokens, budget: int) -> Selection:
-        require_eligible(vision, budget)
         tokens = vision.projected.float()
         pivots = highest(tokens.norm(dim=-1), vision.eligible, min(self.pivots, budget)).indices
         unit = torch.nn.functional.normalize(tokens, dim=-1)

@@ -40,6 +40,8 @@ def headline(comparison: Comparison) -> list[Fact]:
         for case in others
         if (score := plotted_score(case, comparison)) and score.retained is not None and score.retained >= ENOUGH
     ]
+    if baseline.score == 0:
+        return [*facts, Fact("Score of the unreduced model", share(0.0), "it cannot do this task: nothing can be kept")]
     bar = f"at ≥ {100 * ENOUGH:.0f} % {'of the score' if scored else 'agreement'}"
     if enough:
         facts.append(_fewest(enough, bar, scored))

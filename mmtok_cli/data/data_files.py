@@ -1,0 +1,229 @@
+"""Samples of a data file of any format, and what had to be left out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import cache, partial
+from pathlib import Path
+from statistics import median_low
+from typing import Any
+
+from pydantic import ValidationError, field_validator
+
+from mmtok_cli.data.base64_images import decoded, image_name, is_base64
+from mmtok_cli.data.images import open_image
+from mmtok_cli.data.json_files import HINT, Entry, document_entries, document_of, line_entries, read_json
+from mmtok_cli.data.layouts import Layout, MetricName, layout_of
+from mmtok_cli.data.rows import Columns, Row, fault_of, fields_of, make_sample, plain_text, require_names, shown_names
+from mmtok_cli.data.samples import Sample
+from mmtok_cli.data.tables import SUFFIXES, StoredImage, table_entries
+from mmtok_cli.data.vqav2 import is_vqav2, vqav2_entries
+from mmtok_cli.errors import MMTokError
+
+SEVERAL = 3  # reference answers from which on VQA accuracy is the usual metric
+UTF_16 = (b"\xff\xfe", b"\xfe\xff")
+
+
+class FileRow(Row):
+    """A row whose images are file names, base64 texts or cells of a table: one or a list of them."""
+
+    image: tuple[Any, ...]
+
+    @field_validator("image", mode="before")
+    @classmethod
+    def _several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("image")
+    @classmethod
+    def _named(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
+        if not value or not all(isinstance(image, str | StoredImage) and image for image in value):
+            raise ValueError("name an image file")
+        return value
+
+
+class UsualMetric:
+    """The metric that suits the fields of a whole dataset, whatever part of it is evaluated.
+
+    Choices ask for multiple choice. Lists of answers ask for VQA accuracy, or for ANLS if at least half of them are
+    shorter than SEVERAL. One answer asks for exact match.
+    """
+
+    def __init__(self) -> None:
+        self._choices = self._answer = False
+        self._several: list[int] = []
+
+    def add(self, fields: Mapping[str, Any]) -> None:
+        """Count in the fields of one sample."""
+        several = fields.get("answers") or fields.get("answer")
+        if isinstance(several, list | tuple):
+            self._several.append(len(several))
+        elif plain_text(several) not in (None, ""):
+            self._answer = True
+        self._choices |= bool(fields.get("choices"))
+
+    @property
+    def name(self) -> MetricName | None:
+        if not self._answer and not self._several:
+            return None
+        if self._choices:
+            return "choice"
+        if self._several:
+            return "textvqa" if median_low(self._several) >= SEVERAL else "anls"
+        return "exact"
+
+
+class DataFile:
+    """Reads the samples of a file.
+
+    missing: image files that do not exist; left_out: number of samples that need them. problems: a message for each
+    unusable row. metric: that of its format, or the one that suits its fields. All are complete after `read`.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        entries: Iterable[Entry],
+        *,
+        image_root: Path | None,
+        question: str | None,
+        columns: Columns,
+        layout: Layout | None = None,
+    ) -> None:
+        self.problems: list[str] = []
+        self.missing: set[Path] = set()
+        self.left_out = 0
+        self.metric: MetricName | None = None
+        self.path = path
+        self._entries = entries
+        self._root = image_root or path.parent
+        self._question = question
+        self._columns = columns
+        self._layout = layout
+        self._there = cache(Path.is_file)
+
+    def read(self, limit: int | None = None) -> list[Sample]:
+        """The first samples, at most `limit`, whose rows are usable and whose images exist. All rows are looked at,
+        since the metric depends on them.
+
+        Raises MMTokError if there is no usable sample.
+        """
+        samples: list[Sample] = []
+        usual = UsualMetric()
+        hint = ""
+        for number, (place, raw) in enumerate(self._entries, start=1):
+            wanted = limit is None or len(samples) < limit
+            try:
+                if isinstance(raw, MMTokError):
+                    raise raw
+                fields = self._fields(raw)
+                usual.add(fields)
+                if wanted and (sample := self._sample(raw, fields, number, f"{self.path}, {place}")):
+                    samples.append(sample)
+            except MMTokError as error:
+                if wanted:
+                    self.problems.append(f"{self.path}, {place}: {error.message}")
+                    hint = hint or error.hint
+        if not samples:
+            raise self._nothing(hint or HINT)
+        self.metric = (self._layout.metric if self._layout else None) or usual.name
+        return samples
+
+    def _fields(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields of a row in this file's format, which the first row shows unless columns were named."""
+        if self._layout is None:
+            self._layout = layout_of(raw)
+        require_names(raw, sorted(self._layout.needs))
+        columns = {**self._layout.columns, **self._columns}
+        return fields_of(self._layout.convert(raw), columns)
+
+    def _sample(self, raw: Mapping[str, Any], fields: Mapping[str, Any], number: int, place: str) -> Sample | None:
+        """The sample of a row; None if one of its images does not exist."""
+        try:
+            row = FileRow.model_validate(fields)
+        except ValidationError as error:
+            hint = (
+                f"its columns are {shown_names(raw)}: name the right one, as in --columns image=NAME"
+                if "image" not in fields
+                else ""
+            )
+            raise MMTokError(fault_of(error), hint) from error
+        absent, readers, names = [], [], []
+        for image in row.image:
+            if isinstance(image, StoredImage):
+                reader, name = image.open, image.name
+            elif is_base64(image):
+                reader, name = partial(decoded, image, f"{place}, image"), image_name(image)
+            else:
+                file = self._root / image
+                reader, name = partial(open_image, file), image
+                if not self._exists(file):
+                    absent.append(file)
+            readers.append(reader)
+            names.append(name)
+        sample = make_sample(row, readers, names, self._question, number, place)
+        if absent:
+            self.missing.update(absent)
+            self.left_out += 1
+            return None
+        return sample
+
+    def _exists(self, file: Path) -> bool:
+        try:
+            return self._there(file)
+        except OSError as error:
+            raise MMTokError(f"image: {error.strerror}", "name an image file") from error
+
+    def _nothing(self, hint: str) -> MMTokError:
+        """Why there is no sample."""
+        if self.missing:
+            return MMTokError(
+                f"none of the {len(self.missing)} images named in {self.path} exists in {self._root}",
+                "set their directory with --image-root",
+            )
+        if self.problems:
+            return MMTokError(self.problems[0], hint)
+        return MMTokError(f"{self.path} is empty", HINT)
+
+
+def entries_of(path: Path) -> Iterable[Entry]:
+    """The rows of a JSON, CSV or TSV file. Raises MMTokError for a file that is none or cannot be read."""
+    require_utf8(path)
+    if path.suffix.lower() in SUFFIXES:
+        return table_entries(path)
+    document = document_of(path)
+    if document is None:
+        return line_entries(path)
+    return vqav2_entries(document, path, None) if is_vqav2(document) else document_entries(path, document)
+
+
+def vqav2_file_entries(text: str) -> tuple[Path, Iterable[Entry]]:
+    """The question file and the rows of QUESTIONS.json or QUESTIONS.json,ANNOTATIONS.json.
+
+    Raises MMTokError for files that do not exist or are not of this format.
+    """
+    paths = [Path(text)] if Path(text).is_file() else [Path(name) for name in text.split(",")]
+    if len(paths) > 2:
+        raise MMTokError(f"vqav2:{text} names {len(paths)} files", "write vqav2:QUESTIONS.json,ANNOTATIONS.json")
+    for path in paths:
+        require_file(path)
+        require_utf8(path)
+    questions, annotations = paths[0], paths[1] if len(paths) == 2 else None
+    return questions, vqav2_entries(read_json(questions), questions, annotations)
+
+
+def require_file(path: Path) -> None:
+    """Raises MMTokError for a file that does not exist."""
+    if not path.is_file():
+        raise MMTokError(f"there is no data file {path}", "check the spelling of the path")
+
+
+def require_utf8(path: Path) -> None:
+    """Raises MMTokError for a file in UTF-16."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(2)
+    except OSError as error:
+        raise MMTokError(f"{path} cannot be read: {error.strerror}", "check the path") from error
+    if start in UTF_16 or b"\0" in start:
+        raise MMTokError(f"{path} is UTF-16, and data files are UTF-8", "save it as UTF-8")

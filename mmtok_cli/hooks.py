@@ -1,0 +1,220 @@
+"""Calls of the hooks of methods: what a hook returns is checked, and its faults are reported as the method's own.
+
+Methods may come from other packages. Nothing else in this package calls their hooks.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmtok_cli.errors import MethodFaultError, MMTokError, first_line, is_out_of_memory
+from mmtok_cli.methods.base import Method
+from mmtok_cli.tokens import CLASS_TOKEN, Cut, LayerTokens, Selection, TextTokens, VisionTokens
+
+PACKAGE = __name__.partition(".")[0]
+
+
+def count(method: Method, share: float, total: int, signals: Sequence[str] = ()) -> int:
+    """`Method.count`: a number of tokens up to `total`."""
+    with _calling(method, "count"):
+        kept = method.count(share, total, signals)
+    if not _is_int(kept) or not 0 <= kept <= total:
+        raise fault(method, "count", f"must return a number from 0 to {total}, not {kept!r}")
+    return kept
+
+
+def resize(method: Method, total: int, budget: int) -> int | None:
+    """`Method.resize`: a number of tokens up to `total`, or None."""
+    with _calling(method, "resize"):
+        tokens = method.resize(total, budget)
+    if tokens is not None and not (_is_int(tokens) and 1 <= tokens <= total):
+        raise fault(method, "resize", f"must return None or a number from 1 to {total}, not {tokens!r}")
+    return tokens
+
+
+def across_crops(method: Method, crops: Sequence[VisionTokens]) -> list[VisionTokens]:
+    """`Method.across_crops`: one VisionTokens for each crop."""
+    with _calling(method, "across_crops"):
+        seen = list(method.across_crops(crops))
+    same = len(seen) == len(crops) and all(isinstance(crop, VisionTokens) for crop in seen)
+    if not same or any(a.total != b.total for a, b in zip(seen, crops, strict=True)):
+        raise fault(method, "across_crops", f"must return the {len(crops)} crops, each with its tokens")
+    return seen
+
+
+def select(
+    method: Method, vision: Sequence[VisionTokens], text: Sequence[TextTokens], budgets: Sequence[int]
+) -> list[Selection]:
+    """`Method.select_batch`: one Selection for each image. `check_selections` checks what they hold."""
+    with _calling(method, "select"):
+        selections = method.select_batch(vision, text, budgets)
+    if not isinstance(selections, (list, tuple)) or len(selections) != len(vision):
+        raise fault(method, "select_batch", f"must return a list of {len(vision)} selections, one for each image")
+    for tokens, selection in zip(vision, selections, strict=True):
+        _check_shapes(method, "select", selection, tokens.projected)
+    return list(selections)
+
+
+def check_selections(
+    method: Method, vision: Sequence[VisionTokens], budgets: Sequence[int], selections: Sequence[Selection]
+) -> None:
+    """Check the values of what `select` returned. It reads them from the device, and so is not part of a stage."""
+    has_cuts = type(method).cuts is not Method.cuts
+    for tokens, budget, selection in zip(vision, budgets, selections, strict=True):
+        if not has_cuts:
+            check_kept(method, selection.kept, budget, tokens)
+        if selection.kept != tokens.total or selection.tokens is not None:
+            _check_values(method, "select", selection, tokens.eligible)
+
+
+def check_kept(method: Method, kept: int, budget: int, tokens: VisionTokens) -> None:
+    """Check the number of tokens that are left of an image after the last reduction."""
+    if method.takes_budget and (kept > budget or (method.exact and kept < budget)):
+        raise fault(method, "select", f"kept {kept} tokens of {tokens.image_id} at a budget of {budget}")
+    if kept > tokens.total:
+        raise fault(method, "select", f"kept {kept} tokens of {tokens.image_id}, which has {tokens.total}")
+
+
+@contextmanager
+def unchanged(method: Method, tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Refuse a method of another package that changes in place what it was given, since the model would see it."""
+    before = [tensor.clone() for tensor in tensors] if package_of(type(method)) != PACKAGE else []
+    yield
+    for tensor, copy in zip(tensors, before, strict=False):
+        if not bool(((tensor == copy) | (copy != copy)).all()):
+            raise fault(method, "select", "changed its input in place: return rows of your own in Selection.tokens")
+
+
+def cuts(method: Method, total: int, budget: int, layers: int) -> tuple[Cut, ...]:
+    """`Method.cuts`: a tuple of Cut."""
+    with _calling(method, "cuts"):
+        found = method.cuts(total, budget, layers)
+    if not isinstance(found, (list, tuple)) or not all(
+        isinstance(cut, Cut) and _is_int(cut.before) and _is_int(cut.keep) and (cut.reads is None or _is_int(cut.reads))
+        for cut in found
+    ):
+        raise fault(method, "cuts", f"must return a tuple of Cut, not {found!r}")
+    return tuple(found)
+
+
+def queries(method: Method, vision: Tensor, text: Tensor) -> Tensor:
+    """`Method.queries`: indices of text tokens."""
+    with _calling(method, "queries"):
+        found = method.queries(vision, text)
+    if not isinstance(found, Tensor) or found.dtype != torch.int64 or found.ndim != 1 or not len(found):
+        raise fault(method, "queries", "must return the indices of text tokens, an int64 tensor [queries]")
+    if found.device != text.device:
+        raise fault(method, "queries", f"returned a tensor on {found.device}, and the text is on {text.device}")
+    if not bool(((found >= 0) & (found < len(text))).all()):
+        raise fault(method, "queries", f"returned an index beyond the {len(text)} text tokens")
+    return found
+
+
+def choose(method: Method, tokens: LayerTokens, cut: Cut) -> Selection:
+    """`Method.choose`: `cut.keep` of the tokens that are left."""
+    with unchanged(method, [tokens.hidden, tokens.eligible]), _calling(method, "choose"):
+        selection = method.choose(tokens, cut)
+    _check_shapes(method, "choose", selection, tokens.hidden)
+    if selection.kept != cut.keep:
+        raise fault(method, "choose", f"kept {selection.kept} of {tokens.image_id}, and `cuts` announced {cut.keep}")
+    _check_values(method, "choose", selection, tokens.eligible)
+    return selection
+
+
+def fault(method: Method, hook: str, problem: str) -> MethodFaultError:
+    """The error for a hook that does not do what it must."""
+    return MethodFaultError(f"{type(method).__name__}.{hook} {problem}", package_of(type(method)))
+
+
+def package_of(kind: type) -> str:
+    """The package that a class comes from, as it is imported."""
+    return kind.__module__.partition(".")[0]
+
+
+@contextmanager
+def _calling(method: Method, hook: str) -> Iterator[None]:
+    """What another package prints goes to standard error, and what it raises becomes one line that names the place."""
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    except (MMTokError, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # SystemExit as well
+        if is_out_of_memory(error):
+            raise
+        frames = traceback.extract_tb(error.__traceback__)
+        own = getattr(sys.modules.get(type(method).__module__), "__file__", None)
+        frame = next((frame for frame in reversed(frames) if frame.filename == own), frames[-1])
+        where = f"{Path(frame.filename).name}, line {frame.lineno}"
+        raise fault(method, hook, f"failed: {type(error).__name__}: {first_line(error)} ({where})") from error
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_shapes(method: Method, hook: str, selection: Selection, rows: Tensor) -> None:
+    """Check what is known without reading values from the device. rows: [tokens, dim], what is chosen from."""
+    if not isinstance(selection, Selection):
+        raise fault(method, hook, f"must return a Selection, not {type(selection).__name__}")
+    kept = selection.indices
+    if not isinstance(kept, Tensor) or kept.dtype != torch.int64 or kept.ndim != 1:
+        raise fault(method, hook, f"must return indices as an int64 tensor [kept], not {_described(kept)}")
+    for name in ("indices", "order", "gains", "tokens", "merged"):
+        value = getattr(selection, name)
+        if value is None:
+            continue
+        shape = (selection.kept, rows.shape[1]) if name == "tokens" else (selection.kept,)
+        if not isinstance(value, Tensor) or value.shape != shape:
+            raise fault(method, hook, f"must return {name} of shape {list(shape)}, not {_described(value)}")
+        if value.device != rows.device:
+            raise fault(method, hook, f"returned {name} on {value.device}, and the tokens are on {rows.device}")
+    if selection.merged is not None and selection.merged.dtype != torch.bool:
+        raise fault(method, hook, f"must return merged as booleans, not {selection.merged.dtype}")
+    if selection.order is not None and selection.order.dtype != torch.int64:
+        raise fault(method, hook, f"must return order as int64, not {selection.order.dtype}")
+    if selection.tokens is not None and not selection.tokens.is_floating_point():
+        raise fault(method, hook, f"must return tokens of a floating-point type, not {selection.tokens.dtype}")
+
+
+def _check_values(method: Method, hook: str, selection: Selection, eligible: Tensor) -> None:
+    """Check indices and merged rows with a single transfer from the device. eligible: [tokens]."""
+    indices, total = selection.indices, len(eligible)
+    if not len(indices):
+        return
+    rising = indices if selection.merged is None else indices.sort().values
+    steps = rising[1:] - rising[:-1]
+    inside = (indices >= 0) & (indices < total)
+    lowest = 0 if selection.tokens is None else CLASS_TOKEN
+    own = inside if selection.merged is None else inside & ~selection.merged
+    shown = eligible[indices.clamp(0, total - 1)]
+    facts = {
+        f"returned an index outside of the image's {total} tokens": ((indices >= lowest) & (indices < total)).all(),
+        "returned a token twice": ((steps != 0) | (rising[1:] < 0)).all(),
+        "returned indices that do not ascend: sort them first": (steps >= 0).all(),
+        # The first of several cuts may keep more tokens than are eligible.
+        "kept padding: choose among the tokens that are eligible": (
+            (shown | ~own).all() | (shown.sum() == eligible.sum())
+        ),
+    }
+    if selection.order is not None:
+        facts["returned an order of other tokens than its indices"] = (
+            selection.order.sort().values == indices.sort().values
+        ).all()
+    if selection.tokens is not None:
+        facts["returned tokens that are not finite"] = selection.tokens.isfinite().all()
+    for problem, holds in zip(facts, torch.stack(list(facts.values())).tolist(), strict=True):
+        if not holds:
+            raise fault(method, hook, problem)
+
+
+def _described(value: Any) -> str:
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
