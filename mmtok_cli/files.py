@@ -102,17 +102,15 @@ def _give(part: Path, before: os.stat_result) -> None:
     part.chmod(stat.S_IMODE(before.st_mode))
 
 
-def _try_to_write_into(directory: Path, *names: str) -> None:
-    """Raises OSError where no file can be created in a directory, or in the nearest parent that exists.
-
-    names: of files that are to be created; they and the names of missing directories must not be too long.
-    """
+def _try_to_write_into(directory: Path, name: str = "") -> None:
+    """Raises OSError where no file of this name can be created in a directory, whose parents may be missing yet."""
+    names = [name]
     while not directory.exists() and directory != directory.parent:
-        names = (*names, directory.name)
+        names.append(directory.name)
         directory = directory.parent
-    for name in names:
+    for each in filter(None, names):
         with contextlib.suppress(FileNotFoundError):
-            (directory / name).lstat()
+            (directory / each).lstat()  # raises OSError for a name that is too long
     with tempfile.TemporaryFile(dir=directory):
         pass
 

@@ -91,7 +91,7 @@ def read_pictures(run: Path) -> list[OverlayGroup]:
     try:
         album = from_json(Album, read_file(folder / INDEX), strict=True)
         return [
-            OverlayGroup(g.title, [Overlay(p.caption, _opened(folder / p.file), p.note) for p in g.pictures])
+            OverlayGroup(g.title, [Overlay(p.caption, _opened(run, p.file), p.note) for p in g.pictures])
             for g in album.groups
         ]
     except ValueError as error:
@@ -102,11 +102,11 @@ def read_pictures(run: Path) -> list[OverlayGroup]:
         raise MMTokError(error.message, f"delete {folder} to omit the pictures") from error
 
 
-def _opened(path: Path) -> Image:
-    """A picture of a run. Raises MMTokError for one that cannot be read and for a link to the outside of the run."""
-    run = path.parent.parent
-    if not path.resolve().is_relative_to(run.resolve()):
-        raise MMTokError(f"{path} is a link to a file outside the run")
+def _opened(run: Path, name: str) -> Image:
+    """A picture of a run. Raises MMTokError for one that cannot be read, and for a file elsewhere or a link to it."""
+    path = run / FOLDER / name
+    if path.resolve().parent != (run / FOLDER).resolve() or not path.resolve().is_relative_to(run.resolve()):
+        raise MMTokError(f"{path} is not one of the pictures of the run")
     return open_image(path, read_file(path))
 
 

@@ -58,7 +58,7 @@ def test_broken_model_directories(tiny_directory: Path, photo: Path, tmp_path: P
     weights = bare / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
-    refused(run("infer", photo, QUESTION, "-m", bare), "could not be loaded")
+    refused(run("infer", photo, QUESTION, "-m", bare), "model.safetensors", "cannot be read")
     weights.unlink()
     refused(run("infer", photo, QUESTION, "-m", bare), "has no weights")
     weights.write_bytes(whole)

@@ -17,7 +17,7 @@ ALLOWED = {
     "methods": SHARED | {"methods"},
     "models": SHARED | {"models", "profiles"},
     "data": {"errors", "data", "demo"},
-    "decoding": {"models"},
+    "decoding": {"models", "errors"},
     "configuration": {"methods", "models", "settings", "cases", "budget", "progress"},
     "settings": {"budget", "errors", "rules"},
     "progress": {"errors"},

@@ -109,4 +109,4 @@ def _take(samples: Iterable[Sample], limit: int | None) -> tuple[Sample, ...]:
 def _demo(limit: int | None, question: str | None, columns: Columns) -> Dataset:
     if question is not None or columns:
         raise MMTokError("the demo questions are fixed", "leave --question and --columns out")
-    return Dataset("demo", demo_samples(DEMO_QUESTIONS if limit is None else limit), "exact")
+    return Dataset("demo", demo_samples(min(limit or DEMO_QUESTIONS, DEMO_QUESTIONS)), "exact")

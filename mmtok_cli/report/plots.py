@@ -124,11 +124,6 @@ def _quality(case: CaseResult, scored: bool) -> float:
     return case.fidelity.top1 if case.fidelity else 1.0
 
 
-def _plain(text: str) -> str:
-    """Text that matplotlib shows as it is, without formulas between dollar signs."""
-    return printable(text).replace("$", r"\$")
-
-
 def _quality_limits(percents: Sequence[float]) -> tuple[float, float]:
     """The ends of the axis of quality, in percent: at least two points apart, the whole range if all are 0."""
     low, high = min(percents), max(percents)
@@ -136,6 +131,11 @@ def _quality_limits(percents: Sequence[float]) -> tuple[float, float]:
         return 0, 100
     margin = max(1, (high - low) / 20)
     return max(0, low - margin), high + margin
+
+
+def _plain(text: str) -> str:
+    """Text that matplotlib shows as it is, without formulas between dollar signs."""
+    return printable(text).replace("$", r"\$")
 
 
 def _save(figure: Figure, path: Path) -> None:
