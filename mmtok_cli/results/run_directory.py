@@ -23,7 +23,8 @@ from mmtok_cli.results.schema import Record, from_json, json_text
 PLAN = "plan.json"
 LOCK = "lock"
 FOLDERS = ("rounds", "cases", "failures", "predictions", "overlays")
-RECORDS = frozenset({PLAN, "comparison.json", LOCK, *FOLDERS})
+RESULT = "comparison.json"
+RECORDS = (PLAN, RESULT, *FOLDERS, LOCK)
 PLAN_FORMAT = Plan.model_fields["schema_"].default
 LARGEST = 2**28  # bytes of one file
 
@@ -121,7 +122,7 @@ class RunDirectory:
 
     def write_result(self, result: Record) -> None:
         """Save the summary of the run. Raises NotWrittenError where it cannot be written."""
-        self._write("comparison.json", result)
+        self._write(RESULT, result)
 
     def require_unmoved(self) -> None:
         """Raises NotWrittenError where the directory was renamed or deleted since it was locked.
@@ -206,7 +207,7 @@ def require_run(path: Path) -> None:
 
 def require_no_run(path: Path) -> None:
     """Raises MMTokError for a directory in which a run cannot be started, since it holds one or what is left of one."""
-    for name in (PLAN, *FOLDERS):
+    for name in (PLAN, RESULT, *FOLDERS):
         if os.path.lexists(path / name):
             what = "a run" if name == PLAN else f"{name} of a run without its {PLAN}"
             how = "add --resume to continue it, or choose" if name == PLAN else "choose"
