@@ -283,7 +283,8 @@ def _within_reach(plan: ImagePlan, seen: VisionTokens, method: Method) -> ImageP
     if plan.keep == plan.total or plan.grid:
         return plan
     parts = seen.crops.tokens if seen.crops and method.per_crop else (seen,)
-    return replace(plan, keep=min(plan.keep, sum(int(part.eligible.sum()) for part in parts)))
+    eligible = sum(int(part.eligible.sum()) for part in parts)
+    return plan if plan.keep <= eligible else replace(plan, keep=eligible, short=True)
 
 
 def select(method: Method, tasks: Sequence[SelectionTask], stage: Stage = unwatched) -> list[Selection]:
@@ -371,6 +372,8 @@ def _count_tokens(
                 kept=sum(image.kept for image in mine),
                 text=length - sum(image.selection.kept for image in mine),
                 layer_average=sum(layer_average(image.selection.kept, image.cuts, layers) for image in mine),
+                # A method that need not be exact may keep fewer than planned.
+                short=any(image.plan.short or (image.kept < image.plan.keep and not image.plan.grid) for image in mine),
             )
         )
     return counts
