@@ -210,6 +210,8 @@ def test_the_output_names_the_metric(command: tuple[Any, ...], tmp_path: Path) -
         assert any("--metric yes-no" in remark for remark in result["remarks"]) == pointed_out
     by_hand = run_json(*command, "--data", file, "--metric", "mme", "--run-dir", plan)
     assert by_hand["schedule"]["metric"] == "mme" and by_hand["results"][0]["paired"]["kinds"] == 1
+    table = run("report", plan).stdout
+    assert "Quality (metric: mme)" in table and "acc+" in table and "MME" in table
     refused(run("compare", "--run-dir", plan, "--resume", "--metric", "exact"), "--metric is exact here and mme in the")
     refused(run(*command, "--data", file, "--metric", "vqav2"), "pope.jsonl, line 1: VQA accuracy needs 3")
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from mmtok_cli.data.data_files import DataFile, entries_of, require_file, vqav2_file_entries
 from mmtok_cli.data.hub import HubRows
-from mmtok_cli.data.layouts import POPE, USUAL, VQAV2, Layout, MetricName
+from mmtok_cli.data.layouts import POPE, VQAV2, Layout, MetricName
 from mmtok_cli.data.pictures import SUFFIXES, is_pattern, pictures
-from mmtok_cli.data.rows import Columns, require_columns
+from mmtok_cli.data.rows import Columns, require_columns, shown_text
 from mmtok_cli.data.samples import Sample, demo_samples
 from mmtok_cli.errors import MMTokError
 
@@ -73,6 +73,17 @@ def open_dataset(
         rows = HubRows(rest, question=question, columns=columns)
         samples = _take(rows.samples(), limit)
         return Dataset(rest, samples, rows.metric, problems=tuple(rows.problems))
+    try:
+        return _from_files(text, image_root, limit, question, columns)
+    except OSError as error:  # such as a name that is too long
+        raise MMTokError(f"{shown_text(text)} cannot be read: {error.strerror}", "check the path") from error
+
+
+def _from_files(
+    text: str, image_root: Path | None, limit: int | None, question: str | None, columns: Columns
+) -> Dataset:
+    """The dataset in a file or a folder."""
+    kind, _, rest = text.partition(":")
     path = Path(rest if kind == "pope" else text)
     layout: Layout | None = None
     if kind == "vqav2":
@@ -83,7 +94,7 @@ def open_dataset(
     else:
         _require_data(path, text)
         entries = entries_of(path)
-        layout = POPE if kind == "pope" else USUAL if columns else None  # not guessed where columns are named
+        layout = POPE if kind == "pope" else None
     file = DataFile(path, entries, image_root=image_root, question=question, columns=columns, layout=layout)
     found = file.read(limit)
     return Dataset(path.name, found, file.metric, len(file.missing), file.left_out, tuple(file.problems))
