@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gc
+import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 import torch
 
@@ -66,20 +67,38 @@ class Case:
         )
 
 
-def failure_reason(error: Exception) -> Literal["out of memory", "refused"] | None:
-    """Why a case cannot be run; None for an error that is a defect of the code and must be raised."""
+def failure_of(error: Exception) -> dict[str, Any]:
+    """Why a case cannot be run: the fields `reason`, `message` and `traceback` of a CaseFailure."""
     if is_out_of_memory(error):
-        return "out of memory"
-    return "refused" if isinstance(error, MMTokError) else None
+        return {"reason": "out of memory", "message": _line(error)}
+    if isinstance(error, MethodFaultError):
+        return {"reason": "error", "message": error.message}
+    if isinstance(error, MMTokError):
+        return {"reason": "refused", "message": error.message}
+    return {
+        "reason": "error",
+        "message": f"{type(error).__name__}: {_line(error)}",
+        "traceback": "".join(traceback.format_exception(error)),
+    }
 
 
-def failure_message(error: Exception) -> str:
-    """The error in one line."""
-    return error.message if isinstance(error, MMTokError) else first_line(error)
+def _line(error: Exception) -> str:
+    """The line of an error that says what happened: the first, but the last in TorchScript, below its own traceback."""
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines and "TorchScript" in lines[0] else first_line(error)
 
 
 def release_memory(device: torch.device) -> None:
-    """Free the memory that a failed run still holds."""
+    """Free the memory that a failed run still holds.
+
+    Raises MMTokError where the failure left the GPU unusable for this process, as after an illegal access.
+    """
     gc.collect()
     if device.type == "cuda":
-        torch.cuda.empty_cache()
+        try:
+            torch.cuda.synchronize(device)
+            torch.cuda.empty_cache()
+        except RuntimeError as error:
+            raise MMTokError(
+                f"{device} cannot be used any more by this process: {first_line(error)}", "start the command again"
+            ) from error

@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, count
 from pathlib import Path
 
 from mmtok_cli.cases import Case
 from mmtok_cli.configuration import cases_of, configured_model
 from mmtok_cli.data.datasets import Dataset, open_dataset
+from mmtok_cli.data.samples import Sample
 from mmtok_cli.environment import environment_of
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.evaluation.metrics import with_metric
@@ -30,11 +32,12 @@ from mmtok_cli.planning import (
     require_same,
     require_whole_batches,
     timed_samples,
+    with_absolute_paths,
 )
 from mmtok_cli.progress import Progress
 from mmtok_cli.results.progress import Remaining, is_finished, is_timed, left_to_evaluate, whole_rounds
 from mmtok_cli.results.records import Plan
-from mmtok_cli.results.run_directory import PLAN, NotWrittenError, RunDirectory, newest_run
+from mmtok_cli.results.run_directory import PLAN, NotWrittenError, RunDirectory, newest_run, read_plan, require_no_run
 from mmtok_cli.results.schema import Comparison
 from mmtok_cli.settings import CompareSettings, column_names, option_name
 from mmtok_cli.summary import summarise_run
@@ -43,6 +46,8 @@ from mmtok_cli.timing.rounds import Measurement
 
 RUNS = Path("runs")
 MOST_NOTES = 10
+
+Batches = dict[int, list[list[Sample]]]  # by their size
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ class Prepared:
 class ComparisonRun:
     """One run of a comparison, new or resumed.
 
-    run_dir: where it is saved; a new directory in `runs` unless given. store: what is known of a resumed run.
+    run_dir: where it is saved; a new directory in `runs` unless given. resume: whether to continue the run in it.
     pictures: whether to draw the tokens that each case keeps.
     """
 
@@ -67,13 +72,14 @@ class ComparisonRun:
         run_dir: Path | None = None,
         progress: Progress | None = None,
         *,
-        store: RunDirectory | None = None,
+        resume: bool = False,
         pictures: bool = False,
     ) -> None:
         self.settings = settings
-        self.directory = run_dir or _new_directory(settings.model)
+        self.named = run_dir is not None
+        self.directory = run_dir or next(_new_directories(settings.model))
         self.progress = progress or Progress()
-        self.store = store
+        self.resume = resume
         self.pictures = pictures
 
     @classmethod
@@ -91,46 +97,62 @@ class ComparisonRun:
         given: names of settings that the user spelled out. Raises MMTokError where there is no run, and where one of
         these differs.
         """
-        store = RunDirectory.open(run_dir or newest_run(RUNS))
-        then = CompareSettings.of(**store.plan.options)
-        _require_same_settings(then, settings, given, store.path)
-        return cls(then, store.path, progress, store=store, pictures=pictures)
+        directory = run_dir or newest_run(RUNS)
+        then = read_plan(directory).options
+        _require_same_settings(with_absolute_paths(then), with_absolute_paths(settings), given, directory)
+        return cls(then, directory, progress, resume=True, pictures=pictures)
 
     def estimate(self) -> Estimate:
         """The plan and the time that it takes, after one run of each case. Nothing is written."""
-        measurement = self._measurement(self._prepare(), RunDirectory)
+        prepared = self._prepare()
+        plan, batches = self._plan(prepared)
+        if self.resume:
+            require_same(read_plan(self.directory), plan)
+        measurement = self._measurement(prepared, batches, RunDirectory(self.directory, plan))
         with self.progress.task("one run of each case"):
-            return estimate(measurement.store.plan, measurement.estimate())
+            return estimate(plan, measurement.estimate())
 
-    def measure(self, processes: Processes) -> tuple[Comparison, NotWrittenError | None]:
+    def measure(self, processes: Processes) -> tuple[Comparison, MMTokError | None]:
         """Measure what is missing: times by this process, answers by all. To be called in the writer alone.
 
-        Returns the result, and the error where saving failed on the way. Raises KeyboardInterrupt or NotWrittenError
-        if not even one round is complete by then.
+        The run directory is locked throughout, and a run that is resumed is read under the lock. Returns the result,
+        and the error that stopped the run on the way. Raises KeyboardInterrupt or MMTokError if not even one round is
+        complete by then.
         """
-        if self.store and is_finished(self.store) and not (self.pictures and not has_pictures(self.directory)):
-            self.progress.note(f"run {self.directory} is already complete")
-            processes.tell([None])
-            return summarise_run(self.store), None
-        if self.store is None:
-            if (self.directory / PLAN).exists():
-                raise MMTokError(
-                    f"{self.directory} already contains a run",
-                    "add --resume to continue it, or choose another directory",
-                )
-            require_writable_directory(self.directory, "--run-dir")
+        if self.resume:
+            with RunDirectory.resume(self.directory) as store:
+                if is_finished(store) and not (self.pictures and not has_pictures(self.directory)):
+                    self.progress.note(f"run {self.directory} is already complete")
+                    processes.tell([None])
+                    return summarise_run(store), None
+                prepared = self._prepare()
+                plan, batches = self._plan(prepared)
+                require_same(store.plan, plan)
+                self._tell_failures(store)
+                return self._complete(prepared, batches, store, processes)
+        if self.named:
+            require_no_run(self.directory)
+        require_writable_directory(self.directory, "--run-dir")
         prepared = self._prepare()
-        measurement = self._measurement(prepared, RunDirectory.create)
-        store = measurement.store
-        with store.locked():
-            timed, stopped = self._until_stopped(store, lambda: self._time(measurement))
-            remaining = left_to_evaluate(store) if timed else None
-            evaluated, stopped_too = self._until_stopped(
-                store, lambda: self._evaluate(prepared, remaining, processes, store)
-            )
-            stopped = stopped or stopped_too
-            if timed and evaluated and self.pictures:
-                self._until_stopped(store, lambda: self._draw(prepared, store))
+        plan, batches = self._plan(prepared)
+        if not self.named:
+            self.directory = _make_directory(self.settings.model)
+        with RunDirectory.create(self.directory, plan) as store:
+            return self._complete(prepared, batches, store, processes)
+
+    def _complete(
+        self, prepared: Prepared, batches: Batches, store: RunDirectory, processes: Processes
+    ) -> tuple[Comparison, MMTokError | None]:
+        """Measure what is missing in a run directory, and summarise it."""
+        measurement = self._measurement(prepared, batches, store)
+        timed, stopped = self._until_stopped(store, lambda: self._time(measurement))
+        remaining = left_to_evaluate(store) if timed else None
+        evaluated, stopped_too = self._until_stopped(
+            store, lambda: self._evaluate(prepared, remaining, processes, store)
+        )
+        stopped = stopped or stopped_too
+        if timed and evaluated and self.pictures:
+            self._until_stopped(store, lambda: self._draw(prepared, store))
         comparison = summarise_run(store)
         try:
             store.write_result(comparison)
@@ -145,15 +167,16 @@ class ComparisonRun:
         with contextlib.suppress(KeyboardInterrupt):
             self._evaluate(self._prepare(), None, processes, None)
 
-    def _until_stopped(self, store: RunDirectory, work: Callable[[], None]) -> tuple[bool, NotWrittenError | None]:
-        """Whether the work was done, and the error where saving is what stopped it."""
+    def _until_stopped(self, store: RunDirectory, work: Callable[[], None]) -> tuple[bool, MMTokError | None]:
+        """Whether the work was done, and the error that stopped it, None for an interruption."""
         try:
             work()
-        except (KeyboardInterrupt, NotWrittenError) as error:
+        except (KeyboardInterrupt, MMTokError) as error:
             if not whole_rounds(store):
-                self._how_to_resume()
+                if store.runs or isinstance(error, KeyboardInterrupt):
+                    self._how_to_resume()
                 raise
-            return False, error if isinstance(error, NotWrittenError) else None
+            return False, error if isinstance(error, MMTokError) else None
         except Exception:
             if store.runs:
                 self._how_to_resume()
@@ -164,12 +187,22 @@ class ComparisonRun:
         """Draw the kept tokens. Errors are reported but not fatal: the results do not depend on the pictures."""
         with self.progress.task("drawing overlays"):
             try:
+                store.require_unmoved()
                 save_pictures(prepared.model, prepared.cases, prepared.dataset, store)
             except MMTokError as error:
                 self.progress.warn(error)
 
+    def _tell_failures(self, store: RunDirectory) -> None:
+        """Say which cases failed before, since they are not run again."""
+        for case, failure in sorted(store.failures.items()):
+            self.progress.note(
+                f"{store.plan.cases[case].case.label} failed before ({failure.reason}) and is left out; "
+                f"to try it again, delete {store.path / 'failures' / failure.file_name}"
+            )
+
     def _how_to_resume(self) -> None:
-        self.progress.note(f"resume with: mmtok compare --run-dir {self.directory} --resume")
+        if (self.directory / PLAN).exists():  # not where it was renamed or deleted
+            self.progress.note(f"resume with: mmtok compare --run-dir {self.directory} --resume")
 
     def _prepare(self) -> Prepared:
         """What every process needs. Raises MMTokError for what cannot be done, the cheapest checks first."""
@@ -190,7 +223,9 @@ class ComparisonRun:
             self.progress.note("--layers runs a part of the model, so answers are not evaluated")
         return Prepared(configured_model(settings, self.progress, settings.layers), cases, dataset)
 
-    def _measurement(self, prepared: Prepared, create: Callable[[Path, Plan], RunDirectory]) -> Measurement:
+    def _plan(self, prepared: Prepared) -> tuple[Plan, Batches]:
+        """The plan, and the batches of each size that the rounds cycle through. Raises MMTokError for a budget that
+        cannot be met."""
         model, cases, sizes = prepared.model, prepared.cases, self.settings.batch_size
         readable = partial(check_sample, model, max_new_tokens=self.settings.max_new_tokens)
         timed, left_out = timed_samples(prepared.dataset.samples, sizes, self.settings.rounds, readable)
@@ -199,11 +234,10 @@ class ComparisonRun:
         groups = in_batches(timed, sizes)
         for case in cases:
             case.check(model, (sample.open() for sample in timed))
-        plan = make_plan(self.settings, cases, prepared.dataset, environment_of(model), len(timed))
-        if self.store is not None:
-            require_same(self.store.plan, plan)
-        store = self.store or create(self.directory, plan)
-        return Measurement(model, cases, groups, store, open_gpu(model.device))
+        return make_plan(self.settings, cases, prepared.dataset, environment_of(model), len(timed)), groups
+
+    def _measurement(self, prepared: Prepared, batches: Batches, store: RunDirectory) -> Measurement:
+        return Measurement(prepared.model, prepared.cases, batches, store, open_gpu(prepared.model.device))
 
     def _time(self, measurement: Measurement) -> None:
         plan = measurement.store.plan
@@ -249,12 +283,27 @@ def _require_same_settings(
             )
 
 
-def _new_directory(model: str) -> Path:
-    """A directory named after the time and the model, which does not exist yet."""
+def _new_directories(model: str) -> Iterator[Path]:
+    """Directories named after the time and the model, which do not exist yet."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model).name) or "model"
     stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{name[:60]}"
-    names = [stem, *(f"{stem}-{i}" for i in range(2, 100))]
-    return next(path for path in (RUNS / name for name in names) if not path.exists())
+    names = chain([stem], (f"{stem}-{number}" for number in count(2)))
+    return (path for path in (RUNS / name for name in names) if not path.exists())
+
+
+def _make_directory(model: str) -> Path:
+    """A new directory for a run, which no other process takes that starts in the same second."""
+    for path in _new_directories(model):
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise MMTokError(
+                f"{path} cannot be created: {error.strerror}", "name a directory with --run-dir"
+            ) from error
+        return path
+    raise AssertionError("the names are endless")
 
 
 def _shown(value: object) -> str:

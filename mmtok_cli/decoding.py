@@ -7,13 +7,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmtok_cli.errors import MMTokError
 from mmtok_cli.models import hf
 from mmtok_cli.models.base import VisionLanguageModel
 
 
 def prefill(model: VisionLanguageModel, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
-    """The forward pass over the whole prompt: logits of the next token, [batch, vocabulary], and the KV cache."""
-    return hf.forward(model.model, inputs)
+    """The forward pass over the whole prompt: logits of the next token, [batch, vocabulary], and the KV cache.
+
+    Raises MMTokError for logits that are NaN or infinite, of which decoding would make token 0 over and over.
+    """
+    logits, cache = hf.forward(model.model, inputs)
+    if not bool(logits.isfinite().all()):
+        raise MMTokError(
+            f"{model.name} gives NaN or infinity in place of an answer",
+            "float16 may be too narrow for it: use --dtype bfloat16 or float32; or compare its config.json with the "
+            "original",
+        )
+    return logits, cache
 
 
 def decode(

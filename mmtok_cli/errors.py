@@ -1,6 +1,7 @@
 """The one exception that the command line turns into a clear line and exit status 2."""
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -24,23 +25,22 @@ class MethodFaultError(MMTokError):
         )
 
 
-OUT_OF_MEMORY = (  # in messages of torch's allocators, for which there is no exception class everywhere
-    "out of memory",
-    "can't allocate memory",
-    "not enough memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
+OUT_OF_MEMORY = re.compile(
+    r"out of memory|(can't|cannot) allocate memory|not enough memory|[A-Z]+_STATUS_ALLOC_FAILED", re.IGNORECASE
 )
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means that memory ran out, on the device or on the host.
 
-    TorchScript wraps the allocator's error into its own, whose message quotes it.
+    Only some parts of torch raise OutOfMemoryError for that; TorchScript, cuBLAS and the allocators of other devices
+    have nothing but a message.
     """
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
+    # The error of TorchScript is called Error, and derives from neither.
+    known = isinstance(error, (RuntimeError, OSError)) or type(error).__module__.startswith("torch")
+    return known and bool(OUT_OF_MEMORY.search(str(error)))
 
 
 def first_line(error: BaseException) -> str:

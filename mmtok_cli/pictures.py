@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from PIL import Image as PILImage
 from PIL.Image import Image
+from pydantic import Field
 
+from mmtok_cli.data.images import open_image
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.files import write_whole
 from mmtok_cli.report.overlay import save_image
+from mmtok_cli.results.run_directory import read_file, validation_message
 from mmtok_cli.results.schema import Record, from_json, json_text
 
 if TYPE_CHECKING:
@@ -30,7 +34,7 @@ LONGEST_SIDE = 480  # pixels
 
 
 class Picture(Record):
-    file: str
+    file: str = Field(pattern=r"^[0-9]+-[0-9]+\.webp$")  # within the folder
     caption: str
     note: str
 
@@ -82,21 +86,28 @@ def read_pictures(run: Path) -> list[OverlayGroup]:
     from mmtok_cli.report.page import Overlay, OverlayGroup
 
     folder = run / FOLDER
-    if not (folder / INDEX).exists():
+    if not (os.path.lexists(folder / INDEX) or folder.is_file()):
         return []
     try:
-        album = from_json(Album, (folder / INDEX).read_text(encoding="utf-8"))
+        album = from_json(Album, read_file(folder / INDEX), strict=True)
         return [
-            OverlayGroup(g.title, [Overlay(p.caption, _opened(folder / p.file), p.note) for p in g.pictures])
+            OverlayGroup(g.title, [Overlay(p.caption, _opened(run, p.file), p.note) for p in g.pictures])
             for g in album.groups
         ]
-    except (OSError, ValueError) as error:
-        raise MMTokError(f"the pictures in {folder} cannot be read", "delete the directory to omit them") from error
+    except ValueError as error:
+        raise MMTokError(
+            f"{folder / INDEX} cannot be read: {validation_message(error)}", "delete the directory to omit the pictures"
+        ) from error
+    except MMTokError as error:
+        raise MMTokError(error.message, f"delete {folder} to omit the pictures") from error
 
 
-def _opened(path: Path) -> Image:
-    with PILImage.open(path) as image:
-        return image.convert("RGB")
+def _opened(run: Path, name: str) -> Image:
+    """A picture of a run. Raises MMTokError for one that cannot be read, and for a file elsewhere or a link to it."""
+    path = run / FOLDER / name
+    if path.resolve().parent != (run / FOLDER).resolve() or not path.resolve().is_relative_to(run.resolve()):
+        raise MMTokError(f"{path} is not one of the pictures of the run")
+    return open_image(path, read_file(path))
 
 
 def _of_middle_budget(cases: Sequence[Case]) -> Iterator[tuple[int, Case]]:
@@ -126,15 +137,9 @@ def _different(samples: Sequence[Sample]) -> Iterator[tuple[int, Sample]]:
 def _drawn(model: VisionLanguageModel, case: Case, sample: Sample) -> Image | None:
     """What the case keeps of the sample's first image; None where it cannot be run."""
     from mmtok_cli.cases import release_memory
-    from mmtok_cli.errors import is_out_of_memory
 
-    try:
+    with contextlib.suppress(Exception):
         return _draw(model, case, sample)
-    except MMTokError:
-        return None
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
     release_memory(model.device)
     return None
 

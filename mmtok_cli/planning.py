@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
@@ -12,7 +13,8 @@ from mmtok_cli.cases import Case
 from mmtok_cli.data.datasets import Dataset
 from mmtok_cli.data.samples import Sample, batches
 from mmtok_cli.errors import MMTokError
-from mmtok_cli.results.records import Plan, digest_of_samples, planned_case
+from mmtok_cli.profiles import known_profiles
+from mmtok_cli.results.records import CaseFailure, Plan, digest_of_samples, planned_case
 from mmtok_cli.results.schedule import rotation
 from mmtok_cli.results.schema import CaseId, Environment, OfCase, Record
 from mmtok_cli.settings import CompareSettings
@@ -22,10 +24,11 @@ MOST_ROUNDS = 30  # unless more are asked for: more would hardly narrow the inte
 
 
 class EstimatedCase(OfCase):
-    """A case, in how many rounds it runs, and the seconds of one run; None where it ran out of memory."""
+    """A case, in how many rounds it runs, and the seconds of one run; None where it failed. failure: why, in a line."""
 
     rounds: int
     seconds: float | None
+    failure: str | None = None
 
 
 class Estimate(Record):
@@ -91,20 +94,52 @@ def in_batches(samples: Sequence[Sample], sizes: Sequence[int]) -> dict[int, lis
     return {size: list(batches(samples[: len(samples) - len(samples) % size], size)) for size in sizes}
 
 
+def with_absolute_paths(settings: CompareSettings) -> CompareSettings:
+    """The same settings in words that do not depend on the working directory: of the model, the data and the images."""
+    model, root = settings.model, settings.image_root
+    if model not in known_profiles() and Path(model).expanduser().is_dir():
+        model = _absolute(model)
+    return settings.model_copy(
+        update={
+            "model": model,
+            "data": absolute_data(settings.data),
+            "image_root": None if root is None else Path(_absolute(str(root))),
+        }
+    )
+
+
+def absolute_data(text: str) -> str:
+    """The name of a dataset with absolute paths; see `KINDS`."""
+    kind, colon, rest = text.partition(":")
+    if text == "demo" or kind == "hub":
+        return text
+    if colon and kind in ("pope", "vqav2"):
+        files = rest.split(",") if kind == "vqav2" else [rest]
+        return f"{kind}:{','.join(map(_absolute, files))}"
+    return _absolute(text)
+
+
+def _absolute(text: str) -> str:
+    """A path with its directory resolved. Its own name stays, since its suffix tells the format, if it is a link."""
+    path = Path(text).expanduser()
+    return str(path.parent.resolve() / path.name)
+
+
 def make_plan(
     settings: CompareSettings, cases: Sequence[Case], dataset: Dataset, environment: Environment, timed: int
 ) -> Plan:
     """Everything that a run will do. timed: how many of the samples the rounds cycle through."""
+    fixed = with_absolute_paths(settings)
     turns = rotation([case.batch_size for case in cases], timed, settings.rounds, settings.seed, MOST_ROUNDS)
     data_digest = digest_of_samples(dataset.samples)
     common = {
         "rules": asdict(settings.rules),
         "data": data_digest,
-        **settings.model_dump(include={"model", "max_new_tokens", "runs", "seed", "rounds", "layers", "device_map"}),
+        **fixed.model_dump(include={"model", "max_new_tokens", "runs", "seed", "rounds", "layers", "device_map"}),
     }
     return Plan(
         model=settings.model,
-        options=settings.model_dump(mode="json"),
+        options=fixed,
         rules=settings.rules,
         cases=[planned_case(case.id, environment, common) for case in cases],
         environment=environment,
@@ -138,12 +173,18 @@ def require_same(then: Plan, now: Plan) -> None:
         differences = _differences(_resolved(before.case) | vars(then.rules), _resolved(after.case) | vars(now.rules))
         if differences:
             raise MMTokError(f"{before} has changed: {'; '.join(differences)}", "start a new run without --resume")
-    if [case.key for case in then.cases] != [case.key for case in now.cases]:
+    if _measured(then) != _measured(now):
         raise MMTokError(f"the samples of {then.data} have changed", "start a new run without --resume")
 
 
-def estimate(plan: Plan, seconds: Sequence[float | None]) -> Estimate:
-    """How long a plan takes, given the seconds of one run of each case."""
+def _measured(plan: Plan) -> tuple[object, ...]:
+    """What is measured, on which samples and in which order."""
+    return [case.key for case in plan.cases], plan.samples, plan.timed, plan.metric, plan.order
+
+
+def estimate(plan: Plan, runs: Sequence[float | CaseFailure]) -> Estimate:
+    """How long a plan takes, given the seconds of one run of each case, or why it failed."""
+    seconds = [None if isinstance(one, CaseFailure) else one for one in runs]
     turns = plan.rotation()
     measured = sum(one * turns.turns_of(i) * plan.runs for i, one in enumerate(seconds) if one is not None)
     before = sum(one * (1 + plan.warmup) for one in seconds if one is not None)  # FLOPs are counted in a run as well
@@ -156,6 +197,7 @@ def estimate(plan: Plan, seconds: Sequence[float | None]) -> Estimate:
                 case=planned.case,
                 rounds=turns.turns_of(i),
                 seconds=seconds[i],
+                failure=f"{one.reason}: {one.message}" if isinstance(one := runs[i], CaseFailure) else None,
             )
             for i, planned in enumerate(plan.cases)
         ],

@@ -6,7 +6,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, field_validator
 
 from mmtok_cli.errors import MMTokError
 
@@ -66,11 +66,15 @@ def known_profiles() -> dict[str, Profile]:
 
     Raises MMTokError naming a file that does not parse.
     """
-    installed = PACKAGE / "profiles"
-    directory = installed if installed.is_dir() else PACKAGE.parent / "profiles"
-    profiles = [_read(path) for path in sorted(directory.glob("*.toml"))]
+    profiles = [_read(path) for path in sorted(profile_directory().glob("*.toml"))]
     profiles.sort(key=lambda profile: (profile.name != "demo", profile.family, profile.parameters))
     return {profile.name: profile for profile in profiles}
+
+
+def profile_directory() -> Path:
+    """Where the profiles are: in the installed package, or beside it in a checkout."""
+    installed = PACKAGE / "profiles"
+    return installed if installed.is_dir() else PACKAGE.parent / "profiles"
 
 
 def _with_none(value: Any) -> Any:
@@ -82,5 +86,6 @@ def _with_none(value: Any) -> Any:
 def _read(path: Path) -> Profile:
     try:
         return Profile(**tomllib.loads(path.read_text(encoding="utf-8")))
-    except (tomllib.TOMLDecodeError, ValidationError) as error:
-        raise MMTokError(f"{path} is not a profile: {error}", "compare it with profiles/demo.toml") from error
+    except (OSError, ValueError) as error:  # damaged TOML, text that is not UTF-8 and wrong fields are ValueErrors
+        reason = " ".join(str(error).split())
+        raise MMTokError(f"{path} is not a profile: {reason}", "compare it with profiles/demo.toml") from error

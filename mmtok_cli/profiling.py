@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from mmtok_cli.cases import Case
 from mmtok_cli.configuration import cases_of, configured_model
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.environment import environment_of
+from mmtok_cli.errors import MMTokError, first_line
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.pipeline import Reduced, answer, reduce
 from mmtok_cli.progress import Progress
@@ -28,16 +31,42 @@ from mmtok_cli.timing.summary import summarise_case
 from mmtok_cli.timing.traces import Trace, trace_case
 from mmtok_cli.tokens import Selection
 
+Result = TypeVar("Result")
+
 SELECTION_STAGES = ("prepare", "encode", "select", "prefill")
 
 
 @dataclass(frozen=True)
 class Profiled:
-    """A profile with the traces that were written, and what its notes need to know of the model."""
+    """A profile with its traces, what its notes need to know of the model, and the errors that left parts of it out."""
 
     profile: CeilingProfile
     traces: list[Trace]
     context_length: int
+    problems: list[MMTokError]
+
+
+class Remainder:
+    """What follows the timing. No part of it may cost what was measured before: an error leaves that part out, and an
+    interruption all parts from there on."""
+
+    def __init__(self, interrupted: bool) -> None:
+        self.interrupted = interrupted
+        self.problems: list[MMTokError] = []
+
+    def attempt(self, name: str, work: Callable[[], Result]) -> Result | None:
+        """The result of a part; None if it is left out."""
+        if self.interrupted:
+            return None
+        try:
+            return work()
+        except KeyboardInterrupt:
+            self.interrupted = True
+        except MMTokError as error:
+            self.problems.append(MMTokError(f"{name}: {error.message}", error.hint))
+        except Exception as error:
+            self.problems.append(MMTokError(f"{name} failed with {type(error).__name__}: {first_line(error)}"))
+        return None
 
 
 @dataclass(frozen=True)
@@ -62,8 +91,8 @@ def profile(
 
     scaling_sizes: numbers of vision tokens at which selection and prefill are timed as well.
 
-    An interrupted run keeps its complete rounds. Raises KeyboardInterrupt before the first one, and MMTokError for
-    what cannot be run.
+    An interrupted profile keeps its complete rounds and all parts that were measured by then, and so does one of which
+    a part fails. Raises KeyboardInterrupt before the first round, and MMTokError for what cannot be run.
     """
     progress = progress or Progress()
     cases = cases_of(settings)
@@ -74,16 +103,20 @@ def profile(
         case.check(model, [sample])
     order = interleaved(len(cases), settings.rounds, settings.seed)
     rounds, interrupted = _time(model, cases, sample, order, settings, progress)
+    remainder = Remainder(interrupted)
     flops: list[dict[str, float]] = []
-    traces: list[Trace] = []
+    traces: dict[str, Trace] = {}
     with progress.task("tracing", len(cases)) as update:
-        for case in cases:
+        for number, case in enumerate(cases, 1):
             samples = [sample] * case.batch_size
-            flops.append(count_flops(model, case, samples, settings.max_new_tokens))
-            traces.append(trace_case(model, case, samples, trace_dir, settings.max_new_tokens))
-            update(len(traces))
+            count = partial(count_flops, model, case, samples, settings.max_new_tokens)
+            flops.append(remainder.attempt(f"the FLOPs of {case.id.label}", count) or {})
+            run = partial(trace_case, model, case, samples, trace_dir, settings.max_new_tokens)
+            if trace := remainder.attempt(f"the trace of {case.id.label}", run):
+                traces[case.id.label] = trace
+            update(number)
     with progress.task("measuring ceilings"):
-        ceilings = measure_ceilings(model.device, model.dtype)
+        ceilings = remainder.attempt("the ceilings", partial(measure_ceilings, model.device, model.dtype))
     results, read = _results(cases, rounds, flops), weights_read(model)
     sizes = list(settings.batch_size)
     found = CeilingProfile(
@@ -102,18 +135,19 @@ def profile(
             order=order[: len(rounds)],
             runs=settings.runs,
         ),
-        interrupted=interrupted,
+        interrupted=remainder.interrupted,
         cases=results,
-        stage_peaks={case.id.label: trace.peaks for case, trace in zip(cases, traces, strict=True)},
-        operators=[operator for trace in traces for operator in trace.operators],
+        stage_peaks={label: trace.peaks for label, trace in traces.items()},
+        operators=[operator for trace in traces.values() for operator in trace.operators],
         trace=str(trace_dir),
         ceilings=ceilings,
         weights_read=read,
         achieved=achieved(results, read),
     )
     if scaling_sizes:
-        found = _with_scaling(model, cases, sample, scaling_sizes, found, progress)
-    return Profiled(found, traces, model.context_length)
+        found = _with_scaling(model, cases, sample, scaling_sizes, found, progress, remainder)
+    problems = [*remainder.problems, *(trace.problem for trace in traces.values() if trace.problem)]
+    return Profiled(found, list(traces.values()), model.context_length, problems)
 
 
 def time_selection(model: VisionLanguageModel, case: Case, sample: Sample) -> Selected:
@@ -196,25 +230,32 @@ def _with_scaling(
     sizes: Sequence[int],
     found: CeilingProfile,
     progress: Progress,
+    remainder: Remainder,
 ) -> ScalingProfile:
-    """The profile with the times at each number of tokens, as far as they were measured if it is interrupted."""
+    """The profile with the times at each number of tokens, as far as they could be measured."""
     smallest = smallest_size(model, cases, sample, sizes)
     numbers = [*filter(None, [smallest]), *sizes]
     points: dict[int, list[ScalingPoint]] = {}
-    interrupted, schedule = found.interrupted, found.schedule
-    for tokens in [] if interrupted else numbers:
-        try:
-            with progress.task(f"{tokens} tokens ({len(points) + 1} of {len(numbers)})"):
-                points[tokens] = measure_size(
-                    model, cases, sample, tokens, runs=schedule.rounds, warmup=schedule.warmup, seed=schedule.seed
-                )
-        except KeyboardInterrupt:
-            interrupted = True
-            break
+    schedule = found.schedule
+    for place, tokens in enumerate(numbers, 1):
+        measure = partial(
+            measure_size,
+            model,
+            cases,
+            sample,
+            tokens,
+            runs=schedule.rounds,
+            warmup=schedule.warmup,
+            seed=schedule.seed,
+        )
+        with progress.task(f"{tokens} tokens ({place} of {len(numbers)})"):
+            measured = remainder.attempt(f"the times at {tokens} tokens", measure)
+        if measured is not None:
+            points[tokens] = measured
     fixed = points.pop(smallest, []) if smallest else []
     scaling = [point for measured in points.values() for point in measured]
     return ScalingProfile(
-        **found.model_dump(by_alias=True) | {"interrupted": interrupted},
+        **found.model_dump(by_alias=True) | {"interrupted": remainder.interrupted},
         scaling=scaling,
         growth=list(growth_of(scaling, fixed)),
         fixed=fixed,

@@ -23,6 +23,15 @@ DATA = "Data"
 MEASUREMENT = "Measurement"
 PANELS = (MODEL, REDUCTION, DATA, MEASUREMENT)  # in the order in which help shows them
 
+# What is beyond these is a slip of the keyboard: it would run for years or fill the memory with its schedule.
+MOST_ROUNDS = 100_000
+MOST_RUNS = 1000  # repetitions within a round, and untimed runs
+MOST_SAMPLES = 10_000_000
+MOST_NEW_TOKENS = 1_000_000
+LARGEST_BATCH = 10_000
+LONGEST = 7 * 24 * 3600  # seconds
+LARGEST_SEED = 2**63 - 1  # that of torch's generators
+
 
 @dataclass(frozen=True)
 class Option:
@@ -55,8 +64,8 @@ def _methods(value: Any) -> Any:
 
 
 def _budgets(value: Any) -> Any:
-    if value is None:
-        return None
+    if not isinstance(value, (str, list, tuple)):
+        return value
     text = value if isinstance(value, str) else ",".join(map(str, value))
     return tuple(map(str, parse_budgets(text)))
 
@@ -64,8 +73,11 @@ def _budgets(value: Any) -> Any:
 def _batch_sizes(value: Any) -> Any:
     sizes = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
     for size in sizes:
-        if not re.fullmatch(r"\s*[0-9]{1,6}\s*", str(size)) or int(size) < 1:
-            raise MMTokError(f"{str(size).strip()!r} is not a batch size", "give one or several: --batch-size 1,8")
+        if not re.fullmatch(r"\s*[0-9]{1,6}\s*", str(size)) or not 1 <= int(size) <= LARGEST_BATCH:
+            raise MMTokError(
+                f"{str(size).strip()!r} is not a batch size",
+                f"give one or several from 1 to {LARGEST_BATCH}, as in --batch-size 1,8",
+            )
     return tuple(dict.fromkeys(map(int, sizes)))
 
 
@@ -164,7 +176,7 @@ class ReductionSettings(Settings):
     parameters: Annotated[
         tuple[str, ...], Option(("--set",), REDUCTION, metavar="METHOD.PARAM=VALUE", complete="parameters")
     ] = Field((), description="Parameter of a method, as in fastv.layer=3 (see `mmtok methods NAME`). Repeatable.")
-    seed: Annotated[int, Option(panel=REDUCTION)] = Field(0, ge=0, description="Random seed.")
+    seed: Annotated[int, Option(panel=REDUCTION)] = Field(0, ge=0, le=LARGEST_SEED, description="Random seed.")
 
     @property
     def rules(self) -> Rules:
@@ -197,7 +209,7 @@ class InferSettings(OneCaseSettings):
     """What `mmtok infer` does."""
 
     max_new_tokens: Annotated[int, Option(panel=MEASUREMENT)] = Field(
-        64, ge=1, description="Maximum number of new tokens."
+        64, ge=1, le=MOST_NEW_TOKENS, description="Maximum number of new tokens."
     )
 
 
@@ -228,11 +240,13 @@ class CasesSettings(ReductionSettings, MethodsSettings, PartSettings, ModelSetti
         (1,), description="Batch size, or several: 1,8."
     )
     runs: Annotated[int, Option(panel=MEASUREMENT)] = Field(
-        1, ge=1, description="Repetitions of each case within a round; their median is used."
+        1, ge=1, le=MOST_RUNS, description="Repetitions of each case within a round; their median is used."
     )
-    warmup: Annotated[int, Option(panel=MEASUREMENT)] = Field(1, ge=0, description="Untimed runs of each case.")
+    warmup: Annotated[int, Option(panel=MEASUREMENT)] = Field(
+        1, ge=0, le=MOST_RUNS, description="Untimed runs of each case."
+    )
     max_new_tokens: Annotated[int, Option(panel=MEASUREMENT)] = Field(
-        16, ge=1, description="Maximum number of new tokens."
+        16, ge=1, le=MOST_NEW_TOKENS, description="Maximum number of new tokens."
     )
 
 
@@ -243,9 +257,11 @@ class ProfileSettings(CasesSettings):
         ("64",), description="Budgets, separated by commas: 64,16 or 10%,5%."
     )
     rounds: Annotated[int, Option(panel=MEASUREMENT)] = Field(
-        20, ge=1, description="Timed rounds; each runs all cases once, in random order."
+        20, ge=1, le=MOST_ROUNDS, description="Timed rounds; each runs all cases once, in random order."
     )
-    warmup: Annotated[int, Option(panel=MEASUREMENT)] = Field(3, ge=0, description="Untimed runs of each case.")
+    warmup: Annotated[int, Option(panel=MEASUREMENT)] = Field(
+        3, ge=0, le=MOST_RUNS, description="Untimed runs of each case."
+    )
 
 
 class CompareSettings(CasesSettings):
@@ -256,14 +272,21 @@ class CompareSettings(CasesSettings):
         description="Methods (see `mmtok methods`), separated by commas. The baseline `full` always runs; list it to "
         "measure it a second time as a check of the noise.",
     )
-    limit: Annotated[int, Option(panel=MEASUREMENT)] = Field(80, ge=1, description="Maximum number of samples.")
+    limit: Annotated[int, Option(panel=MEASUREMENT)] = Field(
+        80, ge=1, le=MOST_SAMPLES, description="Maximum number of samples."
+    )
     rounds: Annotated[int | None, Option(panel=MEASUREMENT)] = Field(
         None,
         ge=1,
+        le=MOST_ROUNDS,
         description="Timed rounds over all cases, each on the next batch of samples. Default: all batches, at most 30.",
     )
     min_time: Annotated[float | None, Option(panel=MEASUREMENT)] = Field(
-        None, ge=0, allow_inf_nan=False, description="Keep running rounds for at least this many seconds."
+        None,
+        ge=0,
+        le=LONGEST,
+        allow_inf_nan=False,
+        description="Keep running rounds for at least this many seconds.",
     )
     no_quality: Annotated[bool, Option(("--no-quality",), MEASUREMENT)] = Field(
         False, description="Measure only time and memory; do not evaluate answers."

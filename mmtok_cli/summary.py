@@ -10,7 +10,7 @@ from mmtok_cli.evaluation.summary import (
     summarise_evaluation,
     unevaluated_cases,
 )
-from mmtok_cli.results.progress import is_finished, whole_rounds
+from mmtok_cli.results.progress import is_finished, require_flops, whole_rounds
 from mmtok_cli.results.records import TimedRun
 from mmtok_cli.results.run_directory import RunDirectory
 from mmtok_cli.results.schema import CaseResult, Comparison, FailedCase, Schedule
@@ -18,8 +18,9 @@ from mmtok_cli.timing.summary import summarise_case
 
 
 def summarise_run(store: RunDirectory) -> Comparison:
-    """Everything that is known of a run, from its directory alone."""
+    """Everything that is known of a run, from its directory alone. Raises MMTokError where FLOPs are missing."""
     plan = store.plan
+    require_flops(store)
     rounds = whole_rounds(store)
     columns = [[run for i in rounds if (run := store.runs.get((i, case)))] for case in range(len(plan.cases))]
     return Comparison(

@@ -70,8 +70,7 @@ def main() -> None:
         environment_of(model),
         len(samples),
     )
-    with tempfile.TemporaryDirectory() as scratch:
-        store = RunDirectory.create(Path(scratch) / "run", plan)
+    with tempfile.TemporaryDirectory() as scratch, RunDirectory.create(Path(scratch) / "run", plan) as store:
         measurement = Measurement(model, cases, in_batches(samples, [1]), store)
         extra, start, busy = [], time.perf_counter(), time.process_time()
         for number in measurement.rounds():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +26,31 @@ from mmtok_cli.rules import Rules
 from mmtok_cli.timing.statistics import paired_speedup, summarise
 
 HOSTILE = "<script>alert(1)</script>"
+
+# What a terminal, a page, a sheet or Markdown would follow instead of showing it.
+HOSTILE_TEXTS = {
+    "escape sequence": "\x1b[2J\x1b]0;title\x07",
+    "8-bit sequence": "\x9b2J",
+    "newline": "a\nerror: forged",
+    "carriage return": "a\rforged",
+    "backspace": "abc\b\b\bxyz\x7f",
+    "line separator": "a\u2028b\u2029c\x85d",
+    "right-to-left override": "\u202egnp.exe\u202c\u2066\u2069\u200f",
+    "invisible": "a\u200b\ufeff\u00ad\U000e0041",
+    "markup": "[red]x[/red][/]",
+    "script": "<script>alert(1)</script><img src=x onerror=alert(2)>",
+    "attribute": "\"' onload=alert(3) onmouseover='alert(4)' x=\"",
+    "address": "javascript:alert(5)//http://example.org/x.png",
+    "template": "{{ 7 * 7 }}{% raw %}</style></title></svg><base href=//example.org>",
+    "formula": '=HYPERLINK("http://x","y")',
+    "table": "a|b`c`*d*$e$",
+}
+
+
+def is_harmless(text: str) -> bool:
+    """Whether text holds no character that does anything but appear, except ends of lines."""
+    return not any(unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") for c in text.replace("\n", ""))
+
 
 STAGES = ("prepare", "encode", "select", "prefill", "decode")
 ROUNDS = 8
@@ -54,7 +80,7 @@ def case(
     described = {
         "method": method,
         "parameters": {} if baseline else {"alpha": 0.5},
-        "budget": None if baseline else str(kept),
+        "budget": None if baseline or not kept else str(kept),
     }
     of = {name: changes.pop(name) for name in ("parameters", "batch_size", "again", "run") if name in changes}
     fields: dict[str, Any] = {

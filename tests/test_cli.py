@@ -258,10 +258,15 @@ def test_interrupting_keeps_what_was_measured(
     # A shell's background jobs ignore the signal, and so would what they start.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        result = run_json(*command, "-m", tiny_directory, "-b", 4)
+        stopped = run(*command, "-m", tiny_directory, "-b", 4, "--json")
     finally:
         signal.signal(signal.SIGINT, before)
-    assert result["interrupted"] and result["schedule"]["rounds"] == len(result["schedule"]["order"])
+    result = json.loads(stopped.stdout)
+    assert (
+        stopped.exit_code == 130
+        and result["interrupted"]
+        and result["schedule"]["rounds"] == len(result["schedule"]["order"])
+    )
     assert 0 < result["schedule"]["rounds"] < 24 / 2
 
 

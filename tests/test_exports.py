@@ -94,7 +94,7 @@ def test_columns_have_one_heading_in_each_table() -> None:
 
 def test_csv_quotes_what_would_break_it(tmp_path: Path) -> None:
     rows = list(csv.DictReader((written(comparison([case('a,"b"\nc')], "x,y"), tmp_path / "x.csv")).splitlines(True)))
-    assert (rows[0]["method"], rows[0]["model"]) == ('a,"b"\nc', "x,y")
+    assert (rows[0]["method"], rows[0]["model"]) == ('a,"b"\\nc', "x,y")
 
 
 def test_markdown_columns_line_up(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_markdown_without_answers_shows_fidelity() -> None:
 def test_markdown_names_stay_text() -> None:
     text = markdown_text(comparison([case("full", 576), case("a|b<script>*x*\n日本")], model="<b>&amp;"))
     row = rows_of(text)[3]
-    assert row[0] == "a|b\\<script\\>\\*x\\* 日本"
+    assert row[0] == r"a|b\<script\>\*x\*\\n日本"
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert len({cell_len(line) for line in table}) == 1
     assert "\\<b\\>\\&amp;" in text

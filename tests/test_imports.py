@@ -17,11 +17,11 @@ ALLOWED = {
     "methods": SHARED | {"methods"},
     "models": SHARED | {"models", "profiles"},
     "data": {"errors", "data", "demo"},
-    "decoding": {"models"},
+    "decoding": {"models", "errors"},
     "configuration": {"methods", "models", "settings", "cases", "budget", "progress"},
     "settings": {"budget", "errors", "rules"},
     "progress": {"errors"},
-    "planning": {"cases", "data", "results", "settings", "errors"},
+    "planning": {"cases", "data", "profiles", "results", "settings", "errors"},
     "api": SHARED
     | {"cases", "comparison", "configuration", "data", "evaluation", "methods", "models", "pipeline", "results"}
     | {"settings", "timing"},

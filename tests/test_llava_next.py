@@ -86,7 +86,7 @@ def test_next_packs_as_the_model_does(tiny_next: LlavaNext) -> None:
 
 def test_next_prompt_is_the_processors_own(tiny_next: LlavaNext) -> None:
     image = picture(160, 100, 3)
-    text = tiny_next._chat("What digit is it?", 1)
+    text = tiny_next.chat("What digit is it?", 1)
     expected = tiny_next.processor(images=image, text=text, return_tensors="pt")
     prompt = tiny_next.prepare(["What digit is it?"], [(image,)], [("x",)], [None])
     assert (prompt.input_ids == tiny_next.image_token_id).sum() == (

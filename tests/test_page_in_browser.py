@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from comparisons import HOSTILE, case, comparison, overlays, unmeasured, usual
+from comparisons import HOSTILE, HOSTILE_TEXTS, case, comparison, is_harmless, overlays, unmeasured, usual
 from PIL import Image
 
 from mmtok_cli.report.exports import write_export
-from mmtok_cli.report.page import LONGEST_SIDE
+from mmtok_cli.report.page import LONGEST_SIDE, Overlay, OverlayGroup
+from mmtok_cli.results.schema import CaseId, Comparison, FailedCase
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -241,3 +242,46 @@ def test_text_stays_text(browser: Browser, tmp_path: Path) -> None:
     assert page.locator("script").count() == 1 and not dialogs
     assert page.locator("[onload]").count() == 0
     page.close()
+
+
+def hostile_everywhere(text: str) -> tuple[Comparison, list[OverlayGroup]]:
+    """A comparison and its pictures with `text` wherever text of users, files and models can be."""
+    kinds = {text: (3, 4), "plain": (1, 4)}
+    counts = usual().results[0].score_counts
+    assert counts is not None
+    counts = counts.model_copy(update={"by_kind": kinds})
+    cases = [case("full", 576, score_counts=counts), case(text, 64, score_counts=counts, parameters={text: text})]
+    failed = FailedCase(case=CaseId(method=text, parameters={}, budget=text), round=0, reason="refused", message=text)
+    result = comparison(cases, model=text)
+    schedule = result.schedule.model_copy(update={"data": text})
+    fields = {"processor", "platform", "torch", "git_commit", "device"}
+    environment = result.environment.model_copy(update=dict.fromkeys(fields, text) | {"command": ["mmtok", text]})
+    update = {"schedule": schedule, "environment": environment, "failures": [failed], "unevaluated": [failed]}
+    pictures = [OverlayGroup(text, [Overlay(text, Image.new("RGB", (72, 48)), text)])]
+    return result.model_copy(update=update | {"left_out": [text], "remarks": [text]}), pictures
+
+
+@pytest.mark.parametrize("kind", HOSTILE_TEXTS)
+def test_hostile_text_runs_nothing_and_loads_nothing(kind: str, browser: Browser, tmp_path: Path) -> None:
+    path = tmp_path / "hostile.html"
+    result, pictures = hostile_everywhere(HOSTILE_TEXTS[kind])
+    write_export(result, path, overlays=pictures)
+    context = browser.new_context()
+    page = context.new_page()
+    happened: list[str] = []
+    page.on("dialog", lambda dialog: (happened.append(dialog.message), dialog.dismiss()))
+    page.on("pageerror", lambda error: happened.append(str(error)))
+    page.on("console", lambda message: happened.append(message.text))
+    context.on("request", lambda request: happened.append(request.url))
+    page.goto(path.as_uri(), wait_until="load")
+    for element in page.locator("th, td, figure, .series, button").all():
+        element.dispatch_event("mouseover")
+    page.locator("thead button").first.click()
+    assert [what for what in happened if not what.startswith("data:") and what != path.as_uri()] == []
+    assert page.url == path.as_uri() and page.locator("script").count() == 1 and page.locator("img").count() == 1
+    named = page.evaluate("[...document.querySelectorAll('*')].flatMap((e) => e.getAttributeNames())")
+    assert not [name for name in named if name.startswith("on")]
+    assert page.locator("a, iframe, object, embed, form, base").count() == 0
+    shown = page.evaluate("document.documentElement.outerHTML")
+    assert is_harmless(shown) and is_harmless(page.title())
+    context.close()

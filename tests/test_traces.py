@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import groupby
+from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
 
@@ -46,6 +47,14 @@ def test_operators_and_peaks_by_stage(trace: Trace) -> None:
     assert set(convolutions) == {"encode"}
     assert all(operator.cpu_seconds >= 0 and operator.calls > 0 for operator in trace.operators)
     assert trace.peaks["encode"] > 0 and trace.peaks["prefill"] > 0
+
+
+@pytest.mark.parametrize("name", ["../../up", "..", "/etc/x", "a/../../b", "x" * 300, "\x1b[2J\n", "名前" * 100])
+def test_traces_stay_in_their_directory(name: str, tiny_sdpa: Llava, samples: list[Sample], tmp_path: Path) -> None:
+    place = tmp_path / "traces"
+    written = trace_case(tiny_sdpa, Case(name, make_method("none"), None), samples[:1], place, max_new_tokens=1)
+    assert written.path and written.path.resolve().parent.parent == place.resolve()
+    assert list(tmp_path.iterdir()) == [place] and written.path.parent.name.isprintable()
 
 
 @pytest.fixture(scope="module")

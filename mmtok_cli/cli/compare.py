@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -75,27 +76,21 @@ def compare(
 
     [dim]mmtok compare --methods mmtok,resize --budget 64,16[/dim]
     """  # noqa: E501 (a paragraph is one line, so that help wraps it)
+    from mmtok_cli.cli.outputs import check_outputs, comparison_inputs, outputs_of
     from mmtok_cli.comparison import ComparisonRun
     from mmtok_cli.errors import MMTokError
     from mmtok_cli.evaluation.processes import join_processes
-    from mmtok_cli.files import require_writable
-    from mmtok_cli.report.checks import require_speedup_stage
     from mmtok_cli.report.console import ConsoleProgress
     from mmtok_cli.report.exports import EXPORTS
 
     files = exports or []
-    if plot:
-        require_writable(plot, PLOTS, "--plot")
-        if not settings.measures_quality:
-            raise MMTokError("--plot shows quality, which is not measured with these options", "omit --plot")
-    for path in files:
-        require_writable(path, EXPORTS, "--export")
-    if fail_below is not None:
-        if math.isinf(fail_below):
-            raise MMTokError("--fail-below must be finite", "give the least speedup, as in --fail-below 1.2")
-        require_speedup_stage(fail_below_stage)
-    elif is_given(context, "fail_below_stage"):
-        raise MMTokError("--fail-below-stage requires --fail-below", "add --fail-below, as in --fail-below 1.2")
+    new_run = None if resume else run_dir
+    outputs = outputs_of(
+        [("--run-dir", new_run, ()), ("--plot", plot, PLOTS), *(("--export", path, EXPORTS) for path in files)]
+    )
+    if plot and not settings.measures_quality:
+        raise MMTokError("--plot shows quality, which is not measured with these options", "omit --plot")
+    _check_fail_below(context, fail_below, fail_below_stage)
     with join_processes(settings.device) as processes:
         if settings.device_map is not None and processes.count > 1:
             raise MMTokError("--device-map gives all GPUs to one process, and there are several", "omit it")
@@ -106,24 +101,40 @@ def compare(
             run = ComparisonRun.resumed(settings, given, run_dir, progress, pictures=pictures)
         else:
             run = ComparisonRun(settings, run_dir, progress, pictures=pictures)
-        if dry_run:
-            if processes.is_writer:
-                _show_plan(run, as_json)
-        elif processes.is_writer:
-            passed = _measure(run, processes, files, plot, as_json, quiet, (fail_below, fail_below_stage))
-            if not passed:
-                raise typer.Exit(1)
-        else:
+        check_outputs(outputs, comparison_inputs(run.settings, run.directory, outputs))
+        if not processes.is_writer:
             run.help(processes)
+        elif dry_run:
+            _show_plan(run, as_json)
+        else:
+            status = _measure(run, processes, files, plot, as_json, quiet, (fail_below, fail_below_stage))
+            if status:
+                raise typer.Exit(status)
+
+
+def _check_fail_below(context: typer.Context, least: float | None, stage: str) -> None:
+    """Raises MMTokError for a check of the speedup that cannot be made."""
+    from mmtok_cli.errors import MMTokError
+    from mmtok_cli.report.checks import require_speedup_stage
+
+    if least is None:
+        if is_given(context, "fail_below_stage"):
+            raise MMTokError("--fail-below-stage requires --fail-below", "add --fail-below, as in --fail-below 1.2")
+        return
+    if not math.isfinite(least):
+        raise MMTokError("--fail-below must be finite", "give the least speedup, as in --fail-below 1.2")
+    require_speedup_stage(stage)
 
 
 def _show_plan(run: ComparisonRun, as_json: bool) -> None:
     from mmtok_cli.report import checks, console
+    from mmtok_cli.report.text import printable_record
 
     plan = run.estimate()
     if as_json:
         console.print_json(plan)
         return
+    plan = printable_record(plan)
     out = console.results_console()
     out.print(checks.plan_table(plan))
     for line in checks.plan_lines(plan):
@@ -138,27 +149,31 @@ def _measure(
     as_json: bool,
     quiet: bool,
     check: tuple[float | None, str],
-) -> bool:
-    """Measure and show; whether everything was measured and saved, and the speedups pass the check."""
-    from mmtok_cli.cli.showing import export, save_plot, show
+) -> int:
+    """Measure, write the files, then show. The exit status: 1 if anything failed, 130 if the run was interrupted."""
+    from mmtok_cli.cli.showing import exports, save_plot, show
     from mmtok_cli.report.checks import shortfalls
-    from mmtok_cli.report.console import notes_console, print_error
+    from mmtok_cli.report.console import attempt_all, notes_console, print_error
+    from mmtok_cli.report.text import printable
     from mmtok_cli.results.run_directory import NotWrittenError
 
     try:
         comparison, stopped = run.measure(processes)
     except NotWrittenError as error:
         print_error(error)
-        return False
-    show(comparison, run.settings.parameters, as_json, quiet)
-    if comparison.results:
-        export(comparison, files, run.directory, quiet)
+        return 1
+    parts = exports(comparison, files, run.directory, quiet) if comparison.results else []
     if plot:
-        save_plot(comparison, plot, quiet)
+        parts.append(partial(save_plot, comparison, plot, quiet))
+    done = attempt_all([*parts, partial(show, comparison, run.settings.parameters, as_json, quiet)])
     if stopped is not None:
         print_error(stopped)
+    if not done or stopped is not None or not comparison.results:
+        return 1
+    if comparison.interrupted:
+        return 130
     least, stage = check
     lines = [] if least is None else shortfalls(comparison, stage, least)
     for line in lines:
-        notes_console().print(f"failed: {line}", soft_wrap=True)
-    return not lines and stopped is None and bool(comparison.results)
+        notes_console().print(f"failed: {printable(line)}", soft_wrap=True)
+    return 1 if lines else 0

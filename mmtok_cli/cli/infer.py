@@ -44,6 +44,7 @@ def infer(
     from mmtok_cli.data.samples import sample_from_file
     from mmtok_cli.report.console import ConsoleProgress, print_json, results_console
     from mmtok_cli.report.tables import answer_table, rules_text, weights_text
+    from mmtok_cli.report.text import printable, printable_lines
     from mmtok_cli.timing.runner import run_case
 
     progress = ConsoleProgress(quiet)
@@ -70,8 +71,9 @@ def infer(
         return
     out = results_console()
     for each, run in zip(cases, runs, strict=True):
-        out.print(Text.assemble((f"{each}: " if baseline else "", "bold"), run.answers[0]))
-    out.print(answer_table([str(each) for each in cases], runs))
+        name = f"{printable(each)}: " if baseline else ""
+        out.print(Text.assemble((name, "bold"), printable_lines(run.answers[0])))
+    out.print(answer_table([printable(each) for each in cases], runs))
     for remark in filter(None, (rules_text(settings.rules, settings.parameters), weights_text(model.weights))):
         out.print(remark, style="dim", markup=False)
 

@@ -6,7 +6,8 @@ import errno
 import os
 import sys
 import warnings
-from typing import Annotated, Any
+from io import TextIOWrapper
+from typing import Annotated, Any, NoReturn, cast
 
 import typer
 from typer.core import TyperGroup
@@ -15,26 +16,52 @@ from mmtok_cli import __version__
 from mmtok_cli.cli import compare, infer, methods, models, profile, prune, report
 from mmtok_cli.errors import MMTokError
 
+# What Typer raises for a command line that it cannot read; the class has no public name.
+UsageError = cast(type[Exception], typer.BadParameter.__base__)
+
 
 class Commands(TyperGroup):
     """Turns a fault of the user's input into one clear line and exit status 2."""
 
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        if not args:
+            return super().make_context(info_name, args, parent, **extra)  # prints the help
+        try:
+            return super().make_context(info_name, args, parent, **extra)
+        except UsageError as error:
+            _refuse(_usage_error(error))
+
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except UsageError as error:
+            _refuse(_usage_error(error))
         except MMTokError as error:
-            from mmtok_cli.report.console import print_error
-
-            print_error(error)
-            raise typer.Exit(2) from error
+            _refuse(error)
         except OSError as error:
-            if error.errno != errno.ENOSPC:
+            if error.errno not in (errno.ENOSPC, errno.EPIPE):
                 raise
-            typer.echo("error: no space left on device", err=True)
+            from mmtok_cli.report.console import report_unwritable
+
+            report_unwritable(error)
             raise typer.Exit(1) from error
         except Exception as error:
             _note_untested_release(error)
             raise
+
+
+def _refuse(error: MMTokError) -> NoReturn:
+    from mmtok_cli.report.console import print_error
+
+    print_error(error)
+    raise typer.Exit(2) from error
+
+
+def _usage_error(error: Any) -> MMTokError:
+    """Typer's error in the words and the form of all others."""
+    message = " ".join(error.format_message().split()).removesuffix(".")
+    command = error.ctx.command_path if error.ctx else "mmtok"
+    return MMTokError(message[:1].lower() + message[1:], f"`{command} --help` explains every option")
 
 
 def _note_untested_release(error: Exception) -> None:
@@ -89,4 +116,7 @@ def mmtok(
 
 
 def main() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what another encoding than UTF-8 cannot express
     app()

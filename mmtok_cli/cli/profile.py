@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +14,7 @@ from mmtok_cli.settings import MEASUREMENT, ProfileSettings
 
 if TYPE_CHECKING:
     from mmtok_cli.profiling import Profiled
+    from mmtok_cli.results.profile import ScalingProfile
 
 SCALING_TOKENS = "576,1024,2304,4096,9216,16384"
 EXPORTS = (".json", ".csv", ".md")
@@ -69,34 +71,46 @@ def profile(
 
     [dim]mmtok profile --methods mmtok,divprune --budget 64 --scaling --plot scaling.png[/dim]
     """
-    from mmtok_cli.cli.showing import export_profile
+    from mmtok_cli.cli.outputs import check_outputs, model_inputs, outputs_of
+    from mmtok_cli.cli.showing import profile_exports
     from mmtok_cli.data.samples import demo_samples, sample_from_file
     from mmtok_cli.errors import MMTokError
-    from mmtok_cli.files import require_writable, require_writable_directory
     from mmtok_cli.profiling import profile as measure
-    from mmtok_cli.report.console import ConsoleProgress, print_json
-    from mmtok_cli.report.plots import save_scaling
+    from mmtok_cli.report.console import ConsoleProgress, attempt_all, print_error, print_json
     from mmtok_cli.results.profile import ScalingProfile
     from mmtok_cli.timing.scaling import parse_tokens
 
     if not scaling and (plot or scaling_tokens):
         raise MMTokError(f"{'--plot' if plot else '--scaling-tokens'} requires --scaling", "add --scaling")
-    sample = demo_samples(1)[0] if image is None else sample_from_file(image, question)
-    require_writable_directory(trace_dir, "--trace-dir")
-    for path, kinds, option in [(plot, PLOTS, "--plot"), *((path, EXPORTS, "--export") for path in exports or [])]:
-        if path:
-            require_writable(path, kinds, option)
     sizes = parse_tokens(scaling_tokens or SCALING_TOKENS) if scaling else []
-    progress = ConsoleProgress(quiet)
-    found = measure(settings, sample, "demo" if image is None else str(image), trace_dir, progress, scaling_sizes=sizes)
-    if as_json:
-        print_json(found.profile)
-    else:
-        _show(found, settings, sizes, top, quiet)
-    export_profile(found.profile, exports or [], quiet)
+    sample = demo_samples(1)[0] if image is None else sample_from_file(image, question)
+    files = [("--export", path, EXPORTS) for path in exports or []]
+    outputs = outputs_of([("--trace-dir", trace_dir, ()), ("--plot", plot, PLOTS), *files])
+    check_outputs(outputs, model_inputs(settings.model, *([image] if image else [])))
+    data = "demo" if image is None else str(image)
+    found = measure(settings, sample, data, trace_dir, ConsoleProgress(quiet), scaling_sizes=sizes)
+    parts = profile_exports(found.profile, exports or [], quiet)
     if plot and isinstance(found.profile, ScalingProfile):
-        save_scaling(found.profile, plot)
-        progress.note(f"wrote {plot}")
+        parts.append(partial(_save_plot, found.profile, plot, quiet))
+    if as_json:
+        parts.append(partial(print_json, found.profile))
+    else:
+        parts.append(partial(_show, found, settings, sizes, top, quiet))
+    done = attempt_all(parts)
+    for problem in found.problems:
+        print_error(problem)
+    if not done or found.problems:
+        raise typer.Exit(1)
+    if found.profile.interrupted:
+        raise typer.Exit(130)
+
+
+def _save_plot(profile: ScalingProfile, path: Path, quiet: bool) -> None:
+    from mmtok_cli.cli.showing import tell_written
+    from mmtok_cli.report.plots import save_scaling
+
+    save_scaling(profile, path)
+    tell_written(path, quiet)
 
 
 def _show(found: Profiled, settings: ProfileSettings, sizes: Sequence[int], top: int, quiet: bool) -> None:
@@ -104,24 +118,27 @@ def _show(found: Profiled, settings: ProfileSettings, sizes: Sequence[int], top:
     from mmtok_cli.report import console, tables
     from mmtok_cli.report.profiles import ceiling_table, profile_notes, profile_tables, profiles_by_batch_size
     from mmtok_cli.report.scaling import growth_table, scaling_table
+    from mmtok_cli.report.text import printable, printable_record
     from mmtok_cli.results.profile import ScalingProfile
 
-    result, out, notes = found.profile, console.results_console(), console.notes_console(quiet)
+    result = printable_record(found.profile)
+    out, notes = console.results_console(), console.notes_console(quiet)
     for part in profiles_by_batch_size(result):
         for table in profile_tables(part):
             out.print(table)
-    out.print(ceiling_table(result))
-    for trace in found.traces:
-        out.print(tables.operator_table(trace.operators, top))
+    if result.ceilings:
+        out.print(ceiling_table(result, result.ceilings))
+    for case in dict.fromkeys(operator.case for operator in result.operators):
+        out.print(tables.operator_table([each for each in result.operators if each.case == case], top))
     if isinstance(result, ScalingProfile):
         out.print(scaling_table(result.scaling))
         out.print(growth_table(result.growth, sizes))
     out.print(tables.environment_line(result.model, result.environment))
-    for trace in found.traces:
-        out.print(f"wrote {console.printable(trace.path)}", soft_wrap=True)
-    for note in profile_notes(found.profile, settings, sizes, found.context_length):
+    written = [trace.path for trace in found.traces if trace.path]
+    for path in written:
+        out.print(f"wrote {printable(path)}", soft_wrap=True)
+    for note in profile_notes(result, settings, sizes, found.context_length):
         notes.print(f"• {note}")
-    notes.print(
-        f"• open the traces with `tensorboard --logdir {console.printable(result.trace)}`, tab PyTorch Profiler,"
-    )
-    notes.print("  or open one of the files at https://ui.perfetto.dev")
+    if written:
+        notes.print(f"• open the traces with `tensorboard --logdir {result.trace}`, tab PyTorch Profiler,")
+        notes.print("  or open one of the files at https://ui.perfetto.dev")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -55,41 +57,53 @@ def prune(
 
     [dim]mmtok prune img.jpg "What color is the car?" --budget 64 --output kept.png[/dim]
     """
+    from mmtok_cli.cli.outputs import check_outputs, model_inputs, outputs_of
     from mmtok_cli.configuration import configured_model, one_case
     from mmtok_cli.data.samples import sample_from_file
-    from mmtok_cli.files import require_writable
-    from mmtok_cli.panels import draw, lay_out
+    from mmtok_cli.panels import lay_out
     from mmtok_cli.profiling import time_selection
-    from mmtok_cli.report.console import ConsoleProgress, print_json, printable, results_console
-    from mmtok_cli.report.overlay import save_image
-    from mmtok_cli.report.plots import save_gain_curve
+    from mmtok_cli.report.console import ConsoleProgress, attempt_all, print_json
 
     case, _ = one_case(settings)
-    if output:
-        require_writable(output, PICTURES, "--output")
-    if gain_curve:
-        require_writable(gain_curve, PLOTS, "--gain-curve")
-    written = [path.resolve() for path in (image, output, gain_curve) if path]
-    if len(set(written)) < len(written):
-        raise MMTokError("two of the image and the output files are the same file", "give each a name of its own")
+    outputs = outputs_of([("--output", output, PICTURES), ("--gain-curve", gain_curve, PLOTS)])
+    check_outputs(outputs, model_inputs(settings.model, image))
     sample = sample_from_file(image, question)
     model = configured_model(settings, ConsoleProgress(quiet), settings.layers)
     case.check(model, [sample])
     selected = time_selection(model, case, sample)
     gains = _gains(selected, settings.method) if gain_curve else None
     shown = lay_out(model, selected.reduced, selected.selection)
+    parts: list[Callable[[], object]] = []
+    if output:
+        parts.append(partial(_save_picture, sample, shown, mark, output, quiet))
+    if gain_curve and gains is not None:
+        parts.append(partial(_save_gains, gains, case, selected, gain_curve, quiet))
     if as_json:
         entry = {"path": str(image)} | _entry(sample, selected, shown)
-        print_json(_head(settings, model, case, selected) | {"images": [entry], "seconds": selected.seconds})
+        result = _head(settings, model, case, selected) | {"images": [entry], "seconds": selected.seconds}
+        parts.append(partial(print_json, result))
     else:
-        _show(settings, model, case, selected, shown, mark)
-    if output:
-        save_image(draw(sample.images[0], shown, mark), output)
-    if gain_curve and gains is not None:
-        tokens = selected.reduced.tokens[0]
-        save_gain_curve(gains, gain_curve, f"{case}, {tokens.kept} of {tokens.total} tokens")
-    for path in () if as_json else filter(None, (output, gain_curve)):
-        results_console().print(f"wrote {printable(path)}", soft_wrap=True)
+        parts.append(partial(_show, settings, model, case, selected, shown, mark))
+    if not attempt_all(parts):
+        raise typer.Exit(1)
+
+
+def _save_picture(sample: Sample, shown: list[Shown], mark: int, path: Path, quiet: bool) -> None:
+    from mmtok_cli.cli.showing import tell_written
+    from mmtok_cli.panels import draw
+    from mmtok_cli.report.overlay import save_image
+
+    save_image(draw(sample.images[0], shown, mark), path)
+    tell_written(path, quiet)
+
+
+def _save_gains(gains: list[float], case: Case, selected: Selected, path: Path, quiet: bool) -> None:
+    from mmtok_cli.cli.showing import tell_written
+    from mmtok_cli.report.plots import save_gain_curve
+
+    tokens = selected.reduced.tokens[0]
+    save_gain_curve(gains, path, f"{case}, {tokens.kept} of {tokens.total} tokens")
+    tell_written(path, quiet)
 
 
 def _gains(selected: Selected, method: str) -> list[float]:
@@ -159,9 +173,10 @@ def _show(
     from mmtok_cli.report.catalogues import kept_map
     from mmtok_cli.report.console import results_console
     from mmtok_cli.report.tables import part_text, rules_text, weights_text
+    from mmtok_cli.report.text import printable
 
     out = results_console()
-    out.print(_sentence(case, selected, [each.panel.grid for each in shown]), soft_wrap=True)
+    out.print(printable(_sentence(case, selected, [each.panel.grid for each in shown])), soft_wrap=True)
     rules = rules_text(settings.rules, settings.parameters)
     for remark in filter(None, (rules, weights_text(model.weights), part_text(_layers(model)))):
         out.print(remark, style="dim", markup=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +13,7 @@ from mmtok_cli.cli.options import ExportOption, JsonOption, QuietOption
 
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run directories of `mmtok compare`.", show_default=False)],
-    exports: ExportOption = None,
+    files: ExportOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -20,33 +21,32 @@ def report(
 
     [dim]mmtok report runs/monday runs/tuesday --export both.html[/dim]
     """
-    from mmtok_cli.cli.showing import export, show
+    from mmtok_cli.cli.outputs import Inputs, check_outputs, outputs_of
+    from mmtok_cli.cli.showing import exports, show
     from mmtok_cli.errors import MMTokError
-    from mmtok_cli.files import require_writable
-    from mmtok_cli.report.console import print_json
+    from mmtok_cli.pictures import read_pictures
+    from mmtok_cli.report.console import attempt_all
     from mmtok_cli.report.exports import EXPORTS
     from mmtok_cli.results.merge import merge, same_kind
     from mmtok_cli.results.run_directory import RunDirectory
     from mmtok_cli.summary import summarise_run
 
-    for path in exports or []:
-        require_writable(path, EXPORTS, "--export")
     if len({run.resolve() for run in runs}) < len(runs):
         raise MMTokError("the same run is given twice", "give each run once")
     comparisons = [summarise_run(RunDirectory.open(run)) for run in runs]
+    check_outputs(outputs_of(("--export", path, EXPORTS) for path in files or []), Inputs(runs=runs))
     for run, comparison in zip(runs, comparisons, strict=True):
         if not comparison.results and not comparison.failures:
             raise MMTokError(f"{run} has no complete round", f"resume with: mmtok compare --run-dir {run} --resume")
     groups = same_kind(comparisons)
-    if len(groups) > 1 and (exports or as_json):
+    if len(groups) > 1 and (files or as_json):
         kinds = "; ".join(
             f"{one.model} on {one.schedule.planned_samples} samples of {one.schedule.data}" for one, *_ in groups
         )
         raise MMTokError(f"these runs differ in their model or samples: {kinds}", "report on them one after another")
-    for group in groups:
-        merged = merge(group)
-        if as_json:
-            print_json(merged)
-        else:
-            show(merged, [], False, quiet)
-        export(merged, exports or [], runs[0], quiet)
+    if any(path.suffix.lower() == ".html" for path in files or []):
+        read_pictures(runs[0])  # those that cannot be read are refused before anything is written
+    merged = [merge(group) for group in groups]
+    parts = [part for one in merged for part in exports(one, files or [], runs[0], quiet)]
+    if not attempt_all([*parts, *(partial(show, one, [], as_json, quiet) for one in merged)]):
+        raise typer.Exit(1)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.pictures import read_pictures
 from mmtok_cli.report import checks, console, tables
+from mmtok_cli.report.text import printable, printable_record
 from mmtok_cli.report.units import plural
 from mmtok_cli.results.schema import Comparison, Profile
+
+Part = Callable[[], object]
 
 
 def show(comparison: Comparison, parameters: Sequence[str], as_json: bool, quiet: bool) -> None:
@@ -17,30 +21,34 @@ def show(comparison: Comparison, parameters: Sequence[str], as_json: bool, quiet
     if as_json:
         console.print_json(comparison)
         return
+    comparison = printable_record(comparison)
     out, notes = console.results_console(), console.notes_console(quiet)
     rules = tables.rules_text(comparison.rules, parameters)
     for part in tables.by_batch_size(comparison):
         schedule = part.schedule
-        data = "" if schedule.data == "demo" else f" of {console.printable(schedule.data)}"
+        data = "" if schedule.data == "demo" else f" of {schedule.data}"
         out.print(
-            f"{console.printable(part.model)}: {plural(schedule.samples, 'sample')}{data}, "
+            f"{part.model}: {plural(schedule.samples, 'sample')}{data}, "
             f"batch size {schedule.batch_size}, seed {schedule.seed}" + (f"; {rules}" if rules else "")
         )
         for table in tables.comparison_tables(part):
             out.print(table)
     out.print(tables.environment_line(comparison.model, comparison.environment))
     for note in checks.notes(comparison):
-        notes.print(f"• {console.printable(note)}")
+        notes.print(f"• {note}")
 
 
-def export(comparison: Comparison, files: Sequence[Path], run: Path | None, quiet: bool) -> None:
-    """Write files in the formats of their suffixes. run: the directory whose pictures a page shows."""
+def exports(comparison: Comparison, files: Iterable[Path], run: Path | None, quiet: bool) -> list[Part]:
+    """A part of the output for each file. run: the directory whose pictures a page shows."""
+    return [partial(_export, comparison, path, run, quiet) for path in files]
+
+
+def _export(comparison: Comparison, path: Path, run: Path | None, quiet: bool) -> None:
     from mmtok_cli.report.exports import write_export
 
-    for path in files:
-        overlays = read_pictures(run) if run and path.suffix.lower() == ".html" else []
-        write_export(comparison, path, overlays=overlays)
-        console.notes_console(quiet).print(f"wrote {console.printable(path)}", soft_wrap=True)
+    overlays = read_pictures(run) if run and path.suffix.lower() == ".html" else []
+    write_export(comparison, path, overlays=overlays)
+    tell_written(path, quiet)
 
 
 def save_plot(comparison: Comparison, path: Path, quiet: bool) -> None:
@@ -51,23 +59,29 @@ def save_plot(comparison: Comparison, path: Path, quiet: bool) -> None:
     if not first.results or not first.results[0].case.is_baseline or len(first.results) < 2:
         raise MMTokError("there is nothing to plot", "a plot requires the baseline and at least one other case")
     if not any(result.fidelity for result in first.results):
-        raise MMTokError("there is nothing to plot", "a plot requires quality: omit --no-quality and --layers")
+        raise MMTokError(
+            "there is nothing to plot: no answers were evaluated",
+            "resume the run with --resume" if comparison.interrupted else "omit --no-quality and --layers",
+        )
     save_tradeoff(first, path)
-    which = f" (batch size {first.schedule.batch_size})" if others else ""
-    console.notes_console(quiet).print(f"wrote {console.printable(path)}{which}", soft_wrap=True)
+    tell_written(path, quiet, f" (batch size {first.schedule.batch_size})" if others else "")
 
 
-def export_profile(profile: Profile, files: Sequence[Path], quiet: bool) -> None:
-    """Write a profile as JSON, or its cases as CSV or Markdown."""
+def profile_exports(profile: Profile, files: Iterable[Path], quiet: bool) -> list[Part]:
+    """A part of the output for each file: a profile as JSON, or its cases as CSV or Markdown."""
+    return [partial(_export_profile, profile, path, quiet) for path in files]
+
+
+def _export_profile(profile: Profile, path: Path, quiet: bool) -> None:
     from mmtok_cli.report.exports import write_export, write_json
 
-    cases = Comparison(
-        **profile.model_dump(by_alias=True, include={"model", "rules", "environment", "schedule", "interrupted"}),
-        results=profile.cases,
-    )
-    for path in files:
-        if path.suffix.lower() == ".json":
-            write_json(profile, path)
-        else:
-            write_export(cases, path)
-        console.notes_console(quiet).print(f"wrote {console.printable(path)}", soft_wrap=True)
+    if path.suffix.lower() == ".json":
+        write_json(profile, path)
+    else:
+        fields = {"model", "rules", "environment", "schedule", "interrupted"}
+        write_export(Comparison(**profile.model_dump(by_alias=True, include=fields), results=profile.cases), path)
+    tell_written(path, quiet)
+
+
+def tell_written(path: Path, quiet: bool, which: str = "") -> None:
+    console.notes_console(quiet).print(f"wrote {printable(path)}{which}", soft_wrap=True)

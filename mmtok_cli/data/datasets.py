@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from mmtok_cli.data.data_files import DataFile, entries_of, require_file, vqav2_file_entries
+from mmtok_cli.data.data_files import DataFile, entries_of, vqav2_file_entries
 from mmtok_cli.data.hub import HubRows
+from mmtok_cli.data.images import require_file
 from mmtok_cli.data.layouts import POPE, VQAV2, Layout, MetricName
 from mmtok_cli.data.pictures import SUFFIXES, is_pattern, pictures
-from mmtok_cli.data.rows import Columns, require_columns, shown_text
+from mmtok_cli.data.rows import Columns, require_columns
 from mmtok_cli.data.samples import Sample, demo_samples
-from mmtok_cli.errors import MMTokError
+from mmtok_cli.errors import MMTokError, first_line
 
 DEMO_QUESTIONS = 1200
 KINDS = (
@@ -66,6 +67,15 @@ def open_dataset(
     """
     columns = columns or {}
     require_columns(columns)
+    try:
+        return _opened(text, image_root, limit, question, columns)
+    except OSError as error:  # such as a name that is too long, or a directory that may not be searched
+        raise MMTokError(
+            f"the dataset {text} cannot be read: {error.strerror or first_line(error)}", "check its path"
+        ) from error
+
+
+def _opened(text: str, image_root: Path | None, limit: int | None, question: str | None, columns: Columns) -> Dataset:
     kind, _, rest = text.partition(":")
     if text == "demo":
         return _demo(limit, question, columns)
@@ -73,17 +83,6 @@ def open_dataset(
         rows = HubRows(rest, question=question, columns=columns)
         samples = _take(rows.samples(), limit)
         return Dataset(rest, samples, rows.metric, problems=tuple(rows.problems))
-    try:
-        return _from_files(text, image_root, limit, question, columns)
-    except OSError as error:  # such as a name that is too long
-        raise MMTokError(f"{shown_text(text)} cannot be read: {error.strerror}", "check the path") from error
-
-
-def _from_files(
-    text: str, image_root: Path | None, limit: int | None, question: str | None, columns: Columns
-) -> Dataset:
-    """The dataset in a file or a folder."""
-    kind, _, rest = text.partition(":")
     path = Path(rest if kind == "pope" else text)
     layout: Layout | None = None
     if kind == "vqav2":
@@ -120,4 +119,4 @@ def _take(samples: Iterable[Sample], limit: int | None) -> tuple[Sample, ...]:
 def _demo(limit: int | None, question: str | None, columns: Columns) -> Dataset:
     if question is not None or columns:
         raise MMTokError("the demo questions are fixed", "leave --question and --columns out")
-    return Dataset("demo", demo_samples(DEMO_QUESTIONS if limit is None else limit), "exact")
+    return Dataset("demo", demo_samples(min(limit or DEMO_QUESTIONS, DEMO_QUESTIONS)), "exact")

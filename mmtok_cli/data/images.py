@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 import warnings
 from io import BytesIO
 from pathlib import Path
@@ -11,7 +12,7 @@ from PIL import Image as PILImage
 from PIL import ImageOps, UnidentifiedImageError
 from PIL.Image import Image
 
-from mmtok_cli.errors import MMTokError
+from mmtok_cli.errors import MMTokError, first_line
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP")
 
@@ -20,35 +21,65 @@ def open_image(path: Path | str, content: bytes | None = None) -> Image:
     """Read an image as viewers show it: EXIF rotation applied, transparency on white, the first frame, 8-bit RGB.
 
     content: the bytes of the file, if they were read already; `path` is then only its name. Raises MMTokError for a
-    missing, damaged or extremely large file and for one that is not an image.
+    missing, damaged or extremely large file, for one that is not an image, and for a device or a named pipe.
     """
-    path = Path(path)
+    if content is None:
+        require_file(Path(path))
     try:
-        if content is None and path.is_dir():
-            raise MMTokError(f"{path} is a directory, not an image", "name one image file")
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # such as those about metadata
             warnings.simplefilter("error", PILImage.DecompressionBombWarning)
             with PILImage.open(path if content is None else BytesIO(content), formats=FORMATS) as image:
                 image.load()
-                return _as_seen(image)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise MMTokError(f"there is no file {path}", "check the spelling of the path") from error
-    except PermissionError as error:
-        raise MMTokError(f"{path}: permission denied", "check the permissions of the file") from error
+                return _in_rgb(_upright(image))
+    except MMTokError as error:
+        raise MMTokError(f"{path}: {error.message}", error.hint) from error
     except UnidentifiedImageError as error:
         raise MMTokError(f"{path} is not an image", "give a PNG, JPEG, WebP, GIF, TIFF or BMP file") from error
     except (PILImage.DecompressionBombError, PILImage.DecompressionBombWarning) as error:
         raise MMTokError(
             f"{path} decompresses to more than {PILImage.MAX_IMAGE_PIXELS or 0:,} pixels", "scale it down first"
         ) from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except MemoryError as error:
+        raise MMTokError(f"{path} does not fit into memory", "scale it down first") from error
+    except Exception as error:  # Pillow's decoders raise almost anything for damaged files
         if isinstance(error, OSError) and error.errno is not None:
-            raise MMTokError(f"{path} cannot be read: {error.strerror}", "check the path") from error
-        raise MMTokError(f"{path} is damaged: {error}", "save or download it again") from error
+            raise _not_readable(path, error) from error
+        raise MMTokError(f"{path} is damaged: {first_line(error)}", "save or download it again") from error
 
 
-def _as_seen(image: Image) -> Image:
-    image = ImageOps.exif_transpose(image)
+def require_file(path: Path) -> None:
+    """Refuse what is not a regular file before it is opened: opening a named pipe would wait for its writer, and a
+    device may never end. Raises MMTokError that says what the path is instead."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise _not_readable(path, error) from error
+    except ValueError as error:  # a null character
+        raise MMTokError(f"{str(path)!r} is not the name of a file", "check the spelling of the path") from error
+    if stat.S_ISDIR(mode):
+        raise MMTokError(f"{path} is a directory, not a file", "name a file in it")
+    if not stat.S_ISREG(mode):
+        raise MMTokError(f"{path} is a device, a pipe or a socket, not a file", "save its content to a file first")
+
+
+def _not_readable(path: Path | str, error: OSError) -> MMTokError:
+    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        return MMTokError(f"there is no file {path}", "check the spelling of the path")
+    if isinstance(error, PermissionError):
+        return MMTokError(f"{path}: permission denied", "check the permissions of the file")
+    return MMTokError(f"{path} cannot be read: {error.strerror or first_line(error)}", "check the path")
+
+
+def _upright(image: Image) -> Image:
+    """The image rotated as its EXIF metadata say; as it is stored if they are damaged, as viewers show it."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # Pillow's parser of metadata raises almost anything as well
+        return image
+
+
+def _in_rgb(image: Image) -> Image:
     if image.mode.startswith("I"):
         return _from_integers(np.asarray(image))
     if image.mode == "F":

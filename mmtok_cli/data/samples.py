@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar, overload
@@ -24,6 +25,12 @@ class ClosedImages(Sequence[Image]):
 
     def __len__(self) -> int:
         return len(self.readers)
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that are read: what readers of the kind `partial(open_image, path)` open."""
+        paths = (reader.args[0] for reader in self.readers if isinstance(reader, partial) and reader.args)
+        return [path for path in paths if isinstance(path, Path)]
 
     @overload
     def __getitem__(self, index: int) -> Image: ...

@@ -13,7 +13,7 @@ import numpy as np
 
 from mmtok_cli.data.layouts import MetricName
 from mmtok_cli.evaluation.metrics import is_yes, paired_accuracy, paired_shares, says_yes, yes_no, yes_or_no
-from mmtok_cli.results.progress import evaluated_cases, evaluation_failures
+from mmtok_cli.results.progress import evaluated_batches, evaluated_cases, evaluation_failures
 from mmtok_cli.results.records import Prediction, SampleLabel
 from mmtok_cli.results.run_directory import RunDirectory
 from mmtok_cli.results.schema import CONFIDENCE, FailedCase, Fidelity, Flips, PairedAccuracy, Score, YesNo
@@ -40,7 +40,8 @@ class EvaluationSummary:
 
     samples: how many have a reference answer. score: F1 for POPE, (accuracy + accuracy_plus) / 2 for MME, else the
     mean. by_kind: mean score and number of samples by kind of question. retention and flips are relative to the
-    baseline and None for the baseline itself; they and the scores are None without reference answers.
+    baseline and None for the baseline itself; they and the scores are None without reference answers. short: how many
+    samples keep fewer tokens than the budget says.
     """
 
     samples: int
@@ -51,11 +52,13 @@ class EvaluationSummary:
     retention: Retention | None
     flips: Flips | None
     fidelity: Fidelity
+    short: int = 0
 
     def result_fields(self, *, is_baseline: bool) -> dict[str, Any]:
         """The fields of a CaseResult that describe the quality of the answers."""
         retention = self.retention
         return {
+            "short": self.short,
             "score": self.score,
             "score_counts": self._counts(),
             "retention": retention.value if retention else None,
@@ -85,7 +88,7 @@ def summarise_evaluation(store: RunDirectory) -> dict[int, EvaluationSummary]:
     compared = [case for case in cases if case not in failed]
     if not cases or cases[0] in failed:
         return {}
-    batches = [batch for batch in store.predictions.values() if batch.batch_size == size]
+    batches = evaluated_batches(store)
     found = summarise_predictions(
         [prediction for batch in batches for prediction in batch.predictions if prediction.case in compared],
         {label.sample: label for batch in batches for label in batch.samples},
@@ -136,8 +139,9 @@ def _summary_of(
 ) -> EvaluationSummary:
     """The summary of one case. predictions, baseline: by sample. scored: the samples with a reference answer."""
     fidelity = _fidelity(predictions.values())
+    short = sum(prediction.tokens.short for prediction in predictions.values() if prediction.tokens)
     if not scored:
-        return EvaluationSummary(0, None, {}, None, None, None, None, fidelity)
+        return EvaluationSummary(0, None, {}, None, None, None, None, fidelity, short)
     mine, theirs = ([column[label.sample] for label in scored] for column in (predictions, baseline))
     scores, base = _scores(mine), _scores(theirs)
     clusters = ["\n".join(label.images) for label in scored]  # questions about the same images
@@ -167,6 +171,7 @@ def _summary_of(
         retention=None if is_baseline else find_retention(clusters, seed=seed),
         flips=None if is_baseline else count_flips(_right(base), _right(scores)),
         fidelity=fidelity,
+        short=short,
     )
 
 
@@ -180,7 +185,7 @@ def unevaluated_cases(store: RunDirectory) -> list[FailedCase]:
 
 def evaluated_samples(store: RunDirectory) -> int:
     """How many samples were evaluated, without those that could not be read."""
-    return sum(len(batch.samples) - len(batch.unreadable) for batch in store.predictions.values())
+    return sum(len(batch.readable) for batch in evaluated_batches(store))
 
 
 def left_out(store: RunDirectory) -> list[str]:
@@ -193,7 +198,7 @@ def metric_remarks(store: RunDirectory) -> list[str]:
     """Points out answers that are all yes or no and were judged as any others, unless the user wanted that."""
     plan = store.plan
     answers = [label.answer for batch in store.predictions.values() for label in batch.samples if label.answer]
-    if plan.metric != "exact" or plan.options.get("metric") or not answers:
+    if plan.metric != "exact" or plan.options.metric or not answers:
         return []
     if any(yes_or_no(answer) is None for answer in answers):
         return []

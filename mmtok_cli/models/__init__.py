@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmtok_cli.errors import MMTokError, first_line
+from mmtok_cli.errors import MMTokError
 from mmtok_cli.models.devices import choose_device, choose_dtype, require_attention
-from mmtok_cli.models.sources import architecture, configuration, guiding_profile, profile_of, shortened, source_of
+from mmtok_cli.models.families import family_class, require_family
+from mmtok_cli.models.sources import architecture, guiding_profile, profile_of, shortened, source_of
 
 if TYPE_CHECKING:
     import torch
 
     from mmtok_cli.models.base import VisionLanguageModel
 
-__all__ = ["FAMILIES", "guiding_profile", "load_model", "profile_of"]
+__all__ = ["guiding_profile", "load_model", "profile_of"]
 
 WEIGHTS = ("pretrained", "random")
 DEVICE_MAPS = ("auto",)
@@ -46,7 +48,11 @@ def load_model(
     """
     import torch
 
+    from mmtok_cli.models import hf
+    from mmtok_cli.models.checkpoint import COMPARE, check_directory, check_stored_weights, faults_of
+    from mmtok_cli.models.pretrained import load_pretrained
     from mmtok_cli.models.room import free_on_gpus, laid_out, needs_of, require_room
+    from mmtok_cli.models.trial import try_processor
 
     where = choose_device(device)
     kind = choose_dtype(dtype, where)
@@ -59,26 +65,32 @@ def load_model(
 
     source, profile = source_of(name, weights=weights == "pretrained"), profile_of(name)
     config = architecture(name, source)
-    if config.model_type not in FAMILIES:
-        raise MMTokError(
-            f"{name} is a {config.model_type!r} model, which is not supported",
-            f"supported families: {', '.join(FAMILIES)}",
-        )
-    family, depth = FAMILIES[config.model_type](), config.text_config.num_hidden_layers
+    require_family(config.model_type, name)
+    if Path(source).is_dir():
+        check_directory(Path(source), name)
+        if weights == "pretrained":
+            check_stored_weights(Path(source), name)
+    family, depth = family_class(config.model_type), config.text_config.num_hidden_layers
     if layers is not None:
         config = shortened(config, layers, name)
     stored = kind or (torch.bfloat16 if weights == "random" else torch.float16)
-    layout = laid_out(config, stored, attention)
+    with faults_of(f"no model can be built as config.json of {name} says", hf.or_tested(COMPARE)):
+        layout = laid_out(config, stored, attention)
+        needs = needs_of(layout, stored, profile.vision_tokens if profile else VISION_TOKENS, attention)
     gpus = free_on_gpus() if device_map else None
-    vision_tokens = profile.vision_tokens if profile else VISION_TOKENS
-    require_room(name, needs_of(layout, stored, vision_tokens, attention), stored, where, gpus)
+    require_room(name, needs, stored, where, gpus)
     if weights == "random":
         processor = _processor_without_download(name, source, family, config)
         model = _random(layout, where, gpus)
     else:
-        model, processor = _pretrained(name, source, family, kind, where, attention, layers, device_map)
-    built = family(name, model.eval(), processor, **_text_tower(name))
+        processor = _processor(name, source, family)
+        model = load_pretrained(
+            name, source, layers, dtype=kind, device=where, attention=attention, device_map=device_map
+        )
+    with faults_of(f"{name} cannot be used", hf.or_tested(COMPARE)):
+        built = family(name, model.eval(), processor, **_text_tower(name))
     built.weights, built.depth = weights, depth
+    try_processor(built, own_template=not (profile and profile.location.startswith("package:")))
     return built
 
 
@@ -107,51 +119,26 @@ def _random(layout: Any, device: torch.device, gpus: Mapping[int, int] | None) -
     return dispatch_model(fill_randomly(layout, device, places), places)
 
 
-def _pretrained(
-    name: str,
-    source: str,
-    family: Any,
-    dtype: torch.dtype | None,
-    device: torch.device,
-    attention: str,
-    layers: int | None,
-    device_map: str | None,
-) -> tuple[Any, Any]:
-    """Model and processor with the weights that were trained."""
-    import torch
-    from safetensors import SafetensorError
-
+def _processor(name: str, source: str, family: Any, *, local_files_only: bool = False) -> Any:
+    """The model's own processor. Raises MMTokError for one that is missing, damaged or without a chat template."""
     from mmtok_cli.models import hf
+    from mmtok_cli.models.checkpoint import COMPARE, faults_of
 
-    config = configuration(source, name)
-    if layers is not None:
-        config = shortened(config, layers, name)
-    try:
-        processor = family.load_processor(source)
-        model, missing = hf.load_weights(source, config, dtype=dtype, attention=attention, device_map=device_map)
-    except torch.OutOfMemoryError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise MMTokError(
-            f"{name} could not be loaded: {first_line(error)}", hf.or_tested("check or download its files again")
-        ) from error
-    if missing:  # transformers would make them up
-        raise MMTokError(f"the files of {name} lack {missing[0]}", hf.or_tested("check or download its files again"))
-    if not processor.chat_template:
+    with faults_of(f"the processor of {name} cannot be loaded", hf.or_tested(COMPARE)):
+        processor = family.load_processor(source, local_files_only=local_files_only)
+    if not getattr(processor, "chat_template", None):
         raise MMTokError(f"{name} has no chat template", "download chat_template.jinja or chat_template.json as well")
-    return model if device_map else model.to(device), processor
+    return processor
 
 
 def _processor_without_download(name: str, source: str, family: Any, config: Any) -> Any:
     """The model's own processor if it is in the local cache, otherwise the family's stand-in."""
     profile = profile_of(name)
     try:
-        return family.load_processor(source, local_files_only=True)
-    except (OSError, ValueError) as error:
+        return _processor(name, source, family, local_files_only=True)
+    except MMTokError:
         if profile is None or profile.chat_template is None:
-            raise MMTokError(
-                f"the processor of {name} is not in the local cache: {first_line(error)}", "download its files"
-            ) from error
+            raise
         return family.stand_in_processor(config, profile.chat_template)
 
 
@@ -163,43 +150,3 @@ def _text_tower(name: str) -> dict[str, Any]:
     if profile is None or profile.text_tower is None:
         return {}
     return {"text_tower": partial(ClipText.load, profile.text_tower)}
-
-
-def _internvl() -> Any:
-    from mmtok_cli.models.internvl import InternVL
-
-    return InternVL
-
-
-def _llava() -> Any:
-    from mmtok_cli.models.llava import Llava
-
-    return Llava
-
-
-def _llava_next() -> Any:
-    from mmtok_cli.models.llava_next import LlavaNext
-
-    return LlavaNext
-
-
-def _qwen2_5_vl() -> Any:
-    from mmtok_cli.models.qwen_vl import QwenVL
-
-    return QwenVL
-
-
-def _qwen3_vl() -> Any:
-    from mmtok_cli.models.qwen_vl import Qwen3VL
-
-    return Qwen3VL
-
-
-# By transformers' name of the architecture. The modules are imported when a model of the family is loaded.
-FAMILIES = {
-    "internvl": _internvl,
-    "llava": _llava,
-    "llava_next": _llava_next,
-    "qwen2_5_vl": _qwen2_5_vl,
-    "qwen3_vl": _qwen3_vl,
-}

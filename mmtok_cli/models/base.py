@@ -1,6 +1,6 @@
 """The interface that every model family implements.
 
-A family is one file with a subclass of `VisionLanguageModel`, and one line in `FAMILIES` (models/__init__.py). It must
+A family is one file with a subclass of `VisionLanguageModel`, and one line in `FAMILIES` (models/families.py). It must
 define `total`, `smaller`, `pixels`, `encode` and `panels`. Override the rest where the family differs:
 
     signals             what the encoder offers to methods; `encode` computes those that a method requests
@@ -27,6 +27,7 @@ from torch import Tensor
 from mmtok_cli.budget import Budget
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.models import hf
+from mmtok_cli.models.checkpoint import COMPARE, faults_of
 from mmtok_cli.models.inside import Inside
 from mmtok_cli.models.sequences import CutImage
 from mmtok_cli.rules import Positions, Track
@@ -35,6 +36,7 @@ from mmtok_cli.tokens import PADDING, Selection, TextTokens, VisionTokens
 Stage = Callable[[str], AbstractContextManager[Any]]
 Grid = tuple[int, int]  # rows, columns
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the image
+LONGEST_TOKEN = 64  # characters; longer ones, such as runs of spaces, are rare
 IMAGE_MARKER = "<image>"  # marks the place of an image in a question
 
 
@@ -97,6 +99,11 @@ class VisionLanguageModel(ABC):
         self.tokenizer = processor.tokenizer
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
+        if not self.eos_token_ids or self.tokenizer.pad_token_id is None:
+            raise MMTokError(
+                f"{name} names no token that ends an answer, so that every answer would be of the greatest length",
+                "set eos_token in tokenizer_config.json, as in the original",
+            )
 
     @property
     def device(self) -> torch.device:
@@ -145,8 +152,10 @@ class VisionLanguageModel(ABC):
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer: those of the generation settings, and the tokenizer's."""
         ids = hf.end_tokens(self.model)
-        return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
+        named = list(ids) if isinstance(ids, list | tuple) else [ids]
+        return tuple(dict.fromkeys(i for i in (*named, self.tokenizer.eos_token_id) if i is not None))
 
     @property
     def reserved(self) -> tuple[str, ...]:
@@ -230,7 +239,7 @@ class VisionLanguageModel(ABC):
         token = self.processor.image_token
         texts = []
         for question, group in zip(questions, images, strict=True):
-            before, *after = self._chat(question, len(group)).split(token)
+            before, *after = self.chat(question, len(group)).split(token)
             texts.append(before + "".join(self.placeholders(next(counts)) + part for part in after))
         bos = self.tokenizer.bos_token
         return self.tokenizer(
@@ -241,8 +250,17 @@ class VisionLanguageModel(ABC):
             return_tensors="pt",
         )
 
-    def _chat(self, question: str, images: int) -> str:
-        """The prompt with one image token for each image."""
+    def chat(self, question: str, images: int) -> str:
+        """The prompt as text, with one image token for each image.
+
+        Raises MMTokError for a question that does not suit the images, and for a chat template that fails.
+        """
+        if len(question) > self.context_length * LONGEST_TOKEN:  # a tokenizer would take minutes and gigabytes
+            raise MMTokError(
+                f"the question of {len(question):,} characters does not fit into the {self.context_length} tokens "
+                f"that {self.name} can read",
+                "shorten the question",
+            )
         markers = question.count(IMAGE_MARKER)
         if markers not in (0, images):
             raise MMTokError(
@@ -257,7 +275,16 @@ class VisionLanguageModel(ABC):
         content = [] if markers else [{"type": "image"} for _ in range(images)]
         content.append({"type": "text", "text": question.replace(IMAGE_MARKER, self.image_text)})
         conversation = [{"role": "user", "content": content}]
-        return self.processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+        with faults_of(f"the chat template of {self.name} fails", COMPARE):
+            text: str = self.processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+        marks = text.count(self.processor.image_token)
+        if marks != images:
+            raise MMTokError(
+                f"the chat template of {self.name} puts {marks} image tokens into a prompt about {images} "
+                f"image{'s' * (images != 1)}",
+                COMPARE,
+            )
+        return text
 
     @abstractmethod
     def encode(self, prompt: Prompt, signals: Sequence[str] = (), *, stage: Stage = unwatched) -> list[VisionTokens]:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.models import hf
+from mmtok_cli.models.checkpoint import check_directory, faults_of
+from mmtok_cli.models.pretrained import require_finite, require_same_weights
 
 
 class ClipText(nn.Module):
@@ -31,23 +33,22 @@ class ClipText(nn.Module):
 
         Raises MMTokError where it is neither local nor downloadable, or is not a CLIP model.
         """
-        try:
-            clip, missing = hf.load_clip(source, dtype)
-            tokenizer = hf.load_tokenizer(source)
-        except torch.OutOfMemoryError:
-            raise
-        except OSError as error:
-            if Path(source).is_dir():
-                raise _damaged(source, str(error)) from error
-            raise MMTokError(
-                f"the CLIP text tower {source} is not in the local cache and could not be fetched from the hub",
-                f"check the network, or bring it into the cache with `hf download {source}`",
-            ) from error
-        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-            raise _damaged(source, str(error)) from error
-        if missing:  # transformers would initialise them at random
-            raise _damaged(source, f"it lacks {missing[0]}")
-        return cls(clip, tokenizer)
+        if Path(source).is_dir():
+            check_directory(Path(source), source)
+        with faults_of(f"{source} could not be loaded as a CLIP text tower", hf.or_tested("name a whole CLIP model")):
+            try:
+                loaded = hf.load_clip(source, dtype)
+                tokenizer = hf.load_tokenizer(source)
+            except OSError as error:
+                if Path(source).is_dir():
+                    raise
+                raise MMTokError(
+                    f"the CLIP text tower {source} is not in the local cache and could not be fetched from the hub",
+                    f"check the network, or bring it into the cache with `hf download {source}`",
+                ) from error
+        require_same_weights(loaded, source)
+        require_finite(loaded.model, source)
+        return cls(loaded.model, tokenizer)
 
     @torch.no_grad()
     def image_embeds(self, features: Tensor) -> Tensor:
@@ -76,10 +77,3 @@ class ClipText(nn.Module):
         size = self.text_model.config.max_position_embeddings - 2
         start, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         return [[start, *ids[i : i + size], end] for i in range(0, max(len(ids), 1), size)]
-
-
-def _damaged(source: str, reason: str) -> MMTokError:
-    lines = reason.strip().splitlines() or ["unknown error"]
-    return MMTokError(
-        f"{source} could not be loaded as a CLIP text tower: {lines[0]}", hf.or_tested("name a whole CLIP model")
-    )

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import re
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
@@ -186,10 +188,14 @@ def _restorer() -> Callable[[], None]:
 # Loading
 
 
+# Given wherever files are loaded: Python code that comes with a model is never run, nor is the user asked whether to.
+NO_CODE = {"trust_remote_code": False}
+
+
 def load_config(source: str) -> Any:
     """The configuration of a directory or hub id. Raises OSError or ValueError where there is none."""
     with quiet():
-        return public("AutoConfig").from_pretrained(source)
+        return public("AutoConfig").from_pretrained(source, **NO_CODE)
 
 
 def make_config(model_type: str, settings: Mapping[str, Any]) -> Any:
@@ -197,23 +203,64 @@ def make_config(model_type: str, settings: Mapping[str, Any]) -> Any:
     return public("AutoConfig").for_model(model_type, **settings)
 
 
+def activations() -> list[str]:
+    """Names of the activation functions."""
+    return list(imported("activations", "ACT2FN"))
+
+
+def rotary_types() -> list[str]:
+    """Names of the ways to compute the rotary embedding."""
+    return ["default", "mrope", "axial", *imported("modeling_rope_utils", "ROPE_INIT_FUNCTIONS")]
+
+
+def quantizers() -> list[str]:
+    """Names of the ways to store quantized weights."""
+    return list(imported("quantizers.auto", "AUTO_QUANTIZATION_CONFIG_MAPPING"))
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A loaded model, and where the stored weights differ from it.
+
+    missing, unexpected: names of weights that only the model has, or only the files. mismatched: those of another
+    shape, with the stored shape and the model's.
+    """
+
+    model: Any
+    missing: Sequence[str]
+    unexpected: Sequence[str]
+    mismatched: Sequence[tuple[str, Sequence[int], Sequence[int]]]
+
+
 def load_weights(
     source: str, config: Any, *, dtype: torch.dtype | None, attention: str, device_map: str | None = None
-) -> tuple[Any, list[str]]:
-    """The model of a directory or hub id, and the names of the weights that its files lack, which are random.
+) -> Loaded:
+    """The model of a directory or hub id from safetensors files. Without a dtype, it has that of the stored weights."""
+    return _loaded(
+        public("AutoModelForImageTextToText"),
+        source,
+        config=config,
+        dtype=dtype or "auto",
+        attn_implementation=attention,
+        device_map=device_map,
+    )
 
-    Without a dtype, the model has that of the stored weights.
-    """
+
+def _loaded(kind: Any, source: str, **options: Any) -> Loaded:
     with quiet():
-        model, loading = public("AutoModelForImageTextToText").from_pretrained(
+        # Weights of another shape are reported like missing ones, by name, and refused by the caller.
+        model, report = kind.from_pretrained(
             source,
-            config=config,
-            dtype=dtype or "auto",
-            attn_implementation=attention,
-            device_map=device_map,
+            **NO_CODE,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
             output_loading_info=True,
+            **options,
         )
-    return model, sorted(loading["missing_keys"])
+    missing, unexpected, mismatched = (
+        sorted(report[name]) for name in ("missing_keys", "unexpected_keys", "mismatched_keys")
+    )
+    return Loaded(model, missing, unexpected, mismatched)
 
 
 def empty_model(config: Any, dtype: torch.dtype | None, attention: str) -> Any:
@@ -239,12 +286,14 @@ def load_processor(source: str, *, local_files_only: bool = False) -> Any:
     Raises OSError or ValueError where there is none.
     """
     with quiet():
-        return public("AutoProcessor").from_pretrained(source, backend="pil", local_files_only=local_files_only)
+        return public("AutoProcessor").from_pretrained(
+            source, **NO_CODE, backend="pil", local_files_only=local_files_only
+        )
 
 
 def load_tokenizer(source: str | Path, *, local_files_only: bool = False) -> Any:
     with quiet():
-        return public("AutoTokenizer").from_pretrained(source, local_files_only=local_files_only)
+        return public("AutoTokenizer").from_pretrained(source, **NO_CODE, local_files_only=local_files_only)
 
 
 def load_chat_template(source: str | Path, *, local_files_only: bool = False) -> Any:
@@ -253,6 +302,66 @@ def load_chat_template(source: str | Path, *, local_files_only: bool = False) ->
         read = part(imported("processing_utils", "ProcessorMixin"), "get_processor_dict")
         settings, _ = read(source, local_files_only=local_files_only)
     return settings.get("chat_template")
+
+
+# A chat template is a program, and nothing but a process of its own can bound the time and memory that it takes. What
+# it raises is left to the process that renders it for good.
+_RENDER = """
+import json, sys
+from transformers.utils.chat_template_utils import render_jinja_template
+task = json.load(sys.stdin)
+try:
+    import resource
+except ImportError:  # not on Windows, where memory is not bounded
+    pass
+else:
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    for limit, value in ((resource.RLIMIT_AS, used + task["bytes"]), (resource.RLIMIT_CPU, task["seconds"])):
+        _, most = resource.getrlimit(limit)
+        resource.setrlimit(limit, (value if most < 0 else min(value, most), most))
+longest = 0
+for conversation in task["conversations"]:
+    try:
+        texts, _ = render_jinja_template(
+            [conversation], chat_template=task["template"], add_generation_prompt=True, **task["variables"]
+        )
+    except MemoryError:
+        sys.exit(3)
+    except Exception:
+        continue
+    longest = max(longest, len(texts[0]))
+print(longest)
+"""
+
+
+def rendered_length(
+    template: str,
+    conversations: Sequence[Sequence[Mapping[str, Any]]],
+    variables: Mapping[str, str],
+    seconds: int,
+    memory: int,
+) -> int | None:
+    """Characters of the longest prompt that a chat template makes of the conversations, in a process of its own.
+
+    None for a template that takes longer, or more bytes of memory. Raises RuntimeError where no process can be started.
+    """
+    task = {
+        "template": template,
+        "conversations": conversations,
+        "variables": variables,
+        "seconds": seconds,
+        "bytes": memory,
+    }
+    command = [sys.executable, "-P", "-c", _RENDER]  # -P: no module of the working directory is imported
+    try:
+        done = subprocess.run(command, input=json.dumps(task), capture_output=True, text=True, timeout=2 * seconds)
+    except subprocess.TimeoutExpired:
+        return None
+    if done.returncode == 3 or done.returncode < 0:  # out of memory, or stopped at the limit of its time
+        return None
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip().splitlines()[-1])
+    return int(done.stdout)
 
 
 def image_processor_class(kind: str) -> Any:
@@ -272,7 +381,7 @@ def image_processor_class(kind: str) -> Any:
 
 def load_image_processor(kind: str, source: str | Path, *, local_files_only: bool = False) -> Any:
     with quiet():
-        return image_processor_class(kind).from_pretrained(source, local_files_only=local_files_only)
+        return image_processor_class(kind).from_pretrained(source, **NO_CODE, local_files_only=local_files_only)
 
 
 def pixel_statistics(kind: str) -> tuple[list[float], list[float]]:
@@ -280,11 +389,9 @@ def pixel_statistics(kind: str) -> tuple[list[float], list[float]]:
     return imported("image_utils", f"{kind}_MEAN"), imported("image_utils", f"{kind}_STD")
 
 
-def load_clip(source: str, dtype: torch.dtype) -> tuple[Any, list[str]]:
-    """A whole CLIP model, and the names of the weights that its files lack."""
-    with quiet():
-        clip, loading = public("CLIPModel").from_pretrained(source, dtype=dtype, output_loading_info=True)
-    return clip, sorted(loading["missing_keys"])
+def load_clip(source: str, dtype: torch.dtype) -> Loaded:
+    """A whole CLIP model from safetensors files."""
+    return _loaded(public("CLIPModel"), source, dtype=dtype)
 
 
 def has_flash_attention() -> bool:
@@ -328,6 +435,11 @@ def head_width(text_config: Any) -> int:
     """Values per attention head. Configurations name it only where it is not the usual share of the hidden size."""
     named = getattr(text_config, "head_dim", None)
     return int(named or part(text_config, "hidden_size") // part(text_config, "num_attention_heads"))
+
+
+def rotary_sections(text_config: Any) -> Any:
+    """How many of the rotary frequencies stand for time, rows and columns in a Qwen model."""
+    return part(text_config, "rope_parameters").get("mrope_section")
 
 
 def keep_layer_types(text_config: Any, layers: int) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.models import hf
 from mmtok_cli.models.base import Grid, Panel, Prompt, Stage, VisionLanguageModel, cells, unwatched
+from mmtok_cli.models.checkpoint import COMPARE
 from mmtok_cli.models.qwen_signals import SIGNALS, calls_of
 from mmtok_cli.rules import Positions
 from mmtok_cli.tokens import Selection, VisionTokens
@@ -32,6 +33,41 @@ class QwenVL(VisionLanguageModel):
     positions: ClassVar[tuple[Positions, ...]] = ("keep",)
     signals: ClassVar[tuple[str, ...]] = tuple(SIGNALS)
     has_deepstack: ClassVar[bool] = False  # whether the encoder gives the first decoder layers features of their own
+
+    def __init__(self, name: str, model: Any, processor: Any) -> None:
+        super().__init__(name, model, processor)
+        vision, text, images = model.config.vision_config, model.config.text_config, processor.image_processor
+        for field, encoder, ours in (
+            ("patch_size", vision.patch_size, images.patch_size),
+            ("spatial_merge_size", vision.spatial_merge_size, images.merge_size),
+            ("temporal_patch_size", vision.temporal_patch_size, images.temporal_patch_size),
+        ):
+            if encoder != ours:
+                raise MMTokError(
+                    f"{field} of {name} is {encoder} in config.json and {ours} in preprocessor_config.json", COMPARE
+                )
+        sections, frequencies = hf.rotary_sections(text), hf.head_width(text) // 2
+        if not sections or len(sections) != 3 or sum(sections) != frequencies:
+            raise MMTokError(
+                f"text_config.rope_parameters.mrope_section in config.json of {name} is {sections}: not three numbers "
+                f"with the sum {frequencies}",
+                COMPARE,
+            )
+        if vision.hidden_size % (4 * vision.num_heads):
+            raise MMTokError(
+                f"vision_config in config.json of {name} has {vision.num_heads} heads for a width of "
+                f"{vision.hidden_size}, which do not share it evenly in quarters",
+                COMPARE,
+            )
+        field, blocks = self._named_blocks()
+        if not blocks or not all(0 <= block < vision.depth for block in blocks):
+            raise MMTokError(
+                f"vision_config.{field} in config.json of {name} is {blocks}, of {vision.depth} blocks", COMPARE
+            )
+
+    def _named_blocks(self) -> tuple[str, list[int]]:
+        """The field of the encoder's configuration that lists some of its blocks."""
+        return "fullatt_block_indexes", self.model.config.vision_config.fullatt_block_indexes
 
     @classmethod
     def stand_in_processor(cls, config: Any, chat_template: str) -> Any:
@@ -178,6 +214,9 @@ class Qwen3VL(QwenVL):
 
     family: ClassVar[str] = "qwen3_vl"
     has_deepstack: ClassVar[bool] = True
+
+    def _named_blocks(self) -> tuple[str, list[int]]:
+        return "deepstack_visual_indexes", self.model.config.vision_config.deepstack_visual_indexes
 
     def encoded_images(
         self, rows: list[Tensor], vision: Sequence[VisionTokens], selections: Sequence[Selection]

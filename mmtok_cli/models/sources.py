@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
-from mmtok_cli.errors import MMTokError, first_line, suggestion
+from mmtok_cli.errors import MMTokError, suggestion
 from mmtok_cli.profiles import Profile, known_profiles
 
 
@@ -37,40 +36,55 @@ def source_of(name: str, *, weights: bool = True) -> str:
         return profile.source
     if not name.strip():
         raise MMTokError("no model was named", "`mmtok models` lists those that are known by name")
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise MMTokError(
-                f"{name} is not a model directory: config.json is missing", "name a directory in the hub's format"
-            )
-        if weights and not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
-            raise MMTokError(
-                f"{name} has no weights: there is no .safetensors file in it", "copy the weights there too"
-            )
-        return str(path)
-    if path.exists():
+    try:
+        path = Path(name).expanduser()
+        found = path.exists()
+        if path.is_dir():
+            _require_model_files(path, name, weights=weights)
+            return str(path)
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, a closed door, ~ of nobody, a null byte
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise MMTokError(
+            f"there is no model {name[:80]!r}: {reason}", "`mmtok models` lists those known by name"
+        ) from error
+    if found:
         raise MMTokError(f"{name} is a file, not a model", "name a directory in the hub's format")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise MMTokError(f"there is no model {name!r}", suggestion(name, known_profiles(), "mmtok models"))
     return name
 
 
-def configuration(source: str, name: str) -> Any:
-    """The configuration of a directory or hub id. Raises MMTokError where there is none."""
-    from mmtok_cli.models import hf
-
-    try:
-        return hf.load_config(source)
-    except (OSError, ValueError, json.JSONDecodeError) as error:
-        if Path(source).is_dir():
-            raise MMTokError(
-                f"the config.json of {name} cannot be read: {first_line(error)}", "download it again"
-            ) from error
+def _require_model_files(directory: Path, name: str, *, weights: bool) -> None:
+    for path in directory.iterdir():  # opening a pipe would wait for its writer, and a device may never end
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise MMTokError(f"{path.name} of {name} is a device, a pipe or a socket, not a file", "remove it")
+    if not (directory / "config.json").exists():
         raise MMTokError(
-            f"{name} is not in the local cache and could not be fetched from the hub",
-            "check the spelling and the network, download it elsewhere and name its directory, or time a known model "
-            "with --weights random",
-        ) from error
+            f"{name} is not a model directory: config.json is missing", "name a directory in the hub's format"
+        )
+    if weights and not any(directory.glob("*.safetensors")):
+        raise MMTokError(
+            f"{name} has no weights: there is no .safetensors file in it",
+            "copy the weights there too; other formats, such as .bin, are not read",
+        )
+
+
+def configuration(source: str, name: str) -> Any:
+    """The configuration of a directory or hub id. Raises MMTokError where there is none, or none that can be used."""
+    from mmtok_cli.models import hf
+    from mmtok_cli.models.checkpoint import COMPARE, check_config, faults_of
+
+    if Path(source).is_dir():
+        check_config(Path(source), name)
+    with faults_of(f"config.json of {name} cannot be used", hf.or_tested(COMPARE)):
+        try:
+            return hf.load_config(source)
+        except OSError as error:
+            raise MMTokError(
+                f"{name} is not in the local cache and could not be fetched from the hub",
+                "check the spelling and the network, download it elsewhere and name its directory, or time a known "
+                "model with --weights random",
+            ) from error
 
 
 def architecture(name: str, source: str) -> Any:

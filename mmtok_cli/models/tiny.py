@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from mmtok_cli.errors import MMTokError
-from mmtok_cli.models import FAMILIES, hf
+from mmtok_cli.models import hf
 from mmtok_cli.models.base import VisionLanguageModel
+from mmtok_cli.models.families import family_class
 from mmtok_cli.models.random_weights import fill_randomly
 from mmtok_cli.models.room import laid_out
 from mmtok_cli.profiles import known_profiles
@@ -80,7 +81,7 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float32, attention: str =
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(SCALE)
-    built = FAMILIES[family]()
+    built = family_class(family)
     tiny = built(f"tiny-{family}", model, built.stand_in_processor(config, profile.chat_template))
     tiny.weights = "random"
     return tiny

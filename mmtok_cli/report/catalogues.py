@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mmtok_cli.report.tables import plain_table
+from mmtok_cli.report.text import printable, printable_data
 from mmtok_cli.report.units import count
 
 if TYPE_CHECKING:
@@ -61,9 +62,9 @@ def methods_table(methods: Sequence[dict[str, Any]]) -> Table:
     table.add_column("keeps")
     for heading in ("paper", "on", "asks", "free", "turns"):
         table.add_column(heading, no_wrap=True)
-    for method in methods:
+    for method in map(printable_data, methods):
         if "fault" in method:
-            table.add_row(Text(ascii(method["name"])), "cannot be used, see below", *["–"] * 5)
+            table.add_row(method["name"], "cannot be used, see below", *["–"] * 5)
             continue
         table.add_row(
             method["name"],
@@ -77,6 +78,8 @@ def methods_table(methods: Sequence[dict[str, Any]]) -> Table:
 
 def method_details(method: dict[str, Any]) -> Table:
     """One method with its parameters."""
+    paragraphs = method["description"].split("\n\n")
+    method = printable_data(method) | {"description": "\n\n".join(map(printable, paragraphs))}
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+import errno
+import os
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,22 +17,79 @@ from rich.text import Text
 
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.progress import Progress, Update
+from mmtok_cli.report.text import printable, printable_json
 from mmtok_cli.results.schema import json_text
 
 
-def results_console() -> Console:
-    """Standard output: results and nothing else."""
-    return Console(highlight=False, markup=False, emoji=False)
+class ResultsConsole(Console):
+    """Standard output: results and nothing else. Raises OSError where they cannot be written."""
+
+    def __init__(self) -> None:
+        super().__init__(highlight=False, markup=False, emoji=False)
+
+    def on_broken_pipe(self) -> None:
+        """Rich would end the program, and with it what is still to be done."""
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
 
-def notes_console(quiet: bool = False) -> Console:
-    """Standard error: progress, warnings, hints."""
-    return Console(stderr=True, highlight=False, markup=False, emoji=False, quiet=quiet)
+class NotesConsole(Console):
+    """Standard error: progress, warnings, hints. What cannot be written there is dropped, since it must not stop the
+    work."""
+
+    def __init__(self, quiet: bool) -> None:
+        super().__init__(stderr=True, highlight=False, markup=False, emoji=False, quiet=quiet)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        with contextlib.suppress(OSError):
+            super().print(*objects, **options)
+
+    def on_broken_pipe(self) -> None:
+        """Rich would end the program."""
+
+
+def results_console() -> ResultsConsole:
+    return ResultsConsole()
+
+
+def notes_console(quiet: bool = False) -> NotesConsole:
+    return NotesConsole(quiet)
 
 
 def print_json(result: BaseModel | dict[str, Any]) -> None:
     """One JSON object on standard output, unwrapped and uncoloured."""
-    results_console().file.write(json_text(result, indent=2) + "\n")
+    out = results_console()
+    ascii_only = not out.encoding.startswith("utf")
+    out.file.write(printable_json(json_text(result, indent=2), ascii_only=ascii_only) + "\n")
+    out.file.flush()
+
+
+def attempt_all(parts: Iterable[Callable[[], object]]) -> bool:
+    """Do every part of the output, whatever happens to those before it. Whether all of them succeeded.
+
+    What went wrong is printed, unless it is that nobody reads standard output any more. An error that is a defect of
+    the code is raised, after the last part.
+    """
+    succeeded, defect = True, None
+    for part in parts:
+        try:
+            part()
+        except MMTokError as error:
+            succeeded = False
+            print_error(error)
+        except OSError as error:
+            succeeded = False
+            report_unwritable(error)
+        except Exception as error:
+            defect = defect or error
+    if defect:
+        raise defect
+    return succeeded
+
+
+def report_unwritable(error: OSError) -> None:
+    """Say that standard output cannot be written, unless it is that nobody reads it any more."""
+    if not isinstance(error, BrokenPipeError):
+        print_error(MMTokError(f"standard output could not be written: {error.strerror or error}"))
 
 
 def print_error(error: MMTokError) -> None:
@@ -39,16 +99,11 @@ def print_error(error: MMTokError) -> None:
         console.print(Text.assemble(("hint: ", "bold"), printable(error.hint)), soft_wrap=True)
 
 
-def printable(text: object) -> str:
-    """Text whose undecodable bytes, which file names may hold, are escaped."""
-    return str(text).encode("utf-8", "backslashreplace").decode("utf-8")
-
-
 def progress_bar(quiet: bool) -> ProgressBar:
     """A bar on standard error that leaves no trace when it is done, and none at all where nobody is looking."""
     columns = (
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),

@@ -5,14 +5,18 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mmtok_cli.report.cells import CsvColumn, Source, Value
 from mmtok_cli.report.columns import COLUMNS
+from mmtok_cli.report.text import printable_record
 
 if TYPE_CHECKING:
     from mmtok_cli.results.schema import CaseId, Comparison, FailedCase
+
+FORMULA = re.compile(r"\s*[=+\-@＝＋－＠]")  # full-width signs count as well where they are typed
 
 # Which case it is, also for cases that failed.
 
@@ -77,8 +81,10 @@ CSV_COLUMNS: tuple[CsvColumn[Any], ...] = (
 def csv_text(comparison: Comparison) -> str:
     """One row for each case, failed ones last. Columns without a value in any case are left out.
 
-    Raw values and scores by kind of question are in the JSON only.
+    Raw values and scores by kind of question are in the JSON only. A text that a spreadsheet would take for a formula
+    begins with an apostrophe.
     """
+    comparison = printable_record(comparison)
     context = _values(CONTEXT, comparison)
     rows = [
         _values(IDENTITY, case.case) | (_values(COLUMNS, case) if case.seconds else {}) | context
@@ -94,7 +100,12 @@ def csv_text(comparison: Comparison) -> str:
 
 
 def _values(columns: Sequence[CsvColumn[Source]], source: Source) -> dict[str, Value]:
-    return {column.name: column.value(source) for column in columns if column.name}
+    return {column.name: _without_formula(column.value(source)) for column in columns if column.name}
+
+
+def _without_formula(value: Value) -> Value:
+    """A value that a spreadsheet shows as it is; numbers are never formulas."""
+    return f"'{value}" if isinstance(value, str) and FORMULA.match(value) else value
 
 
 def _has_values(name: str, rows: Sequence[Mapping[str, Value]]) -> bool:

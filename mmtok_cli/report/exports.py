@@ -16,6 +16,7 @@ from mmtok_cli.report.checks import failure_notes, interruption_notes, unable_no
 from mmtok_cli.report.columns import markdown_columns
 from mmtok_cli.report.csv_export import csv_text
 from mmtok_cli.report.tables import environment_line, rules_text
+from mmtok_cli.report.text import printable_json, printable_record
 from mmtok_cli.report.units import plural
 from mmtok_cli.results.schema import json_text
 
@@ -39,7 +40,7 @@ def write_export(comparison: Comparison, path: Path, *, overlays: Sequence[Overl
     """
     kind = path.suffix.lower()
     if kind == ".json":
-        text = json_text(comparison, indent=2) + "\n"
+        text = _json(comparison)
     elif kind == ".csv":
         text = csv_text(comparison)
     elif kind == ".md":
@@ -55,16 +56,20 @@ def write_export(comparison: Comparison, path: Path, *, overlays: Sequence[Overl
 
 def write_json(result: Record, path: Path) -> None:
     """Write a result as JSON. Raises MMTokError if the file cannot be written."""
-    _write(path, json_text(result, indent=2) + "\n")
+    _write(path, _json(result))
+
+
+def _json(result: Record) -> str:
+    return printable_json(json_text(result, indent=2)) + "\n"
 
 
 def _write(path: Path, text: str) -> None:
-    data = text.encode("utf-8", "backslashreplace")  # the command line may hold bytes that are not text
-    write_whole(path, lambda part: part.write_bytes(data))
+    write_whole(path, lambda part: part.write_bytes(text.encode()))
 
 
 def markdown_text(comparison: Comparison) -> str:
     """A table for a pull request or a paper's notes, with a line on what it was measured on and one on reading it."""
+    comparison = printable_record(comparison)
     columns = markdown_columns(comparison)
     table = [["method", *(column.heading for column in columns)]]
     for row in rows(comparison, columns):
@@ -81,7 +86,7 @@ def markdown_text(comparison: Comparison) -> str:
         *comparison.remarks,
     ]
     said = [_conditions(comparison), READING, *notes]
-    return "\n".join([*lines, "", "\n\n".join(map(_escaped, said)), ""])
+    return "\n".join([*lines, "", "\n\n".join(map(_paragraph, said)), ""])
 
 
 def _conditions(comparison: Comparison) -> str:
@@ -104,4 +109,9 @@ def _padded(text: str, width: int, rule: str) -> str:
 
 def _escaped(text: str) -> str:
     """Text that Markdown shows as it is, on one line."""
-    return re.sub(r"([\\`*_\[\]<>|~#&])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([\\`*_\[\]<>|~#&$])", r"\\\1", " ".join(text.split()))
+
+
+def _paragraph(text: str) -> str:
+    """Text that is neither an item of a list nor a heading, however it begins."""
+    return re.sub(r"^(\d{0,9})([-+=.)])", r"\1\\\2", _escaped(text))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from itertools import accumulate
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmtok_cli.files import write_whole
+from mmtok_cli.report.text import printable
 from mmtok_cli.report.units import plural
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ def save_gain_curve(gains: Sequence[float], path: Path, title: str) -> None:
     reached = figure.add_subplot()
     picks = range(1, len(gains) + 1)
     reached.plot(picks, list(accumulate(gains)), color="tab:blue")
-    reached.set(xlabel="tokens kept", ylabel="coverage reached", title=title, ylim=(0, None))
+    reached.set(xlabel="tokens kept", ylabel="coverage reached", title=_plain(title), ylim=(0, None))
     gain = reached.twinx()
     gain.plot(picks, gains, color="tab:orange")
     gain.set(ylabel="gain of the pick", ylim=(0, None))
@@ -54,7 +56,7 @@ def save_tradeoff(comparison: Comparison, path: Path) -> None:
     for name, cases in methods.items():
         cases.sort(key=lambda case: case.tokens.kept)
         quality = [100 * _quality(case, scored) for case in cases]
-        style = {"marker": "o", "markersize": 4, "label": name}
+        style = {"marker": "o", "markersize": 4, "label": _plain(name)}
         by_tokens.plot([case.tokens.layer_average for case in cases], quality, **style)
         by_time.plot([case.seconds["ttft"].median * 1e3 for case in cases], quality, **style)
     full = 100 * _quality(baseline, scored)
@@ -72,7 +74,7 @@ def save_tradeoff(comparison: Comparison, path: Path) -> None:
     asked = baseline.score_counts.asked if baseline.score_counts else comparison.schedule.samples
     by_tokens.set(xlabel="vision tokens per decoder layer", ylabel="score [%]" if scored else "top-1 agreement [%]")
     by_time.set(xlabel="time to first token, median [ms]")
-    by_tokens.set_title(f"{comparison.model}, {plural(asked, 'question')}", loc="left")
+    by_tokens.set_title(f"{_plain(comparison.model)}, {plural(asked, 'question')}", loc="left")
     handles, names = by_tokens.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=8, fontsize="small")
     for axes in (by_tokens, by_time):
@@ -100,7 +102,7 @@ def save_scaling(profile: ScalingProfile, path: Path) -> None:
                 continue
             seconds = [p.select_seconds if stage == "select" else p.prefill_seconds for p in points]
             fit, style = fits[name, stage], {"color": f"C{color}", "marker": "o", "markersize": 5}
-            label = name if fit.exponent is None else f"{name}: tokens^{fit.exponent:.2f}"
+            label = _plain(name) + ("" if fit.exponent is None else f": tokens^{fit.exponent:.2f}")
             axes.plot([p.tokens for p in points], seconds, label=label, markerfacecolor="white", **style)
             if fit.exponent is not None:
                 used = [(p.tokens, s) for p, s in zip(points, seconds, strict=True) if p.tokens in fit.tokens]
@@ -111,7 +113,8 @@ def save_scaling(profile: ScalingProfile, path: Path) -> None:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(fontsize="small")
-    figure.axes[0].set_title(f"{profile.model}, {profile.environment.dtype}, {profile.environment.device}", loc="left")
+    title = f"{_plain(profile.model)}, {profile.environment.dtype}, {profile.environment.device}"
+    figure.axes[0].set_title(title, loc="left")
     _save(figure, path)
 
 
@@ -130,6 +133,13 @@ def _quality_limits(percents: Sequence[float]) -> tuple[float, float]:
     return max(0, low - margin), high + margin
 
 
+def _plain(text: str) -> str:
+    """Text that matplotlib shows as it is, without formulas between dollar signs."""
+    return printable(text).replace("$", r"\$")
+
+
 def _save(figure: Figure, path: Path) -> None:
     kind = path.suffix.lstrip(".").lower()
-    write_whole(path, lambda part: figure.savefig(part, format=kind, dpi=150))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a box is drawn for it
+        write_whole(path, lambda part: figure.savefig(part, format=kind, dpi=150))

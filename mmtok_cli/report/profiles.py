@@ -13,8 +13,8 @@ from mmtok_cli.report.columns import COMPARED, KEPT, STAGES, layers_differ
 from mmtok_cli.report.units import count, number, seconds, share, size, spread
 
 if TYPE_CHECKING:
-    from mmtok_cli.results.profile import CeilingProfile
-    from mmtok_cli.results.schema import Environment, Profile, Times
+    from mmtok_cli.results.profile import CeilingProfile, Ceilings
+    from mmtok_cli.results.schema import CaseResult, Environment, Profile, Times
     from mmtok_cli.settings import ProfileSettings
 
 SIDE_BY_SIDE = 2  # cases that fit beside each other with their spread
@@ -60,6 +60,8 @@ def profile_notes(
         lines += scaling_notes(profile, context_length)
     if profile.schedule.rounds < settings.rounds:
         lines.append(f"interrupted: {profile.schedule.rounds} of {settings.rounds} rounds were timed")
+    elif profile.interrupted and not isinstance(profile, ScalingProfile):
+        lines.append("interrupted: not all traces and ceilings were measured")
     if isinstance(profile, ScalingProfile) and profile.interrupted:
         reached = len({point.tokens for point in profile.scaling})
         lines.append(f"interrupted: {reached} of {len(sizes)} numbers of tokens were measured")
@@ -112,10 +114,10 @@ def _cost_table(profile: Profile) -> Table:
         table.add_row("peak above weights", *(size(case.memory.peak) for case in cases))
     for stage in STAGES:
         if any(stage in peaks for peaks in profile.stage_peaks.values()):
-            peaks = (profile.stage_peaks[case.case.label].get(stage) for case in cases)
+            peaks = (_peak(profile, case, stage) for case in cases)
             table.add_row(f"peak in {stage} (trace)", *(size(peak) for peak in peaks))
     for stage in ("encode", "select", "prefill"):
-        table.add_row(f"FLOPs in {stage}", *(count(case.flops[stage]) for case in cases))
+        table.add_row(f"FLOPs in {stage}", *(_flops(case, stage) for case in cases))
     return table
 
 
@@ -143,7 +145,7 @@ def _tokens_and_memory(profile: Profile) -> Table:
     table = _table(f"Vision tokens and memory{of_stages}", headings)
     for case in profile.cases:
         peaks = [size(case.memory.peak)] if with_peaks else []
-        within = [size(profile.stage_peaks[case.case.label].get(stage)) for stage in stages]
+        within = [size(_peak(profile, case, stage)) for stage in stages]
         average = number(round(case.tokens.layer_average, 1))
         table.add_row(case.case.label, number(case.tokens.kept), average, size(case.memory.kv_cache), *peaks, *within)
     return table
@@ -152,14 +154,22 @@ def _tokens_and_memory(profile: Profile) -> Table:
 def _operations(profile: Profile) -> Table:
     table = _table("FLOPs, and tokens of the text", [*MEMORY_STAGES, "text tokens", "new tokens"])
     for case in profile.cases:
-        flops = (count(case.flops[stage]) for stage in MEMORY_STAGES)
+        flops = (_flops(case, stage) for stage in MEMORY_STAGES)
         table.add_row(case.case.label, *flops, number(case.tokens.text), number(case.tokens.new))
     return table
 
 
-def ceiling_table(profile: CeilingProfile) -> Table:
+def _peak(profile: Profile, case: CaseResult, stage: str) -> int | None:
+    return profile.stage_peaks.get(case.case.label, {}).get(stage)
+
+
+def _flops(case: CaseResult, stage: str) -> str:
+    return count(case.flops[stage]) if case.flops else "–"
+
+
+def ceiling_table(profile: CeilingProfile, ceilings: Ceilings) -> Table:
     """FLOP/s of each stage and bytes/s of decoding, and what share of the device's ceilings that is."""
-    ceilings, stages = profile.ceilings, ("encode", "select", "prefill")
+    stages = ("encode", "select", "prefill")
     table = _table("Against the device's ceilings", [f"{stage} FLOP/s" for stage in stages] + ["decode B/s"])
     for case in profile.achieved:
         name = case.case.label
@@ -171,8 +181,10 @@ def ceiling_table(profile: CeilingProfile) -> Table:
 
 
 def ceiling_notes(profile: CeilingProfile) -> list[str]:
-    """What the ceilings are."""
+    """What the ceilings are, if they were measured."""
     c = profile.ceilings
+    if c is None:
+        return ["the device's ceilings were not measured"]
     kind = f"{c.dtype}, as TF32" if c.tf32 else c.dtype
     return [
         f"ceilings, measured in this run: the product of two matrices of {c.rows} x {c.rows} ({kind}), and a copy of "

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from mmtok_cli.report.cells import Cell, Column, speedup_cell
 from mmtok_cli.report.columns import COMPARED, KEPT, STAGES, kind_columns, layers_differ, terminal_columns
+from mmtok_cli.report.text import printable
 from mmtok_cli.report.units import number, plural, seconds, size
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ def rules_text(rules: Rules, settings: Sequence[str] | None = None) -> str:
         said.append("positions kept" if rules.positions == "keep" else "positions renumbered")
     if rules.budget_means == "layer-average":
         said.append("budgets are layer averages")
-    return ", ".join([*said, *(settings or ())])
+    return ", ".join([*said, *map(printable, settings or ())])
 
 
 def weights_text(weights: str) -> str:

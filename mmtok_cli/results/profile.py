@@ -37,9 +37,12 @@ class Achieved(OfCase):
 
 
 class CeilingProfile(Profile):
-    """A profile with the device's peak rates. weights_read: bytes that are read for each decoded token."""
+    """A profile with the device's peak rates. weights_read: bytes that are read for each decoded token.
 
-    ceilings: Ceilings
+    ceilings: None where they were not measured, because the profile was interrupted before or an error occurred.
+    """
+
+    ceilings: Ceilings | None
     weights_read: int
     achieved: list[Achieved]
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import islice
 
-from mmtok_cli.results.records import CaseFailure
+from mmtok_cli.errors import MMTokError
+from mmtok_cli.results.records import CaseFailure, PredictionBatch
 from mmtok_cli.results.run_directory import RunDirectory
 
 
@@ -23,7 +24,8 @@ class Remaining:
 
 
 def whole_rounds(store: RunDirectory) -> list[int]:
-    """The rounds, from the first on, in which every case that has a turn was measured."""
+    """The rounds, from the first on, in which every case that has a turn was measured. None are where the FLOPs of a
+    case are missing."""
     plan = store.plan
     whole: list[int] = []
     most = max((number for number, _ in store.runs), default=-1) + 1
@@ -31,10 +33,20 @@ def whole_rounds(store: RunDirectory) -> list[int]:
         for turn in turns:
             if turn.case in store.failures:
                 continue
-            if (number, turn.case) not in store.runs:
+            if (number, turn.case) not in store.runs or turn.case not in store.counted:
                 return whole
         whole.append(number)
     return whole
+
+
+def require_flops(store: RunDirectory) -> None:
+    """Raises MMTokError where a case was timed and its FLOPs, which are counted before, are missing."""
+    missing = {case for _, case in store.runs} - store.counted.keys() - store.failures.keys()
+    if missing:
+        raise MMTokError(
+            f"{store.path / 'cases' / f'{min(missing):03d}.json'} is missing",
+            f"count them again with: mmtok compare --run-dir {store.path} --resume",
+        )
 
 
 def is_timed(store: RunDirectory) -> bool:
@@ -49,23 +61,45 @@ def is_timed(store: RunDirectory) -> bool:
 
 def is_finished(store: RunDirectory) -> bool:
     """Whether nothing is left to be timed or evaluated."""
-    return is_timed(store) and left_to_evaluate(store) is None
+    return is_timed(store) and is_evaluated(store)
+
+
+def is_evaluated(store: RunDirectory) -> bool:
+    """Whether nothing is left to be evaluated.
+
+    Without a baseline there is nothing to compare with, and no case is evaluated.
+    """
+    size, cases = evaluated_cases(store)
+    if not store.plan.quality or not cases or cases[0] in evaluation_failures(store):
+        return True
+    return len(evaluated_batches(store)) == -(-store.plan.samples // size)
 
 
 def left_to_evaluate(store: RunDirectory) -> Remaining | None:
     """The cases and batches of the plan without predictions in the directory; None where there are none.
 
     Batches have the largest size at which the baseline could be timed. Cases that failed at that size are not
-    evaluated, nor are those that failed during evaluation. Without a baseline there is nothing to compare with, and
-    no case is evaluated.
+    evaluated, nor are those that failed during evaluation.
     """
+    if is_evaluated(store):
+        return None
     size, cases = evaluated_cases(store)
     failed = evaluation_failures(store)
-    if not store.plan.quality or not cases or cases[0] in failed:
-        return None
-    done = {batch.batch for batch in store.predictions.values() if batch.batch_size == size}
+    done = {batch.batch for batch in evaluated_batches(store)}
     left = [number for number in range(-(-store.plan.samples // size)) if number not in done]
-    return Remaining(size, [case for case in cases if case not in failed], left, store.key) if left else None
+    return Remaining(size, [case for case in cases if case not in failed], left, store.key)
+
+
+def evaluated_batches(store: RunDirectory) -> list[PredictionBatch]:
+    """The batches with predictions of all cases that take part in the evaluation and did not fail in it."""
+    size, cases = evaluated_cases(store)
+    failed = evaluation_failures(store)
+    expected = [case for case in cases if case not in failed]
+    return [
+        batch
+        for _, batch in sorted(store.predictions.items())
+        if batch.batch_size == size and all(batch.predicted_by(case) == batch.readable for case in expected)
+    ]
 
 
 def evaluated_cases(store: RunDirectory) -> tuple[int, list[int]]:

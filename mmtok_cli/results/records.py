@@ -4,19 +4,62 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, Literal
+from statistics import median
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import to_jsonable_python
 
-from mmtok_cli.budget import TokenCounts
+from mmtok_cli.budget import Budget, TokenCounts
 from mmtok_cli.data.layouts import MetricName
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.results.schedule import Rotation
-from mmtok_cli.results.schema import CaseId, Environment, FlopCoverage, OfCase, Record
+from mmtok_cli.results.schema import (
+    Bytes,
+    CaseId,
+    Environment,
+    FailureReason,
+    FlopCoverage,
+    Measure,
+    Number,
+    OfCase,
+    Record,
+    Seconds,
+    Share,
+)
 from mmtok_cli.rules import Positions, Rules
+from mmtok_cli.settings import CompareSettings
+
+STAGES = ("prepare", "encode", "select", "prefill", "decode")
+SUMS = ("ttft", "total")
+
+
+def _read_number(value: Any) -> Any:
+    """What `json_text` writes for a number that is not finite."""
+    return float(value) if value in ("NaN", "Infinity", "-Infinity") else value
+
+
+def _require_plausible(tokens: TokenCounts) -> TokenCounts:
+    if not (0 <= tokens.kept <= tokens.total <= 10**9 and 0 <= tokens.text <= 10**9):
+        raise ValueError("token counts must be positive, and no more can be kept than there are")
+    if not tokens.kept - 1 <= tokens.layer_average <= tokens.total + 1:  # which allows for rounding
+        raise ValueError("the layer average must be between the numbers of kept and of all vision tokens")
+    return tokens
+
+
+Tokens = Annotated[TokenCounts, AfterValidator(_require_plausible)]
+
+
+def _require_not_negative(value: float) -> float:
+    if value < 0:  # NaN is not
+        raise ValueError("must not be negative")
+    return value
+
+
+Divergence = Annotated[float, BeforeValidator(_read_number), AfterValidator(_require_not_negative)]
 
 
 class GpuState(Record):
@@ -25,13 +68,13 @@ class GpuState(Record):
     joules: per repetition of what was run just before. None where the card does not report a value.
     """
 
-    clock: float | None
-    memory_clock: float | None
-    full_clock: float | None
-    power_limit: float | None
+    clock: Measure | None
+    memory_clock: Measure | None
+    full_clock: Measure | None
+    power_limit: Measure | None
     throttled: list[str]
-    other_processes: int | None
-    joules: float | None = None
+    other_processes: Number | None
+    joules: Measure | None = None
 
 
 class TimedRun(Record):
@@ -42,46 +85,84 @@ class TimedRun(Record):
     longest answer. Bytes are those of the batch.
     """
 
-    case: int
-    round: int = 0
-    batch: int = 0
+    case: Number
+    round: Number = 0
+    batch: Number = 0
     key: str = ""
     samples: list[str]
-    seconds: dict[str, float]
-    repetitions: dict[str, list[float]]
-    tokens: list[TokenCounts]
+    seconds: dict[str, Seconds]
+    repetitions: dict[str, list[Seconds]]
+    tokens: list[Tokens]
     positions: Positions
     answers: list[str]
-    steps: int
-    kv_cache: int
-    peak: int | None
-    reserved: int | None
-    host: int
+    steps: Number
+    kv_cache: Bytes
+    peak: Bytes | None
+    reserved: Bytes | None
+    host: Bytes
     gpu: GpuState | None = None
+
+    @property
+    def file_name(self) -> str:
+        return f"{self.round:05d}-{self.case:03d}.json"
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> Self:
+        _require_stages(self.seconds, *SUMS)
+        if self.seconds.keys() != self.repetitions.keys():
+            raise ValueError("seconds and repetitions do not have the same stages")
+        for stage, values in self.repetitions.items():
+            if not values or not math.isclose(self.seconds[stage], median(values), abs_tol=1e-12):
+                raise ValueError(f"the seconds of {stage} are not the median of its repetitions")
+        if len({len(values) for values in self.repetitions.values()}) > 1:
+            raise ValueError("the stages differ in their number of repetitions")
+        for number in range(len(self.repetitions["total"])):
+            _require_sums({stage: values[number] for stage, values in self.repetitions.items()})
+        if not (self.seconds["encode"] + self.seconds["prefill"] > 0 and self.seconds["ttft"] > 0):
+            raise ValueError("the stages until the first token took no time")
+        if not len(self.samples) == len(self.tokens) == len(self.answers) > 0:
+            raise ValueError("samples, tokens and answers differ in number")
+        return self
 
 
 class CountedFlops(Record):
     """FLOPs per sample by stage, counted once for each case, and how many operators they cover."""
 
-    case: int
+    case: Number
     key: str
-    flops: dict[str, float]
+    flops: dict[str, Measure]
     coverage: FlopCoverage
+
+    @property
+    def file_name(self) -> str:
+        return f"{self.case:03d}.json"
+
+    @model_validator(mode="after")
+    def _has_all_stages(self) -> Self:
+        _require_stages(self.flops, "total")
+        if not math.isclose(self.flops["total"], sum(self.flops[stage] for stage in STAGES)):
+            raise ValueError("the total is not the sum of the stages")
+        return self
 
 
 class CaseFailure(Record):
-    """Why a case was given up. case: its number in the plan. refused: the case cannot be run on one of the samples."""
+    """Why a case was given up. case: its number in the plan. traceback: of a defect of the code, otherwise empty."""
 
-    case: int
-    reason: Literal["out of memory", "refused"]
+    case: Number
+    reason: FailureReason
     message: str
+    traceback: str = ""
 
 
 class TimingFailure(CaseFailure):
     """A case that failed while it was timed. round: None for the warm-up."""
 
     key: str
-    round: int | None
+    round: Number | None
+
+    @property
+    def file_name(self) -> str:
+        return f"{self.case:03d}.json"
 
 
 class Closeness(Record):
@@ -92,35 +173,37 @@ class Closeness(Record):
     since each token follows from those before it.
     """
 
-    kl: float
-    top1: float
+    kl: Divergence
+    top1: Share
     same: bool
 
 
 class Prediction(Record):
     """What one case answered to one sample of the dataset.
 
-    case, sample: numbers in the plan and in the dataset. score: None where there is no reference answer.
+    case, sample: numbers in the plan and in the dataset. score: None where there is no reference answer. tokens: of the
+    prompt.
     """
 
-    case: int
-    sample: int
+    case: Number
+    sample: Number
     answer: str
-    score: float | None
+    score: Share | None
     closeness: Closeness
+    tokens: Tokens | None = None
 
 
 class UnreadableSample(Record):
     """A sample whose images cannot be read or whose prompt is too long, which is left out of every case."""
 
-    sample: int
+    sample: Number
     problem: str
 
 
 class SampleLabel(Record):
     """What the summary needs to know of a sample: the names of its images, its reference answer and its kind."""
 
-    sample: int
+    sample: Number
     images: tuple[str, ...]
     answer: str | None
     kind: str | None
@@ -132,13 +215,42 @@ class PredictionBatch(Record):
     key: a digest of the plan's cases. failures: cases that could not be evaluated on this batch.
     """
 
-    batch: int
-    batch_size: int
+    batch: Number
+    batch_size: Annotated[Number, Field(ge=1)]
     key: str
     samples: list[SampleLabel]
     predictions: list[Prediction]
     unreadable: list[UnreadableSample]
     failures: list[CaseFailure]
+
+    @property
+    def file_name(self) -> str:
+        return f"{self.batch:06d}.json"
+
+    @model_validator(mode="after")
+    def _agrees_on_samples(self) -> Self:
+        first = self.batch * self.batch_size
+        numbers = [label.sample for label in self.samples]
+        if not 0 < len(numbers) <= self.batch_size or numbers != list(range(first, first + len(numbers))):
+            raise ValueError("samples are not those of the batch")
+        if not {left_out.sample for left_out in self.unreadable} <= set(numbers):
+            raise ValueError("a sample that was left out is not of the batch")
+        predicted = {(prediction.case, prediction.sample) for prediction in self.predictions}
+        if len(predicted) < len(self.predictions) or not {sample for _, sample in predicted} <= self.readable:
+            raise ValueError("predictions are not of different samples of the batch")
+        scored = {(prediction.sample, prediction.score is not None) for prediction in self.predictions}
+        if len(scored) > len({sample for sample, _ in scored}):
+            raise ValueError("a sample has scores for some cases only")
+        return self
+
+    @property
+    def readable(self) -> set[int]:
+        """The numbers of the samples that were not left out."""
+        return {label.sample for label in self.samples} - {left_out.sample for left_out in self.unreadable}
+
+    def predicted_by(self, case: int) -> set[int]:
+        """The numbers of the samples that a case answered."""
+        return {prediction.sample for prediction in self.predictions if prediction.case == case}
 
 
 class PlannedCase(OfCase):
@@ -158,25 +270,56 @@ class Plan(Record):
 
     schema_: Literal["mmtok.plan/2"] = Field(default="mmtok.plan/2", alias="schema")
     model: str
-    options: dict[str, Any]
+    options: CompareSettings
     rules: Rules
-    cases: list[PlannedCase]
+    cases: list[PlannedCase] = Field(min_length=1)
     environment: Environment
     data: str
     data_digest: str
-    samples: int
+    samples: Annotated[Number, Field(ge=1)]
     seed: int
     max_new_tokens: int
-    rounds: int
+    rounds: Annotated[Number, Field(ge=1)]
     every_round: bool
     runs: int
     warmup: int
     min_time: float | None
     order: list[list[int]]
-    timed: int | None = None
+    timed: Annotated[Number, Field(ge=1)] | None = None
     quality: bool = True
     metric: MetricName | None = None
     left_out: list[str] = Field(default=[])
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> Self:
+        """Raises MMTokError for a budget that is none."""
+        differing = [name for name, value in self._settings() if value != getattr(self, name)]
+        if differing:
+            raise ValueError(f"{differing[0]} and the options contradict each other")
+        if not (self.timed or 1) <= self.samples <= self.options.limit:
+            raise ValueError("the number of samples contradicts the options")
+        if any(planned.case.run is not None for planned in self.cases):
+            raise ValueError("its cases are of several runs")
+        for number, planned in enumerate(self.cases):
+            if planned.case.budget is not None:
+                Budget.parse(planned.case.budget)
+            if not self.cases[self.baseline_of(number)].case.is_baseline:
+                raise ValueError(f"{planned.case.label} has no baseline")
+            if planned.case.batch_size > (self.timed or self.samples):
+                raise ValueError(f"{planned.case.label} needs more samples than there are")
+        # The lists are compared last: only their lengths show that a number of rounds is not made up.
+        if len(self.order) != self.rounds or self.order != self.rotation().first(self.rounds):
+            raise ValueError("the order is not that of the rounds, cases and seed")
+        return self
+
+    def _settings(self) -> Iterator[tuple[str, Any]]:
+        """What the options say about other fields."""
+        for name in ("rules", "seed", "max_new_tokens", "runs", "warmup", "min_time"):
+            yield name, getattr(self.options, name)
+        yield "quality", self.options.measures_quality
+        yield "every_round", self.options.rounds is not None
+        if self.options.rounds is not None:
+            yield "rounds", self.options.rounds
 
     def rotation(self) -> Rotation:
         """Which cases run in which round."""
@@ -188,6 +331,22 @@ class Plan(Record):
         """The unreduced case of the same batch size: the first that has this size."""
         size = self.cases[case].case.batch_size
         return next(i for i, other in enumerate(self.cases) if other.case.batch_size == size)
+
+
+def _require_stages(values: Mapping[str, float], *sums: str) -> None:
+    for name in (*STAGES, *sums):
+        if name not in values:
+            raise ValueError(f"{name} is missing")
+
+
+def _require_sums(seconds: Mapping[str, float]) -> None:
+    """Seconds of one repetition. Stages with the prefix `measured_` are contained in others."""
+    total = seconds["total"]
+    parts = [value for name, value in seconds.items() if name not in SUMS and not name.startswith("measured_")]
+    if not math.isclose(total, sum(parts)):
+        raise ValueError("the total is not the sum of the stages")
+    if not math.isclose(seconds["ttft"], total - seconds["decode"], abs_tol=1e-9 * total):
+        raise ValueError("ttft is not the sum of the stages before decode")
 
 
 def plain(value: Any) -> Any:

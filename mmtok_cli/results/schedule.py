@@ -53,12 +53,8 @@ class Rotation:
     def turns(self) -> Iterator[list[Turn]]:
         """The turns of each round in the order in which they run, endlessly."""
         for number, permutation in enumerate(permutations(len(self.sizes), self.seed)):
-            places = {size: self._place(size, number) for size in self.batches}
-            yield [
-                Turn(case, place % self.batches[self.sizes[case]])
-                for case in permutation
-                if (place := places[self.sizes[case]]) is not None
-            ]
+            batches = {size: self.batch_in(size, number) for size in self.batches}
+            yield [Turn(case, batch) for case in permutation if (batch := batches[self.sizes[case]]) is not None]
 
     def turns_of(self, case: int) -> int:
         """The number of turns of a case in `rounds` rounds."""
@@ -71,11 +67,11 @@ class Rotation:
     def _turns(self, size: int) -> int:
         return self.rounds if self.every_round else min(self.rounds, max(self.batches[size], FEWEST_TURNS))
 
-    def _place(self, size: int, number: int) -> int | None:
-        """The number of turns of a batch size before this round; None if it does not run in this round."""
+    def batch_in(self, size: int, number: int) -> int | None:
+        """The batch on which the cases of a batch size run in a round; None if they do not run in this round."""
         turns = self._turns(size)
-        place, remainder = divmod(number * turns, self.rounds)
-        return place if remainder < turns else None
+        before, remainder = divmod(number * turns, self.rounds)  # the turns in the rounds before this one
+        return before % self.batches[size] if remainder < turns else None
 
 
 def rotation(sizes: Sequence[int], samples: int, rounds: int | None, seed: int, most: int | None = None) -> Rotation:

@@ -11,13 +11,24 @@ import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from mmtok_cli.rules import Positions, Rules
 
 CONFIDENCE = 0.95  # of all intervals
+
+# Limits beyond which a figure can only be damaged.
+Number = Annotated[int, Field(ge=0, le=10**9)]  # of a case, a round, a sample; how many there are
+Bytes = Annotated[int, Field(ge=0, le=10**16)]
+Seconds = Annotated[float, Field(ge=0, le=10**9)]
+Measure = Annotated[float, Field(ge=0, le=10**24)]  # of FLOPs, watts, megahertz, joules
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+# "refused": the case cannot be run on one of the samples. "error": anything else, a defect of the code.
+FailureReason = Literal["out of memory", "refused", "error"]
 
 
 class Record(BaseModel):
@@ -38,9 +49,12 @@ def json_text(value: BaseModel | Mapping[str, Any], indent: int | None = None) -
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def from_json(kind: type[Kind], text: str) -> Kind:
-    """What `json_text` was given. Raises ValueError for text that is something else."""
-    return kind.model_validate(json.loads(text))
+def from_json(kind: type[Kind], text: str | bytes, *, strict: bool = False) -> Kind:
+    """What `json_text` was given. strict: without conversions, such as that of "1" to 1.
+
+    Raises ValueError for text that is something else, MMTokError for settings in it that are not valid.
+    """
+    return kind.model_validate_json(text, strict=strict or None)
 
 
 def _finite(value: Any) -> Any:
@@ -136,9 +150,9 @@ class FlopCoverage(Record):
     underestimated.
     """
 
-    calls: int
-    counted: dict[str, int]
-    missed: dict[str, int]
+    calls: Number
+    counted: dict[str, Number]
+    missed: dict[str, Number]
 
     @property
     def share(self) -> float:
@@ -223,10 +237,10 @@ class CaseId(Record):
     check of the noise. run: the label of the run, where several runs are merged.
     """
 
-    method: str
+    method: str = Field(min_length=1)
     parameters: dict[str, Any]
     budget: str | None
-    batch_size: int = 1
+    batch_size: Annotated[int, Field(ge=1)] = 1
     again: bool = False
     run: str | None = None
 
@@ -247,7 +261,7 @@ class CaseId(Record):
     @property
     def is_baseline(self) -> bool:
         """Whether this is the unreduced model that the others are compared with."""
-        return self.method == "full" and not self.again
+        return self.method == "full" and self.budget is None and not self.again
 
 
 class OfCase(Record):
@@ -264,10 +278,12 @@ class CaseResult(OfCase):
 
     positions: whether kept tokens kept their positions. overhead: seconds of select / (encode + prefill), median.
     decode_tokens_per_second: (new tokens - 1) / seconds of decode, median; None where nothing was decoded after the
-    first token. outliers: indices of the values of `ttft` that are far above the others. drift: of `ttft`, if any.
+    first token. short: number of samples that keep fewer tokens than the budget says, since they have no more that may
+    be kept: of those evaluated, otherwise of those timed. outliers: indices of the values of `ttft` that are far above
+    the others. drift: of `ttft`, if any.
     score: by the metric of the schedule: F1 for POPE, (accuracy + accuracy_plus) / 2 for MME, otherwise the mean over
-    the samples. It and the fields below do not depend on the batch size;
-    they are None if answers were not evaluated. retention_low, retention_high: bounds of a 95 % interval.
+    the samples. It and the fields below do not depend on the batch size; they are None if answers were not evaluated.
+    retention_low, retention_high: bounds of a 95 % interval.
     """
 
     positions: Positions
@@ -280,6 +296,7 @@ class CaseResult(OfCase):
     flops: dict[str, float]
     flop_coverage: FlopCoverage | None = None
     gpu: GpuUse | None = None
+    short: int = 0
     outliers: list[int] = []
     drift: Drift | None = None
     score: float | None = None
@@ -296,12 +313,11 @@ class CaseResult(OfCase):
 class FailedCase(OfCase):
     """A case that failed and has no result, or, among `unevaluated`, no quality.
 
-    round: in which it failed, from 0; None for the warm-up and the evaluation. reason: "out of memory", or "refused" if
-    the case cannot be run on one of the samples.
+    round: in which it failed, from 0; None for the warm-up and the evaluation.
     """
 
     round: int | None
-    reason: Literal["out of memory", "refused"]
+    reason: FailureReason
     message: str
 
 
@@ -324,7 +340,7 @@ class Environment(Record):
     weights: str
     dtype: str
     attention: str
-    threads: int
+    threads: Annotated[Number, Field(ge=1)]
     command: list[str]
     driver: str | None = None
     cuda: str | None = None

@@ -67,18 +67,18 @@ def run_round(
 
     batches: the samples by batch size. Their images are read before the clock starts and held until the round is over.
     attempt: called with the case, the round and the work; without it errors are raised.
+
+    Raises MMTokError for an image that can no longer be read, which is not a failure of the case.
     """
     opened: dict[tuple[int, int], list[Sample]] = {}
 
-    def work(turn: Turn) -> TimedRun:
+    for turn in turns:
         case = cases[turn.case]
         batch = case.batch_size, turn.batch
         if batch not in opened:
             opened[batch] = [sample.open() for sample in batches[case.batch_size][turn.batch]]
-        return run_case(model, case, opened[batch], max_new_tokens, turn.case, runs=runs, gpu=gpu)
-
-    for turn in turns:
-        run = attempt(turn.case, number, partial(work, turn)) if attempt else work(turn)
+        work = partial(run_case, model, case, opened[batch], max_new_tokens, turn.case, runs=runs, gpu=gpu)
+        run = attempt(turn.case, number, work) if attempt else work()
         if run is not None:
             yield run.model_copy(update={"round": number, "batch": turn.batch})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import tempfile
 import time
@@ -18,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from mmtok_cli.cases import Case
 from mmtok_cli.data.samples import Sample
+from mmtok_cli.errors import MMTokError
 from mmtok_cli.files import write_whole
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.pipeline import STAGES
@@ -25,15 +27,21 @@ from mmtok_cli.results.schema import Operator
 
 # TensorBoard's profiler plugin knows the category "Runtime"; torch writes these names for the same thing.
 RUNTIME_CATEGORIES = ("cuda_runtime", "cuda_driver")
+LONGEST_NAME = 60  # characters, of which each may take four bytes
 
 
 @dataclass(frozen=True)
 class Trace:
-    """A written trace. peaks: bytes allocated at most within a stage, above what was allocated at the start."""
+    """A trace of one case.
 
-    path: Path
+    path: its file; None where that could not be written, which `problem` explains. peaks: bytes allocated at most
+    within a stage, above what was allocated at the start.
+    """
+
+    path: Path | None
     operators: list[Operator]
     peaks: dict[str, int]
+    problem: MMTokError | None = None
 
 
 def trace_case(
@@ -47,23 +55,25 @@ def trace_case(
     with profile(activities=activities, profile_memory=True) as profiler:
         case.answer(model, samples, max_new_tokens, record_function)
     events = _export(profiler)
-    path = (
-        directory
-        / _file_name(case)
-        / f"{socket.gethostname()}_{os.getpid()}.{time.time_ns() // 1_000_000}.pt.trace.json"
-    )
-    write_whole(path, lambda part: part.write_text(json.dumps(events), encoding="utf-8"))
     spans = [
         (event["name"], event["ts"], event["ts"] + event["dur"])
         for event in events["traceEvents"]
         if event.get("cat") == "user_annotation" and event["name"] in STAGES
     ]
-    return Trace(path, _operators(profiler, case), _peaks(events, spans, model.device))
+    operators, peaks = _operators(profiler, case), _peaks(events, spans, model.device)
+    process = f"{socket.gethostname()}_{os.getpid()}"
+    path = directory / _file_name(case) / f"{process}.{time.time_ns() // 1_000_000}.pt.trace.json"
+    try:
+        write_whole(path, lambda part: part.write_text(json.dumps(events), encoding="utf-8"))
+    except MMTokError as error:
+        return Trace(None, operators, peaks, error)
+    return Trace(path, operators, peaks)
 
 
 def _file_name(case: Case) -> str:
-    label = case.id.label.replace(" @ ", "-").replace(" x ", "-x")
-    return label.replace(":", "-").replace("%", "pct").replace("/", "-")
+    """A name for the case's directory, whatever its method is called."""
+    label = case.id.label.replace(" @ ", "-").replace(" x ", "-x").replace("%", "pct")
+    return re.sub(r"[^\w.-]", "-", label).lstrip(".")[:LONGEST_NAME] or "case"
 
 
 def _export(profiler: Any) -> dict[str, Any]:

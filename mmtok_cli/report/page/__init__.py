@@ -20,6 +20,7 @@ from mmtok_cli.report.cells import Column, missing, rows
 from mmtok_cli.report.columns import KEPT, is_scored, kind_columns, section_columns
 from mmtok_cli.report.page import charts
 from mmtok_cli.report.page.facts import headline
+from mmtok_cli.report.text import printable, printable_record
 from mmtok_cli.report.units import plural
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def page_text(comparison: Comparison, overlays: Sequence[OverlayGroup] = ()) -> 
 
     It loads nothing from elsewhere and allows no script and no style but its own.
     """
+    comparison = printable_record(comparison)
     style, script = (Markup(_resource(name)) for name in ("page.css", "page.js"))
     plots = charts.tradeoff_plots(comparison)
     stacks, stack_scale = charts.stage_stacks(comparison)
@@ -88,7 +90,11 @@ def page_text(comparison: Comparison, overlays: Sequence[OverlayGroup] = ()) -> 
         kinds=kinds,
         kind_rows=_rows(comparison, kinds),
         overlays=[
-            (group.title, [(o.caption, o.note, *_picture(o.image)) for o in group.overlays]) for group in overlays
+            (
+                printable(group.title),
+                [(printable(o.caption), printable(o.note), *_picture(o.image)) for o in group.overlays],
+            )
+            for group in overlays
         ],
         ceiling="" if missing(comparison.results[0]) else tables.ceiling(comparison.results[0]),
         notes=checks.notes(comparison, ceilings=False),

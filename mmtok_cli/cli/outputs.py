@@ -1,0 +1,190 @@
+"""Where a command may write: not over what it reads, not over the records of a run, and not twice into one file."""
+
+from __future__ import annotations
+
+import os
+import stat
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from mmtok_cli.errors import MMTokError
+from mmtok_cli.files import require_writable, require_writable_directory
+
+if TYPE_CHECKING:
+    from mmtok_cli.settings import CompareSettings
+
+ELSEWHERE = "choose another place"
+FileId = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Output:
+    """A file that an option names, in a format of one of the suffixes, or a directory, which has no suffixes."""
+
+    option: str
+    path: Path
+    suffixes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.option} {self.path}"
+
+    @property
+    def directory(self) -> Path:
+        """Where it writes files."""
+        return _real(self.path.parent if self.suffixes else self.path)
+
+
+@dataclass
+class Inputs:
+    """What a command reads: files, directories with all that is in them, and run directories."""
+
+    files: list[Path] = field(default_factory=list)
+    directories: list[Path] = field(default_factory=list)
+    runs: list[Path] = field(default_factory=list)
+
+
+def outputs_of(paths: Iterable[tuple[str, Path | None, tuple[str, ...]]]) -> list[Output]:
+    """The outputs among options that were given: name, path and suffixes of each."""
+    return [Output(option, path, suffixes) for option, path, suffixes in paths if path is not None]
+
+
+def check_outputs(outputs: Sequence[Output], inputs: Inputs) -> None:
+    """Raises MMTokError for an output that cannot be written, that another output names too, or that is an input or a
+    record of a run, through links and in other letter cases as well. Nothing is written; directories need not exist."""
+    for output in outputs:
+        if output.suffixes:
+            require_writable(output.path, output.suffixes, output.option)
+        else:
+            require_writable_directory(output.path, output.option)
+    for one, other in combinations(outputs, 2):
+        _require_distinct(one, other)
+    for output in outputs:
+        _require_no_record(output, inputs.runs)
+        _require_no_input(output, inputs)
+
+
+def model_inputs(model: str, *files: Path) -> Inputs:
+    """Files, the directory of a model, which may be that of the hub's cache, and the profiles of known models."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    from mmtok_cli.profiles import known_profiles, profile_directory
+
+    known = known_profiles().get(model)
+    sources = [known.source, known.text_tower] if known else [model]
+    inputs = Inputs(files=list(files), directories=[profile_directory()])
+    for source in filter(None, sources):
+        local = Path(os.path.expanduser(source))  # noqa: PTH111 (leaves the name of an unknown user as it is)
+        cached = Path(HF_HUB_CACHE, f"models--{source.replace('/', '--')}")
+        inputs.directories.append(local if _kind(local) else cached)
+    return inputs
+
+
+def comparison_inputs(settings: CompareSettings, run: Path, outputs: Sequence[Output]) -> Inputs:
+    """What `mmtok compare` reads: the model, the data and the images of the data, and a run that is resumed."""
+    from mmtok_cli.data.vqav2 import annotations_beside
+
+    inputs = model_inputs(settings.model)
+    inputs.runs.append(run)
+    kind, _, rest = settings.data.partition(":")
+    for path in map(Path, filter(None, (settings.data, rest, *rest.split(",")))):
+        if _kind(path) == "file":
+            inputs.files += filter(None, (path, annotations_beside(path)))
+        elif _kind(path) == "directory" and kind == "hub":
+            inputs.directories.append(path)
+    # All data are read for this, so only where an output replaces a file, which might be one of the images.
+    if kind not in ("demo", "hub") and any(output.suffixes and _same_names(output.path) for output in outputs):
+        inputs.files += _image_files(settings)
+    return inputs
+
+
+def _image_files(settings: CompareSettings) -> Iterator[Path]:
+    """The image files of a dataset, also those beyond --limit."""
+    from mmtok_cli.data.datasets import open_dataset
+    from mmtok_cli.data.samples import ClosedImages
+    from mmtok_cli.settings import column_names
+
+    dataset = open_dataset(
+        settings.data,
+        image_root=settings.image_root,
+        question=settings.question,
+        columns=column_names(settings.columns),
+    )
+    for sample in dataset.samples:
+        if isinstance(sample.images, ClosedImages):
+            yield from sample.images.files
+
+
+def _require_distinct(one: Output, other: Output) -> None:
+    first, second = (Path(_folded(str(_real(output.path)))) for output in (one, other))
+    if first == second or _ids(_same_names(one.path)) & _ids(_same_names(other.path)):
+        raise MMTokError(f"{one} and {other} are the same file", "give each output a name of its own")
+    for file, path, inner in ((one, first, second), (other, second, first)):
+        if file.suffixes and path in inner.parents:
+            raise MMTokError(f"{file} is a file, and {other if file is one else one} is in it", ELSEWHERE)
+
+
+def _require_no_record(output: Output, runs: Sequence[Path]) -> None:
+    from mmtok_cli.results.run_directory import PLAN, RECORDS
+
+    known, path = {_real(run) for run in runs}, _real(output.path)
+    for parent in path.parents:
+        if parent not in known and not (parent / PLAN).is_file():
+            continue
+        if path.relative_to(parent).parts[0].casefold() in RECORDS:
+            raise MMTokError(f"{output} is a record of the run in {parent}", ELSEWHERE)
+    files = _ids(_same_names(output.path)) if output.suffixes else set()
+    for run in runs:
+        if files & _ids(file for name in RECORDS for file in _files_below(run / name)):
+            raise MMTokError(f"{output} is a record of the run in {run}", ELSEWHERE)
+
+
+def _require_no_input(output: Output, inputs: Inputs) -> None:
+    for directory in inputs.directories:
+        if _real(directory) == output.directory:
+            raise MMTokError(f"{output} is in {directory}, which this command reads", ELSEWHERE)
+    ids = _ids(_same_names(output.path)) if output.suffixes else set()
+    if not ids:
+        return
+    for file in (*inputs.files, *(file for directory in inputs.directories for file in _files_below(directory))):
+        if ids & _ids([file]):
+            raise MMTokError(f"{output} is the same file as the input {file}", ELSEWHERE)
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))
+
+
+def _folded(text: str) -> str:
+    """A path or name as file systems see it that do not tell letter cases or ways to write an accent apart."""
+    return unicodedata.normalize("NFC", text).casefold()
+
+
+def _same_names(path: Path) -> list[Path]:
+    """The files that a path may stand for: those that have its name in some letter case."""
+    path = _real(path)
+    try:
+        return [other for other in path.parent.iterdir() if _folded(other.name) == _folded(path.name)]
+    except OSError:
+        return []
+
+
+def _files_below(path: Path) -> Iterator[Path]:
+    return (file for file in (path, *path.rglob("*")) if _kind(file) == "file")
+
+
+def _kind(path: Path) -> Literal["file", "directory"] | None:
+    """What there is under a name; None for nothing, and for a name that cannot be."""
+    try:
+        return "directory" if stat.S_ISDIR(path.stat().st_mode) else "file"
+    except (OSError, ValueError):
+        return None
+
+
+def _ids(paths: Iterable[Path]) -> set[FileId]:
+    """Device and inode, which hard links share, of the files that exist."""
+    statuses = [path.stat() for path in paths if _kind(path)]
+    return {(status.st_dev, status.st_ino) for status in statuses}
