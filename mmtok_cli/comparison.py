@@ -17,7 +17,7 @@ from mmtok_cli.data.datasets import Dataset, open_dataset
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.environment import environment_of
 from mmtok_cli.errors import MMTokError
-from mmtok_cli.evaluation.metrics import judged
+from mmtok_cli.evaluation.metrics import with_metric
 from mmtok_cli.evaluation.predictions import evaluate
 from mmtok_cli.evaluation.processes import Processes
 from mmtok_cli.files import require_writable_directory
@@ -215,7 +215,7 @@ class ComparisonRun:
             question=settings.question,
             columns=column_names(settings.columns),
         )
-        dataset = judged(dataset, settings.metric)
+        dataset = with_metric(dataset, settings.metric)
         require_whole_batches(len(dataset.samples), settings.batch_size)
         for note in dataset.notes()[:MOST_NOTES]:
             self.progress.note(note)
