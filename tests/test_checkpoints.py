@@ -489,7 +489,7 @@ TEMPLATES = {
 
 @pytest.mark.parametrize(("template", "words"), TEMPLATES.values(), ids=TEMPLATES)
 def test_chat_templates(template: str, words: str, damaged: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial, "TEMPLATE_SECONDS", 4)
+    monkeypatch.setattr(trial, "TEMPLATE_SECONDS", 1)  # of processor time
     message = fault_of(damaged(content("chat_template.jinja", template.encode())))
     assert message.startswith("the chat template of MODEL ") and words in message
 
