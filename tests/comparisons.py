@@ -80,7 +80,7 @@ def case(
     described = {
         "method": method,
         "parameters": {} if baseline else {"alpha": 0.5},
-        "budget": None if baseline else str(kept),
+        "budget": None if baseline or not kept else str(kept),
     }
     of = {name: changes.pop(name) for name in ("parameters", "batch_size", "again", "run") if name in changes}
     fields: dict[str, Any] = {

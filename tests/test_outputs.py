@@ -446,17 +446,16 @@ def test_no_picture_from_outside_the_run_is_embedded(place: Path) -> None:
     index = json.loads((overlays / "index.json").read_text())
     first = index["groups"][0]["pictures"][0]
     (overlays / "link.webp").symlink_to(outside)
-    (overlays / "image.webp").write_bytes((place / "photo.png").read_bytes())
-    for file in ("../../secret.webp", str(outside), "link.webp", "image.webp", "", ".", "nothing.webp", "\0"):
+    for file in ("../../secret.webp", str(outside), "link.webp", "", ".", "nothing.webp", "\0"):
         first["file"] = file
         (overlays / "index.json").write_text(json.dumps(index))
-        refused(run("report", place / "run", "--export", place / "t.html"), "pictures", "cannot be read")
+        refused(run("report", place / "run", "--export", place / "t.html"), "to omit the pictures")
         assert not (place / "t.html").exists()
     shutil.rmtree(overlays)
     shutil.copytree(place / "run", place / "other")
     shutil.copytree(place / "pictures", place / "other" / "overlays")
     overlays.symlink_to(place / "other" / "overlays")
-    refused(run("report", place / "run", "--export", place / "t.html"), "pictures", "cannot be read")
+    refused(run("report", place / "run", "--export", place / "t.html"), "not one of the pictures")
 
 
 @pytest.mark.parametrize(

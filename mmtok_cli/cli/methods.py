@@ -18,7 +18,8 @@ def methods(
     """List the reduction methods, or show one with its parameters and their defaults."""
     from mmtok_cli.methods import method_names
     from mmtok_cli.report.catalogues import METHODS_LEGEND, method_details, methods_table
-    from mmtok_cli.report.console import print_json, printable, results_console
+    from mmtok_cli.report.console import print_json, results_console
+    from mmtok_cli.report.text import printable
 
     listed = [_describe(name)] if name else [_describe_or_fault(each) for each in method_names()]
     if as_json:

@@ -85,12 +85,14 @@ def model_inputs(model: str, *files: Path) -> Inputs:
 
 def comparison_inputs(settings: CompareSettings, run: Path, outputs: Sequence[Output]) -> Inputs:
     """What `mmtok compare` reads: the model, the data and the images of the data, and a run that is resumed."""
+    from mmtok_cli.data.vqav2 import annotations_beside
+
     inputs = model_inputs(settings.model)
     inputs.runs.append(run)
     kind, _, rest = settings.data.partition(":")
-    for path in map(Path, filter(None, (settings.data, rest))):
+    for path in map(Path, filter(None, (settings.data, rest, *rest.split(",")))):
         if _kind(path) == "file":
-            inputs.files.append(path)
+            inputs.files += filter(None, (path, annotations_beside(path)))
         elif _kind(path) == "directory" and kind == "hub":
             inputs.directories.append(path)
     # All data are read for this, so only where an output replaces a file, which might be one of the images.

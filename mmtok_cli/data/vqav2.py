@@ -20,7 +20,7 @@ def vqav2_entries(document: Any, path: Path, annotations: Path | None) -> Iterat
     known. Raises MMTokError for files that are not of this format or do not belong together.
     """
     questions = _list_in(document, "questions", path)
-    annotations = annotations or _beside(path)
+    annotations = annotations or annotations_beside(path)
     known = {} if annotations is None else _by_question(annotations)
     asked = {str(question.get("question_id")) for question in questions if isinstance(question, dict)}
     if annotations is not None and not asked & known.keys():
@@ -65,7 +65,7 @@ def _list_in(document: Any, name: str, path: Path) -> list[Any]:
     return rows
 
 
-def _beside(questions: Path) -> Path | None:
+def annotations_beside(questions: Path) -> Path | None:
     """The annotation file of the official name, as in v2_mscoco_val2014_annotations.json, if it exists."""
     name = questions.name.replace("OpenEnded_", "").replace("MultipleChoice_", "").replace("questions", "annotations")
     path = questions.with_name(name)

@@ -6,7 +6,7 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,7 +23,8 @@ from mmtok_cli.results.schema import Record, from_json, json_text
 PLAN = "plan.json"
 LOCK = "lock"
 FOLDERS = ("rounds", "cases", "failures", "predictions", "overlays")
-RECORDS = frozenset({PLAN, "comparison.json", LOCK, *FOLDERS})
+RESULT = "comparison.json"
+RECORDS = (PLAN, RESULT, *FOLDERS, LOCK)
 PLAN_FORMAT = Plan.model_fields["schema_"].default
 LARGEST = 2**28  # bytes of one file
 
@@ -66,7 +67,11 @@ class RunDirectory:
             directory = cls(path, plan)
             directory._lock = lock
             directory._write(PLAN, plan)
-            yield directory
+            try:
+                yield directory
+            except MMTokError:
+                directory._remove_if_empty()
+                raise
 
     @classmethod
     @contextmanager
@@ -117,7 +122,7 @@ class RunDirectory:
 
     def write_result(self, result: Record) -> None:
         """Save the summary of the run. Raises NotWrittenError where it cannot be written."""
-        self._write("comparison.json", result)
+        self._write(RESULT, result)
 
     def require_unmoved(self) -> None:
         """Raises NotWrittenError where the directory was renamed or deleted since it was locked.
@@ -135,6 +140,14 @@ class RunDirectory:
                 f"{self.path} was renamed or deleted during the run, so no more results can be saved",
                 "if it was renamed, resume with --resume and its new name as --run-dir",
             )
+
+    def _remove_if_empty(self) -> None:
+        """Remove a run that was refused before anything was measured."""
+        if not (self.runs or self.counted or self.failures or self.predictions):
+            with suppress(OSError):
+                (self.path / PLAN).unlink()
+                (self.path / LOCK).unlink()
+                self.path.rmdir()
 
     def _write(self, name: str, record: Record) -> None:
         self.require_unmoved()
@@ -194,7 +207,7 @@ def require_run(path: Path) -> None:
 
 def require_no_run(path: Path) -> None:
     """Raises MMTokError for a directory in which a run cannot be started, since it holds one or what is left of one."""
-    for name in (PLAN, *FOLDERS):
+    for name in (PLAN, RESULT, *FOLDERS):
         if os.path.lexists(path / name):
             what = "a run" if name == PLAN else f"{name} of a run without its {PLAN}"
             how = "add --resume to continue it, or choose" if name == PLAN else "choose"
@@ -242,13 +255,16 @@ def _locked(path: Path) -> Iterator[os.stat_result]:
         path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path / LOCK, timeout=0)
         lock.acquire()
+        status = (path / LOCK).stat()
     except Timeout as error:
         raise MMTokError(f"{path} is in use by another run", "wait until that run ends, or stop it") from error
     except (OSError, NotImplementedError) as error:
         why = error.strerror if isinstance(error, OSError) else first_line(error)
-        raise MMTokError(f"{path / LOCK} cannot be locked: {why}", "choose another directory") from error
+        raise MMTokError(
+            f"{path / LOCK} cannot be locked: {why}", "choose a directory that can be written to"
+        ) from error
     try:
-        yield (path / LOCK).stat()
+        yield status
     finally:
         lock.release()
 

@@ -2,20 +2,18 @@
 
 Every printed object names its `schema`. The number after the slash is raised when a key is removed or changes its
 meaning; keys may be added without that. `from_json(Comparison, text)` reads a result back, and
-`python -m mmtok_cli.results.schema` prints the JSON Schema of a comparison and of a profile.
+`python -m mmtok_cli.results` prints the JSON Schema of a comparison and of a profile.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 
-from mmtok_cli.budget import Budget
 from mmtok_cli.rules import Positions, Rules
 
 CONFIDENCE = 0.95  # of all intervals
@@ -231,11 +229,6 @@ class Flips(Record):
     p_value: float
 
 
-def _require_budget(text: str) -> str:
-    Budget.parse(text)
-    return text
-
-
 class CaseId(Record):
     """A case, which is a row of every table: a method with its parameters, at a budget and a batch size.
 
@@ -245,7 +238,7 @@ class CaseId(Record):
 
     method: str = Field(min_length=1)
     parameters: dict[str, Any]
-    budget: Annotated[str, AfterValidator(_require_budget)] | None
+    budget: str | None
     batch_size: Annotated[int, Field(ge=1)] = 1
     again: bool = False
     run: str | None = None
@@ -284,10 +277,12 @@ class CaseResult(OfCase):
 
     positions: whether kept tokens kept their positions. overhead: seconds of select / (encode + prefill), median.
     decode_tokens_per_second: (new tokens - 1) / seconds of decode, median; None where nothing was decoded after the
-    first token. outliers: indices of the values of `ttft` that are far above the others. drift: of `ttft`, if any.
+    first token. short: number of samples that keep fewer tokens than the budget says, since they have no more that may
+    be kept: of those evaluated, otherwise of those timed. outliers: indices of the values of `ttft` that are far above
+    the others. drift: of `ttft`, if any.
     score: by the metric of the schedule: F1 for POPE, (accuracy + accuracy_plus) / 2 for MME, otherwise the mean over
-    the samples. It and the fields below do not depend on the batch size;
-    they are None if answers were not evaluated. retention_low, retention_high: bounds of a 95 % interval.
+    the samples. It and the fields below do not depend on the batch size; they are None if answers were not evaluated.
+    retention_low, retention_high: bounds of a 95 % interval.
     """
 
     positions: Positions
@@ -300,6 +295,7 @@ class CaseResult(OfCase):
     flops: dict[str, float]
     flop_coverage: FlopCoverage | None = None
     gpu: GpuUse | None = None
+    short: int = 0
     outliers: list[int] = []
     drift: Drift | None = None
     score: float | None = None
@@ -399,34 +395,3 @@ class Comparison(Record):
     unevaluated: list[FailedCase] = []
     left_out: list[str] = []
     remarks: list[str] = []
-
-
-class Operator(Record):
-    """One operator within one stage of the profiler trace of a case."""
-
-    case: str
-    stage: str
-    name: str
-    calls: int
-    cpu_seconds: float
-    device_seconds: float
-
-
-class Profile(Record):
-    """What `mmtok profile --json` prints. stage_peaks: bytes by case and stage, from the traces."""
-
-    schema_: Literal["mmtok.profile/2"] = Field(default="mmtok.profile/2", alias="schema")
-    model: str
-    parameters: int
-    rules: Rules
-    environment: Environment
-    schedule: Schedule
-    interrupted: bool
-    cases: list[CaseResult]
-    stage_peaks: dict[str, dict[str, int]]
-    operators: list[Operator]
-    trace: str
-
-
-if __name__ == "__main__":
-    sys.stdout.write(json.dumps([kind.model_json_schema() for kind in (Comparison, Profile)], indent=2) + "\n")
