@@ -308,7 +308,7 @@ def test_a_directory_that_disappears_is_not_made_again(
 
 def test_a_run_does_not_start_among_the_remains_of_another(copy: Path, options: tuple[Any, ...]) -> None:
     (copy / "plan.json").unlink()
-    refused(run(*options, "--run-dir", copy), "already contains rounds of a run without its plan.json")
+    refused(run(*options, "--run-dir", copy), "of a run without its plan.json")
     assert not (copy / "plan.json").exists()
 
 
