@@ -331,6 +331,19 @@ def test_interrupted_comparison_writes_its_files_and_says_so_by_its_status(
     assert plot.exit_code == 1 and "hint: resume the run with --resume" in plot.stderr
 
 
+@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt(), 130), (MMTokError("No space left"), 1)])
+def test_pictures_that_are_not_drawn_cost_nothing_else(
+    error: BaseException, status: int, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*arguments: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("mmtok_cli.comparison.save_pictures", stop)
+    done = run(*command("compare", place), "--export", place / "t.html", "--run-dir", place / "new")
+    assert done.exit_code == status and "Speed" in done.stdout and "Quality" in done.stdout
+    assert (place / "t.html").exists() and done.stderr.count("error: No space left") == (status == 1)
+
+
 def test_interrupted_before_anything_was_measured(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*arguments: Any, **options: Any) -> None:
         raise KeyboardInterrupt
