@@ -70,12 +70,16 @@ class Budget:
 @dataclass(frozen=True)
 class TokenCounts:
     """Tokens of a sample: vision tokens of its images before reduction, after the last reduction and on average over
-    the decoder layers; and text tokens."""
+    the decoder layers; and text tokens.
+
+    short: fewer are kept than the budget says, since an image has no more tokens, or no more that may be kept.
+    """
 
     total: int
     kept: int
     text: int
     layer_average: float
+    short: bool = False
 
 
 def parse_budgets(text: str) -> list[Budget]:

@@ -172,7 +172,8 @@ class ComparisonRun:
             work()
         except (KeyboardInterrupt, MMTokError) as error:
             if not whole_rounds(store):
-                self._how_to_resume()
+                if store.runs or isinstance(error, KeyboardInterrupt):
+                    self._how_to_resume()
                 raise
             return error
         except Exception:

@@ -23,12 +23,14 @@ class ImagePlan:
     """How one image is to be reduced.
 
     total: its vision tokens when nothing is reduced. keep: how many of them are left after the last reduction.
-    grid: the grid at which the image is encoded; None is the model's own choice.
+    grid: the grid at which the image is encoded; None is the model's own choice. short: the image cannot meet the
+    budget, and keeps as many tokens as it can.
     """
 
     total: int
     keep: int
     grid: Grid | None
+    short: bool = False
 
 
 def plan_images(
@@ -60,34 +62,35 @@ def _plan(
     strict: bool,
 ) -> ImagePlan:
     total = grid[0] * grid[1] if grid else model.total(image)
-    keep = total
+    keep, short = total, False
     if budget is not None:
-        keep = _nearest(partial(_kept, model, method, image, budget, rules, grid, total), strict)
+        keep, short = _nearest(partial(_kept, model, method, image, budget, rules, grid, total), strict)
         if rules.budget_means == "layer-average":
-            keep = _nearest(partial(final_count, method, keep, total, model.layer_count), strict)
+            keep, lower = _nearest(partial(final_count, method, keep, total, model.layer_count), strict)
+            short = short or lower
     smaller = hooks.resize(method, total, keep)
     if smaller is None:
-        return ImagePlan(total, keep, grid)
+        return ImagePlan(total, keep, grid, short)
 
     def encoded_at(tokens: int) -> Grid:
         return rectangle(tokens, grid, grid[0] / grid[1]) if grid else model.smaller(image, tokens)
 
     try:
-        return ImagePlan(total, keep, encoded_at(smaller))
+        return ImagePlan(total, keep, encoded_at(smaller), short)
     except UnmetBudgetError as error:
         if strict:
             raise
-        return ImagePlan(total, keep, encoded_at(error.nearest))
+        return ImagePlan(total, keep, encoded_at(error.nearest), short=True)
 
 
-def _nearest(find: Callable[[], int], strict: bool) -> int:
-    """The number of tokens found, or the nearest that an image can keep."""
+def _nearest(find: Callable[[], int], strict: bool) -> tuple[int, bool]:
+    """The number of tokens found, or the nearest that an image can keep, and whether it is the latter."""
     try:
-        return find()
+        return find(), False
     except UnmetBudgetError as error:
         if strict:
             raise
-        return error.nearest
+        return error.nearest, True
 
 
 def _kept(

@@ -134,6 +134,7 @@ def reduce(
     images = _reduce_images(model, method, prompt, plans, vision, rules, stage)
     with stage("select"):
         inputs = model.assemble(prompt, vision, [image.selection for image in images], positions)
+        _require_room(model, inputs["input_ids"].shape[1], max_new_tokens=0)
         cuts = _cut_images(model, method, images, inputs)
     return Reduced(prompt, images, inputs, cuts, positions, _count_tokens(prompt, images, inputs, model.layer_count))
 
@@ -175,10 +176,13 @@ def check_sample(model: VisionLanguageModel, sample: Sample, max_new_tokens: int
 
 def _require_room(model: VisionLanguageModel, length: int, max_new_tokens: int) -> None:
     if length + max_new_tokens > model.context_length:
+        too_long, lower = "does not fit", "--budget"
+        if max_new_tokens:
+            too_long, lower = f"and an answer of up to {max_new_tokens} do not fit", "--budget or --max-new-tokens"
         raise MMTokError(
-            f"the prompt of {length} tokens and an answer of up to {max_new_tokens} do not fit into the "
-            f"{model.context_length} tokens that {model.name} can read",
-            "shorten the question, or lower --budget or --max-new-tokens",
+            f"the prompt of {length} tokens {too_long} into the {model.context_length} tokens that {model.name} "
+            "can read",
+            f"shorten the question, or lower {lower}",
         )
 
 
@@ -279,7 +283,8 @@ def _within_reach(plan: ImagePlan, seen: VisionTokens, method: Method) -> ImageP
     if plan.keep == plan.total or plan.grid:
         return plan
     parts = seen.crops.tokens if seen.crops and method.per_crop else (seen,)
-    return replace(plan, keep=min(plan.keep, sum(int(part.eligible.sum()) for part in parts)))
+    eligible = sum(int(part.eligible.sum()) for part in parts)
+    return plan if plan.keep <= eligible else replace(plan, keep=eligible, short=True)
 
 
 def select(method: Method, tasks: Sequence[SelectionTask], stage: Stage = unwatched) -> list[Selection]:
@@ -367,6 +372,8 @@ def _count_tokens(
                 kept=sum(image.kept for image in mine),
                 text=length - sum(image.selection.kept for image in mine),
                 layer_average=sum(layer_average(image.selection.kept, image.cuts, layers) for image in mine),
+                # A method that need not be exact may keep fewer than planned.
+                short=any(image.plan.short or (image.kept < image.plan.keep and not image.plan.grid) for image in mine),
             )
         )
     return counts

@@ -14,7 +14,7 @@ from mmtok_cli.data.datasets import Dataset
 from mmtok_cli.data.samples import Sample, batches
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.profiles import known_profiles
-from mmtok_cli.results.records import Plan, digest_of_samples, planned_case
+from mmtok_cli.results.records import CaseFailure, Plan, digest_of_samples, planned_case
 from mmtok_cli.results.schedule import rotation
 from mmtok_cli.results.schema import CaseId, Environment, OfCase, Record
 from mmtok_cli.settings import CompareSettings
@@ -24,10 +24,11 @@ MOST_ROUNDS = 30  # unless more are asked for: more would hardly narrow the inte
 
 
 class EstimatedCase(OfCase):
-    """A case, in how many rounds it runs, and the seconds of one run; None where it ran out of memory."""
+    """A case, in how many rounds it runs, and the seconds of one run; None where it failed. failure: why, in a line."""
 
     rounds: int
     seconds: float | None
+    failure: str | None = None
 
 
 class Estimate(Record):
@@ -181,8 +182,9 @@ def _measured(plan: Plan) -> tuple[object, ...]:
     return [case.key for case in plan.cases], plan.samples, plan.timed, plan.metric, plan.order
 
 
-def estimate(plan: Plan, seconds: Sequence[float | None]) -> Estimate:
-    """How long a plan takes, given the seconds of one run of each case."""
+def estimate(plan: Plan, runs: Sequence[float | CaseFailure]) -> Estimate:
+    """How long a plan takes, given the seconds of one run of each case, or why it failed."""
+    seconds = [None if isinstance(one, CaseFailure) else one for one in runs]
     turns = plan.rotation()
     measured = sum(one * turns.turns_of(i) * plan.runs for i, one in enumerate(seconds) if one is not None)
     before = sum(one * (1 + plan.warmup) for one in seconds if one is not None)  # FLOPs are counted in a run as well
@@ -195,6 +197,7 @@ def estimate(plan: Plan, seconds: Sequence[float | None]) -> Estimate:
                 case=planned.case,
                 rounds=turns.turns_of(i),
                 seconds=seconds[i],
+                failure=f"{one.reason}: {one.message}" if isinstance(one := runs[i], CaseFailure) else None,
             )
             for i, planned in enumerate(plan.cases)
         ],

@@ -6,7 +6,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, field_validator
 
 from mmtok_cli.errors import MMTokError
 
@@ -86,5 +86,6 @@ def _with_none(value: Any) -> Any:
 def _read(path: Path) -> Profile:
     try:
         return Profile(**tomllib.loads(path.read_text(encoding="utf-8")))
-    except (tomllib.TOMLDecodeError, ValidationError) as error:
-        raise MMTokError(f"{path} is not a profile: {error}", "compare it with profiles/demo.toml") from error
+    except (OSError, ValueError) as error:  # damaged TOML, text that is not UTF-8 and wrong fields are ValueErrors
+        reason = " ".join(str(error).split())
+        raise MMTokError(f"{path} is not a profile: {reason}", "compare it with profiles/demo.toml") from error

@@ -67,14 +67,9 @@ def tree(directory: Path | str) -> Tree:
     found: Tree = {}
     with suppress(PermissionError), os.scandir(directory) as entries:
         for entry in entries:
-            status = entry.stat(follow_symlinks=False)
-            is_directory = entry.is_dir(follow_symlinks=False)
-            found[entry.path] = (
-                status.st_mode,
-                status.st_ino,
-                0 if is_directory else status.st_size,
-                status.st_mtime_ns,
-            )
+            status, is_directory = entry.stat(follow_symlinks=False), entry.is_dir(follow_symlinks=False)
+            content = () if is_directory else (status.st_size, status.st_mtime_ns)
+            found[entry.path] = (status.st_mode, status.st_ino, *content)
             if is_directory:
                 found |= tree(entry.path)
     return found

@@ -31,7 +31,7 @@ from mmtok_cli.pipeline import answer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
-LEFT_OUT = object()
+LEFT_OUT = "left out"
 Damage = Callable[[Path], object]
 
 
@@ -349,6 +349,8 @@ def test_sizes_in_the_configuration(path: str, value: Any, damaged: Any) -> None
 
 NAN = float("nan")
 FIELDS: list[tuple[str, str, Any]] = [
+    *(("config.json", "num_hidden_layers", value) for value in (0, 10**9, "x")),  # as older files have it
+    ("config.json", "rope_scaling.type", "nonsense"),
     *(("config.json", "model_type", value) for value in (3, None, [], {})),
     *(("config.json", part, value) for part in ("text_config", "vision_config") for value in (None, 3, [], "x")),
     *(("config.json", "dtype", value) for value in ("nonsense", "int8", 3, [])),

@@ -69,7 +69,7 @@ def test_pictures_without_answers(command: tuple[Any, ...], tmp_path: Path) -> N
 
 
 def test_bad_data(command: tuple[Any, ...], tmp_path: Path) -> None:
-    refused(run(*command, "--data", tmp_path / "gone.jsonl"), "there is no data file")
+    refused(run(*command, "--data", tmp_path / "gone.jsonl"), "there is no file")
     refused(run(*command, "--question", "What?"), "demo questions are fixed")
     refused(run(*command, "--columns", "question"), "'question' is not field=name")
     file = pope(tmp_path / "data", 1)

@@ -121,7 +121,7 @@ def test_files_that_are_no_utf8(folder: Path) -> None:
 def test_empty_and_absent_files(folder: Path) -> None:
     with pytest.raises(MMTokError, match="is empty"):
         open_dataset(str(write(folder / "asked.jsonl", "", "  ")))
-    with pytest.raises(MMTokError, match=r"there is no data file nowhere\.jsonl"):
+    with pytest.raises(MMTokError, match=r"there is no file nowhere\.jsonl"):
         open_dataset("nowhere.jsonl")
     with pytest.raises(MMTokError, match="there is no dataset 'nowhere'") as error:
         open_dataset("nowhere")
@@ -497,7 +497,7 @@ def test_vqav2s_pairs_of_files(folder: Path) -> None:
         ]
         assert found.samples[0].images[0].size == (30, 20)
     for text, message in {
-        f"vqav2:{asked},{folder / 'gone.json'}": "there is no data file .*gone.json",
+        f"vqav2:{asked},{folder / 'gone.json'}": "there is no file .*gone.json",
         f"vqav2:{answered},{asked}": "annotations.json has no list under 'questions'",
         f"vqav2:{asked},{asked}": "questions.json has no list under 'annotations'",
         f"vqav2:{asked},{answered},{answered}": "names 3 files",

@@ -48,7 +48,7 @@ def test_forced_logits_equal_a_plain_forward_over_prompt_and_answer(
 ) -> None:
     """Of a batch whose prompts differ in length, and of an answer that the model would not give."""
     token_ids = torch.randint(5, 60, (3, STEPS), generator=torch.Generator().manual_seed(0))
-    found = forced_logits(vlm, make_method("full"), samples, None, token_ids)
+    found, _ = forced_logits(vlm, make_method("full"), samples, None, token_ids)
     for row, sample in enumerate(samples):
         torch.testing.assert_close(found[row], plain_logits(vlm, sample, token_ids[row]), atol=2e-4, rtol=1e-4)
 
@@ -61,7 +61,7 @@ def test_the_unreduced_model_is_true_to_itself(vlm: VisionLanguageModel, samples
         vlm.model.config.text_config.vocab_size,
     )
     assert reference.logits.argmax(-1)[reference.mask].equal(reference.answers.token_ids[reference.mask])
-    again = forced_logits(vlm, make_method("full"), samples, None, reference.answers.token_ids)
+    again, _ = forced_logits(vlm, make_method("full"), samples, None, reference.answers.token_ids)
     assert closeness_of(reference.logits, again, reference.mask) == [Closeness(kl=0.0, top1=1.0, same=True)] * 3
 
 
@@ -72,7 +72,7 @@ def test_forced_on_its_own_answer_a_method_says_it_again(
 ) -> None:
     """The way through a ragged cache is that of decoding."""
     said = answer(vlm, METHODS[name], samples, budget_of(name), rules=rules, max_new_tokens=STEPS)
-    logits = forced_logits(vlm, METHODS[name], samples, budget_of(name), said.token_ids, rules=rules)
+    logits, _ = forced_logits(vlm, METHODS[name], samples, budget_of(name), said.token_ids, rules=rules)
     mask = answer_mask(said.token_ids, vlm.eos_token_ids)
     assert logits[:, 0].equal(said.first_logits)
     assert logits.argmax(-1)[mask].equal(said.token_ids[mask])
@@ -87,7 +87,7 @@ def demo() -> VisionLanguageModel:
 def test_same_means_that_greedy_decoding_says_the_same(name: str, demo: VisionLanguageModel) -> None:
     samples = demo_samples(8)
     reference = reference_of(demo, samples, max_new_tokens=4)
-    found = forced_logits(demo, METHODS[name], samples, budget_of(name), reference.answers.token_ids)
+    found, _ = forced_logits(demo, METHODS[name], samples, budget_of(name), reference.answers.token_ids)
     said = answer(demo, METHODS[name], samples, budget_of(name), max_new_tokens=4)
     closeness = closeness_of(reference.logits, found, reference.mask)
     assert [c.same for c in closeness] == [a == b for a, b in zip(said.texts, reference.answers.texts, strict=True)]

@@ -165,6 +165,35 @@ def test_a_method_that_fails_ends_its_case_alone(tiny_sdpa: Llava, samples: list
     assert [p.sample for p in found.predictions if p.case == 2] == [0, 1, 2]
 
 
+@dataclass(frozen=True)
+class Refuses(MMTok):
+    """Refuses one image, with an error for the user."""
+
+    def select_batch(self, vision: Any, text: Any, budgets: Any) -> Any:
+        if any(tokens.image_id == "picture-1" for tokens in vision):
+            raise MMTokError("picture-1 is too plain")
+        return super().select_batch(vision, text, budgets)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_a_sample_that_a_method_refuses_is_left_out_of_every_case(
+    batch_size: int, tiny_sdpa: Llava, samples: list[Sample]
+) -> None:
+    cases = [CASES[0], Case("refuses", Refuses(), Budget(count=6)), CASES[1]]
+    found = run(tiny_sdpa, Dataset("three", samples, None), cases, batch_size=batch_size)
+    assert not found.failures and [item.sample for item in found.unreadable] == [1]
+    assert found.unreadable[0].problem == "refuses @ 6: picture-1 is too plain"
+    assert {(p.case, p.sample) for p in found.predictions} == {(case, sample) for case in range(3) for sample in (0, 2)}
+
+
+def test_samples_that_keep_fewer_tokens_are_counted(tiny_sdpa: Llava, samples: list[Sample]) -> None:
+    cases = [CASES[0], Case("mmtok", make_method("mmtok"), Budget(count=30))]
+    found = run(tiny_sdpa, Dataset("three", samples, None), cases, batch_size=1)
+    kept = {p.sample: (p.tokens.kept, p.tokens.short) for p in found.predictions if p.case == 1 and p.tokens}
+    assert kept[0] == (30, False) and kept[1] == (24, True)
+    assert all(not p.tokens.short for p in found.predictions if p.case == 0 and p.tokens)
+
+
 def test_a_question_that_is_too_long_costs_its_sample_alone(tiny_sdpa: Llava, samples: list[Sample]) -> None:
     endless = replace(samples[1], question="word " * 3000)
     found = run(tiny_sdpa, Dataset("three", [samples[0], endless, samples[2]], None), batch_size=3)

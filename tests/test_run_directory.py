@@ -7,11 +7,13 @@ import os
 import random
 import re
 import shutil
+import socket
 import stat
 import subprocess
 import sys
 import tracemalloc
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from damaged_runs import MEASURES, MISPLACED, Damage, Reader, damaged, damages, 
 
 import mmtok_cli.comparison as comparison
 import mmtok_cli.timing.runner as runner
-from mmtok_cli.cases import Case
+from mmtok_cli.cases import Case, release_memory
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.files import require_writable, write_whole
 from mmtok_cli.results.records import TimingFailure
@@ -241,6 +243,29 @@ def test_runs_that_start_in_the_same_second(options: tuple[Any, ...], monkeypatc
     assert first != second and not run_json("report", first)["interrupted"]
 
 
+def test_processes_of_one_run_end_together(copy: Path) -> None:
+    """The writer is refused; the other says in a line that it is alone."""
+    with socket.create_server(("localhost", 0)) as free:
+        port = str(free.getsockname()[1])
+    variables = "import os; os.environ |= dict(MASTER_ADDR='localhost', WORLD_SIZE='2', RANK='{}', MASTER_PORT='{}')"
+    (copy / "predictions" / "000001.json").unlink()
+    with RunDirectory.resume(copy), ThreadPoolExecutor() as pool:
+        command = ("compare", "--resume", "--run-dir", copy)
+        writer, other = pool.map(lambda rank: run_process(*command, before=variables.format(rank, port)), range(2))
+    for process, words in ((writer, "is in use by another run"), (other, "another process of this run has ended")):
+        assert process.returncode == 2 and process.stdout == "" and words in process.stderr
+        assert len(process.stderr.splitlines()) == 2
+
+
+@pytest.mark.parametrize("count", ["x", "0", "-1", "", "1.5", "2"])
+def test_processes_that_no_launcher_started(
+    count: str, options: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", count)
+    refused(run(*options, "--run-dir", tmp_path / "run"), "WORLD_SIZE")
+    assert not list(tmp_path.iterdir())
+
+
 # Directories that change while they are used
 
 
@@ -298,6 +323,14 @@ def test_a_plan_that_cannot_be_written(
     assert result.exit_code == 1 and "No space left on device" in result.stderr
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["lock"]
     assert run(*options, "--run-dir", tmp_path / "run").exit_code == 0  # as soon as there is space
+
+
+def test_a_run_that_is_refused_before_anything_is_measured_leaves_nothing(
+    options: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing("full", MMTokError("the prompt is too long"), 1, monkeypatch)
+    refused(run(*options, "--run-dir", tmp_path / "run"), "the prompt is too long")
+    assert not list(tmp_path.iterdir())
 
 
 def test_writing_needs_the_lock(copy: Path) -> None:
@@ -396,6 +429,14 @@ def test_a_case_that_fails_is_a_row(
     assert ("def answer" in traceback or "in answer" in traceback) == (reason == "error")
 
 
+def test_a_dry_run_shows_what_fails(options: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    failing("fastv", RuntimeError("shapes differ"), 1, monkeypatch)
+    shown = run(*options, "--dry-run")
+    assert shown.exit_code == 0 and "fastv @ 4 (batch size 1): error: RuntimeError: shapes differ" in shown.stdout
+    cases = run_json(*options, "--dry-run")["cases"]
+    assert [case["seconds"] is None for case in cases] == [False, False, True]
+
+
 def test_a_failed_case_is_not_run_again_unless_its_failure_is_deleted(
     options: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -424,6 +465,17 @@ def test_an_error_while_answers_are_evaluated_takes_the_quality_of_its_case_alon
     assert [bool(case["fidelity"]) for case in result["results"]] == [False, True, False]
     assert [(case["case"]["method"], case["reason"]) for case in result["unevaluated"]] == [("fastv", "error")]
     assert not result["interrupted"] and run_json("report", tmp_path / "run") == result
+
+
+def test_a_gpu_that_an_error_left_unusable_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cases that follow would fail for no fault of their own."""
+
+    def synchronize(_: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    with pytest.raises(MMTokError, match="cuda:0 cannot be used any more by this process: CUDA error: an illegal"):
+        release_memory(torch.device("cuda:0"))
 
 
 def test_an_image_that_disappears_stops_the_run_and_not_its_cases(

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError, field_validator
 
 from mmtok_cli.data.base64_images import decoded, image_name, is_base64
-from mmtok_cli.data.images import open_image
+from mmtok_cli.data.images import open_image, require_file
 from mmtok_cli.data.json_files import HINT, Entry, document_entries, document_of, line_entries, read_json
 from mmtok_cli.data.layouts import Layout, MetricName, layout_of
 from mmtok_cli.data.rows import Columns, Row, fault_of, fields_of, make_sample, plain_text, require_names, shown_names
@@ -210,12 +210,6 @@ def vqav2_file_entries(text: str) -> tuple[Path, Iterable[Entry]]:
         require_utf8(path)
     questions, annotations = paths[0], paths[1] if len(paths) == 2 else None
     return questions, vqav2_entries(read_json(questions), questions, annotations)
-
-
-def require_file(path: Path) -> None:
-    """Raises MMTokError for a file that does not exist."""
-    if not path.is_file():
-        raise MMTokError(f"there is no data file {path}", "check the spelling of the path")
 
 
 def require_utf8(path: Path) -> None:

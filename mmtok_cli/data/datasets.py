@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from mmtok_cli.data.data_files import DataFile, entries_of, require_file, vqav2_file_entries
+from mmtok_cli.data.data_files import DataFile, entries_of, vqav2_file_entries
 from mmtok_cli.data.hub import HubRows
+from mmtok_cli.data.images import require_file
 from mmtok_cli.data.layouts import POPE, USUAL, VQAV2, Layout, MetricName
 from mmtok_cli.data.pictures import SUFFIXES, is_pattern, pictures
 from mmtok_cli.data.rows import Columns, require_columns
 from mmtok_cli.data.samples import Sample, demo_samples
-from mmtok_cli.errors import MMTokError
+from mmtok_cli.errors import MMTokError, first_line
 
 DEMO_QUESTIONS = 1200
 KINDS = (
@@ -66,6 +67,15 @@ def open_dataset(
     """
     columns = columns or {}
     require_columns(columns)
+    try:
+        return _opened(text, image_root, limit, question, columns)
+    except OSError as error:  # such as a name that is too long, or a directory that may not be searched
+        raise MMTokError(
+            f"the dataset {text} cannot be read: {error.strerror or first_line(error)}", "check its path"
+        ) from error
+
+
+def _opened(text: str, image_root: Path | None, limit: int | None, question: str | None, columns: Columns) -> Dataset:
     kind, _, rest = text.partition(":")
     if text == "demo":
         return _demo(limit, question, columns)

@@ -14,12 +14,12 @@ from mmtok_cli.data.samples import Sample
 from mmtok_cli.errors import MMTokError, first_line
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".tif", ".tiff", ".bmp"}
+DATA_SUFFIXES = {".jsonl", ".json", ".csv", ".tsv"}
 
 
 def is_pattern(text: str) -> bool:
     """Whether a name that no file has is a pattern of images: `photos/*`, `run [12]/*.png`, not `run [1]/a.csv`."""
-    suffix = Path(text).suffix
-    return glob.has_magic(text) and (suffix == "" or suffix.lower() in SUFFIXES or glob.has_magic(suffix))
+    return glob.has_magic(text) and Path(text).suffix.lower() not in DATA_SUFFIXES
 
 
 def pictures(text: str, question: str | None) -> Iterator[Sample]:

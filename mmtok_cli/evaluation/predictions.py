@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmtok_cli.budget import Budget
+from mmtok_cli.budget import Budget, TokenCounts
 from mmtok_cli.cases import Case, failure_of, release_memory
 from mmtok_cli.data.datasets import Dataset
 from mmtok_cli.data.samples import Sample, batches
 from mmtok_cli.decoding import Continuation, prefill
-from mmtok_cli.errors import MMTokError
+from mmtok_cli.errors import MethodFaultError, MMTokError
 from mmtok_cli.evaluation.metrics import closeness_of, score_of
 from mmtok_cli.evaluation.processes import Processes
 from mmtok_cli.methods import make_method
@@ -128,8 +128,9 @@ def predict_batch(
 ) -> list[BatchItem]:
     """The predictions of all cases for some samples of a dataset, as one batch.
 
-    cases: by their numbers in the plan, the baseline first. Samples that cannot be read, or are too long even for the
-    baseline, are left out; a case that cannot be run on one of the samples, for whatever reason, fails.
+    cases: by their numbers in the plan, the baseline first. Samples that cannot be read, or that a case refuses, as the
+    baseline does if they are too long, are left out of all cases. A case that fails on one of the samples for any other
+    reason has failed.
     """
     found: list[BatchItem] = []
     opened: dict[int, Sample] = {}
@@ -141,22 +142,37 @@ def predict_batch(
     if not opened:
         return found
     try:
-        reference = reference_of(model, list(opened.values()), max_new_tokens=max_new_tokens)
+        return [*found, *_predictions_of_all(model, cases, opened, dataset, max_new_tokens)]
     except MMTokError as error:
-        # One of the samples is too long. Alone, each shows whether it is the one.
         if len(opened) == 1:
             return [*found, *(UnreadableSample(sample=number, problem=error.message) for number in opened)]
-        for number in opened:
-            found += predict_batch(model, cases, dataset, [number], max_new_tokens)
-        return found
+    # Alone, each sample shows whether it is the one that was refused.
+    for number in opened:
+        found += predict_batch(model, cases, dataset, [number], max_new_tokens)
+    return found
+
+
+def _predictions_of_all(
+    model: VisionLanguageModel,
+    cases: Mapping[int, Case],
+    opened: Mapping[int, Sample],
+    dataset: Dataset,
+    max_new_tokens: int,
+) -> list[Prediction | CaseFailure]:
+    """The predictions of all cases for one batch, or their failures. Raises MMTokError for a sample that is refused."""
+    try:
+        reference = reference_of(model, list(opened.values()), max_new_tokens=max_new_tokens)
+    except MMTokError:
+        raise
     except Exception as error:
         failure = CaseFailure(case=next(iter(cases)), **failure_of(error))
     else:
+        found: list[Prediction | CaseFailure] = []
         for number, case in cases.items():
             found += _predictions_of(model, number, case, opened, dataset, reference, max_new_tokens)
         return found
     release_memory(model.device)  # only here, since the error holds on to the memory of the failed run
-    return [*found, failure]
+    return [failure]
 
 
 def _predictions_of(
@@ -168,9 +184,13 @@ def _predictions_of(
     reference: Reference,
     max_new_tokens: int,
 ) -> list[Prediction] | list[CaseFailure]:
-    """The predictions of one case for one batch, or its failure."""
+    """The predictions of one case for one batch, or its failure. Raises MMTokError for a sample that it refuses."""
     try:
-        texts, closeness = _answers_of(model, case, list(opened.values()), reference, max_new_tokens)
+        texts, closeness, tokens = _answers_of(model, case, list(opened.values()), reference, max_new_tokens)
+    except MMTokError as error:
+        if not isinstance(error, MethodFaultError):
+            raise MMTokError(f"{case}: {error.message}", error.hint) from error
+        failure = CaseFailure(case=number, **failure_of(error))
     except Exception as error:
         failure = CaseFailure(case=number, **failure_of(error))
     else:
@@ -181,8 +201,9 @@ def _predictions_of(
                 answer=text,
                 score=score_of(sample, text, dataset.metric) if dataset.metric else None,
                 closeness=close,
+                tokens=counts,
             )
-            for (place, sample), text, close in zip(opened.items(), texts, closeness, strict=True)
+            for (place, sample), text, close, counts in zip(opened.items(), texts, closeness, tokens, strict=True)
         ]
     release_memory(model.device)
     return [failure]
@@ -190,16 +211,16 @@ def _predictions_of(
 
 def _answers_of(
     model: VisionLanguageModel, case: Case, samples: Sequence[Sample], reference: Reference, max_new_tokens: int
-) -> tuple[list[str], list[Closeness]]:
-    """Answers and their closeness. Where every token of a batch agrees, its answers are those of the reference."""
+) -> tuple[list[str], list[Closeness], list[TokenCounts]]:
+    """Answers, their closeness and token counts. Where every token of a batch agrees, its answers are the reference."""
+    answers, token_ids = reference.answers, reference.answers.token_ids
     if isinstance(case.method, Full):
-        return reference.answers.texts, [Closeness(kl=0.0, top1=1.0, same=True)] * len(samples)
-    token_ids = reference.answers.token_ids
-    logits = forced_logits(model, case.method, samples, case.budget, token_ids, rules=case.rules)
+        return answers.texts, [Closeness(kl=0.0, top1=1.0, same=True)] * len(samples), answers.reduced.tokens
+    logits, tokens = forced_logits(model, case.method, samples, case.budget, token_ids, rules=case.rules)
     closeness = closeness_of(reference.logits, logits, reference.mask)
     if all(close.same for close in closeness):
-        return reference.answers.texts, closeness
-    return case.answer(model, samples, max_new_tokens, unwatched).texts, closeness
+        return answers.texts, closeness, tokens
+    return case.answer(model, samples, max_new_tokens, unwatched).texts, closeness, tokens
 
 
 def reference_of(
@@ -208,7 +229,7 @@ def reference_of(
     """Answer a batch greedily from all vision tokens. Raises MMTokError where prompt and answer are too long."""
     full = make_method("full")
     answers = answer(model, full, samples, None, rules=rules, max_new_tokens=max_new_tokens)
-    logits = forced_logits(model, full, samples, None, answers.token_ids, rules=rules)
+    logits, _ = forced_logits(model, full, samples, None, answers.token_ids, rules=rules)
     return Reference(answers, logits, answer_mask(answers.token_ids, model.eos_token_ids))
 
 
@@ -221,18 +242,19 @@ def forced_logits(
     token_ids: Tensor,
     *,
     rules: Rules = RELEASED,
-) -> Tensor:
-    """Logits of each token of a given answer, [batch, steps, vocabulary], after the reduced prompt and the ones before.
+) -> tuple[Tensor, list[TokenCounts]]:
+    """Logits of each token of a given answer, [batch, steps, vocabulary], after the reduced prompt and the ones before;
+    and the token counts of each sample.
 
     token_ids: [batch, steps]. They are read one by one through the cache, as in decoding, so that this also works for
-    methods inside the language model. Raises MMTokError where a budget cannot be met.
+    methods inside the language model.
     """
     reduced = reduce(model, method, samples, budget, rules=rules)
     with inside(model, reduced):
         first, cache = prefill(model, reduced.inputs)
         behind = Continuation(model, reduced.inputs, cache)
         logits = [first, *(behind.read(token) for token in token_ids[:, :-1].unbind(1))]
-    return torch.stack(logits, dim=1)
+    return torch.stack(logits, dim=1), reduced.tokens
 
 
 def answer_mask(token_ids: Tensor, eos_token_ids: Sequence[int]) -> Tensor:

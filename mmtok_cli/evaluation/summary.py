@@ -40,7 +40,8 @@ class EvaluationSummary:
 
     samples: how many have a reference answer. score: F1 for POPE, (accuracy + accuracy_plus) / 2 for MME, else the
     mean. by_kind: mean score and number of samples by kind of question. retention and flips are relative to the
-    baseline and None for the baseline itself; they and the scores are None without reference answers.
+    baseline and None for the baseline itself; they and the scores are None without reference answers. short: how many
+    samples keep fewer tokens than the budget says.
     """
 
     samples: int
@@ -51,11 +52,13 @@ class EvaluationSummary:
     retention: Retention | None
     flips: Flips | None
     fidelity: Fidelity
+    short: int = 0
 
     def result_fields(self, *, is_baseline: bool) -> dict[str, Any]:
         """The fields of a CaseResult that describe the quality of the answers."""
         retention = self.retention
         return {
+            "short": self.short,
             "score": self.score,
             "score_counts": self._counts(),
             "retention": retention.value if retention else None,
@@ -136,8 +139,9 @@ def _summary_of(
 ) -> EvaluationSummary:
     """The summary of one case. predictions, baseline: by sample. scored: the samples with a reference answer."""
     fidelity = _fidelity(predictions.values())
+    short = sum(prediction.tokens.short for prediction in predictions.values() if prediction.tokens)
     if not scored:
-        return EvaluationSummary(0, None, {}, None, None, None, None, fidelity)
+        return EvaluationSummary(0, None, {}, None, None, None, None, fidelity, short)
     mine, theirs = ([column[label.sample] for label in scored] for column in (predictions, baseline))
     scores, base = _scores(mine), _scores(theirs)
     clusters = ["\n".join(label.images) for label in scored]  # questions about the same images
@@ -167,6 +171,7 @@ def _summary_of(
         retention=None if is_baseline else find_retention(clusters, seed=seed),
         flips=None if is_baseline else count_flips(_right(base), _right(scores)),
         fidelity=fidelity,
+        short=short,
     )
 
 

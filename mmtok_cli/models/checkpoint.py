@@ -104,11 +104,10 @@ class VisionConfig(TypedDict, total=False):
 
 
 @strict
-class ModelConfig(TypedDict, total=False):
+class ModelConfig(TextConfig, total=False):
+    """Older files have the fields of the language model at the top."""
+
     auto_map: dict[str, Any]
-    model_type: str
-    dtype: Dtype
-    torch_dtype: Dtype
     text_config: TextConfig
     vision_config: VisionConfig
     image_token_id: Index
@@ -214,6 +213,8 @@ def check_config(directory: Path, name: str) -> None:
     require_family(config.get("model_type", ""), name)
     text, vision = config.get("text_config", {}), config.get("vision_config", {})
     ropes = {
+        "rope_parameters": config.get("rope_parameters"),
+        "rope_scaling": config.get("rope_scaling"),
         "text_config.rope_parameters": text.get("rope_parameters"),
         "text_config.rope_scaling": text.get("rope_scaling"),
         "vision_config.rope_parameters": vision.get("rope_parameters"),
@@ -223,6 +224,7 @@ def check_config(directory: Path, name: str) -> None:
     for field, given, known in (
         ("quantization_config.quant_method", quantizer, hf.quantizers()),
         ("projector_hidden_act", config.get("projector_hidden_act"), activations),
+        ("hidden_act", config.get("hidden_act"), activations),
         ("text_config.hidden_act", text.get("hidden_act"), activations),
         ("vision_config.hidden_act", vision.get("hidden_act"), activations),
         *((f"{field}.rope_type", (rope or {}).get("rope_type"), rotary_types) for field, rope in ropes.items()),

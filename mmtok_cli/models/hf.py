@@ -352,7 +352,7 @@ def rendered_length(
         "seconds": seconds,
         "bytes": memory,
     }
-    command = [sys.executable, "-c", _RENDER]
+    command = [sys.executable, "-P", "-c", _RENDER]  # -P: no module of the working directory is imported
     try:
         done = subprocess.run(command, input=json.dumps(task), capture_output=True, text=True, timeout=2 * seconds)
     except subprocess.TimeoutExpired:

@@ -55,6 +55,9 @@ def source_of(name: str, *, weights: bool = True) -> str:
 
 
 def _require_model_files(directory: Path, name: str, *, weights: bool) -> None:
+    for path in directory.iterdir():  # opening a pipe would wait for its writer, and a device may never end
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise MMTokError(f"{path.name} of {name} is a device, a pipe or a socket, not a file", "remove it")
     if not (directory / "config.json").exists():
         raise MMTokError(
             f"{name} is not a model directory: config.json is missing", "name a directory in the hub's format"

@@ -45,6 +45,16 @@ def notes(comparison: Comparison, *, ceilings: bool = True) -> list[str]:
     return [*lines, *flop_notes(comparison.results), *gpu_notes(comparison)]
 
 
+def short_notes(results: Sequence[CaseResult], samples: int) -> list[str]:
+    """Cases that keep fewer tokens than their budget of some samples."""
+    return [
+        f"{result}: {result.short} of {plural(samples, 'sample')} cannot meet the budget and "
+        f"{'keeps' if result.short == 1 else 'keep'} fewer tokens, as the others are padding or there are no more"
+        for result in results
+        if result.short
+    ]
+
+
 def left_out_notes(comparison: Comparison) -> list[str]:
     """Which data could not be used: the first few problems and the number of the others."""
     lines = comparison.left_out
@@ -77,7 +87,12 @@ def comparison_notes(comparison: Comparison) -> list[str]:
         "times are medians over rounds, per batch; speedups are paired within rounds, with a 95 % interval",
         "TTFT (time to first token): prepare, encode, select and prefill. KV cache and FLOPs are per sample",
     ]
-    notes += [*overhead_notes(methods), *layer_notes(methods), *position_notes(methods)]
+    notes += [
+        *overhead_notes(methods),
+        *short_notes(methods, comparison.schedule.samples),
+        *layer_notes(methods),
+        *position_notes(methods),
+    ]
     for part in by_batch_size(comparison):
         head = f"batch size {part.schedule.batch_size}: " if part is not comparison else ""
         doubtful = [result for result in part.results if not result.case.is_baseline]
@@ -243,7 +258,7 @@ def plan_table(plan: Estimate) -> Table:
     for heading in ("budget", "batch", "rounds", "runs", "one run"):
         table.add_column(heading, justify="right", no_wrap=True)
     for place, case in enumerate(plan.cases):
-        one = "out of memory" if case.seconds is None else seconds(case.seconds)
+        one = (case.failure or "").partition(":")[0] if case.seconds is None else seconds(case.seconds)
         table.add_row(
             str(place),
             case.case.title,
@@ -257,8 +272,9 @@ def plan_table(plan: Estimate) -> Table:
 
 
 def plan_lines(plan: Estimate) -> list[str]:
-    """The order of the first rounds, and the estimated time of the run."""
-    lines = [f"round {number + 1}: {' '.join(map(str, order))}" for number, order in enumerate(plan.order)]
+    """Why cases failed, the order of the first rounds, and the estimated time of the run."""
+    lines = [f"{case} (batch size {case.case.batch_size}): {case.failure}" for case in plan.cases if case.failure]
+    lines += [f"round {number + 1}: {' '.join(map(str, order))}" for number, order in enumerate(plan.order)]
     if plan.rounds > len(plan.order):
         lines.append(f"… {plan.rounds} rounds in total")
     least = f", of which at least {seconds(plan.min_time)} timed" if plan.min_time else ""

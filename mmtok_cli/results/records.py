@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import to_jsonable_python
 
-from mmtok_cli.budget import TokenCounts
+from mmtok_cli.budget import Budget, TokenCounts
 from mmtok_cli.data.layouts import MetricName
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.results.schedule import Rotation
@@ -48,6 +48,9 @@ def _require_plausible(tokens: TokenCounts) -> TokenCounts:
     if not tokens.kept - 1 <= tokens.layer_average <= tokens.total + 1:  # which allows for rounding
         raise ValueError("the layer average must be between the numbers of kept and of all vision tokens")
     return tokens
+
+
+Tokens = Annotated[TokenCounts, AfterValidator(_require_plausible)]
 
 
 def _require_not_negative(value: float) -> float:
@@ -89,7 +92,7 @@ class TimedRun(Record):
     samples: list[str]
     seconds: dict[str, Seconds]
     repetitions: dict[str, list[Seconds]]
-    tokens: list[Annotated[TokenCounts, AfterValidator(_require_plausible)]]
+    tokens: list[Tokens]
     positions: Positions
     answers: list[str]
     steps: Number
@@ -178,7 +181,8 @@ class Closeness(Record):
 class Prediction(Record):
     """What one case answered to one sample of the dataset.
 
-    case, sample: numbers in the plan and in the dataset. score: None where there is no reference answer.
+    case, sample: numbers in the plan and in the dataset. score: None where there is no reference answer. tokens: of the
+    prompt.
     """
 
     case: Number
@@ -186,6 +190,7 @@ class Prediction(Record):
     answer: str
     score: Share | None
     closeness: Closeness
+    tokens: Tokens | None = None
 
 
 class UnreadableSample(Record):
@@ -287,6 +292,7 @@ class Plan(Record):
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Self:
+        """Raises MMTokError for a budget that is none."""
         differing = [name for name, value in self._settings() if value != getattr(self, name)]
         if differing:
             raise ValueError(f"{differing[0]} and the options contradict each other")
@@ -295,6 +301,8 @@ class Plan(Record):
         if any(planned.case.run is not None for planned in self.cases):
             raise ValueError("its cases are of several runs")
         for number, planned in enumerate(self.cases):
+            if planned.case.budget is not None:
+                Budget.parse(planned.case.budget)
             if not self.cases[self.baseline_of(number)].case.is_baseline:
                 raise ValueError(f"{planned.case.label} has no baseline")
             if planned.case.batch_size > (self.timed or self.samples):

@@ -6,7 +6,7 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -67,7 +67,11 @@ class RunDirectory:
             directory = cls(path, plan)
             directory._lock = lock
             directory._write(PLAN, plan)
-            yield directory
+            try:
+                yield directory
+            except MMTokError:
+                directory._remove_if_empty()
+                raise
 
     @classmethod
     @contextmanager
@@ -136,6 +140,14 @@ class RunDirectory:
                 f"{self.path} was renamed or deleted during the run, so no more results can be saved",
                 "if it was renamed, resume with --resume and its new name as --run-dir",
             )
+
+    def _remove_if_empty(self) -> None:
+        """Remove a run that was refused before anything was measured."""
+        if not (self.runs or self.counted or self.failures or self.predictions):
+            with suppress(OSError):
+                (self.path / PLAN).unlink()
+                (self.path / LOCK).unlink()
+                self.path.rmdir()
 
     def _write(self, name: str, record: Record) -> None:
         self.require_unmoved()
@@ -243,13 +255,16 @@ def _locked(path: Path) -> Iterator[os.stat_result]:
         path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path / LOCK, timeout=0)
         lock.acquire()
+        status = (path / LOCK).stat()
     except Timeout as error:
         raise MMTokError(f"{path} is in use by another run", "wait until that run ends, or stop it") from error
     except (OSError, NotImplementedError) as error:
         why = error.strerror if isinstance(error, OSError) else first_line(error)
-        raise MMTokError(f"{path / LOCK} cannot be locked: {why}", "choose another directory") from error
+        raise MMTokError(
+            f"{path / LOCK} cannot be locked: {why}", "choose a directory that can be written to"
+        ) from error
     try:
-        yield (path / LOCK).stat()
+        yield status
     finally:
         lock.release()
 

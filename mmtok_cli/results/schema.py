@@ -13,9 +13,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 
-from mmtok_cli.budget import Budget
 from mmtok_cli.rules import Positions, Rules
 
 CONFIDENCE = 0.95  # of all intervals
@@ -231,11 +230,6 @@ class Flips(Record):
     p_value: float
 
 
-def _require_budget(text: str) -> str:
-    Budget.parse(text)
-    return text
-
-
 class CaseId(Record):
     """A case, which is a row of every table: a method with its parameters, at a budget and a batch size.
 
@@ -245,7 +239,7 @@ class CaseId(Record):
 
     method: str = Field(min_length=1)
     parameters: dict[str, Any]
-    budget: Annotated[str, AfterValidator(_require_budget)] | None
+    budget: str | None
     batch_size: Annotated[int, Field(ge=1)] = 1
     again: bool = False
     run: str | None = None
@@ -284,10 +278,12 @@ class CaseResult(OfCase):
 
     positions: whether kept tokens kept their positions. overhead: seconds of select / (encode + prefill), median.
     decode_tokens_per_second: (new tokens - 1) / seconds of decode, median; None where nothing was decoded after the
-    first token. outliers: indices of the values of `ttft` that are far above the others. drift: of `ttft`, if any.
+    first token. short: number of samples that keep fewer tokens than the budget says, since they have no more that may
+    be kept: of those evaluated, otherwise of those timed. outliers: indices of the values of `ttft` that are far above
+    the others. drift: of `ttft`, if any.
     score: by the metric of the schedule: F1 for POPE, (accuracy + accuracy_plus) / 2 for MME, otherwise the mean over
-    the samples. It and the fields below do not depend on the batch size;
-    they are None if answers were not evaluated. retention_low, retention_high: bounds of a 95 % interval.
+    the samples. It and the fields below do not depend on the batch size; they are None if answers were not evaluated.
+    retention_low, retention_high: bounds of a 95 % interval.
     """
 
     positions: Positions
@@ -300,6 +296,7 @@ class CaseResult(OfCase):
     flops: dict[str, float]
     flop_coverage: FlopCoverage | None = None
     gpu: GpuUse | None = None
+    short: int = 0
     outliers: list[int] = []
     drift: Drift | None = None
     score: float | None = None

@@ -11,9 +11,9 @@ from typing import TypeVar
 
 from mmtok_cli.cases import Case, failure_of, release_memory
 from mmtok_cli.data.samples import Sample
-from mmtok_cli.errors import MMTokError, is_out_of_memory
+from mmtok_cli.errors import MMTokError
 from mmtok_cli.models.base import VisionLanguageModel
-from mmtok_cli.results.records import CountedFlops, TimingFailure
+from mmtok_cli.results.records import CaseFailure, CountedFlops, TimingFailure
 from mmtok_cli.results.run_directory import NotWrittenError, RunDirectory
 from mmtok_cli.timing.flops import measure_flops
 from mmtok_cli.timing.gpu import Gpu
@@ -57,20 +57,21 @@ class Measurement:
         for _ in range(plan.warmup):
             run_case(self.model, self.cases[i], samples, plan.max_new_tokens)
 
-    def estimate(self) -> list[float | None]:
-        """Seconds of one run of each case; None where it ran out of memory."""
-        return [self._seconds_of(case, self._first_batch(case)) for case in self.cases]
+    def estimate(self) -> list[float | CaseFailure]:
+        """Seconds of one run of each case, or why it failed. Raises MMTokError for a case that is refused."""
+        return [self._seconds_of(number, self._first_batch(case)) for number, case in enumerate(self.cases)]
 
-    def _seconds_of(self, case: Case, samples: list[Sample]) -> float | None:
+    def _seconds_of(self, number: int, samples: list[Sample]) -> float | CaseFailure:
         """Seconds of the first run, or of a second one where the first was so short that it was mostly start-up."""
         taken = 0.0
         for _ in range(2):
             start = time.perf_counter()
             try:
-                run_case(self.model, case, samples, self.store.plan.max_new_tokens)
+                run_case(self.model, self.cases[number], samples, self.store.plan.max_new_tokens)
+            except MMTokError:
+                raise
             except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
+                failure = CaseFailure(case=number, **failure_of(error))
                 break
             taken = time.perf_counter() - start
             if taken > QUICK:
@@ -78,7 +79,7 @@ class Measurement:
         else:
             return taken
         release_memory(self.model.device)
-        return None
+        return failure
 
     def rounds(self) -> Iterator[int]:
         """Time round after round, skipping what is in the directory; yields the number of each complete round."""

@@ -30,6 +30,7 @@ def summarise_case(
         case=case,
         positions=runs[0].positions,
         tokens=_tokens(once),
+        short=sum(tokens.short for run in once for tokens in run.tokens),
         seconds={
             stage: summarise(values, [run.repetitions[stage] for run in runs] if repeated else ())
             for stage, values in seconds.items()
