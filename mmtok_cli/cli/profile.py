@@ -114,10 +114,11 @@ def _save_plot(profile: ProfileResult, path: Path, quiet: bool) -> None:
 
 def _show(found: Profiled, settings: ProfileSettings, sizes: Sequence[int], top: int, quiet: bool) -> None:
     """Tables on standard output, notes on standard error."""
+    from mmtok_cli.cli.showing import tell_written
     from mmtok_cli.report import console, tables
     from mmtok_cli.report.profiles import ceiling_table, profile_notes, profile_tables, profiles_by_batch_size
     from mmtok_cli.report.scaling import growth_table, scaling_table
-    from mmtok_cli.report.text import printable, printable_record
+    from mmtok_cli.report.text import printable_record
 
     result = printable_record(found.profile)
     out, notes = console.results_console(), console.notes_console(quiet)
@@ -134,7 +135,7 @@ def _show(found: Profiled, settings: ProfileSettings, sizes: Sequence[int], top:
     out.print(tables.environment_line(result.model, result.environment))
     written = [trace.path for trace in found.traces if trace.path]
     for path in written:
-        out.print(f"wrote {printable(path)}", soft_wrap=True)
+        tell_written(path, quiet)
     for note in profile_notes(result, settings, sizes, found.context_length):
         notes.print(f"• {note}")
     if written:
