@@ -48,6 +48,12 @@ class ReducedImage:
         """Vision tokens after the last reduction."""
         return self.cuts[-1].keep if self.cuts else self.selection.kept
 
+    @property
+    def short(self) -> bool:
+        """Whether fewer tokens are kept than the budget says. A smaller image may have a few less than planned."""
+        less = self.kept < self.plan.keep < self.plan.total and self.plan.grid is None
+        return self.plan.short or less
+
 
 @dataclass(frozen=True)
 class Reduced:
@@ -372,8 +378,7 @@ def _count_tokens(
                 kept=sum(image.kept for image in mine),
                 text=length - sum(image.selection.kept for image in mine),
                 layer_average=sum(layer_average(image.selection.kept, image.cuts, layers) for image in mine),
-                # A method that need not be exact may keep fewer than planned.
-                short=any(image.plan.short or (image.kept < image.plan.keep and not image.plan.grid) for image in mine),
+                short=any(image.short for image in mine),
             )
         )
     return counts

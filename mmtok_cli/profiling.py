@@ -16,7 +16,7 @@ from mmtok_cli.errors import MMTokError, first_line
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.pipeline import Reduced, answer, reduce
 from mmtok_cli.progress import Progress
-from mmtok_cli.results.profile import CeilingProfile, ScalingPoint, ScalingProfile
+from mmtok_cli.results.profile import ProfileResult, ScalingPoint
 from mmtok_cli.results.records import TimedRun
 from mmtok_cli.results.schedule import Turn, interleaved
 from mmtok_cli.results.schema import CaseResult, Schedule
@@ -40,7 +40,7 @@ SELECTION_STAGES = ("prepare", "encode", "select", "prefill")
 class Profiled:
     """A profile with its traces, what its notes need to know of the model, and the errors that left parts of it out."""
 
-    profile: CeilingProfile
+    profile: ProfileResult
     traces: list[Trace]
     context_length: int
     problems: list[MMTokError]
@@ -119,7 +119,7 @@ def profile(
         ceilings = remainder.attempt("the ceilings", partial(measure_ceilings, model.device, model.dtype))
     results, read = _results(cases, rounds, flops), weights_read(model)
     sizes = list(settings.batch_size)
-    found = CeilingProfile(
+    found = ProfileResult(
         model=settings.model,
         parameters=model.parameter_count,
         rules=settings.rules,
@@ -228,10 +228,10 @@ def _with_scaling(
     cases: Sequence[Case],
     sample: Sample,
     sizes: Sequence[int],
-    found: CeilingProfile,
+    found: ProfileResult,
     progress: Progress,
     remainder: Remainder,
-) -> ScalingProfile:
+) -> ProfileResult:
     """The profile with the times at each number of tokens, as far as they could be measured."""
     smallest = smallest_size(model, cases, sample, sizes)
     numbers = [*filter(None, [smallest]), *sizes]
@@ -254,9 +254,11 @@ def _with_scaling(
             points[tokens] = measured
     fixed = points.pop(smallest, []) if smallest else []
     scaling = [point for measured in points.values() for point in measured]
-    return ScalingProfile(
-        **found.model_dump(by_alias=True) | {"interrupted": remainder.interrupted},
-        scaling=scaling,
-        growth=list(growth_of(scaling, fixed)),
-        fixed=fixed,
+    return found.model_copy(
+        update={
+            "interrupted": remainder.interrupted,
+            "scaling": scaling,
+            "growth": list(growth_of(scaling, fixed)),
+            "fixed": fixed,
+        }
     )

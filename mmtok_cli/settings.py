@@ -306,8 +306,10 @@ class CompareSettings(CasesSettings):
     question: Annotated[str | None, Option(panel=DATA)] = Field(
         None, description="Question for images without one, or a template with {question}."
     )
-    metric: Annotated[str | None, Option(panel=DATA, metavar="exact|yes-no|mme|vqav2|textvqa|anls|choice|relaxed")] = (
-        Field(None, description="Metric that judges the answers. Default: that of the dataset.")
+    metric: Annotated[str | None, Option(panel=DATA, metavar="NAME")] = Field(
+        None,
+        description="Metric that judges the answers: exact, yes-no (POPE), mme, vqav2, textvqa, anls (DocVQA), choice "
+        "or relaxed (ChartQA). Default: that of the dataset.",
     )
     columns: Annotated[str | None, AfterValidator(_column_names), Option(panel=DATA, metavar="FIELD=NAME,…")] = Field(
         None, description="Names that the data uses for image, question, answer, answers, choices, id and kind."

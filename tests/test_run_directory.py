@@ -101,6 +101,7 @@ def test_damaged_runs(measured: Path, tmp_path: Path) -> None:
         ("rounds/00000-001.json", "seconds.total", -1.0, "seconds.total: Input should be greater than or equal to 0"),
         ("rounds/00000-001.json", "seconds.prefill", 0.0, "the seconds of prefill are not the median"),
         ("rounds/00000-001.json", "seconds", {}, "prepare is missing"),
+        ("rounds/00000-001.json", "steps", "2", "steps: Input should be a valid integer"),
         ("rounds/00000-001.json", "round", 1, "it is the content of 00001-001.json"),
         ("rounds/00000-001.json", "batch", 3, "does not run on this batch in this round"),
         ("cases/001.json", "flops.prefill", 1e30, "flops.prefill"),
@@ -132,13 +133,13 @@ def test_a_field_that_cannot_be_right_is_named(copy: Path, file: str, field: str
 
 def test_numbers_in_a_plan_take_no_memory(copy: Path) -> None:
     plan = json.loads((copy / "plan.json").read_text())
-    plan["samples"] = plan["options"]["limit"] = 10**9
+    plan["samples"] = plan["options"]["limit"] = 10**7
     (copy / "plan.json").write_text(json.dumps(plan))
     tracemalloc.start()
     shown = run_json("report", copy)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert shown["interrupted"] and peak < 2**27
+    assert shown["interrupted"] and peak < 2**26
 
 
 def test_missing_flops_are_counted_again(copy: Path) -> None:
@@ -177,7 +178,7 @@ def test_a_page_embeds_nothing_from_outside_the_run(copy: Path, tmp_path: Path) 
     picture.unlink()
     picture.symlink_to(secret)
     result = run("report", copy, "--export", tmp_path / "page.html")
-    assert result.exit_code != 0 and f"{picture} is a link to a file outside the run" in result.stderr
+    assert result.exit_code != 0 and f"{picture} is not one of the pictures of the run" in result.stderr
 
 
 # Two processes, one directory
@@ -307,7 +308,7 @@ def test_a_directory_that_disappears_is_not_made_again(
 
 def test_a_run_does_not_start_among_the_remains_of_another(copy: Path, options: tuple[Any, ...]) -> None:
     (copy / "plan.json").unlink()
-    refused(run(*options, "--run-dir", copy), "already contains rounds of a run without its plan.json")
+    refused(run(*options, "--run-dir", copy), "of a run without its plan.json")
     assert not (copy / "plan.json").exists()
 
 

@@ -14,7 +14,7 @@ from mmtok_cli.settings import MEASUREMENT, ProfileSettings
 
 if TYPE_CHECKING:
     from mmtok_cli.profiling import Profiled
-    from mmtok_cli.results.profile import ScalingProfile
+    from mmtok_cli.results.profile import ProfileResult
 
 SCALING_TOKENS = "576,1024,2304,4096,9216,16384"
 EXPORTS = (".json", ".csv", ".md")
@@ -77,7 +77,6 @@ def profile(
     from mmtok_cli.errors import MMTokError
     from mmtok_cli.profiling import profile as measure
     from mmtok_cli.report.console import ConsoleProgress, attempt_all, print_error, print_json
-    from mmtok_cli.results.profile import ScalingProfile
     from mmtok_cli.timing.scaling import parse_tokens
 
     if not scaling and (plot or scaling_tokens is not None):
@@ -90,7 +89,7 @@ def profile(
     data = "demo" if image is None else str(image)
     found = measure(settings, sample, data, trace_dir, ConsoleProgress(quiet), scaling_sizes=sizes)
     parts = profile_exports(found.profile, exports or [], quiet)
-    if plot and isinstance(found.profile, ScalingProfile):
+    if plot:
         parts.append(partial(_save_plot, found.profile, plot, quiet))
     if as_json:
         parts.append(partial(print_json, found.profile))
@@ -105,7 +104,7 @@ def profile(
         raise typer.Exit(130)
 
 
-def _save_plot(profile: ScalingProfile, path: Path, quiet: bool) -> None:
+def _save_plot(profile: ProfileResult, path: Path, quiet: bool) -> None:
     from mmtok_cli.cli.showing import tell_written
     from mmtok_cli.report.plots import save_scaling
 
@@ -115,11 +114,11 @@ def _save_plot(profile: ScalingProfile, path: Path, quiet: bool) -> None:
 
 def _show(found: Profiled, settings: ProfileSettings, sizes: Sequence[int], top: int, quiet: bool) -> None:
     """Tables on standard output, notes on standard error."""
+    from mmtok_cli.cli.showing import tell_written
     from mmtok_cli.report import console, tables
     from mmtok_cli.report.profiles import ceiling_table, profile_notes, profile_tables, profiles_by_batch_size
     from mmtok_cli.report.scaling import growth_table, scaling_table
-    from mmtok_cli.report.text import printable, printable_record
-    from mmtok_cli.results.profile import ScalingProfile
+    from mmtok_cli.report.text import printable_record
 
     result = printable_record(found.profile)
     out, notes = console.results_console(), console.notes_console(quiet)
@@ -130,13 +129,13 @@ def _show(found: Profiled, settings: ProfileSettings, sizes: Sequence[int], top:
         out.print(ceiling_table(result, result.ceilings))
     for case in dict.fromkeys(operator.case for operator in result.operators):
         out.print(tables.operator_table([each for each in result.operators if each.case == case], top))
-    if isinstance(result, ScalingProfile):
+    if sizes:
         out.print(scaling_table(result.scaling))
         out.print(growth_table(result.growth, sizes))
     out.print(tables.environment_line(result.model, result.environment))
     written = [trace.path for trace in found.traces if trace.path]
     for path in written:
-        out.print(f"wrote {printable(path)}", soft_wrap=True)
+        tell_written(path, quiet)
     for note in profile_notes(result, settings, sizes, found.context_length):
         notes.print(f"• {note}")
     if written:

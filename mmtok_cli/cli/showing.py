@@ -11,7 +11,8 @@ from mmtok_cli.pictures import read_pictures
 from mmtok_cli.report import checks, console, tables
 from mmtok_cli.report.text import printable, printable_record
 from mmtok_cli.report.units import plural
-from mmtok_cli.results.schema import Comparison, Profile
+from mmtok_cli.results.profile import ProfileResult
+from mmtok_cli.results.schema import Comparison
 
 Part = Callable[[], object]
 
@@ -67,12 +68,12 @@ def save_plot(comparison: Comparison, path: Path, quiet: bool) -> None:
     tell_written(path, quiet, f" (batch size {first.schedule.batch_size})" if others else "")
 
 
-def profile_exports(profile: Profile, files: Iterable[Path], quiet: bool) -> list[Part]:
+def profile_exports(profile: ProfileResult, files: Iterable[Path], quiet: bool) -> list[Part]:
     """A part of the output for each file: a profile as JSON, or its cases as CSV or Markdown."""
     return [partial(_export_profile, profile, path, quiet) for path in files]
 
 
-def _export_profile(profile: Profile, path: Path, quiet: bool) -> None:
+def _export_profile(profile: ProfileResult, path: Path, quiet: bool) -> None:
     from mmtok_cli.report.exports import write_export, write_json
 
     if path.suffix.lower() == ".json":

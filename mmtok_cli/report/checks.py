@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -46,12 +47,15 @@ def notes(comparison: Comparison, *, ceilings: bool = True) -> list[str]:
 
 
 def short_notes(results: Sequence[CaseResult], samples: int) -> list[str]:
-    """Cases that keep fewer tokens than their budget of some samples."""
+    """Which cases keep fewer tokens than their budget of some samples, those with the same number on one line."""
+    cases: dict[int, list[str]] = defaultdict(list)
+    for result in results:
+        if result.short:
+            cases[result.short].append(str(result))
     return [
-        f"{result}: {result.short} of {plural(samples, 'sample')} cannot meet the budget and "
-        f"{'keeps' if result.short == 1 else 'keep'} fewer tokens, as the others are padding or there are no more"
-        for result in results
-        if result.short
+        f"{short} of {plural(samples, 'sample')} cannot meet the budget and {'keeps' if short == 1 else 'keep'} fewer "
+        f"tokens, as the others are padding or there are no more: {', '.join(names)}"
+        for short, names in sorted(cases.items())
     ]
 
 

@@ -16,7 +16,7 @@ from mmtok_cli.report.units import plural
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from mmtok_cli.results.profile import ScalingPoint, ScalingProfile
+    from mmtok_cli.results.profile import ProfileResult, ScalingPoint
     from mmtok_cli.results.schema import CaseResult, Comparison
 
 
@@ -82,7 +82,7 @@ def save_tradeoff(comparison: Comparison, path: Path) -> None:
     _save(figure, path)
 
 
-def save_scaling(profile: ScalingProfile, path: Path) -> None:
+def save_scaling(profile: ProfileResult, path: Path) -> None:
     """Seconds of selection and of prefill against the number of vision tokens, both axes logarithmic.
 
     The legend gives the exponent of each line, where there is one; the points that it was fitted to are filled.

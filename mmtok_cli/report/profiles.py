@@ -13,8 +13,8 @@ from mmtok_cli.report.columns import COMPARED, KEPT, STAGES, layers_differ
 from mmtok_cli.report.units import count, number, seconds, share, size, spread
 
 if TYPE_CHECKING:
-    from mmtok_cli.results.profile import CeilingProfile, Ceilings
-    from mmtok_cli.results.schema import CaseResult, Environment, Profile, Times
+    from mmtok_cli.results.profile import Ceilings, ProfileResult
+    from mmtok_cli.results.schema import CaseResult, Environment, Times
     from mmtok_cli.settings import ProfileSettings
 
 SIDE_BY_SIDE = 2  # cases that fit beside each other with their spread
@@ -23,14 +23,14 @@ SPEEDUPS = ("prefill", "ttft", "total")
 MEMORY_STAGES = ("encode", "select", "prefill", "decode")
 
 
-def profile_tables(profile: Profile) -> list[Table]:
+def profile_tables(profile: ProfileResult) -> list[Table]:
     """Seconds, tokens, memory and operations: a column for each case, or a row where there are many."""
     if len(profile.cases) <= SIDE_BY_SIDE:
         return [_stage_table(profile), _cost_table(profile)]
     return [_stages(profile), _speedups(profile), _tokens_and_memory(profile), _operations(profile)]
 
 
-def profiles_by_batch_size(profile: Profile) -> list[Profile]:
+def profiles_by_batch_size(profile: ProfileResult) -> list[ProfileResult]:
     """The profile with the cases of one batch size at a time."""
     sizes = dict.fromkeys(result.case.batch_size for result in profile.cases)
     return [
@@ -39,11 +39,10 @@ def profiles_by_batch_size(profile: Profile) -> list[Profile]:
 
 
 def profile_notes(
-    profile: CeilingProfile, settings: ProfileSettings, sizes: Sequence[int], context_length: int
+    profile: ProfileResult, settings: ProfileSettings, sizes: Sequence[int], context_length: int
 ) -> list[str]:
     """How to read the tables. sizes: the numbers of vision tokens that scaling was to be measured at."""
     from mmtok_cli.report.scaling import scaling_notes
-    from mmtok_cli.results.profile import ScalingProfile
 
     lines = list(filter(None, [tables.rules_text(settings.rules, settings.parameters)]))
     for part in profiles_by_batch_size(profile):
@@ -56,13 +55,13 @@ def profile_notes(
         ]
         lines += [head + note for note in notes]
     lines += ceiling_notes(profile)
-    if isinstance(profile, ScalingProfile):
+    if sizes:
         lines += scaling_notes(profile, context_length)
     if profile.schedule.rounds < settings.rounds:
         lines.append(f"interrupted: {profile.schedule.rounds} of {settings.rounds} rounds were timed")
-    elif profile.interrupted and not isinstance(profile, ScalingProfile):
+    elif profile.interrupted and not sizes:
         lines.append("interrupted: not all traces and ceilings were measured")
-    if isinstance(profile, ScalingProfile) and profile.interrupted:
+    if sizes and profile.interrupted:
         reached = len({point.tokens for point in profile.scaling})
         lines.append(f"interrupted: {reached} of {len(sizes)} numbers of tokens were measured")
     return lines
@@ -73,7 +72,7 @@ def _stage_name(stage: str, environment: Environment) -> str:
     return ("~ " if environment.layers and stage in ESTIMATED else "") + tables.SUMS.get(stage, stage)
 
 
-def _stage_table(profile: Profile) -> Table:
+def _stage_table(profile: ProfileResult) -> Table:
     """Stages x cases: median seconds, their spread, and speedup over the baseline."""
     table = tables.plain_table("Seconds per stage: median (p10–p90)")
     baseline, *others = profile.cases
@@ -97,7 +96,7 @@ def _stage_table(profile: Profile) -> Table:
     return table
 
 
-def _cost_table(profile: Profile) -> Table:
+def _cost_table(profile: ProfileResult) -> Table:
     """Tokens, memory and operations of each case."""
     cases = profile.cases
     table = tables.plain_table("Tokens, memory, operations")
@@ -121,7 +120,7 @@ def _cost_table(profile: Profile) -> Table:
     return table
 
 
-def _stages(profile: Profile) -> Table:
+def _stages(profile: ProfileResult) -> Table:
     headings = [_stage_name(stage, profile.environment) for stage in STAGES]
     table = _table("Seconds per stage: medians", headings)
     for case in profile.cases:
@@ -129,7 +128,7 @@ def _stages(profile: Profile) -> Table:
     return table
 
 
-def _speedups(profile: Profile) -> Table:
+def _speedups(profile: ProfileResult) -> Table:
     baseline, *others = profile.cases
     table = _table(f"Speedup over {baseline}", [tables.SUMS.get(stage, stage) for stage in SPEEDUPS])
     for case in others:
@@ -137,7 +136,7 @@ def _speedups(profile: Profile) -> Table:
     return table
 
 
-def _tokens_and_memory(profile: Profile) -> Table:
+def _tokens_and_memory(profile: ProfileResult) -> Table:
     with_peaks = any(case.memory.peak is not None for case in profile.cases)
     stages = [stage for stage in MEMORY_STAGES if any(stage in peaks for peaks in profile.stage_peaks.values())]
     headings = ["kept", "avg", "KV cache", *(["peak"] if with_peaks else []), *stages]
@@ -151,7 +150,7 @@ def _tokens_and_memory(profile: Profile) -> Table:
     return table
 
 
-def _operations(profile: Profile) -> Table:
+def _operations(profile: ProfileResult) -> Table:
     table = _table("FLOPs, and tokens of the text", [*MEMORY_STAGES, "text tokens", "new tokens"])
     for case in profile.cases:
         flops = (_flops(case, stage) for stage in MEMORY_STAGES)
@@ -159,7 +158,7 @@ def _operations(profile: Profile) -> Table:
     return table
 
 
-def _peak(profile: Profile, case: CaseResult, stage: str) -> int | None:
+def _peak(profile: ProfileResult, case: CaseResult, stage: str) -> int | None:
     return profile.stage_peaks.get(case.case.label, {}).get(stage)
 
 
@@ -167,7 +166,7 @@ def _flops(case: CaseResult, stage: str) -> str:
     return count(case.flops[stage]) if case.flops else "–"
 
 
-def ceiling_table(profile: CeilingProfile, ceilings: Ceilings) -> Table:
+def ceiling_table(profile: ProfileResult, ceilings: Ceilings) -> Table:
     """FLOP/s of each stage and bytes/s of decoding, and what share of the device's ceilings that is."""
     stages = ("encode", "select", "prefill")
     table = _table("Against the device's ceilings", [f"{stage} FLOP/s" for stage in stages] + ["decode B/s"])
@@ -180,7 +179,7 @@ def ceiling_table(profile: CeilingProfile, ceilings: Ceilings) -> Table:
     return table
 
 
-def ceiling_notes(profile: CeilingProfile) -> list[str]:
+def ceiling_notes(profile: ProfileResult) -> list[str]:
     """What the ceilings are, if they were measured."""
     c = profile.ceilings
     if c is None:

@@ -13,7 +13,7 @@ from mmtok_cli.report.tables import plain_table
 from mmtok_cli.report.units import seconds, size
 
 if TYPE_CHECKING:
-    from mmtok_cli.results.profile import Growth, ScalingPoint, ScalingProfile
+    from mmtok_cli.results.profile import Growth, ProfileResult, ScalingPoint
 
 
 def scaling_table(points: Sequence[ScalingPoint]) -> Table:
@@ -68,7 +68,7 @@ def _points(used: Sequence[int], sizes: Sequence[int]) -> str:
     return f"{used[0]}–{used[-1]} ({len(used)} points)" if between == list(used) else " ".join(map(str, used))
 
 
-def scaling_notes(profile: ScalingProfile, context_length: int) -> list[str]:
+def scaling_notes(profile: ProfileResult, context_length: int) -> list[str]:
     """How to read the tables."""
     from mmtok_cli.results.profile import DOMINATES, FEWEST_POINTS
 

@@ -16,8 +16,9 @@ from mmtok_cli.report.text import printable
 from mmtok_cli.report.units import number, plural, seconds, size
 
 if TYPE_CHECKING:
+    from mmtok_cli.results.profile import Operator
     from mmtok_cli.results.records import TimedRun
-    from mmtok_cli.results.schema import CaseResult, Comparison, Environment, Operator, Speedup
+    from mmtok_cli.results.schema import CaseResult, Comparison, Environment, Speedup
     from mmtok_cli.rules import Rules
 
 SUMS = {"ttft": "first token", "total": "total"}

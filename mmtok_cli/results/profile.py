@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
-from mmtok_cli.results.schema import OfCase, Profile, Record
+from mmtok_cli.results.schema import CaseResult, Environment, OfCase, Record, Schedule
+from mmtok_cli.rules import Rules
 
 DOMINATES = 4.0  # how many times its fixed cost a stage must take for its growth to be fitted
 FEWEST_POINTS = 3  # of a fit
@@ -36,15 +39,15 @@ class Achieved(OfCase):
     decode_bytes_per_second: float | None
 
 
-class CeilingProfile(Profile):
-    """A profile with the device's peak rates. weights_read: bytes that are read for each decoded token.
+class Operator(Record):
+    """One operator within one stage of the profiler trace of a case."""
 
-    ceilings: None where they were not measured, because the profile was interrupted before or an error occurred.
-    """
-
-    ceilings: Ceilings | None
-    weights_read: int
-    achieved: list[Achieved]
+    case: str
+    stage: str
+    name: str
+    calls: int
+    cpu_seconds: float
+    device_seconds: float
 
 
 class ScalingPoint(OfCase):
@@ -78,9 +81,28 @@ class Growth(OfCase):
     tokens: list[int]
 
 
-class ScalingProfile(CeilingProfile):
-    """The output of `mmtok profile --scaling --json`. fixed: the points at the smallest grid, one for each case."""
+class ProfileResult(Record):
+    """What `mmtok profile --json` prints.
 
-    scaling: list[ScalingPoint]
-    growth: list[Growth]
-    fixed: list[ScalingPoint]
+    stage_peaks: bytes by case and stage, from the traces. ceilings: None where they were not measured, because the
+    profile was interrupted before or an error occurred. weights_read: bytes that are read for each decoded token.
+    scaling, growth, fixed: of --scaling, otherwise empty; fixed are the points at the smallest grid, one for each case.
+    """
+
+    schema_: Literal["mmtok.profile/2"] = Field(default="mmtok.profile/2", alias="schema")
+    model: str
+    parameters: int
+    rules: Rules
+    environment: Environment
+    schedule: Schedule
+    interrupted: bool
+    cases: list[CaseResult]
+    stage_peaks: dict[str, dict[str, int]]
+    operators: list[Operator]
+    trace: str
+    ceilings: Ceilings | None
+    weights_read: int
+    achieved: list[Achieved]
+    scaling: list[ScalingPoint] = Field(default=[])
+    growth: list[Growth] = Field(default=[])
+    fixed: list[ScalingPoint] = Field(default=[])

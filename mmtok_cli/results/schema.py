@@ -2,14 +2,13 @@
 
 Every printed object names its `schema`. The number after the slash is raised when a key is removed or changes its
 meaning; keys may be added without that. `from_json(Comparison, text)` reads a result back, and
-`python -m mmtok_cli.results.schema` prints the JSON Schema of a comparison and of a profile.
+`python -m mmtok_cli.results` prints the JSON Schema of a comparison and of a profile.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -396,34 +395,3 @@ class Comparison(Record):
     unevaluated: list[FailedCase] = []
     left_out: list[str] = []
     remarks: list[str] = []
-
-
-class Operator(Record):
-    """One operator within one stage of the profiler trace of a case."""
-
-    case: str
-    stage: str
-    name: str
-    calls: int
-    cpu_seconds: float
-    device_seconds: float
-
-
-class Profile(Record):
-    """What `mmtok profile --json` prints. stage_peaks: bytes by case and stage, from the traces."""
-
-    schema_: Literal["mmtok.profile/2"] = Field(default="mmtok.profile/2", alias="schema")
-    model: str
-    parameters: int
-    rules: Rules
-    environment: Environment
-    schedule: Schedule
-    interrupted: bool
-    cases: list[CaseResult]
-    stage_peaks: dict[str, dict[str, int]]
-    operators: list[Operator]
-    trace: str
-
-
-if __name__ == "__main__":
-    sys.stdout.write(json.dumps([kind.model_json_schema() for kind in (Comparison, Profile)], indent=2) + "\n")

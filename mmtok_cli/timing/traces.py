@@ -23,7 +23,7 @@ from mmtok_cli.errors import MMTokError
 from mmtok_cli.files import write_whole
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.pipeline import STAGES
-from mmtok_cli.results.schema import Operator
+from mmtok_cli.results.profile import Operator
 
 # TensorBoard's profiler plugin knows the category "Runtime"; torch writes these names for the same thing.
 RUNTIME_CATEGORIES = ("cuda_runtime", "cuda_driver")

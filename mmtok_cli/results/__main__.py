@@ -1,0 +1,9 @@
+"""Prints the JSON Schemas of the results: `python -m mmtok_cli.results`."""
+
+import json
+import sys
+
+from mmtok_cli.results.profile import ProfileResult
+from mmtok_cli.results.schema import Comparison
+
+sys.stdout.write(json.dumps([kind.model_json_schema() for kind in (Comparison, ProfileResult)], indent=2) + "\n")
