@@ -213,11 +213,12 @@ class ComparisonRun:
         )
         dataset = with_metric(dataset, settings.metric)
         require_whole_batches(len(dataset.samples), settings.batch_size)
+        model = configured_model(settings, self.progress, settings.layers)
         for note in dataset.notes()[:MOST_NOTES]:
             self.progress.note(note)
         if settings.layers is not None and not settings.no_quality:
             self.progress.note("--layers runs a part of the model, so answers are not evaluated")
-        return Prepared(configured_model(settings, self.progress, settings.layers), cases, dataset)
+        return Prepared(model, cases, dataset)
 
     def _plan(self, prepared: Prepared) -> tuple[Plan, Batches]:
         """The plan, and the batches of each size that the rounds cycle through. Raises MMTokError for a budget that

@@ -95,12 +95,16 @@ def column_names(text: str | None) -> dict[str, str]:
 
     Raises MMTokError for a part that is not `field=name`.
     """
-    names = {}
-    for part in filter(None, map(str.strip, (text or "").split(","))):
+    names: dict[str, str] = {}
+    if text is None:
+        return names
+    for part in filter(None, map(str.strip, text.split(","))):
         field, _, name = (each.strip() for each in part.partition("="))
         if not field or not name:
             raise MMTokError(f"--columns {part!r} is not field=name", "as in --columns question=text,answer=label")
         names[field] = name
+    if not names:
+        raise MMTokError("--columns names no column", "as in --columns question=text,answer=label")
     return names
 
 

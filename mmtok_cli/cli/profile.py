@@ -79,9 +79,9 @@ def profile(
     from mmtok_cli.report.console import ConsoleProgress, attempt_all, print_error, print_json
     from mmtok_cli.timing.scaling import parse_tokens
 
-    if not scaling and (plot or scaling_tokens):
+    if not scaling and (plot or scaling_tokens is not None):
         raise MMTokError(f"{'--plot' if plot else '--scaling-tokens'} requires --scaling", "add --scaling")
-    sizes = parse_tokens(scaling_tokens or SCALING_TOKENS) if scaling else []
+    sizes = parse_tokens(SCALING_TOKENS if scaling_tokens is None else scaling_tokens) if scaling else []
     sample = demo_samples(1)[0] if image is None else sample_from_file(image, question)
     files = [("--export", path, EXPORTS) for path in exports or []]
     outputs = outputs_of([("--trace-dir", trace_dir, ()), ("--plot", plot, PLOTS), *files])
