@@ -159,7 +159,7 @@ def test_a_method_that_fails_ends_its_case_alone(tiny_sdpa: Llava, samples: list
     cases = [CASES[0], Case("fails", Fails(), Budget(count=6)), CASES[1]]
     found = run(tiny_sdpa, Dataset("three", samples, None), cases, batch_size=1)
     (failure,) = found.failures  # and the case is not tried on the third sample
-    assert (failure.case, failure.reason) == (1, "refused")
+    assert (failure.case, failure.reason) == (1, "error")
     assert "Fails.select must return a Selection" in failure.message
     assert [p.sample for p in found.predictions if p.case == 1] == [0]
     assert [p.sample for p in found.predictions if p.case == 2] == [0, 1, 2]
