@@ -136,7 +136,7 @@ def compare(model: str = "demo", *, run_dir: Path | str | None = None, **setting
     from mmtok_cli.settings import CompareSettings
 
     chosen = CompareSettings.of(model=model, **settings)
-    comparison, not_written = ComparisonRun(chosen, None if run_dir is None else Path(run_dir)).measure(Processes())
-    if not_written:
-        raise not_written
+    comparison, stopped = ComparisonRun(chosen, None if run_dir is None else Path(run_dir)).measure(Processes())
+    if isinstance(stopped, MMTokError):
+        raise stopped
     return comparison

@@ -17,7 +17,7 @@ from mmtok_cli.data.datasets import Dataset, open_dataset
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.environment import environment_of
 from mmtok_cli.errors import MMTokError
-from mmtok_cli.evaluation.metrics import judged
+from mmtok_cli.evaluation.metrics import with_metric
 from mmtok_cli.evaluation.predictions import evaluate
 from mmtok_cli.evaluation.processes import Processes
 from mmtok_cli.files import require_writable_directory
@@ -43,6 +43,8 @@ from mmtok_cli.settings import CompareSettings, column_names, option_name
 from mmtok_cli.summary import summarise_run
 from mmtok_cli.timing.gpu import open_gpu
 from mmtok_cli.timing.rounds import Measurement
+
+Stop = MMTokError | KeyboardInterrupt  # what ends a run early but not what was measured before
 
 RUNS = Path("runs")
 MOST_NOTES = 10
@@ -112,12 +114,11 @@ class ComparisonRun:
         with self.progress.task("one run of each case"):
             return estimate(plan, measurement.estimate())
 
-    def measure(self, processes: Processes) -> tuple[Comparison, MMTokError | None]:
+    def measure(self, processes: Processes) -> tuple[Comparison, Stop | None]:
         """Measure what is missing: times by this process, answers by all. To be called in the writer alone.
 
         The run directory is locked throughout, and a run that is resumed is read under the lock. Returns the result,
-        and the error that stopped the run on the way. Raises KeyboardInterrupt or MMTokError if not even one round is
-        complete by then.
+        and the error or interruption that stopped the run on the way; raises it if not even one round is complete.
         """
         if self.resume:
             with RunDirectory.resume(self.directory) as store:
@@ -142,17 +143,15 @@ class ComparisonRun:
 
     def _complete(
         self, prepared: Prepared, batches: Batches, store: RunDirectory, processes: Processes
-    ) -> tuple[Comparison, MMTokError | None]:
+    ) -> tuple[Comparison, Stop | None]:
         """Measure what is missing in a run directory, and summarise it."""
         measurement = self._measurement(prepared, batches, store)
-        timed, stopped = self._until_stopped(store, lambda: self._time(measurement))
-        remaining = left_to_evaluate(store) if timed else None
-        evaluated, stopped_too = self._until_stopped(
-            store, lambda: self._evaluate(prepared, remaining, processes, store)
-        )
+        stopped = self._until_stopped(store, lambda: self._time(measurement))
+        remaining = None if stopped else left_to_evaluate(store)
+        stopped_too = self._until_stopped(store, lambda: self._evaluate(prepared, remaining, processes, store))
         stopped = stopped or stopped_too
-        if timed and evaluated and self.pictures:
-            self._until_stopped(store, lambda: self._draw(prepared, store))
+        if not stopped and self.pictures:
+            stopped = self._until_stopped(store, lambda: self._draw(prepared, store))
         comparison = summarise_run(store)
         try:
             store.write_result(comparison)
@@ -167,8 +166,8 @@ class ComparisonRun:
         with contextlib.suppress(KeyboardInterrupt):
             self._evaluate(self._prepare(), None, processes, None)
 
-    def _until_stopped(self, store: RunDirectory, work: Callable[[], None]) -> tuple[bool, MMTokError | None]:
-        """Whether the work was done, and the error that stopped it, None for an interruption."""
+    def _until_stopped(self, store: RunDirectory, work: Callable[[], None]) -> Stop | None:
+        """What stopped the work; None if it was done."""
         try:
             work()
         except (KeyboardInterrupt, MMTokError) as error:
@@ -176,21 +175,18 @@ class ComparisonRun:
                 if store.runs or isinstance(error, KeyboardInterrupt):
                     self._how_to_resume()
                 raise
-            return False, error if isinstance(error, MMTokError) else None
+            return error
         except Exception:
             if store.runs:
                 self._how_to_resume()
             raise
-        return True, None
+        return None
 
     def _draw(self, prepared: Prepared, store: RunDirectory) -> None:
-        """Draw the kept tokens. Errors are reported but not fatal: the results do not depend on the pictures."""
+        """Draw the kept tokens."""
         with self.progress.task("drawing overlays"):
-            try:
-                store.require_unmoved()
-                save_pictures(prepared.model, prepared.cases, prepared.dataset, store)
-            except MMTokError as error:
-                self.progress.warn(error)
+            store.require_unmoved()
+            save_pictures(prepared.model, prepared.cases, prepared.dataset, store)
 
     def _tell_failures(self, store: RunDirectory) -> None:
         """Say which cases failed before, since they are not run again."""
@@ -215,13 +211,14 @@ class ComparisonRun:
             question=settings.question,
             columns=column_names(settings.columns),
         )
-        dataset = judged(dataset, settings.metric)
+        dataset = with_metric(dataset, settings.metric)
         require_whole_batches(len(dataset.samples), settings.batch_size)
+        model = configured_model(settings, self.progress, settings.layers)
         for note in dataset.notes()[:MOST_NOTES]:
             self.progress.note(note)
         if settings.layers is not None and not settings.no_quality:
             self.progress.note("--layers runs a part of the model, so answers are not evaluated")
-        return Prepared(configured_model(settings, self.progress, settings.layers), cases, dataset)
+        return Prepared(model, cases, dataset)
 
     def _plan(self, prepared: Prepared) -> tuple[Plan, Batches]:
         """The plan, and the batches of each size that the rounds cycle through. Raises MMTokError for a budget that

@@ -40,11 +40,16 @@ def environment_of(model: VisionLanguageModel) -> Environment:
         dtype=str(model.dtype).removeprefix("torch."),
         attention=model.attention,
         threads=torch.get_num_threads(),
-        command=[Path(sys.argv[0]).name, *sys.argv[1:]],
+        command=[_decoded(each) for each in (Path(sys.argv[0]).name, *sys.argv[1:])],
         driver=gpu.driver() if gpu else None,
         cuda=torch.version.cuda if on_gpu else None,
         layers=(model.loaded_layers, model.layer_count) if model.loaded_layers < model.layer_count else None,
     )
+
+
+def _decoded(argument: str) -> str:
+    """An argument of the command line with undecodable bytes escaped, which JSON cannot hold."""
+    return argument.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _processor() -> str:

@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from mmtok_cli.errors import MMTokError
-
 
 class Update(Protocol):
     """Reports how much of a task is done, and how much there is where that has changed."""
@@ -25,6 +23,3 @@ class Progress:
 
     def note(self, text: str) -> None:
         """Something that the user may want to know."""
-
-    def warn(self, error: MMTokError) -> None:
-        """An error that does not stop the work."""

@@ -95,12 +95,16 @@ def column_names(text: str | None) -> dict[str, str]:
 
     Raises MMTokError for a part that is not `field=name`.
     """
-    names = {}
-    for part in filter(None, map(str.strip, (text or "").split(","))):
+    names: dict[str, str] = {}
+    if text is None:
+        return names
+    for part in filter(None, map(str.strip, text.split(","))):
         field, _, name = (each.strip() for each in part.partition("="))
         if not field or not name:
             raise MMTokError(f"--columns {part!r} is not field=name", "as in --columns question=text,answer=label")
         names[field] = name
+    if not names:
+        raise MMTokError("--columns names no column", "as in --columns question=text,answer=label")
     return names
 
 
@@ -302,8 +306,10 @@ class CompareSettings(CasesSettings):
     question: Annotated[str | None, Option(panel=DATA)] = Field(
         None, description="Question for images without one, or a template with {question}."
     )
-    metric: Annotated[str | None, Option(panel=DATA, metavar="exact|yes-no|mme|vqav2|textvqa|anls|choice|relaxed")] = (
-        Field(None, description="Metric that judges the answers. Default: that of the dataset.")
+    metric: Annotated[str | None, Option(panel=DATA, metavar="NAME")] = Field(
+        None,
+        description="Metric that judges the answers: exact, yes-no (POPE), mme, vqav2, textvqa, anls (DocVQA), choice "
+        "or relaxed (ChartQA). Default: that of the dataset.",
     )
     columns: Annotated[str | None, AfterValidator(_column_names), Option(panel=DATA, metavar="FIELD=NAME,…")] = Field(
         None, description="Names that the data uses for image, question, answer, answers, choices, id and kind."

@@ -10,7 +10,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,6 +28,7 @@ CASES = bad_inputs()
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 OPTIONS_OF_OTHERS = {"--version", "--porcelain", "--logdir", "--lock-gpu-clocks"}  # of mmtok itself and other programs
+COPIES = ("models", "saved", "packages")
 SOURCE = Path(mmtok_cli.__file__).parent
 HANGS = 30  # seconds; most refusals take a twentieth of a second
 MEMORY = 2 * 2**30  # bytes that a refusal may take beyond those of the server
@@ -44,6 +45,10 @@ class Place:
         self.peak = server.run(["models"], directory).peak
         self.tree = tree(directory)
 
+    def changes(self) -> str:
+        """What all cases together have changed."""
+        return differences(self.tree, tree(self.directory))
+
     def run_well(self, arguments: tuple[str, ...], directory: Path) -> Done:
         done = self.server.run(arguments, directory)
         assert done.status == 0, done.stderr
@@ -51,28 +56,38 @@ class Place:
 
     def fault(self, case: BadInput) -> str:
         """What is wrong with how a case is handled; nothing if it is refused as it should be."""
-        before = self.tree
+        before = self.concerned(case)
         done = self.server.run(
             case.arguments, self.directory, environment=case.environment, packages=case.packages, limit=HANGS
         )
-        self.tree = after = tree(self.directory)
         problem = fault_of_refusal(done, case, self.peak)
-        if changed := sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name)):
-            problem = f"{problem}; changed: {', '.join(changed[:4])}".removeprefix("; ")
-        return problem
+        return f"{problem}; {differences(before, self.concerned(case))}".strip("; ")
+
+    def concerned(self, case: BadInput) -> Tree:
+        """What a case might change: all but the copies of models and runs that it does not name. (Those are compared at
+        the very end, since there are thousands of files in them.)"""
+        found = tree(self.directory, skip=COPIES)
+        for name in re.findall(rf"(?:{'|'.join(COPIES)})/[^/]+", " ".join(case.arguments)):
+            found |= tree(self.directory / name)
+        return found
 
 
-def tree(directory: Path | str) -> Tree:
-    """What every entry below a directory is, without reading it."""
+def tree(directory: Path | str, skip: Collection[str] = ()) -> Tree:
+    """What every entry below a directory is, without reading it. skip: names of subdirectories."""
     found: Tree = {}
-    with suppress(PermissionError), os.scandir(directory) as entries:
+    with suppress(OSError), os.scandir(directory) as entries:
         for entry in entries:
             status, is_directory = entry.stat(follow_symlinks=False), entry.is_dir(follow_symlinks=False)
             content = () if is_directory else (status.st_size, status.st_mtime_ns)
             found[entry.path] = (status.st_mode, status.st_ino, *content)
-            if is_directory:
+            if is_directory and entry.name not in skip:
                 found |= tree(entry.path)
     return found
+
+
+def differences(before: Tree, after: Tree) -> str:
+    changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    return f"changed: {', '.join(changed[:4])}" if changed else ""
 
 
 def fault_of_refusal(done: Done, case: BadInput, usual_peak: int) -> str:
@@ -132,7 +147,9 @@ def is_text(node: ast.AST) -> TypeGuard[ast.Constant]:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     with ForkServer() as server:
-        yield Place(tmp_path_factory.mktemp("bad"), server)
+        place = Place(tmp_path_factory.mktemp("bad"), server)
+        yield place
+        assert place.changes() == ""
 
 
 @pytest.mark.parametrize("command", WORKING)
@@ -166,7 +183,8 @@ def main(kinds: list[str]) -> None:
         for case in chosen:
             if problem := place.fault(case):
                 failed[case.kind] += 1
-                print(f"{case.id}: {problem}")  # noqa: T201
+                print(f"{case.id}: {problem}", flush=True)  # noqa: T201
+        print(place.changes())  # noqa: T201
     total = Counter(case.kind for case in chosen)
     for kind, count in total.items():
         print(f"{kind:12} {count:5} inputs, {failed[kind]:4} not refused")  # noqa: T201

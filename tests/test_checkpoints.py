@@ -334,6 +334,19 @@ def test_files_that_may_not_be_read(damaged: Any, monkeypatch: pytest.MonkeyPatc
     assert "tokenizer.json of MODEL cannot be read: Permission denied" in fault_of(damaged(lambda directory: None))
 
 
+def test_weights_that_may_not_be_read(damaged: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = Path.open
+
+    def closed(path: Path, *args: Any, **kwargs: Any) -> Any:
+        if path.name == WEIGHTS:
+            raise PermissionError(13, "Permission denied")
+        return opened(path, *args, **kwargs)
+
+    directory = damaged(lambda directory: None)
+    monkeypatch.setattr(Path, "open", closed)
+    assert f"{WEIGHTS} of MODEL cannot be read" in fault_of(directory)
+
+
 COUNTS = ("text_config.hidden_size", "text_config.num_hidden_layers", "text_config.num_attention_heads")
 COUNTS += ("text_config.num_key_value_heads", "text_config.head_dim", "text_config.vocab_size")
 COUNTS += ("text_config.intermediate_size", "vision_config.hidden_size", "vision_config.num_hidden_layers")
@@ -476,7 +489,7 @@ TEMPLATES = {
 
 @pytest.mark.parametrize(("template", "words"), TEMPLATES.values(), ids=TEMPLATES)
 def test_chat_templates(template: str, words: str, damaged: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial, "TEMPLATE_SECONDS", 4)
+    monkeypatch.setattr(trial, "TEMPLATE_SECONDS", 1)  # of processor time
     message = fault_of(damaged(content("chat_template.jinja", template.encode())))
     assert message.startswith("the chat template of MODEL ") and words in message
 

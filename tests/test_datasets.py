@@ -23,7 +23,7 @@ from mmtok_cli.data import samples as samples_module
 from mmtok_cli.data.datasets import Dataset, open_dataset
 from mmtok_cli.data.samples import ClosedImages
 from mmtok_cli.errors import MMTokError
-from mmtok_cli.evaluation.metrics import METRICS, judged
+from mmtok_cli.evaluation.metrics import METRICS, with_metric
 
 
 def write(path: Path, *rows: object) -> Path:
@@ -123,6 +123,11 @@ def test_empty_and_absent_files(folder: Path) -> None:
         open_dataset(str(write(folder / "asked.jsonl", "", "  ")))
     with pytest.raises(MMTokError, match=r"there is no file nowhere\.jsonl"):
         open_dataset("nowhere.jsonl")
+    for prefix in ("", "pope:", "vqav2:", "a,"):
+        for name in ("x" * 300, "x" * 300 + ".jsonl", "x" * 300 + ".csv", "\0"):
+            with pytest.raises(MMTokError, match=r"File name too long|there is no|not the name of a file") as error:
+                open_dataset(prefix + name)
+            assert error.value.hint
     with pytest.raises(MMTokError, match="there is no dataset 'nowhere'") as error:
         open_dataset("nowhere")
     assert "hub:NAME" in error.value.hint
@@ -466,6 +471,17 @@ def test_pope_files_are_judged_by_popes_rules_whatever_their_labels(tmp_path: Pa
             assert open_dataset(text).metric == open_dataset(text, limit=1).metric == "yes-no"
 
 
+def test_columns_named_by_hand_change_a_known_format_only_where_they_say_so(tmp_path: Path) -> None:
+    picture(20, 20).save(tmp_path / "a.png")
+    asked = {"question_id": 1, "image": "a.png", "text": "Is it?", "label": "no", "category": "random", "gold": "red"}
+    file = write(tmp_path / "pope.json", asked)
+    for text in (str(file), f"pope:{file}"):
+        found = open_dataset(text, columns={"kind": "category"})
+        assert found.metric == "yes-no" and found.samples[0].kind == "random" and found.samples[0].answer == "no"
+        other = open_dataset(text, columns={"answer": "gold"})
+        assert other.metric == "exact" and other.samples[0].answer == "red"
+
+
 def vqav2(folder: Path) -> tuple[Path, Path]:
     """Two questions and their annotations, with the official names of files and images."""
     questions = [{"image_id": 42, "question": f"Q{i}?", "question_id": 42000 + i} for i in range(2)]
@@ -509,7 +525,8 @@ def test_vqav2s_pairs_of_files(folder: Path) -> None:
     with pytest.raises(MMTokError, match="answers none of the questions"):
         open_dataset(str(asked))
     answered.unlink()
-    assert not open_dataset(str(asked)).samples[0].references
+    unknown = open_dataset(str(asked))
+    assert unknown.metric is None and not unknown.samples[0].references
 
 
 # CSV and TSV.
@@ -692,7 +709,7 @@ def test_damaged_files_are_read_or_refused_in_one_line(folder: Path) -> None:
         file = folder / kind
         file.write_bytes(content)
         try:
-            found = judged(
+            found = with_metric(
                 open_dataset(str(file), limit=generator.choice((None, 1))), generator.choice((None, *METRICS))
             )
         except MMTokError as error:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 import official_scores as official
 import pytest
 from cli_helpers import refused, run
+from comparisons import usual
 
 from mmtok_cli.data.datasets import Dataset
 from mmtok_cli.data.layouts import MetricName
@@ -17,16 +19,17 @@ from mmtok_cli.errors import MMTokError
 from mmtok_cli.evaluation.metrics import (
     METRICS,
     chosen_letter,
-    judged,
     normalise,
     paired_accuracy,
     paired_shares,
     says_yes,
     score_of,
+    with_metric,
     yes_no,
 )
 from mmtok_cli.evaluation.summary import Retention, mean_retention
-from mmtok_cli.settings import CompareSettings, option_of
+from mmtok_cli.results.merge import merge
+from mmtok_cli.settings import CompareSettings
 
 WORDS = (
     "a an the A The none zero one two three ten Two yes no Yes No. red Red RED dog dogs man's it's 's its dont don't "
@@ -49,7 +52,7 @@ def several(generator: random.Random, prediction: str) -> list[str]:
     """Ten answers, some of which are variants of the prediction."""
     variants = [prediction, prediction.lower(), f"the {prediction}", f"{prediction}.", prediction.replace(" ", ", ")]
     pool = generator.sample(variants, 2) + texts(generator, 2, longest=2)
-    return generator.choices(pool, k=10)
+    return generator.choices(pool[: generator.choice((1, 4, 4, 4))], k=10)
 
 
 def sample_of(*references: str, **others: Any) -> Sample:
@@ -62,7 +65,10 @@ def sample_of(*references: str, **others: Any) -> Sample:
 def test_vqa_accuracy_is_that_of_the_official_scripts(
     name: MetricName, rule: Callable[[str, list[str]], float]
 ) -> None:
-    """2,000 answers to ten annotators each. Where these agree, VQAv2's script compares without normalisation."""
+    """2,000 answers, each against ten annotators.
+
+    The one departure: where all ten agree, VQAv2's script leaves normalisation to whoever submits the answers.
+    """
     generator = random.Random(0)
     partly, unanimous = 0, 0
     for prediction in texts(generator, 2000):
@@ -75,14 +81,17 @@ def test_vqa_accuracy_is_that_of_the_official_scripts(
             continue
         assert found == pytest.approx(expected), (prediction, answers)
         partly += 0 < expected < 1
-    assert partly > 200 and unanimous < 20
+    assert partly > 200 and (unanimous > 20) == (name == "vqav2")
 
 
-def test_three_of_ten_annotators_are_worth_nine_tenths() -> None:
+def test_vqa_accuracy_of_published_examples() -> None:
+    """The steps and their examples on visualqa.org/evaluation.html, and its average over ten choose nine annotators."""
     answers = ["cat"] * 3 + ["a dog"] * 2 + ["2"] + ["bird"] * 4
+    written = {"dont": "don't", "100,978": "100978", "Girl’s!": "girl’s", "2:50 pm": "2:50 p.m.", "The 3.5": "3.5"}
     for name in ("vqav2", "textvqa"):
         found = [score_of(sample_of(*answers), said, name) for said in ("Cat.", "the dog", "two", "birds", "BIRD")]
         assert found == pytest.approx([0.9, 0.6, 0.3, 0, 1])
+        assert all(score_of(sample_of(*[known] * 9, "x"), said, name) == 1 for said, known in written.items())
 
 
 def test_anls_is_that_of_docvqas_script() -> None:
@@ -95,10 +104,9 @@ def test_anls_is_that_of_docvqas_script() -> None:
         assert score_of(sample_of(*references), prediction, "anls") == pytest.approx(expected)
         above += 0 < expected < 1
     assert above > 150
-    # The examples of the paper's figure and its rule: "Is" for "Io" is half right, one more mistake is nothing.
+    assert score_of(sample_of("Hello World"), "Hello Wrld", "anls") == pytest.approx(10 / 11)
+    assert score_of(sample_of("Coca Cola", "Pepsi"), "coca  cola", "anls") == 1
     assert score_of(sample_of("io", "Ia"), "Is", "anls") == 0.5
-    assert score_of(sample_of("Coca Cola"), "coca  cola", "anls") == 1
-    assert score_of(sample_of("Coca-Cola company"), "Coca Cola Company", "anls") == pytest.approx(16 / 17)
     assert score_of(sample_of("abc"), "xyc", "anls") == 0
 
 
@@ -112,8 +120,11 @@ def test_relaxed_accuracy_is_that_of_chartqa() -> None:
         assert score_of(sample_of(target), prediction, "relaxed") == expected, (prediction, target)
         right += expected
     assert right > 100
-    found = {"14": "14.5", "0.57": "57%", "Yes": "yes", "3": "3.2"}  # prediction: reference
-    assert [score_of(sample_of(known), said, "relaxed") for said, known in found.items()] == [1, 1, 1, 0]
+    # The example in pix2struct's metrics_test.py: 62.5 % of these.
+    said = ["abc", "abc", "Abc", "100%", "100%", "100%", "100%", "Don't"]
+    known = ["abc", "Abc", "abc", "96%", "94%", "0.96", "0.94", "Won't"]
+    scores = [score_of(sample_of(target), text, "relaxed") for text, target in zip(said, known, strict=True)]
+    assert scores == [1, 1, 1, 1, 0, 1, 0, 0]
     assert score_of(sample_of("10", "20"), " 19.5\n", "relaxed") == 1
 
 
@@ -181,6 +192,9 @@ def test_mme_is_scored_in_pairs() -> None:
     assert found.points == pytest.approx(points) and found.kinds == 4
     assert found.points == pytest.approx(100 * 4 * (found.accuracy + found.accuracy_plus))
     assert sum(paired_shares(scores, labels, images)) * 100 == pytest.approx(2 * points)
+    coins = [float(generator.random() < 0.5) for _ in range(8000)]  # the paper's values for guesses: 50 % and 25 %
+    guessed = paired_accuracy(coins, ["a"] * 8000, [str(i // 2) for i in range(8000)])
+    assert (guessed.accuracy, guessed.accuracy_plus) == pytest.approx((0.5, 0.25), abs=0.03)
     odd = paired_accuracy([1.0, 1.0, 1.0], ["a"] * 3, ["x", "x", "y"])
     assert (odd.points, odd.accuracy, odd.accuracy_plus) == (200, 1, 1)
     assert paired_accuracy([1.0], ["a"], ["x"]).points == 0
@@ -298,30 +312,46 @@ def dataset(metric: MetricName | None, *answers: str | None) -> Dataset:
 
 def test_every_metric_has_a_name_a_title_and_an_option() -> None:
     assert list(METRICS) == list(get_args(MetricName))
-    assert (option_of(CompareSettings.model_fields["metric"]).metavar or "").split("|") == list(METRICS)
+    described = CompareSettings.model_fields["metric"].description or ""
+    assert [name for name in re.findall(r"[a-z0-9-]+", described.partition("Default")[0]) if name in METRICS] == list(
+        METRICS
+    )
     assert len({metric.title for metric in METRICS.values()}) == len(METRICS)
     assert all(metric.score.__doc__ for metric in METRICS.values())
 
 
 @pytest.mark.parametrize("answers", [("no",), ("no", "no"), ("yes", "unknown"), ("Yes.", "NO"), ("yes", "no", None)])
 def test_the_metric_does_not_depend_on_the_labels(answers: Sequence[str | None]) -> None:
-    found = judged(dataset("yes-no", *answers), None)
+    found = with_metric(dataset("yes-no", *answers), None)
     assert found.metric == "yes-no"
     assert [s.answer for s in found.samples] == [a for a in answers if a != "unknown"]
     unfit = "a.jsonl, line 2: the answer 'unknown' is neither yes nor no"
     assert found.problems == ((unfit,) if "unknown" in answers else ())
-    assert judged(dataset("exact", *answers), None).metric == "exact"
+    assert with_metric(dataset("exact", *answers), None).metric == "exact"
 
 
 def test_a_metric_by_hand() -> None:
-    assert judged(dataset("exact", "yes", "no"), "yes-no").metric == "yes-no"
-    assert judged(dataset("exact", "true", "False"), "mme").metric == "mme"
+    assert with_metric(dataset("exact", "yes", "no"), "yes-no").metric == "yes-no"
+    assert with_metric(dataset("exact", "true", "False"), "mme").metric == "mme"
     with pytest.raises(MMTokError, match="there is no metric 'f1'") as error:
-        judged(dataset("exact", "yes"), "f1")
+        with_metric(dataset("exact", "yes"), "f1")
     assert all(name in error.value.hint for name in METRICS)
     with pytest.raises(MMTokError, match=r"a\.jsonl, line 1: VQA accuracy needs 3 reference answers, and it has 1"):
-        judged(dataset("exact", "yes"), "vqav2")
+        with_metric(dataset("exact", "yes"), "vqav2")
     with pytest.raises(MMTokError, match=r"needs reference answers, and a\.jsonl has none"):
-        judged(dataset(None, None), "exact")
-    assert judged(dataset(None, None), None).metric is None
+        with_metric(dataset(None, None), "exact")
+    assert with_metric(dataset(None, None), None).metric is None
     refused(run("compare", "--metric", "f1"), "there is no metric 'f1'", "exact, yes-no")
+
+
+def test_runs_with_different_metrics_are_not_shown_as_one() -> None:
+    runs = [
+        usual().model_copy(
+            update={"schedule": usual().schedule.model_copy(update={"metric": name, "metric_title": name})}
+        )
+        for name in ("exact", "mme")
+    ]
+    merged = merge(runs)
+    assert merged.schedule.metric is merged.schedule.metric_title is None
+    assert "metric differs: exact (A), mme (B)" in merged.remarks
+    assert merge(runs[:1] * 2).schedule.metric == "exact"

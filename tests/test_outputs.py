@@ -223,13 +223,16 @@ def test_a_picture_that_fails_does_not_cost_the_map(place: Path, monkeypatch: py
     assert done.exit_code == 1 and "4 of 36" in done.stdout and (place / "gains.svg").exists()
 
 
-def test_a_defect_of_one_part_is_raised_after_the_others(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("error", "status"), [(ZeroDivisionError(), 1), (KeyboardInterrupt(), 130)])
+def test_what_ends_one_part_comes_after_the_others(
+    error: BaseException, status: int, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(*arguments: Any) -> str:
-        raise ZeroDivisionError
+        raise error
 
     monkeypatch.setattr("mmtok_cli.report.exports.csv_text", broken)
     done = run(*command("report", place), "--export", place / "t.csv", "--export", place / "t.md")
-    assert isinstance(done.exception, ZeroDivisionError)
+    assert done.exit_code == status and isinstance(done.exception, type(error) if status == 1 else SystemExit)
     assert "Speed" in done.stdout and (place / "t.md").exists()
 
 
@@ -329,6 +332,19 @@ def test_interrupted_comparison_writes_its_files_and_says_so_by_its_status(
     assert json.loads((place / "t.json").read_text())["interrupted"]
     plot = run("compare", "--run-dir", place / "new", "--resume", "--plot", place / "plot.png")
     assert plot.exit_code == 1 and "hint: resume the run with --resume" in plot.stderr
+
+
+@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt(), 130), (MMTokError("No space left"), 1)])
+def test_pictures_that_are_not_drawn_cost_nothing_else(
+    error: BaseException, status: int, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*arguments: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("mmtok_cli.comparison.save_pictures", stop)
+    done = run(*command("compare", place), "--export", place / "t.html", "--run-dir", place / "new")
+    assert done.exit_code == status and "Speed" in done.stdout and "Quality" in done.stdout
+    assert (place / "t.html").exists() and done.stderr.count("error: No space left") == (status == 1)
 
 
 def test_interrupted_before_anything_was_measured(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,6 +152,7 @@ def _measure(
 ) -> int:
     """Measure, write the files, then show. The exit status: 1 if anything failed, 130 if the run was interrupted."""
     from mmtok_cli.cli.showing import exports, save_plot, show
+    from mmtok_cli.errors import MMTokError
     from mmtok_cli.report.checks import shortfalls
     from mmtok_cli.report.console import attempt_all, notes_console, print_error
     from mmtok_cli.report.text import printable
@@ -166,11 +167,12 @@ def _measure(
     if plot:
         parts.append(partial(save_plot, comparison, plot, quiet))
     done = attempt_all([*parts, partial(show, comparison, run.settings.parameters, as_json, quiet)])
-    if stopped is not None:
+    if isinstance(stopped, MMTokError):
         print_error(stopped)
-    if not done or stopped is not None or not comparison.results:
         return 1
-    if comparison.interrupted:
+    if not done or not comparison.results:
+        return 1
+    if stopped or comparison.interrupted:
         return 130
     least, stage = check
     lines = [] if least is None else shortfalls(comparison, stage, least)

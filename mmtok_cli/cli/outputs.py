@@ -145,7 +145,7 @@ def _require_no_record(output: Output, runs: Sequence[Path]) -> None:
 def _require_no_input(output: Output, inputs: Inputs) -> None:
     for directory in inputs.directories:
         if _real(directory) == output.directory:
-            raise MMTokError(f"{output} is in {directory}, which this command reads", ELSEWHERE)
+            raise MMTokError(f"{output} would be written into {directory}, which this command reads", ELSEWHERE)
     ids = _ids(_same_names(output.path)) if output.suffixes else set()
     if not ids:
         return

@@ -79,9 +79,9 @@ def profile(
     from mmtok_cli.report.console import ConsoleProgress, attempt_all, print_error, print_json
     from mmtok_cli.timing.scaling import parse_tokens
 
-    if not scaling and (plot or scaling_tokens):
+    if not scaling and (plot or scaling_tokens is not None):
         raise MMTokError(f"{'--plot' if plot else '--scaling-tokens'} requires --scaling", "add --scaling")
-    sizes = parse_tokens(scaling_tokens or SCALING_TOKENS) if scaling else []
+    sizes = parse_tokens(SCALING_TOKENS if scaling_tokens is None else scaling_tokens) if scaling else []
     sample = demo_samples(1)[0] if image is None else sample_from_file(image, question)
     files = [("--export", path, EXPORTS) for path in exports or []]
     outputs = outputs_of([("--trace-dir", trace_dir, ()), ("--plot", plot, PLOTS), *files])
@@ -114,10 +114,11 @@ def _save_plot(profile: ProfileResult, path: Path, quiet: bool) -> None:
 
 def _show(found: Profiled, settings: ProfileSettings, sizes: Sequence[int], top: int, quiet: bool) -> None:
     """Tables on standard output, notes on standard error."""
+    from mmtok_cli.cli.showing import tell_written
     from mmtok_cli.report import console, tables
     from mmtok_cli.report.profiles import ceiling_table, profile_notes, profile_tables, profiles_by_batch_size
     from mmtok_cli.report.scaling import growth_table, scaling_table
-    from mmtok_cli.report.text import printable, printable_record
+    from mmtok_cli.report.text import printable_record
 
     result = printable_record(found.profile)
     out, notes = console.results_console(), console.notes_console(quiet)
@@ -134,7 +135,7 @@ def _show(found: Profiled, settings: ProfileSettings, sizes: Sequence[int], top:
     out.print(tables.environment_line(result.model, result.environment))
     written = [trace.path for trace in found.traces if trace.path]
     for path in written:
-        out.print(f"wrote {printable(path)}", soft_wrap=True)
+        tell_written(path, quiet)
     for note in profile_notes(result, settings, sizes, found.context_length):
         notes.print(f"• {note}")
     if written:

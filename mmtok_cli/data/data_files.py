@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial
 from pathlib import Path
 from statistics import median_low
 from typing import Any
 
+from PIL.Image import Image
 from pydantic import ValidationError, field_validator
 
 from mmtok_cli.data.base64_images import decoded, image_name, is_base64
@@ -20,7 +21,9 @@ from mmtok_cli.data.tables import SUFFIXES, StoredImage, table_entries
 from mmtok_cli.data.vqav2 import is_vqav2, vqav2_entries
 from mmtok_cli.errors import MMTokError
 
+ANSWERS = {"answer", "answers", "choices"}  # fields that decide the metric
 SEVERAL = 3  # reference answers from which on VQA accuracy is the usual metric
+TABLE_HINT = "name the columns image, question and, if known, answer in the first row"
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 
 
@@ -125,12 +128,13 @@ class DataFile:
                     self.problems.append(f"{self.path}, {place}: {error.message}")
                     hint = hint or error.hint
         if not samples:
-            raise self._nothing(hint or HINT)
-        self.metric = (self._layout.metric if self._layout else None) or usual.name
+            raise self._nothing(hint or (TABLE_HINT if self.path.suffix.lower() in SUFFIXES else HINT))
+        official = self._layout.metric if self._layout and not self._columns.keys() & ANSWERS else None
+        self.metric = usual.name and (official or usual.name)  # None where no answer is known
         return samples
 
     def _fields(self, raw: Mapping[str, Any]) -> dict[str, Any]:
-        """The fields of a row in this file's format, which the first row shows unless columns were named."""
+        """The fields of a row in this file's format, which the first row shows."""
         if self._layout is None:
             self._layout = layout_of(raw)
         require_names(raw, sorted(self._layout.needs))
@@ -148,25 +152,23 @@ class DataFile:
                 else ""
             )
             raise MMTokError(fault_of(error), hint) from error
-        absent, readers, names = [], [], []
-        for image in row.image:
-            if isinstance(image, StoredImage):
-                reader, name = image.open, image.name
-            elif is_base64(image):
-                reader, name = partial(decoded, image, f"{place}, image"), image_name(image)
-            else:
-                file = self._root / image
-                reader, name = partial(open_image, file), image
-                if not self._exists(file):
-                    absent.append(file)
-            readers.append(reader)
-            names.append(name)
+        readers, names = zip(*(self._source(image, place) for image in row.image), strict=True)
         sample = make_sample(row, readers, names, self._question, number, place)
+        files = [self._root / image for image in row.image if isinstance(image, str) and not is_base64(image)]
+        absent = [file for file in files if not self._exists(file)]
         if absent:
             self.missing.update(absent)
             self.left_out += 1
             return None
         return sample
+
+    def _source(self, image: str | StoredImage, place: str) -> tuple[Callable[[], Image], str]:
+        """How an image is read, and its name."""
+        if isinstance(image, StoredImage):
+            return image.open, image.name
+        if is_base64(image):
+            return partial(decoded, image, f"{place}, image"), image_name(image)
+        return partial(open_image, self._root / image), image
 
     def _exists(self, file: Path) -> bool:
         try:
@@ -183,7 +185,7 @@ class DataFile:
             )
         if self.problems:
             return MMTokError(self.problems[0], hint)
-        return MMTokError(f"{self.path} is empty", HINT)
+        return MMTokError(f"{self.path} is empty", hint)
 
 
 def entries_of(path: Path) -> Iterable[Entry]:

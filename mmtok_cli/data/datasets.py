@@ -10,7 +10,7 @@ from pathlib import Path
 from mmtok_cli.data.data_files import DataFile, entries_of, vqav2_file_entries
 from mmtok_cli.data.hub import HubRows
 from mmtok_cli.data.images import require_file
-from mmtok_cli.data.layouts import POPE, USUAL, VQAV2, Layout, MetricName
+from mmtok_cli.data.layouts import POPE, VQAV2, Layout, MetricName
 from mmtok_cli.data.pictures import SUFFIXES, is_pattern, pictures
 from mmtok_cli.data.rows import Columns, require_columns
 from mmtok_cli.data.samples import Sample, demo_samples
@@ -93,7 +93,7 @@ def _opened(text: str, image_root: Path | None, limit: int | None, question: str
     else:
         _require_data(path, text)
         entries = entries_of(path)
-        layout = POPE if kind == "pope" else USUAL if columns else None  # not guessed where columns are named
+        layout = POPE if kind == "pope" else None
     file = DataFile(path, entries, image_root=image_root, question=question, columns=columns, layout=layout)
     found = file.read(limit)
     return Dataset(path.name, found, file.metric, len(file.missing), file.left_out, tuple(file.problems))

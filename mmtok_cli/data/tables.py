@@ -109,12 +109,8 @@ def _rows(path: Path, reader: Any, lines: _Lines, names: list[str], delimiter: s
         if not cells:
             continue
         if len(cells) > len(names):
-            yield (
-                place,
-                MMTokError(
-                    f"it has {len(cells)} cells, and the first row {len(names)}", "quote cells that contain commas"
-                ),
-            )
+            fault = f"it has {len(cells)} cells, and the first row {len(names)}"
+            yield place, MMTokError(fault, "quote cells that contain commas")
             continue
         row = {name: _value(name, cell) for name, cell in zip(names, cells, strict=False)}
         if IMAGE in row:
@@ -124,7 +120,8 @@ def _rows(path: Path, reader: Any, lines: _Lines, names: list[str], delimiter: s
                 row[IMAGE] = [
                     StoredImage(path, offset, delimiter, column, i, image_name(text)) for i, text in enumerate(texts)
                 ]
-                stored[str(row.get("index"))] = row[IMAGE]
+                if row.get("index"):
+                    stored[row["index"]] = row[IMAGE]
             elif cells[column] in stored:
                 row[IMAGE] = stored[cells[column]]
         yield place, dict.fromkeys(names) | row

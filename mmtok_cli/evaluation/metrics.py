@@ -58,7 +58,7 @@ def score_of(sample: Sample, answer: str, metric: MetricName) -> float | None:
     return METRICS[metric].score(answer, sample) if sample.references else None
 
 
-def judged(dataset: Dataset, name: str | None) -> Dataset:
+def with_metric(dataset: Dataset, name: str | None) -> Dataset:
     """The dataset with the metric `name`, by default its own, and without the samples that it cannot judge.
 
     Raises MMTokError where there is no such metric, and where it cannot judge any sample.

@@ -322,6 +322,7 @@ def _stored_types(file: Path, name: str) -> dict[str, str]:
     if not file.is_file():
         raise MMTokError(f"{file.name} of {name} is missing, or is not a file", "copy all of its weights")
     try:
+        file.open("rb").close()  # safetensors says of a file that may not be read that there is none
         with safe_open(file, framework="pt") as stored:
             return {tensor: stored.get_slice(tensor).get_dtype() for tensor in stored.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:

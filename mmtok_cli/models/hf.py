@@ -306,17 +306,20 @@ def load_chat_template(source: str | Path, *, local_files_only: bool = False) ->
 
 # A chat template is a program, and nothing but a process of its own can bound the time and memory that it takes. What
 # it raises is left to the process that renders it for good.
+RENDER_SECONDS = 300  # for that process to start and end, however busy the machine is
 _RENDER = """
 import json, sys
 from transformers.utils.chat_template_utils import render_jinja_template
 task = json.load(sys.stdin)
 try:
     import resource
-except ImportError:  # not on Windows, where memory is not bounded
+except ImportError:  # on Windows, where only the whole process is bounded
     pass
 else:
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    for limit, value in ((resource.RLIMIT_AS, used + task["bytes"]), (resource.RLIMIT_CPU, task["seconds"])):
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    memory = used.ru_maxrss * 1024 + task["bytes"]
+    seconds = int(used.ru_utime + used.ru_stime) + 1 + task["seconds"]
+    for limit, value in ((resource.RLIMIT_AS, memory), (resource.RLIMIT_CPU, seconds)):
         _, most = resource.getrlimit(limit)
         resource.setrlimit(limit, (value if most < 0 else min(value, most), most))
 longest = 0
@@ -343,7 +346,8 @@ def rendered_length(
 ) -> int | None:
     """Characters of the longest prompt that a chat template makes of the conversations, in a process of its own.
 
-    None for a template that takes longer, or more bytes of memory. Raises RuntimeError where no process can be started.
+    None for a template that takes more seconds of processor time, or more bytes of memory. Raises RuntimeError where no
+    process can be started.
     """
     task = {
         "template": template,
@@ -354,7 +358,7 @@ def rendered_length(
     }
     command = [sys.executable, "-P", "-c", _RENDER]  # -P: no module of the working directory is imported
     try:
-        done = subprocess.run(command, input=json.dumps(task), capture_output=True, text=True, timeout=2 * seconds)
+        done = subprocess.run(command, input=json.dumps(task), capture_output=True, text=True, timeout=RENDER_SECONDS)
     except subprocess.TimeoutExpired:
         return None
     if done.returncode == 3 or done.returncode < 0:  # out of memory, or stopped at the limit of its time

@@ -102,7 +102,7 @@ def _what_would_fit(needs: Needs, dtype: torch.dtype, free: int, device: torch.d
         ways.append(f"spread it over {len(gpus)} GPUs by --device-map auto")
     if layers := needs.layers_within(free):
         ways.append(
-            f"time {layers} of its {needs.layers} decoder layers and estimate the rest: profile --layers {layers}"
+            f"time {layers} of its {needs.layers} decoder layers and estimate the rest: mmtok profile --layers {layers}"
         )
     return "; or ".join(ways) or "choose a smaller model (`mmtok models`), or a device with more memory"
 

@@ -66,10 +66,10 @@ def print_json(result: BaseModel | dict[str, Any]) -> None:
 def attempt_all(parts: Iterable[Callable[[], object]]) -> bool:
     """Do every part of the output, whatever happens to those before it. Whether all of them succeeded.
 
-    What went wrong is printed, unless it is that nobody reads standard output any more. An error that is a defect of
-    the code is raised, after the last part.
+    What went wrong is printed, unless it is that nobody reads standard output any more. An interruption, which costs
+    only the part that it falls into, and a defect of the code are raised after the last part.
     """
-    succeeded, defect = True, None
+    succeeded, stop = True, None
     for part in parts:
         try:
             part()
@@ -79,10 +79,10 @@ def attempt_all(parts: Iterable[Callable[[], object]]) -> bool:
         except OSError as error:
             succeeded = False
             report_unwritable(error)
-        except Exception as error:
-            defect = defect or error
-    if defect:
-        raise defect
+        except (Exception, KeyboardInterrupt) as error:
+            stop = stop or error
+    if stop:
+        raise stop
     return succeeded
 
 
@@ -126,6 +126,3 @@ class ConsoleProgress(Progress):
 
     def note(self, text: str) -> None:
         notes_console(self._quiet).print(f"• {printable(text)}", soft_wrap=True)
-
-    def warn(self, error: MMTokError) -> None:
-        print_error(error)

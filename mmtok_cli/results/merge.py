@@ -34,6 +34,8 @@ def merge(comparisons: Sequence[Comparison]) -> Comparison:
     names = [label(i) for i in range(len(comparisons))]
     runs = list(zip(comparisons, names, strict=True))
     sizes = sorted({size for one in comparisons for size in _sizes(one)})
+    metrics = {(one.schedule.metric, one.schedule.metric_title) for one in comparisons}
+    metric, title = metrics.pop() if len(metrics) == 1 else (None, None)
     same_rounds = {one.schedule.rounds for one in comparisons} == {first.schedule.rounds}
     return first.model_copy(
         update={
@@ -43,6 +45,8 @@ def merge(comparisons: Sequence[Comparison]) -> Comparison:
                     "batch_size": sizes[0] if len(sizes) == 1 else sizes,
                     "rounds": max(one.schedule.rounds for one in comparisons),
                     "order": first.schedule.order if same_rounds else [],
+                    "metric": metric,
+                    "metric_title": title,
                 }
             ),
             "interrupted": any(one.interrupted for one in comparisons),
