@@ -6,8 +6,10 @@ As a program this is the server: it reads one request per line on standard input
 from __future__ import annotations
 
 import ctypes
+import importlib
 import json
 import os
+import pkgutil
 import resource
 import signal
 import subprocess
@@ -98,14 +100,16 @@ def _serve() -> None:
 
 
 def _warm_up() -> None:
-    """Import what commands import when they run."""
+    """Import what commands import when they run, by running some and importing the modules of the rest."""
+    import mmtok_cli
     from mmtok_cli.cli.main import app
 
-    image = str(Path(__file__).parent.parent / "mmtok_cli" / "demo" / "example.png")
+    image = str(Path(mmtok_cli.__file__).parent / "demo" / "example.png")
     for command in (["infer", image, "What is it?"], ["compare", "--dry-run", "--limit", "1", "--methods", "none"]):
         app([*command, "--json"], standalone_mode=False)
-    from mmtok_cli import profiling  # noqa: F401
-    from mmtok_cli.report import exports, plots  # noqa: F401
+    for module in pkgutil.walk_packages(mmtok_cli.__path__, "mmtok_cli."):
+        if not module.name.startswith(("mmtok_cli.demo.", "mmtok_cli.integrations", "mmtok_cli.__main__")):
+            importlib.import_module(module.name)
 
 
 def _run(request: Mapping[str, Any]) -> Done:
