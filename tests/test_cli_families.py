@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from cli_helpers import run_json
+from cli_helpers import run, run_json
 from tiny_models import FAMILIES
 
 METHODS = "mmtok,visionzip,divprune,fastv,resize"
@@ -52,3 +52,12 @@ def test_a_part_is_profiled(directory: Path, tmp_path: Path) -> None:
     assert found["environment"]["layers"] == [2, 4]
     for case in found["cases"]:
         assert case["seconds"]["measured_prefill"]["median"] < case["seconds"]["prefill"]["median"]
+
+
+def test_an_image_with_fewer_tokens_than_the_budget_is_pointed_out(tiny_directory: Path, photo: Path) -> None:
+    """24 of the 36 tokens of the photo are not padding."""
+    options = ("-m", tiny_directory, "-b", 30)
+    for command in ("infer", "prune"):
+        shown = run(command, photo, "What is it?", *options)
+        assert shown.exit_code == 0 and "fewer tokens than the budget" in shown.stdout
+    assert run_json("infer", photo, "What is it?", *options)["tokens"]["kept"] == 24

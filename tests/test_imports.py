@@ -35,7 +35,7 @@ ALLOWED = {
     | {"timing", "cases", "hooks", "pipeline", "decoding", "models", "methods", "results", "data", "files"},
     "evaluation": SHARED | {"evaluation", "cases", "pipeline", "decoding", "models", "methods", "results", "data"},
     "summary": {"evaluation", "timing", "results"},
-    "report": {"report", "results", "planning", "progress", "settings"} | {"errors", "files", "profiles", "rules"},
+    "report": SHARED | {"report", "results", "planning", "progress", "settings", "files", "profiles"},
     "demo": {"demo", "errors", "models"},
     "tokens": {"errors"},
     "errors": set(),

@@ -43,7 +43,7 @@ def infer(
     from mmtok_cli.configuration import configured_model, one_case
     from mmtok_cli.data.samples import sample_from_file
     from mmtok_cli.report.console import ConsoleProgress, print_json, results_console
-    from mmtok_cli.report.tables import answer_table, rules_text, weights_text
+    from mmtok_cli.report.tables import answer_table, rules_text, short_text, weights_text
     from mmtok_cli.report.text import printable, printable_lines
     from mmtok_cli.timing.runner import run_case
 
@@ -74,7 +74,8 @@ def infer(
         name = f"{printable(each)}: " if baseline else ""
         out.print(Text.assemble((name, "bold"), printable_lines(run.answers[0])))
     out.print(answer_table([printable(each) for each in cases], runs))
-    for remark in filter(None, (rules_text(settings.rules, settings.parameters), weights_text(model.weights))):
+    rules = rules_text(settings.rules, settings.parameters)
+    for remark in filter(None, (short_text(runs[0].tokens[0]), rules, weights_text(model.weights))):
         out.print(remark, style="dim", markup=False)
 
 

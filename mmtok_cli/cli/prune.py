@@ -172,13 +172,14 @@ def _show(
 ) -> None:
     from mmtok_cli.report.catalogues import kept_map
     from mmtok_cli.report.console import results_console
-    from mmtok_cli.report.tables import part_text, rules_text, weights_text
+    from mmtok_cli.report.tables import part_text, rules_text, short_text, weights_text
     from mmtok_cli.report.text import printable
 
     out = results_console()
     out.print(printable(_sentence(case, selected, [each.panel.grid for each in shown])), soft_wrap=True)
     rules = rules_text(settings.rules, settings.parameters)
-    for remark in filter(None, (rules, weights_text(model.weights), part_text(_layers(model)))):
+    short = short_text(selected.reduced.tokens[0])
+    for remark in filter(None, (short, rules, weights_text(model.weights), part_text(_layers(model)))):
         out.print(remark, style="dim", markup=False)
     for each in shown:
         panel = each.panel

@@ -16,6 +16,7 @@ from mmtok_cli.report.text import printable
 from mmtok_cli.report.units import number, plural, seconds, size
 
 if TYPE_CHECKING:
+    from mmtok_cli.budget import TokenCounts
     from mmtok_cli.results.profile import Operator
     from mmtok_cli.results.records import TimedRun
     from mmtok_cli.results.schema import CaseResult, Comparison, Environment, Speedup
@@ -130,6 +131,11 @@ def rules_text(rules: Rules, settings: Sequence[str] | None = None) -> str:
     if rules.budget_means == "layer-average":
         said.append("budgets are layer averages")
     return ", ".join([*said, *map(printable, settings or ())])
+
+
+def short_text(tokens: TokenCounts) -> str:
+    """Why fewer tokens are kept than the budget says, if so."""
+    return "fewer tokens than the budget: the others are padding, or there are no more" if tokens.short else ""
 
 
 def weights_text(weights: str) -> str:
