@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -160,6 +161,16 @@ def test_a_sample_that_the_model_cannot_read_is_not_timed(command: tuple[Any, ..
     result = json.loads((tmp_path / "out.json").read_text())
     assert len(result["results"]) > 1 and not result["failures"]
     assert any("does not fit" in line for line in result["left_out"])
+
+
+def test_undecodable_names_are_recorded(command: tuple[Any, ...], tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"data\xff")
+    file = pope(folder, 2)
+    made = run(*command, "--data", file, "--limit", 2, "--run-dir", tmp_path / "run")
+    assert made.exit_code == 0, made.output
+    shown = run("report", tmp_path / "run", "--json")
+    assert shown.exit_code == 0 and json.loads(shown.stdout)["schedule"]["samples"] == 2
+    assert "data\\udcff" in json.loads((tmp_path / "run" / "plan.json").read_text())["options"]["data"]
 
 
 def test_two_processes_give_the_scores_of_one(command: tuple[Any, ...], tmp_path: Path) -> None:

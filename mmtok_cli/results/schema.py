@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -45,7 +46,8 @@ def json_text(value: BaseModel | Mapping[str, Any], indent: int | None = None) -
     plain = value.model_dump(mode="json", by_alias=True) if isinstance(value, BaseModel) else value
     separators = None if indent else (",", ":")
     text = json.dumps(_finite(plain), indent=indent, separators=separators, ensure_ascii=False, allow_nan=False)
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+    # An undecodable byte of a file name is a lone surrogate, which no reader of JSON accepts, not even escaped.
+    return re.sub("[\ud800-\udfff]", lambda match: f"\\\\u{ord(match[0]):04x}", text)
 
 
 def from_json(kind: type[Kind], text: str | bytes, *, strict: bool = False) -> Kind:
