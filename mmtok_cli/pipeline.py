@@ -140,7 +140,6 @@ def reduce(
     images = _reduce_images(model, method, prompt, plans, vision, rules, stage)
     with stage("select"):
         inputs = model.assemble(prompt, vision, [image.selection for image in images], positions)
-        _require_room(model, inputs["input_ids"].shape[1], max_new_tokens=0)
         cuts = _cut_images(model, method, images, inputs)
     return Reduced(prompt, images, inputs, cuts, positions, _count_tokens(prompt, images, inputs, model.layer_count))
 
@@ -177,10 +176,11 @@ def check_sample(model: VisionLanguageModel, sample: Sample, max_new_tokens: int
     Its image may have a shape that the model cannot see, its question too many markers, or the prompt may be too long.
     """
     tokens = model.tokenize([sample.question], [sample.images], [None] * len(sample.images))
-    _require_room(model, tokens["input_ids"].shape[1], max_new_tokens)
+    require_room(model, tokens["input_ids"].shape[1], max_new_tokens)
 
 
-def _require_room(model: VisionLanguageModel, length: int, max_new_tokens: int) -> None:
+def require_room(model: VisionLanguageModel, length: int, max_new_tokens: int) -> None:
+    """Refuse a prompt of `length` tokens that does not fit into the context with its answer. Raises MMTokError."""
     if length + max_new_tokens > model.context_length:
         too_long, lower = "does not fit", "--budget"
         if max_new_tokens:
@@ -221,7 +221,7 @@ def answer(
     Raises MMTokError where a budget cannot be met or the prompt is longer than the model can read.
     """
     reduced = reduce(model, method, samples, budget, rules=rules, stage=stage)
-    _require_room(model, reduced.inputs["input_ids"].shape[1], max_new_tokens)
+    require_room(model, reduced.inputs["input_ids"].shape[1], max_new_tokens)
     with inside(model, reduced, stage=stage) as cut:
         with stage("prefill"):
             first_logits, cache = prefill(model, reduced.inputs)

@@ -14,7 +14,7 @@ from mmtok_cli.data.samples import Sample
 from mmtok_cli.environment import environment_of
 from mmtok_cli.errors import MMTokError, first_line
 from mmtok_cli.models.base import VisionLanguageModel
-from mmtok_cli.pipeline import Reduced, answer, reduce
+from mmtok_cli.pipeline import Reduced, answer, reduce, require_room
 from mmtok_cli.progress import Progress
 from mmtok_cli.results.profile import ProfileResult, ScalingPoint
 from mmtok_cli.results.records import TimedRun
@@ -155,7 +155,9 @@ def time_selection(model: VisionLanguageModel, case: Case, sample: Sample) -> Se
 
     What a method drops inside the language model is known only when the prompt has been read, so it is read then.
     """
-    cuts_inside = bool(reduce(model, case.method, [sample], case.budget, rules=case.rules).cuts)
+    first = reduce(model, case.method, [sample], case.budget, rules=case.rules)
+    require_room(model, first.inputs["input_ids"].shape[1], max_new_tokens=0)
+    cuts_inside = bool(first.cuts)
     if cuts_inside:
         answer(model, case.method, [sample], case.budget, rules=case.rules, max_new_tokens=1)
     clock = Clock(model.device)

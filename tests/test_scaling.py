@@ -294,3 +294,13 @@ def test_bad_requests(tiny_directory: Path, photo: Path, tmp_path: Path) -> None
     refused(run(*command, "--method", "mmtok,nothing"), "no method 'nothing'")
     refused(run(*command, "--method", ","), "no method was named")
     assert not (tmp_path / "t").exists()
+
+
+def test_grids_beyond_the_context_are_measured(tiny_directory: Path, tiny: Llava) -> None:
+    """Times mean something there, though answers would not."""
+    tokens = 48**2
+    assert tokens > tiny.context_length
+    command = ("profile", "-m", tiny_directory, "--scaling", "--scaling-tokens", tokens, "--methods", "mmtok", "-b", 4)
+    shown = run(*command, "--rounds", 1, "--max-new-tokens", 1, "--json")
+    assert shown.exit_code == 0, shown.stderr
+    assert [point["tokens"] for point in json.loads(shown.stdout)["scaling"]] == [tokens] * 2

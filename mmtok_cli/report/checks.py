@@ -23,7 +23,7 @@ MOST_LEFT_OUT = 3  # lines on data that could not be used
 FEW_QUESTIONS = 200
 REMEDIES = {
     "out of memory": "lower --batch-size, or free memory",
-    "refused": "choose a budget that fits every sample, or drop the case",
+    "refused": "change the case, or drop it",
     "error": "the traceback is in failures/ of the run directory",
 }
 
