@@ -1,4 +1,4 @@
-"""What a command is asked to do: one description for the command line, the plan of a run, `--resume` and Python.
+"""The settings of a command: one description for the command line, the plan of a run, `--resume` and Python.
 
 The options of the commands are generated from these models (see cli/options.py). Nothing here imports torch.
 """

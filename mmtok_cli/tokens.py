@@ -159,7 +159,7 @@ class Cut:
     before: index of the first decoder layer that sees the shorter sequence.
     keep: vision tokens of the image from there on; those that arise by merging count.
     reads: index of the decoder layer whose attention the choice is made from, `before - 1` (it has just run) or
-        `before` (it is about to run). None asks for no attention, and none is computed.
+        `before` (it is about to run). None: no attention is computed.
     """
 
     before: int

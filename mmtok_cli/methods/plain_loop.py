@@ -54,5 +54,5 @@ def plain_loop(matrix: Tensor, k: int, excluded: Tensor) -> tuple[Tensor, Tensor
 
 @cache
 def compiled_loop() -> Callable[[Tensor, int, Tensor], tuple[Tensor, Tensor]]:
-    """`plain_loop`, compiled by TorchScript when it is first asked for."""
+    """`plain_loop`, compiled by TorchScript on first use."""
     return torch.jit.script(plain_loop)

@@ -235,7 +235,7 @@ def check_config(directory: Path, name: str) -> None:
 
 
 def check_directory(directory: Path, name: str) -> None:
-    """Raises MMTokError for a file that is damaged, or that asks for what is not done here."""
+    """Raises MMTokError for a file that is damaged, or that needs something unsupported."""
     for file, shape in FILES.items():
         if (directory / file).exists():
             read_json(directory / file, shape, name)
@@ -293,7 +293,7 @@ def check_stored_weights(directory: Path, name: str) -> None:
     quantized = read_json(directory / CONFIG, ModelConfig, name).get("quantization_config")
     for file in _weight_files(directory, name):
         for tensor, dtype in _stored_types(file, name).items():
-            # Positions are counted anew: older releases stored them as integers.
+            # Positions are computed when the model is built; older releases stored them as integers.
             if dtype not in FLOATS and not quantized and not tensor.endswith("position_ids"):
                 raise MMTokError(
                     f"{tensor} in {file.name} of {name} is stored as {dtype}, and config.json names no quantization",
@@ -346,7 +346,7 @@ def faults_of(what: str, hint: str) -> Iterator[None]:
     except Exception as error:
         if "trust_remote_code" in str(error):
             raise MMTokError(
-                f"{what}: it asks for Python code that comes with it (auto_map), which is never run",
+                f"{what}: it needs Python code of its own (auto_map), which is never run",
                 "use a version of the model that transformers supports by itself",
             ) from error
         raise MMTokError(f"{what}: {summary(error)}", hint) from error

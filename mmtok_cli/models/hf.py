@@ -188,7 +188,7 @@ def _restorer() -> Callable[[], None]:
 # Loading
 
 
-# Given wherever files are loaded: Python code that comes with a model is never run, nor is the user asked whether to.
+# Passed wherever files are loaded: Python code of a model is never run, and the user is not prompted to allow it.
 NO_CODE = {"trust_remote_code": False}
 
 

@@ -1,4 +1,4 @@
-"""Reduction inside the language model: hooks on the decoder layers that drop or merge vision tokens on the way.
+"""Reduction inside the language model: hooks on the decoder layers that drop or merge vision tokens.
 
 Layers after a cut see a shorter sequence and cache no more than that, so the KV cache becomes ragged. Nothing of the
 model is changed, and no attention matrix is built: what a method reads of the attention is computed for its few

@@ -161,7 +161,7 @@ class LlavaNext(ClipEncoded):
         )
 
     def _pack(self, height: int, width: int) -> Packing:
-        """The model's own packing, asked with numbers in the place of features."""
+        """The model's own packing, applied to numbers in place of features."""
         rows, columns = hf.crop_grid(height, width, self.pinpoints, self.image_size)
         crops, tokens = 1 + rows * columns, self.side**2
         numbers = torch.arange(crops * tokens, dtype=torch.float64).view(crops, tokens, 1)

@@ -42,7 +42,11 @@ def source_of(name: str, *, weights: bool = True) -> str:
         if path.is_dir():
             _require_model_files(path, name, weights=weights)
             return str(path)
-    except (OSError, RuntimeError, ValueError) as error:  # a name too long, a closed door, ~ of nobody, a null byte
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+    ) as error:  # the name is too long or has a null byte, permission denied, ~ of an unknown user
         reason = error.strerror if isinstance(error, OSError) else error
         raise MMTokError(
             f"there is no model {name[:80]!r}: {reason}", "`mmtok models` lists those known by name"

@@ -31,7 +31,7 @@ _Tokenizer: Any = hf.public("PreTrainedTokenizer")
 class StandInTokenizer(_Tokenizer):
     """Cuts text into pieces of a few letters and gives each an id below `size` by its hash.
 
-    Prompts come out about as long as with the real vocabulary, and equal words get equal ids. Ids cannot be turned back
+    Prompts are about as long as with the real vocabulary, and equal words get equal ids. Ids cannot be turned back
     into words.
 
     bos: begins every sequence; None where none does. pad: that of the token at the end unless given.

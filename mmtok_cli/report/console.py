@@ -66,7 +66,7 @@ def print_json(result: BaseModel | dict[str, Any]) -> None:
 def attempt_all(parts: Iterable[Callable[[], object]]) -> bool:
     """Do every part of the output, whatever happens to those before it. Whether all of them succeeded.
 
-    What went wrong is printed, unless it is that nobody reads standard output any more. An interruption, which costs
+    What went wrong is printed, unless the reader of standard output is gone. An interruption, which costs
     only the part that it falls into, and a defect of the code are raised after the last part.
     """
     succeeded, stop = True, None
@@ -87,7 +87,7 @@ def attempt_all(parts: Iterable[Callable[[], object]]) -> bool:
 
 
 def report_unwritable(error: OSError) -> None:
-    """Say that standard output cannot be written, unless it is that nobody reads it any more."""
+    """Say that standard output cannot be written, unless its reader is gone."""
     if not isinstance(error, BrokenPipeError):
         print_error(MMTokError(f"standard output could not be written: {error.strerror or error}"))
 
@@ -100,7 +100,7 @@ def print_error(error: MMTokError) -> None:
 
 
 def progress_bar(quiet: bool) -> ProgressBar:
-    """A bar on standard error that leaves no trace when it is done, and none at all where nobody is looking."""
+    """A bar on standard error that disappears when it is done; none if that is not a terminal."""
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
