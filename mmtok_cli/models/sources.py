@@ -46,7 +46,8 @@ def source_of(name: str, *, weights: bool = True) -> str:
         OSError,
         RuntimeError,
         ValueError,
-    ) as error:  # the name is too long or has a null byte, permission denied, ~ of an unknown user
+    ) as error:
+        # The name is too long or has a null byte, permission is denied, or it begins with ~ and an unknown user.
         reason = error.strerror if isinstance(error, OSError) else error
         raise MMTokError(
             f"there is no model {name[:80]!r}: {reason}", "`mmtok models` lists those known by name"
