@@ -215,6 +215,11 @@ class Method:
         )
 
 
+def package_of(kind: type[Method]) -> str:
+    """The package that a method comes from, as it is imported."""
+    return kind.__module__.partition(".")[0]
+
+
 def require_layers(parameter: str, given: Sequence[int], layers: int, first: int = 1) -> None:
     """Check a parameter that names decoder layers.
 
