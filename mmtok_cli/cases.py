@@ -73,14 +73,18 @@ def failure_of(error: Exception) -> dict[str, Any]:
     if is_out_of_memory(error):
         return {"reason": "out of memory", "message": _line(error)}
     if isinstance(error, MethodFaultError):
-        return {"reason": "error", "message": error.message}
+        return {"reason": "error", "message": error.message, "traceback": _traceback(error)}
     if isinstance(error, MMTokError):
         return {"reason": "refused", "message": error.message}
     return {
         "reason": "error",
         "message": f"{type(error).__name__}: {_line(error)}",
-        "traceback": "".join(traceback.format_exception(error)),
+        "traceback": _traceback(error),
     }
+
+
+def _traceback(error: Exception) -> str:
+    return "".join(traceback.format_exception(error))
 
 
 def _line(error: Exception) -> str:

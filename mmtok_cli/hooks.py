@@ -78,10 +78,11 @@ def check_selections(
 
 def check_kept(method: Method, kept: int, budget: int, tokens: VisionTokens) -> None:
     """Check the number of tokens that are left of an image after the last reduction."""
+    hook = "cuts" if type(method).cuts is not Method.cuts else "select"
     if method.takes_budget and (kept > budget or (method.exact and kept < budget)):
-        raise fault(method, "select", f"kept {kept} tokens of {tokens.image_id} at a budget of {budget}")
+        raise fault(method, hook, f"kept {kept} tokens of {tokens.image_id} at a budget of {budget}")
     if kept > tokens.total:
-        raise fault(method, "select", f"kept {kept} tokens of {tokens.image_id}, which has {tokens.total}")
+        raise fault(method, hook, f"kept {kept} tokens of {tokens.image_id}, which has {tokens.total}")
 
 
 @contextmanager

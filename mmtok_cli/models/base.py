@@ -293,7 +293,7 @@ class VisionLanguageModel(ABC):
         if missing:
             raise MMTokError(
                 f"the {self.family} family does not offer {', '.join(missing)}",
-                "use a method that reads no signals of the encoder, such as mmtok, divprune or fastv",
+                f"it offers {', '.join(self.signals) or 'none'}; methods such as mmtok, divprune and fastv read none",
             )
 
     @abstractmethod
