@@ -25,6 +25,7 @@ class MethodFaultError(MMTokError):
         )
 
 
+LONGEST_LINE = 300
 OUT_OF_MEMORY = re.compile(
     r"out of memory|(can't|cannot) allocate memory|not enough memory|[A-Z]+_STATUS_ALLOC_FAILED", re.IGNORECASE
 )
@@ -40,12 +41,17 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     # The error of TorchScript is called Error, and derives from neither.
     known = isinstance(error, (RuntimeError, OSError)) or type(error).__module__.startswith("torch")
-    return known and bool(OUT_OF_MEMORY.search(str(error)))
+    return known and bool(OUT_OF_MEMORY.search(" ".join(map(str, error.args))))
 
 
 def first_line(error: BaseException) -> str:
-    """The message of another library's error, in one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The message of another library's error, in one line of at most `LONGEST_LINE` characters."""
+    try:
+        text = str(error).strip()
+    except Exception:  # of another package, whose errors may have errors
+        text = ""
+    line = (text or type(error).__name__).splitlines()[0]
+    return line if len(line) <= LONGEST_LINE else line[: LONGEST_LINE - 1] + "…"
 
 
 def suggestion(name: str, known: Iterable[str], command: str) -> str:

@@ -5,10 +5,11 @@ Methods may come from other packages. Nothing else in this package calls their h
 
 from __future__ import annotations
 
+import reprlib
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from mmtok_cli.errors import MethodFaultError, MMTokError, first_line, is_out_of_memory
 from mmtok_cli.methods.base import Method, package_of
+from mmtok_cli.methods.isolation import GlobalStateError, isolated
 from mmtok_cli.stages import CHECK, Stage
 from mmtok_cli.tokens import CLASS_TOKEN, Cut, LayerTokens, Selection, TextTokens, VisionTokens
 
@@ -28,7 +30,7 @@ def count(method: Method, share: float, total: int, signals: Sequence[str] = ())
     with _calling(method, "count"):
         kept = method.count(share, total, signals)
     if not _is_int(kept) or not 0 <= kept <= total:
-        raise fault(method, "count", f"must return a number from 0 to {total}, not {kept!r}")
+        raise fault(method, "count", f"must return a number from 0 to {total}, not {_shown(kept)}")
     return kept
 
 
@@ -37,7 +39,7 @@ def resize(method: Method, total: int, budget: int) -> int | None:
     with _calling(method, "resize"):
         tokens = method.resize(total, budget)
     if tokens is not None and not (_is_int(tokens) and 1 <= tokens <= total):
-        raise fault(method, "resize", f"must return None or a number from 1 to {total}, not {tokens!r}")
+        raise fault(method, "resize", f"must return None or a number from 1 to {total}, not {_shown(tokens)}")
     return tokens
 
 
@@ -86,16 +88,23 @@ def check_kept(method: Method, kept: int, budget: int, tokens: VisionTokens) -> 
 
 
 @contextmanager
-def unchanged(method: Method, tensors: Sequence[Tensor], stage: Stage) -> Iterator[None]:
-    """Refuse a method of another package that changes in place what it was given, since the model would see it."""
+def unchanged(method: Method, given: Callable[[], list[Tensor]], stage: Stage) -> Iterator[None]:
+    """Refuse a method of another package that changes what it was given, since the model would see it.
+
+    given: the tensors, as the objects that the method gets hold them now.
+    """
     if package_of(type(method)) == PACKAGE:
         yield
         return
     with stage(CHECK):
+        tensors = given()
         before = [tensor.clone() for tensor in tensors]
     yield
     with stage(CHECK):
-        same = all(bool(((a == b) | (b != b)).all()) for a, b in zip(tensors, before, strict=True))
+        same = all(
+            now is tensor and bool(((tensor == copy) | (copy != copy)).all())
+            for now, tensor, copy in zip(given(), tensors, before, strict=True)
+        )
     if not same:
         raise fault(method, "select", "changed its input in place: return rows of your own in Selection.tokens")
 
@@ -108,7 +117,7 @@ def cuts(method: Method, total: int, budget: int, layers: int) -> tuple[Cut, ...
         isinstance(cut, Cut) and _is_int(cut.before) and _is_int(cut.keep) and (cut.reads is None or _is_int(cut.reads))
         for cut in found
     ):
-        raise fault(method, "cuts", f"must return a tuple of Cut, not {found!r}")
+        raise fault(method, "cuts", f"must return a tuple of Cut, not {_shown(found)}")
     return tuple(found)
 
 
@@ -116,7 +125,7 @@ def queries(method: Method, vision: Tensor, text: Tensor, stage: Stage) -> Tenso
     """`Method.queries`: indices of text tokens."""
     with _calling(method, "queries"):
         found = method.queries(vision, text)
-    if not isinstance(found, Tensor) or found.dtype != torch.int64 or found.ndim != 1 or not len(found):
+    if not isinstance(found, Tensor) or found.dtype != torch.int64 or found.ndim != 1 or not found.numel():
         raise fault(method, "queries", "must return the indices of text tokens, an int64 tensor [queries]")
     if found.device != text.device:
         raise fault(method, "queries", f"returned a tensor on {found.device}, and the text is on {text.device}")
@@ -129,7 +138,7 @@ def queries(method: Method, vision: Tensor, text: Tensor, stage: Stage) -> Tenso
 
 def choose(method: Method, tokens: LayerTokens, cut: Cut, stage: Stage) -> Selection:
     """`Method.choose`: `cut.keep` of the tokens that are left."""
-    with unchanged(method, [tokens.hidden, tokens.eligible], stage), _calling(method, "choose"):
+    with unchanged(method, lambda: [tokens.hidden, tokens.eligible], stage), _calling(method, "choose"):
         selection = method.choose(tokens, cut)
     _check_shapes(method, "choose", selection, tokens.hidden)
     if selection.kept != cut.keep:
@@ -146,12 +155,14 @@ def fault(method: Method, hook: str, problem: str) -> MethodFaultError:
 
 @contextmanager
 def _calling(method: Method, hook: str) -> Iterator[None]:
-    """What another package prints goes to standard error, and what it raises becomes one line that names the place."""
+    """What a hook prints goes to standard error, and what it raises becomes one line that names the place."""
     try:
-        with redirect_stdout(sys.stderr):
+        with isolated():
             yield
     except (MMTokError, KeyboardInterrupt):
         raise
+    except GlobalStateError as error:
+        raise fault(method, hook, str(error)) from error
     except BaseException as error:  # SystemExit as well
         if is_out_of_memory(error):
             raise
@@ -171,7 +182,7 @@ def _check_shapes(method: Method, hook: str, selection: Selection, rows: Tensor)
     if not isinstance(selection, Selection):
         raise fault(method, hook, f"must return a Selection, not {type(selection).__name__}")
     kept = selection.indices
-    if not isinstance(kept, Tensor) or kept.dtype != torch.int64 or kept.ndim != 1:
+    if not isinstance(kept, Tensor) or kept.dtype != torch.int64 or kept.ndim != 1 or kept.layout != torch.strided:
         raise fault(method, hook, f"must return indices as an int64 tensor [kept], not {_described(kept)}")
     for name in ("indices", "order", "gains", "tokens", "merged"):
         value = getattr(selection, name)
@@ -180,6 +191,8 @@ def _check_shapes(method: Method, hook: str, selection: Selection, rows: Tensor)
         shape = (selection.kept, rows.shape[1]) if name == "tokens" else (selection.kept,)
         if not isinstance(value, Tensor) or value.shape != shape:
             raise fault(method, hook, f"must return {name} of shape {list(shape)}, not {_described(value)}")
+        if value.layout != torch.strided or value.requires_grad:
+            raise fault(method, hook, f"must return {name} as a dense tensor without gradients")
         if value.device != rows.device:
             raise fault(method, hook, f"returned {name} on {value.device}, and the tokens are on {rows.device}")
     if selection.merged is not None and selection.merged.dtype != torch.bool:
@@ -219,6 +232,14 @@ def _check_values(method: Method, hook: str, selection: Selection, eligible: Ten
     for problem, holds in zip(facts, torch.stack(list(facts.values())).tolist(), strict=True):
         if not holds:
             raise fault(method, hook, problem)
+
+
+def _shown(value: Any) -> str:
+    """The value in a few words, whatever it is."""
+    try:
+        return reprlib.repr(value)
+    except Exception:
+        return type(value).__name__
 
 
 def _described(value: Any) -> str:

@@ -313,7 +313,10 @@ def select(method: Method, tasks: Sequence[SelectionTask], stage: Stage = unwatc
         for task, crops in zip(tasks, parts, strict=True):
             shown += [crop for crop in crops if crop.budget] if crops else [task]
     vision, budgets = [each.vision for each in shown], [each.budget for each in shown]
-    given = [tensor for each in vision for tensor in (each.projected, each.eligible)]
+
+    def given() -> list[Tensor]:
+        return [tensor for each in vision for tensor in (each.projected, each.eligible)]
+
     with hooks.unchanged(method, given, stage), stage("select"):
         selected = hooks.select(method, vision, [each.text for each in shown], budgets)
     with stage(CHECK):

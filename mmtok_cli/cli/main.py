@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 
 from mmtok_cli import __version__
 from mmtok_cli.cli import compare, infer, methods, models, profile, prune, report
-from mmtok_cli.errors import MMTokError
+from mmtok_cli.errors import MMTokError, first_line, is_out_of_memory
 
 # What Typer raises for a command line that it cannot read; the class has no public name.
 UsageError = cast(type[Exception], typer.BadParameter.__base__)
@@ -46,15 +46,17 @@ class Commands(TyperGroup):
             report_unwritable(error)
             raise typer.Exit(1) from error
         except Exception as error:
+            if is_out_of_memory(error):
+                _refuse(MMTokError(f"out of memory: {first_line(error)}", "lower --batch-size, or free memory"), 1)
             _note_untested_release(error)
             raise
 
 
-def _refuse(error: MMTokError) -> NoReturn:
+def _refuse(error: MMTokError, status: int = 2) -> NoReturn:
     from mmtok_cli.report.console import print_error
 
     print_error(error)
-    raise typer.Exit(2) from error
+    raise typer.Exit(status) from error
 
 
 def _usage_error(error: Any) -> MMTokError:
@@ -112,10 +114,24 @@ def mmtok(
     # These variables are read when the libraries are imported, which happens later.
     for variable, value in QUIET_LIBRARIES.items():
         os.environ.setdefault(variable, value)
+    os.environ["MPLBACKEND"] = "agg"  # plots are written to files; a notebook's backend is not installed here
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
+def _keep_standard_output() -> None:
+    """Results alone go to standard output; what libraries write there by its descriptor goes to standard error."""
+    try:
+        results = os.dup(1)
+        os.dup2(2, 1)
+    except OSError:  # one of them is closed
+        return
+    if isinstance(sys.stdout, TextIOWrapper):
+        encoding, errors = sys.stdout.encoding, sys.stdout.errors
+        sys.stdout = open(results, "w", encoding=encoding, errors=errors)  # noqa: PTH123, SIM115 (open until the end)
+
+
 def main() -> None:
+    _keep_standard_output()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # what another encoding than UTF-8 cannot express

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmtok_cli.errors import MethodFaultError, MMTokError, first_line, suggestion
 from mmtok_cli.methods.catalogue import method_class, method_names
+from mmtok_cli.methods.isolation import isolated
 from mmtok_cli.methods.parameters import as_tuples, checked, parameter_types
 
 if TYPE_CHECKING:
@@ -35,8 +36,9 @@ def make_method(name: str, **parameters: Any) -> Method:
     from mmtok_cli.methods.base import package_of
 
     try:
-        method = kind(**parameters)
-        hash(method)  # cases are kept in sets
+        with isolated():
+            method = kind(**parameters)
+            hash(method)  # cases are kept in sets
     except MMTokError:
         raise
     except ValueError as error:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
-import sys
 import traceback
-from contextlib import redirect_stdout
 from importlib import import_module
 from importlib.metadata import EntryPoint, distributions
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmtok_cli.errors import MethodFaultError, MMTokError, first_line, suggestion
+from mmtok_cli.methods.isolation import isolated
 
 if TYPE_CHECKING:
     from mmtok_cli.methods.base import Method
@@ -84,7 +83,7 @@ def _loaded(point: EntryPoint) -> type[Method]:
 
     package = point.dist.name if point.dist else point.value
     try:
-        with redirect_stdout(sys.stderr):  # standard output is for results
+        with isolated():
             found = point.load()
     except KeyboardInterrupt:
         raise
