@@ -277,6 +277,18 @@ def test_infinity_is_found_in_any_parameter_and_buffer() -> None:
         require_finite(module.half(), "it")
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu], ids=str)
+def test_quantized_weights_are_checked_too(dtype: torch.dtype) -> None:
+    """Tensors of 8 and 4 bits, as quantized checkpoints have them."""
+    module = torch.nn.Linear(2, 2)
+    module.register_buffer("packed", torch.zeros(4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2))
+    module.register_buffer("scales", torch.ones(4).to(dtype))
+    require_finite(module, "it")
+    module.scales = torch.tensor([1, 1, float("nan"), 1]).to(dtype)
+    with pytest.raises(MMTokError, match="NaN or infinity: scales"):
+        require_finite(module, "it")
+
+
 def test_a_damaged_text_tower(tmp_path: Path) -> None:
     build_tiny_clip().save_pretrained(tmp_path)
     build_tokenizer().save_pretrained(tmp_path)

@@ -16,6 +16,7 @@ from mmtok_cli.models.checkpoint import COMPARE, faults_of
 from mmtok_cli.models.sources import configuration, shortened
 
 NAMED = 3  # names of weights in a message
+ALWAYS_FINITE = (torch.float4_e2m1fn_x2,)  # has neither NaN nor infinity
 
 
 def load_pretrained(
@@ -71,9 +72,13 @@ def require_finite(model: nn.Module, name: str) -> None:
         weights = {
             weight: tensor
             for weight, tensor in chain(model.named_parameters(), model.named_buffers())
-            if tensor.is_floating_point() and tensor.numel()
+            if tensor.is_floating_point() and tensor.numel() and tensor.dtype not in ALWAYS_FINITE
         }
-        extremes = [torch.stack(tensor.aminmax()).isfinite().all() for tensor in weights.values()]
+        # Torch cannot compare numbers of 8 bits; bfloat16 holds each of them exactly.
+        extremes = [
+            torch.stack((tensor if tensor.itemsize > 1 else tensor.bfloat16()).aminmax()).isfinite().all()
+            for tensor in weights.values()
+        ]
     bad = [weight for weight, finite in zip(weights, extremes, strict=True) if not finite]
     if bad:
         raise MMTokError(f"the weights of {name} hold NaN or infinity: {_list(bad)}", COMPARE)
