@@ -42,12 +42,8 @@ def source_of(name: str, *, weights: bool = True) -> str:
         if path.is_dir():
             _require_model_files(path, name, weights=weights)
             return str(path)
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-    ) as error:
-        # The name is too long or has a null byte, permission is denied, or it begins with ~ and an unknown user.
+    # The name is too long or has a null byte, permission is denied, or it begins with ~ and an unknown user.
+    except (OSError, RuntimeError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise MMTokError(
             f"there is no model {name[:80]!r}: {reason}", "`mmtok models` lists those known by name"

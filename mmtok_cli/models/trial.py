@@ -39,7 +39,7 @@ def try_processor(model: VisionLanguageModel, *, own_template: bool) -> None:
     if len(set(words)) < len(words):
         raise MMTokError(f"the tokenizer of {name} gives the same number to several words", COMPARE)
     last = model.model.config.text_config.vocab_size - 1
-    highest = max(*words, *model.eos_token_ids, model.tokenizer.pad_token_id, int(prompt.input_ids.max()))
+    highest = max([*words, *model.eos_token_ids, model.tokenizer.pad_token_id, int(prompt.input_ids.max())])
     if highest > last:
         raise MMTokError(
             f"the tokenizer or generation_config.json of {name} has a token {highest}, and the vocabulary of "
