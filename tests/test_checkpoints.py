@@ -506,6 +506,23 @@ def test_chat_templates(template: str, words: str, damaged: Any, monkeypatch: py
     assert message.startswith("the chat template of MODEL ") and words in message
 
 
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("import sys; sys.stderr.write('first\\nlast\\n'); sys.exit(1)", "cannot be tried: last"),
+        ("raise SystemExit(1)", "cannot be tried: its process gave no reason"),
+        ("", "cannot be tried"),
+    ],
+    ids=["message", "silent", "no output"],
+)
+def test_a_trial_that_fails(code: str, words: str, damaged: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(code)
+    monkeypatch.setattr(hf.render_template, "__file__", str(program))
+    template = f"<image>{{{{ messages[0].content[-1].text }}}} {code!r}"  # its length is not cached
+    assert words in fault_of(damaged(content("chat_template.jinja", template.encode())))
+
+
 def test_a_template_that_fails_over_one_prompt_alone(tiny_sdpa: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
     template = "{% if 'red' in messages[0].content[-1].text %}{{ foo.bar }}{% endif %}<image>"
     monkeypatch.setattr(tiny_sdpa.processor, "chat_template", template)
