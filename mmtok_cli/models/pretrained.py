@@ -12,7 +12,7 @@ from torch import nn
 
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.models import hf
-from mmtok_cli.models.checkpoint import COMPARE, faults_of
+from mmtok_cli.models.foreign_errors import COMPARE, errors_as
 from mmtok_cli.models.sources import configuration, shortened
 
 NAMED = 3  # names of weights in a message
@@ -36,7 +36,7 @@ def load_pretrained(
     config = configuration(source, name)
     if layers is not None:
         config = shortened(config, layers, name)
-    with faults_of(f"the weights of {name} cannot be loaded", hf.or_tested(COMPARE)):
+    with errors_as(f"the weights of {name} cannot be loaded", hf.or_tested(COMPARE)):
         loaded = hf.load_weights(source, config, dtype=dtype, attention=attention, device_map=device_map)
     require_same_weights(loaded, name, layers)
     model = loaded.model if device_map else loaded.model.to(device)

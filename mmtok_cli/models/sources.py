@@ -73,11 +73,12 @@ def _require_model_files(directory: Path, name: str, *, weights: bool) -> None:
 def configuration(source: str, name: str) -> Any:
     """The configuration of a directory or hub id. Raises MMTokError where there is none, or none that can be used."""
     from mmtok_cli.models import hf
-    from mmtok_cli.models.checkpoint import COMPARE, check_config, faults_of
+    from mmtok_cli.models.checkpoint import check_config
+    from mmtok_cli.models.foreign_errors import COMPARE, errors_as
 
     if Path(source).is_dir():
         check_config(Path(source), name)
-    with faults_of(f"config.json of {name} cannot be used", hf.or_tested(COMPARE)):
+    with errors_as(f"config.json of {name} cannot be used", hf.or_tested(COMPARE)):
         try:
             return hf.load_config(source)
         except OSError as error:
