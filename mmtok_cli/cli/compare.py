@@ -102,10 +102,11 @@ def compare(
         else:
             run = ComparisonRun(settings, run_dir, progress, pictures=pictures)
         check_outputs(outputs, comparison_inputs(run.settings, run.directory, outputs))
-        if not processes.is_writer:
+        if dry_run:
+            if processes.is_writer:
+                _show_plan(run, as_json)
+        elif not processes.is_writer:
             run.help(processes)
-        elif dry_run:
-            _show_plan(run, as_json)
         else:
             status = _measure(run, processes, files, plot, as_json, quiet, (fail_below, fail_below_stage))
             if status:
