@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,13 @@ def _with_none(value: Any) -> Any:
 
 def _read(path: Path) -> Profile:
     try:
-        return Profile(**tomllib.loads(path.read_text(encoding="utf-8")))
+        return _parsed(path.read_text(encoding="utf-8")).model_copy(deep=True)
     except (OSError, ValueError) as error:  # damaged TOML, text that is not UTF-8 and wrong fields are ValueErrors
         reason = " ".join(str(error).split())
         raise MMTokError(f"{path} is not a profile: {reason}", "compare it with profiles/demo.toml") from error
+
+
+@lru_cache(maxsize=64)
+def _parsed(text: str) -> Profile:
+    """Parsing takes far longer than reading, and a command needs the profiles several times."""
+    return Profile(**tomllib.loads(text))

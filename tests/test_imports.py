@@ -5,9 +5,14 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
+from collections.abc import Iterable
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import mmtok_cli
 
@@ -48,8 +53,41 @@ ALLOWED = {
 }
 
 
+PROJECT = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PROGRAMS = {"tensorboard", "torch-tb-profiler"}  # declared to be run, not to be imported
+
 # The checks run methods on tiny models of every family, which `methods` itself must not know.
 EXCEPTIONS = {"methods/testing.py": {"models", "pipeline", "data"}}
+
+
+def declared(requirements: Iterable[str]) -> set[str]:
+    return {canonicalize_name(Requirement(text).name) for text in requirements}
+
+
+def packages(paths: Iterable[Path]) -> set[str]:
+    """The packages, apart from this one and Python's own, that files import from."""
+    owners = packages_distributions()
+    beside = {path.stem for path in paths} | {"mmtok_cli"}
+    found: set[str] = set()
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names = [node.module]
+            found |= {name.split(".")[0] for name in names}
+    found -= sys.stdlib_module_names | beside
+    return {canonicalize_name(owners.get(name, [name])[0]) for name in found}
+
+
+def test_what_is_imported_is_declared() -> None:
+    """A package that comes along with another may be gone with that one's next release."""
+    needed, extras = declared(PROJECT["dependencies"]), PROJECT["optional-dependencies"]
+    optional = declared([*extras["accelerate"], *extras["datasets"], *extras["gpu"]])
+    checks = PACKAGE / "methods" / "testing.py"  # those who use it test with pytest
+    used = packages([path for path in PACKAGE.rglob("*.py") if path != checks])
+    assert used <= needed | optional and needed - PROGRAMS <= used
+    in_tests = packages([*Path(__file__).parent.rglob("*.py"), checks])
+    assert in_tests <= needed | optional | declared(extras["test"])
 
 
 def modules() -> dict[str, Path]:

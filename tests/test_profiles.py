@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import shutil
+import tomllib
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +15,7 @@ from rich.console import Console
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from mmtok_cli import profiles
 from mmtok_cli.methods import make_method, method_names
 from mmtok_cli.methods.settings import profile_parameters
 from mmtok_cli.profiles import Profile, known_profiles
@@ -54,6 +58,27 @@ PROMPTS = {  # image token, what stands for an image, and the prompt around the 
 
 def configuration(profile: Profile) -> Any:
     return AutoConfig.for_model(profile.family, **copy.deepcopy(profile.architecture))
+
+
+def test_profiles_are_parsed_again_only_where_they_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path in profiles.profile_directory().glob("qwen*.toml"):
+        shutil.copy(path, tmp_path)
+    monkeypatch.setattr(profiles, "profile_directory", lambda: tmp_path)
+    parsed: list[str] = []
+    parse = tomllib.loads
+    monkeypatch.setattr(profiles.tomllib, "loads", lambda text: parsed.append(text) or parse(text))
+
+    known = known_profiles()
+    known["qwen3-vl-2b"].methods["mmtok"] = {"alpha": 9}  # what a caller does to its own copy
+    parsed.clear()
+    path = tmp_path / "qwen3-vl-2b.toml"
+    path.write_text(path.read_text().replace('summary = "', 'summary = "Changed. ', 1))
+    again = known_profiles()
+    assert len(parsed) == 1 and again["qwen3-vl-2b"].summary.startswith("Changed. ")
+    assert again["qwen3-vl-4b"] == known["qwen3-vl-4b"] and known_profiles() == again and len(parsed) == 1
+    assert again["qwen3-vl-2b"].methods.get("mmtok") != {"alpha": 9}
+    known["qwen3-vl-4b"].architecture["text_config"].clear()
+    assert known_profiles()["qwen3-vl-4b"].architecture["text_config"]
 
 
 def test_all_models_are_buildable_but_the_one_that_comes_along() -> None:

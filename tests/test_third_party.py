@@ -10,6 +10,7 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import Distribution
 from pathlib import Path
 from typing import ClassVar
 
@@ -19,7 +20,7 @@ from cli_helpers import refused, run, run_json
 from PIL import Image
 
 import mmtok_cli as mmtok
-from mmtok_cli.methods import base, method_class
+from mmtok_cli.methods import base, method_class, method_names
 from mmtok_cli.methods.base import Method, highest
 from mmtok_cli.methods.full import Full
 from mmtok_cli.methods.testing import check_declaration, check_method
@@ -118,6 +119,35 @@ def test_packages_that_cannot_be_used(code: str, words: str, tmp_path: Path, mon
         method_class("broken")
     assert "'broken' of broken_method" in error.value.message and "broken_method" in error.value.hint
     sys.modules.pop("broken_method", None)
+
+
+def test_methods_are_found_without_reading_all_metadata(dart: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unread(package: Distribution) -> None:
+        raise AssertionError("metadata was read")
+
+    monkeypatch.setattr(Distribution, "metadata", property(unread))
+    assert "dart" in method_names()
+
+
+@pytest.mark.parametrize("file", ["METADATA", "entry_points.txt"])
+def test_packages_whose_metadata_cannot_be_read(file: str, dart: Path) -> None:
+    """Methods of other packages are there all the same."""
+    installed(dart, "damaged_method", "import nowhere", "damaged = damaged_method:Damaged")
+    (dart / "damaged_method-1.0.dist-info" / file).write_bytes(b"[mmtok.methods]\n\xff")
+    assert "dart" in method_names() and method_class("dart")
+    with pytest.raises(mmtok.MMTokError, match="damaged"):
+        method_class("damaged")
+    assert "dart" in run("methods").stdout
+
+
+def test_of_two_releases_the_one_that_is_imported_counts(dart: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    other = tmp_path_factory.mktemp("other")
+    installed(other, "dart", "", "older = dart:Older")
+    sys.path.append(str(other))
+    try:
+        assert "dart" in method_names() and "older" not in method_names()
+    finally:
+        sys.path.remove(str(other))
 
 
 def test_parameters_without_a_default(monkeypatch: pytest.MonkeyPatch) -> None:

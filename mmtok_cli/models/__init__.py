@@ -49,7 +49,8 @@ def load_model(
     import torch
 
     from mmtok_cli.models import hf
-    from mmtok_cli.models.checkpoint import COMPARE, check_directory, check_stored_weights, faults_of
+    from mmtok_cli.models.checkpoint import check_directory, check_stored_weights
+    from mmtok_cli.models.foreign_errors import COMPARE, errors_as
     from mmtok_cli.models.pretrained import load_pretrained
     from mmtok_cli.models.room import free_on_gpus, laid_out, needs_of, require_room
     from mmtok_cli.models.trial import try_processor
@@ -74,7 +75,7 @@ def load_model(
     if layers is not None:
         config = shortened(config, layers, name)
     stored = kind or (torch.bfloat16 if weights == "random" else torch.float16)
-    with faults_of(f"no model can be built as config.json of {name} says", hf.or_tested(COMPARE)):
+    with errors_as(f"no model can be built as config.json of {name} says", hf.or_tested(COMPARE)):
         layout = laid_out(config, stored, attention)
         needs = needs_of(layout, stored, profile.vision_tokens if profile else VISION_TOKENS, attention)
     gpus = free_on_gpus() if device_map else None
@@ -87,7 +88,7 @@ def load_model(
         model = load_pretrained(
             name, source, layers, dtype=kind, device=where, attention=attention, device_map=device_map
         )
-    with faults_of(f"{name} cannot be used", hf.or_tested(COMPARE)):
+    with errors_as(f"{name} cannot be used", hf.or_tested(COMPARE)):
         built = family(name, model.eval(), processor, **_text_tower(name))
     built.weights, built.depth = weights, depth
     try_processor(built, own_template=not (profile and profile.location.startswith("package:")))
@@ -122,9 +123,9 @@ def _random(layout: Any, device: torch.device, gpus: Mapping[int, int] | None) -
 def _processor(name: str, source: str, family: Any, *, local_files_only: bool = False) -> Any:
     """The model's own processor. Raises MMTokError for one that is missing, damaged or without a chat template."""
     from mmtok_cli.models import hf
-    from mmtok_cli.models.checkpoint import COMPARE, faults_of
+    from mmtok_cli.models.foreign_errors import COMPARE, errors_as
 
-    with faults_of(f"the processor of {name} cannot be loaded", hf.or_tested(COMPARE)):
+    with errors_as(f"the processor of {name} cannot be loaded", hf.or_tested(COMPARE)):
         processor = family.load_processor(source, local_files_only=local_files_only)
     if not getattr(processor, "chat_template", None):
         raise MMTokError(f"{name} has no chat template", "download chat_template.jinja or chat_template.json as well")

@@ -26,7 +26,7 @@ from torch import Tensor
 from mmtok_cli.budget import Budget
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.models import hf
-from mmtok_cli.models.checkpoint import COMPARE, faults_of
+from mmtok_cli.models.foreign_errors import COMPARE, errors_as
 from mmtok_cli.models.inside import Inside
 from mmtok_cli.models.sequences import CutImage
 from mmtok_cli.rules import Positions, Track
@@ -269,7 +269,7 @@ class VisionLanguageModel(ABC):
         content = [] if markers else [{"type": "image"} for _ in range(images)]
         content.append({"type": "text", "text": question.replace(IMAGE_MARKER, self.image_text)})
         conversation = [{"role": "user", "content": content}]
-        with faults_of(f"the chat template of {self.name} fails", COMPARE):
+        with errors_as(f"the chat template of {self.name} fails", COMPARE):
             text: str = self.processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
         marks = text.count(self.processor.image_token)
         if marks != images:

@@ -7,12 +7,9 @@ refused with the name of the file and the field.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import torch
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from safetensors import SafetensorError, safe_open
 from typing_extensions import TypedDict
@@ -20,9 +17,7 @@ from typing_extensions import TypedDict
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.models import hf
 from mmtok_cli.models.families import require_family
-
-COMPARE = "compare it with the original, or download it again"
-LONGEST_MESSAGE = 200  # characters of another library's message; some list every class that they know
+from mmtok_cli.models.foreign_errors import COMPARE, shorten, summary
 
 Count = Annotated[int, Field(ge=1, le=2**24)]
 Layers = Annotated[int, Field(ge=1, le=1024)]
@@ -327,43 +322,3 @@ def _stored_types(file: Path, name: str) -> dict[str, str]:
             return {tensor: stored.get_slice(tensor).get_dtype() for tensor in stored.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise MMTokError(f"{file.name} of {name} cannot be read: {summary(error)}", COMPARE) from error
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Errors of other libraries
-
-
-@contextmanager
-def faults_of(what: str, hint: str) -> Iterator[None]:
-    """Turn the errors that other libraries raise over damaged files into an MMTokError that begins with `what`.
-
-    They raise whatever the damage leads to, a TypeError, KeyError or ZeroDivisionError as often as a ValueError.
-    """
-    try:
-        yield
-    except (MMTokError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        if "trust_remote_code" in str(error):
-            raise MMTokError(
-                f"{what}: it needs Python code of its own (auto_map), which is never run",
-                "use a version of the model that transformers supports by itself",
-            ) from error
-        raise MMTokError(f"{what}: {summary(error)}", hint) from error
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":  # of the tokenizers package, which is written in Rust
-            raise
-        raise MMTokError(f"{what}: {summary(error)}", hint) from error
-
-
-def summary(error: BaseException) -> str:
-    """An error's message on one line, with its type where that is what tells most."""
-    message = shorten(str(error), LONGEST_MESSAGE)
-    bare = isinstance(error, (ArithmeticError, AttributeError, LookupError, TypeError)) or not message
-    return f"{type(error).__name__}: {message}" if bare else message
-
-
-def shorten(text: str, length: int) -> str:
-    """The text on one line, cut off where it is too long."""
-    line = " ".join(text.split())
-    return line if len(line) <= length else line[: length - 1] + "…"

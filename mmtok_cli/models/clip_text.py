@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.models import hf
-from mmtok_cli.models.checkpoint import check_directory, faults_of
+from mmtok_cli.models.checkpoint import check_directory
+from mmtok_cli.models.foreign_errors import errors_as
 from mmtok_cli.models.pretrained import require_finite, require_same_weights
 
 
@@ -35,7 +36,7 @@ class ClipText(nn.Module):
         """
         if Path(source).is_dir():
             check_directory(Path(source), source)
-        with faults_of(f"{source} could not be loaded as a CLIP text tower", hf.or_tested("name a whole CLIP model")):
+        with errors_as(f"{source} could not be loaded as a CLIP text tower", hf.or_tested("name a whole CLIP model")):
             try:
                 loaded = hf.load_clip(source, dtype)
                 tokenizer = hf.load_tokenizer(source)

@@ -26,6 +26,7 @@ import transformers
 from torch import Tensor, nn
 
 from mmtok_cli.errors import MMTokError
+from mmtok_cli.models import render_template
 
 VERSION: str = transformers.__version__
 OLDEST, BEYOND = "5.18", "5.25"  # minor releases that the compatibility tests ran with: from OLDEST, below BEYOND
@@ -304,37 +305,7 @@ def load_chat_template(source: str | Path, *, local_files_only: bool = False) ->
     return settings.get("chat_template")
 
 
-# A chat template is a program, and nothing but a process of its own can bound the time and memory that it takes. What
-# it raises is left to the process that renders it for good.
-RENDER_SECONDS = 300  # for that process to start and end, however busy the machine is
-_RENDER = """
-import json, sys
-from transformers.utils.chat_template_utils import render_jinja_template
-task = json.load(sys.stdin)
-try:
-    import resource
-except ImportError:  # on Windows, where only the whole process is bounded
-    pass
-else:
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    memory = used.ru_maxrss * 1024 + task["bytes"]
-    seconds = int(used.ru_utime + used.ru_stime) + 1 + task["seconds"]
-    for limit, value in ((resource.RLIMIT_AS, memory), (resource.RLIMIT_CPU, seconds)):
-        _, most = resource.getrlimit(limit)
-        resource.setrlimit(limit, (value if most < 0 else min(value, most), most))
-longest = 0
-for conversation in task["conversations"]:
-    try:
-        texts, _ = render_jinja_template(
-            [conversation], chat_template=task["template"], add_generation_prompt=True, **task["variables"]
-        )
-    except MemoryError:
-        sys.exit(3)
-    except Exception:
-        continue
-    longest = max(longest, len(texts[0]))
-print(longest)
-"""
+RENDER_SECONDS = 300  # for the process below to start and end, however busy the machine is
 
 
 def rendered_length(
@@ -346,25 +317,27 @@ def rendered_length(
 ) -> int | None:
     """Characters of the longest prompt that a chat template makes of the conversations, in a process of its own.
 
-    None for a template that takes more seconds of processor time, or more bytes of memory. Raises RuntimeError where no
-    process can be started.
+    None for a template that takes more seconds of processor time, or more bytes of memory. Raises RuntimeError where
+    the process fails.
     """
     task = {
-        "template": template,
+        "module": "transformers.utils.chat_template_utils",
+        "function": "render_jinja_template",
+        "arguments": {"chat_template": template, "add_generation_prompt": True, **variables},
         "conversations": conversations,
-        "variables": variables,
         "seconds": seconds,
         "bytes": memory,
     }
-    command = [sys.executable, "-P", "-c", _RENDER]  # -P: no module of the working directory is imported
+    command = [sys.executable, "-P", render_template.__file__]  # -P: no module beside the file is imported
     try:
         done = subprocess.run(command, input=json.dumps(task), capture_output=True, text=True, timeout=RENDER_SECONDS)
     except subprocess.TimeoutExpired:
         return None
-    if done.returncode == 3 or done.returncode < 0:  # out of memory, or stopped at the limit of its time
+    if done.returncode == render_template.OUT_OF_MEMORY or done.returncode < 0:  # stopped at the limit of its time
         return None
     if done.returncode:
-        raise RuntimeError(done.stderr.strip().splitlines()[-1])
+        *_, last = ["its process gave no reason", *done.stderr.strip().splitlines()]
+        raise RuntimeError(last)
     return int(done.stdout)
 
 

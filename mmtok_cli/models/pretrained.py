@@ -12,10 +12,11 @@ from torch import nn
 
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.models import hf
-from mmtok_cli.models.checkpoint import COMPARE, faults_of
+from mmtok_cli.models.foreign_errors import COMPARE, errors_as
 from mmtok_cli.models.sources import configuration, shortened
 
 NAMED = 3  # names of weights in a message
+ALWAYS_FINITE = (torch.float4_e2m1fn_x2,)  # has neither NaN nor infinity
 
 
 def load_pretrained(
@@ -35,7 +36,7 @@ def load_pretrained(
     config = configuration(source, name)
     if layers is not None:
         config = shortened(config, layers, name)
-    with faults_of(f"the weights of {name} cannot be loaded", hf.or_tested(COMPARE)):
+    with errors_as(f"the weights of {name} cannot be loaded", hf.or_tested(COMPARE)):
         loaded = hf.load_weights(source, config, dtype=dtype, attention=attention, device_map=device_map)
     require_same_weights(loaded, name, layers)
     model = loaded.model if device_map else loaded.model.to(device)
@@ -71,9 +72,13 @@ def require_finite(model: nn.Module, name: str) -> None:
         weights = {
             weight: tensor
             for weight, tensor in chain(model.named_parameters(), model.named_buffers())
-            if tensor.is_floating_point() and tensor.numel()
+            if tensor.is_floating_point() and tensor.numel() and tensor.dtype not in ALWAYS_FINITE
         }
-        extremes = [torch.stack(tensor.aminmax()).isfinite().all() for tensor in weights.values()]
+        # Torch cannot compare numbers of 8 bits; bfloat16 holds each of them exactly.
+        extremes = [
+            torch.stack((tensor if tensor.itemsize > 1 else tensor.bfloat16()).aminmax()).isfinite().all()
+            for tensor in weights.values()
+        ]
     bad = [weight for weight, finite in zip(weights, extremes, strict=True) if not finite]
     if bad:
         raise MMTokError(f"the weights of {name} hold NaN or infinity: {_list(bad)}", COMPARE)

@@ -14,7 +14,7 @@ from torch import Tensor
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.models import hf
 from mmtok_cli.models.base import Grid, Panel, Prompt, VisionLanguageModel, cells
-from mmtok_cli.models.checkpoint import COMPARE
+from mmtok_cli.models.foreign_errors import COMPARE
 from mmtok_cli.models.qwen_signals import SIGNALS, calls_of
 from mmtok_cli.rules import Positions
 from mmtok_cli.stages import Stage, unwatched

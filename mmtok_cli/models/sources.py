@@ -42,12 +42,8 @@ def source_of(name: str, *, weights: bool = True) -> str:
         if path.is_dir():
             _require_model_files(path, name, weights=weights)
             return str(path)
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-    ) as error:
-        # The name is too long or has a null byte, permission is denied, or it begins with ~ and an unknown user.
+    # The name is too long or has a null byte, permission is denied, or it begins with ~ and an unknown user.
+    except (OSError, RuntimeError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise MMTokError(
             f"there is no model {name[:80]!r}: {reason}", "`mmtok models` lists those known by name"
@@ -77,11 +73,12 @@ def _require_model_files(directory: Path, name: str, *, weights: bool) -> None:
 def configuration(source: str, name: str) -> Any:
     """The configuration of a directory or hub id. Raises MMTokError where there is none, or none that can be used."""
     from mmtok_cli.models import hf
-    from mmtok_cli.models.checkpoint import COMPARE, check_config, faults_of
+    from mmtok_cli.models.checkpoint import check_config
+    from mmtok_cli.models.foreign_errors import COMPARE, errors_as
 
     if Path(source).is_dir():
         check_config(Path(source), name)
-    with faults_of(f"config.json of {name} cannot be used", hf.or_tested(COMPARE)):
+    with errors_as(f"config.json of {name} cannot be used", hf.or_tested(COMPARE)):
         try:
             return hf.load_config(source)
         except OSError as error:

@@ -9,7 +9,7 @@ from PIL import Image
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.models import hf
 from mmtok_cli.models.base import VisionLanguageModel
-from mmtok_cli.models.checkpoint import COMPARE, faults_of
+from mmtok_cli.models.foreign_errors import COMPARE, errors_as
 
 QUESTION = "What is in the image?"
 TEMPLATE_SECONDS = 10
@@ -26,7 +26,7 @@ def try_processor(model: VisionLanguageModel, *, own_template: bool) -> None:
     name = model.name
     if own_template:
         _require_bounded(model)
-    with faults_of(f"the processor of {name} fails on a trial image and question", COMPARE):
+    with errors_as(f"the processor of {name} fails on a trial image and question", COMPARE):
         image = Image.new("RGB", (96, 64), "grey")
         prompt = model.prepare([QUESTION], [[image]], [["trial"]], [None])
         expected = model.total(image)
@@ -39,7 +39,7 @@ def try_processor(model: VisionLanguageModel, *, own_template: bool) -> None:
     if len(set(words)) < len(words):
         raise MMTokError(f"the tokenizer of {name} gives the same number to several words", COMPARE)
     last = model.model.config.text_config.vocab_size - 1
-    highest = max(*words, *model.eos_token_ids, model.tokenizer.pad_token_id, int(prompt.input_ids.max()))
+    highest = max([*words, *model.eos_token_ids, model.tokenizer.pad_token_id, int(prompt.input_ids.max())])
     if highest > last:
         raise MMTokError(
             f"the tokenizer or generation_config.json of {name} has a token {highest}, and the vocabulary of "
@@ -64,7 +64,7 @@ def _require_bounded(model: VisionLanguageModel) -> None:
         return  # an error of the trial
     tokens = model.tokenizer.special_tokens_map.items()
     special = tuple(sorted((role, token) for role, token in tokens if isinstance(token, str)))
-    with faults_of(f"the chat template of {model.name} cannot be tried", hf.or_tested(COMPARE)):
+    with errors_as(f"the chat template of {model.name} cannot be tried", hf.or_tested(COMPARE)):
         length = _rendered_length(template, special)
     if length is None:
         raise MMTokError(f"the chat template of {model.name} takes too much time or memory", COMPARE)
