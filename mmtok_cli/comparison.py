@@ -138,8 +138,14 @@ class ComparisonRun:
         plan, batches = self._plan(prepared)
         if not self.named:
             self.directory = _make_directory(self.settings.model)
-        with RunDirectory.create(self.directory, plan) as store:
-            return self._complete(prepared, batches, store, processes)
+        try:
+            with RunDirectory.create(self.directory, plan) as store:
+                return self._complete(prepared, batches, store, processes)
+        except MMTokError:
+            if not self.named:
+                with contextlib.suppress(OSError):  # it is not empty
+                    self.directory.rmdir()
+            raise
 
     def _complete(
         self, prepared: Prepared, batches: Batches, store: RunDirectory, processes: Processes
@@ -185,8 +191,7 @@ class ComparisonRun:
     def _draw(self, prepared: Prepared, store: RunDirectory) -> None:
         """Draw the kept tokens."""
         with self.progress.task("drawing overlays"):
-            store.require_unmoved()
-            save_pictures(prepared.model, prepared.cases, prepared.dataset, store)
+            save_pictures(prepared.model, prepared.cases, prepared.dataset, store, self.progress)
 
     def _tell_failures(self, store: RunDirectory) -> None:
         """Say which cases failed before, since they are not run again."""

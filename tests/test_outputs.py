@@ -347,6 +347,63 @@ def test_pictures_that_are_not_drawn_cost_nothing_else(
     assert (place / "t.html").exists() and done.stderr.count("error: No space left") == (status == 1)
 
 
+def without_pictures(place: Path) -> None:
+    """Leave the run complete but for its pictures, so that a resumed run draws them and nothing else."""
+    shutil.rmtree(place / "run" / "overlays")
+
+
+def test_a_file_in_the_place_of_the_pictures_costs_the_page_alone(place: Path) -> None:
+    without_pictures(place)
+    (place / "run" / "overlays").write_text("mine")
+    files = [option for file in ("t.html", "t.csv") for option in ("--export", place / file)]
+    done = run(*command("resume", place), *files)
+    assert done.exit_code == 1 and "Speed" in done.stdout and (place / "t.csv").exists()
+    assert f"error: {place / 'run' / 'overlays'} is not a directory" in done.stderr
+    assert (place / "run" / "overlays").read_text() == "mine"
+
+
+def test_a_picture_that_cannot_be_drawn_is_told_and_the_others_are_drawn(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mmtok_cli import pictures
+
+    usual = pictures._draw
+    calls: list[int] = []
+
+    def draw(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            raise ZeroDivisionError("the grid is empty")
+        return usual(*arguments)
+
+    without_pictures(place)
+    monkeypatch.setattr(pictures, "_draw", draw)
+    done = run(*command("resume", place), "--export", place / "t.html")
+    assert done.exit_code == 0 and (place / "t.html").exists()
+    told = [line for line in done.stderr.splitlines() if "is not drawn for sample" in line]
+    assert len(told) == 1 and "uniform" in told[0] and "ZeroDivisionError: the grid is empty" in told[0]
+    assert len(list((place / "run" / "overlays").glob("*.webp"))) == len(calls) - 1 > 0
+
+
+def test_a_directory_that_is_renamed_while_pictures_are_drawn_is_not_made_again(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mmtok_cli import pictures
+
+    usual = pictures._draw
+
+    def draw(*arguments: Any) -> Any:
+        if (place / "run").exists():
+            (place / "run").rename(place / "moved")
+        return usual(*arguments)
+
+    without_pictures(place)
+    monkeypatch.setattr(pictures, "_draw", draw)
+    done = run(*command("resume", place), "--export", place / "t.html", "--export", place / "t.csv")
+    assert done.exit_code == 1 and "was renamed or deleted during the run" in done.stderr
+    assert "Speed" in done.stdout and (place / "t.csv").exists() and not (place / "run").exists()
+
+
 def test_interrupted_before_anything_was_measured(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*arguments: Any, **options: Any) -> None:
         raise KeyboardInterrupt
