@@ -267,6 +267,34 @@ def test_profile_keeps_its_times_when_what_follows_is_stopped(
     assert saved["interrupted"] == interrupted and len(saved["cases"][0]["seconds"]["total"]["values"]) == 2
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError("out"), MMTokError("the image is gone")])
+@pytest.mark.parametrize("complete", [0, 1, 2])
+def test_profile_keeps_its_complete_rounds(
+    complete: int, error: BaseException, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mmtok_cli import profiling
+
+    usual = profiling.run_round
+
+    def run_round(model: Any, cases: Any, batches: Any, number: int, *arguments: Any, **options: Any) -> Any:
+        if number == complete:
+            raise error
+        return usual(model, cases, batches, number, *arguments, **options)
+
+    monkeypatch.setattr(profiling, "run_round", run_round)
+    done = profile(place, "--rounds", 4, "--trace-dir", place / "traces", "--export", place / "t.json")
+    if complete == 0:
+        assert done.exit_code == (130 if isinstance(error, KeyboardInterrupt) else 1 + isinstance(error, MMTokError))
+        assert done.stdout == "" and not (place / "t.json").exists()
+        return
+    interrupted = isinstance(error, KeyboardInterrupt)
+    assert done.exit_code == (130 if interrupted else 1) and "Seconds per stage" in done.stdout
+    assert (f"error: round {complete + 1} of 4" in done.stderr) != interrupted
+    saved = json.loads((place / "t.json").read_text())
+    assert saved["interrupted"] == interrupted and saved["schedule"]["rounds"] == complete
+    assert {len(case["seconds"]["total"]["values"]) for case in saved["cases"]} == {complete}
+
+
 def process(place: Path, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
     """A command in a process of its own, with errors on standard error unless it is told otherwise."""
     line = [sys.executable, "-m", "mmtok_cli", *map(str, arguments)]
