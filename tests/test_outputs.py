@@ -223,6 +223,34 @@ def test_a_picture_that_fails_does_not_cost_the_map(place: Path, monkeypatch: py
     assert done.exit_code == 1 and "4 of 36" in done.stdout and (place / "gains.svg").exists()
 
 
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), FileNotFoundError(2, "missing", "a.ttf")])
+@pytest.mark.parametrize("json", [(), ("--json",)])
+def test_an_error_of_a_file_names_the_file_and_not_standard_output(
+    json: tuple[str, ...], error: OSError, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: Any) -> str:
+        raise error
+
+    monkeypatch.setattr("mmtok_cli.report.exports.csv_text", broken)
+    done = run(*command("report", place), "--export", place / "t.csv", "--export", place / "t.md", *json)
+    assert done.exit_code == 1 and done.stdout and (place / "t.md").exists()
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and f"{place / 't.csv'} could not be written" in errors[0]
+    assert all(word in errors[0] for word in (error.strerror, error.filename or ""))
+
+
+@pytest.mark.parametrize(("name", "words"), [("/tmp/a", "/tmp/a: No space"), (None, "error: No space")])
+def test_a_full_disk_is_not_a_full_standard_output(
+    name: str | None, words: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: Any, **options: Any) -> None:
+        raise OSError(28, "No space left on device", name)
+
+    monkeypatch.setattr("mmtok_cli.configuration.load_model", broken)
+    done = run(*command("prune", place))
+    assert done.exit_code == 1 and words in done.stderr and "standard output" not in done.output
+
+
 @pytest.mark.parametrize(("error", "status"), [(ZeroDivisionError(), 1), (KeyboardInterrupt(), 130)])
 def test_what_ends_one_part_comes_after_the_others(
     error: BaseException, status: int, place: Path, monkeypatch: pytest.MonkeyPatch
@@ -304,12 +332,19 @@ def process(place: Path, *arguments: object, **options: Any) -> subprocess.Compl
 
 @pytest.mark.parametrize(
     ("name", "more"),
-    [("models", ()), ("models", ("--json",)), ("report", ()), ("report", ("--json",)), ("compare", ())],
+    [
+        ("models", ()),
+        ("models", ("--json",)),
+        ("--help", ()),
+        ("report", ()),
+        ("report", ("--json",)),
+        ("compare", ()),
+    ],
 )
 def test_full_standard_output(name: str, more: tuple[str, ...], place: Path) -> None:
-    files = ("--export", place / "t.csv", "--export", place / "t.html") if name != "models" else ()
+    files = ("--export", place / "t.csv", "--export", place / "t.html") if name in ("report", "compare") else ()
     with Path("/dev/full").open("w") as full:
-        line = ("models",) if name == "models" else command(name, place)
+        line = command(name, place) if files else (name,)
         done = process(place, *line, *files, *more, stdout=full)
     assert done.returncode == 1 and "Traceback" not in done.stderr and "Exception" not in done.stderr
     assert done.stderr.count("error: ") == done.stderr.count("No space left on device") == 1
@@ -359,7 +394,8 @@ def test_interrupted_comparison_writes_its_files_and_says_so_by_its_status(
     assert done.exit_code == 130 and "Speed" in done.stdout and "--resume" in done.stderr
     assert json.loads((place / "t.json").read_text())["interrupted"]
     plot = run("compare", "--run-dir", place / "new", "--resume", "--plot", place / "plot.png")
-    assert plot.exit_code == 1 and "hint: resume the run with --resume" in plot.stderr
+    assert plot.exit_code == 130 and "error: " not in plot.stderr and not (place / "plot.png").exists()
+    assert "plot.png was not written: no answers were evaluated before the interruption" in plot.stderr
 
 
 @pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt(), 130), (MMTokError("No space left"), 1)])

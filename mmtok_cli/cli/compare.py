@@ -24,6 +24,7 @@ from mmtok_cli.settings import MEASUREMENT, CompareSettings
 if TYPE_CHECKING:
     from mmtok_cli.comparison import ComparisonRun
     from mmtok_cli.evaluation.processes import Processes
+    from mmtok_cli.results.schema import Comparison
 
 RUN = "Run directory"
 CHECK = "Check"
@@ -107,7 +108,9 @@ def compare(
         elif dry_run:
             _show_plan(run, as_json)
         else:
-            status = _measure(run, processes, files, plot, as_json, quiet, (fail_below, fail_below_stage))
+            comparison, status = _measure(run, processes, files, plot, as_json, quiet)
+            if comparison and not status and fail_below is not None:
+                status = _check_speedups(comparison, fail_below, fail_below_stage)
             if status:
                 raise typer.Exit(status)
 
@@ -148,34 +151,38 @@ def _measure(
     plot: Path | None,
     as_json: bool,
     quiet: bool,
-    check: tuple[float | None, str],
-) -> int:
-    """Measure, write the files, then show. The exit status: 1 if anything failed, 130 if the run was interrupted."""
+) -> tuple[Comparison | None, int]:
+    """Measure, write the files, then show. The result, None where nothing could be saved, and the exit status: 1 if
+    anything failed, 130 if the run was interrupted."""
     from mmtok_cli.cli.showing import exports, save_plot, show
     from mmtok_cli.errors import MMTokError
-    from mmtok_cli.report.checks import shortfalls
-    from mmtok_cli.report.console import attempt_all, notes_console, print_error
-    from mmtok_cli.report.text import printable
+    from mmtok_cli.report.console import attempt_all, print_error
     from mmtok_cli.results.run_directory import NotWrittenError
 
     try:
         comparison, stopped = run.measure(processes)
     except NotWrittenError as error:
         print_error(error)
-        return 1
+        return None, 1
     parts = exports(comparison, files, run.directory, quiet) if comparison.results else []
     if plot:
         parts.append(partial(save_plot, comparison, plot, quiet))
     done = attempt_all([*parts, partial(show, comparison, run.settings.parameters, as_json, quiet)])
     if isinstance(stopped, MMTokError):
         print_error(stopped)
-        return 1
-    if not done or not comparison.results:
-        return 1
+        return comparison, 1
     if stopped or comparison.interrupted:
-        return 130
-    least, stage = check
-    lines = [] if least is None else shortfalls(comparison, stage, least)
+        return comparison, 130
+    return comparison, 0 if done and comparison.results else 1
+
+
+def _check_speedups(comparison: Comparison, least: float, stage: str) -> int:
+    """Say which speedups are too low. The exit status."""
+    from mmtok_cli.report.checks import shortfalls
+    from mmtok_cli.report.console import notes_console
+    from mmtok_cli.report.text import printable
+
+    lines = shortfalls(comparison, stage, least)
     for line in lines:
         notes_console().print(f"failed: {printable(line)}", soft_wrap=True)
     return 1 if lines else 0

@@ -89,21 +89,19 @@ def prune(
 
 
 def _save_picture(sample: Sample, shown: list[Shown], mark: int, path: Path, quiet: bool) -> None:
-    from mmtok_cli.cli.showing import tell_written
+    from mmtok_cli.cli.showing import save
     from mmtok_cli.panels import draw
     from mmtok_cli.report.overlay import save_image
 
-    save_image(draw(sample.images[0], shown, mark), path)
-    tell_written(path, quiet)
+    save(lambda: save_image(draw(sample.images[0], shown, mark), path), path, quiet)
 
 
 def _save_gains(gains: list[float], case: Case, selected: Selected, path: Path, quiet: bool) -> None:
-    from mmtok_cli.cli.showing import tell_written
+    from mmtok_cli.cli.showing import save
     from mmtok_cli.report.plots import save_gain_curve
 
     tokens = selected.reduced.tokens[0]
-    save_gain_curve(gains, path, f"{case}, {tokens.kept} of {tokens.total} tokens")
-    tell_written(path, quiet)
+    save(partial(save_gain_curve, gains, path, f"{case}, {tokens.kept} of {tokens.total} tokens"), path, quiet)
 
 
 def _gains(selected: Selected, method: str) -> list[float]:
