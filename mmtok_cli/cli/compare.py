@@ -77,10 +77,10 @@ def compare(
 
     [dim]mmtok compare --methods mmtok,resize --budget 64,16[/dim]
     """  # noqa: E501 (a paragraph is one line, so that help wraps it)
-    from mmtok_cli.cli.outputs import check_outputs, comparison_inputs, outputs_of
     from mmtok_cli.comparison import ComparisonRun
     from mmtok_cli.errors import MMTokError
     from mmtok_cli.evaluation.processes import join_processes
+    from mmtok_cli.outputs import check_outputs, comparison_inputs, outputs_of
     from mmtok_cli.report.console import ConsoleProgress
     from mmtok_cli.report.exports import EXPORTS
 

@@ -70,10 +70,10 @@ def profile(
 
     [dim]mmtok profile --methods mmtok,divprune --budget 64 --scaling --plot scaling.png[/dim]
     """
-    from mmtok_cli.cli.outputs import check_outputs, model_inputs, outputs_of
     from mmtok_cli.cli.showing import profile_exports, save_scaling_plot
     from mmtok_cli.data.samples import demo_samples, sample_from_file
     from mmtok_cli.errors import MMTokError
+    from mmtok_cli.outputs import check_outputs, model_inputs, outputs_of
     from mmtok_cli.profiling import profile as measure
     from mmtok_cli.report.console import ConsoleProgress, attempt_all, print_error, print_json
     from mmtok_cli.timing.scaling import parse_tokens

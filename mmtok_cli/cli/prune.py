@@ -57,9 +57,9 @@ def prune(
 
     [dim]mmtok prune img.jpg "What color is the car?" --budget 64 --output kept.png[/dim]
     """
-    from mmtok_cli.cli.outputs import check_outputs, model_inputs, outputs_of
     from mmtok_cli.configuration import configured_model, one_case
     from mmtok_cli.data.samples import sample_from_file
+    from mmtok_cli.outputs import check_outputs, model_inputs, outputs_of
     from mmtok_cli.panels import lay_out
     from mmtok_cli.profiling import time_selection
     from mmtok_cli.report.console import ConsoleProgress, attempt_all, print_json

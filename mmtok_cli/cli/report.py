@@ -21,9 +21,9 @@ def report(
 
     [dim]mmtok report runs/monday runs/tuesday --export both.html[/dim]
     """
-    from mmtok_cli.cli.outputs import Inputs, check_outputs, outputs_of
     from mmtok_cli.cli.showing import exports, show
     from mmtok_cli.errors import MMTokError
+    from mmtok_cli.outputs import Inputs, check_outputs, outputs_of
     from mmtok_cli.pictures import read_pictures
     from mmtok_cli.report.console import attempt_all
     from mmtok_cli.report.exports import EXPORTS
