@@ -179,6 +179,46 @@ def test_places_that_are_not_for_outputs(name: str, option: str, path: str, plac
     assert sorted(place.parent.rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    ("data", "option", "path"),
+    [
+        ("images", "--plot", "images/plot.png"),
+        ("images", "--export", "images/new/deep/t.csv"),
+        ("images", "--export", "linked/t.csv"),
+        ("linked", "--export", "images/t.csv"),
+        ("images", "--run-dir", "images"),
+        ("images", "--run-dir", "images/new/run"),
+        (".", "--run-dir", ""),  # the default
+        ("images/*.png", "--plot", "images/plot.png"),
+        ("**/*.png", "--plot", "new/plot.png"),
+        ("imag*/*.png", "--plot", "linked/plot.png"),
+        ("linked/../images/*.png", "--plot", "images/plot.png"),
+        ("linked/*.png", "--plot", "images/plot.png"),
+        ("**/*.webp", "--run-dir", "images/new"),
+        ("**/*", "--run-dir", ""),
+    ],
+)
+def test_no_output_becomes_a_part_of_the_data(
+    data: str, option: str, path: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Folders and patterns of images, which are read again when the run is resumed."""
+    monkeypatch.chdir(place)
+    (place / "linked").symlink_to(place / "images")
+    before = sorted(place.parent.rglob("*"))
+    output = (option, path) if path else ()
+    done = run("compare", "-m", "model", "--data", data, "--question", QUESTION, *BUDGET, *output)
+    refused(done, f"{option} {path}", f"the dataset {data}")
+    assert sorted(place.parent.rglob("*")) == before
+
+
+@pytest.mark.parametrize(("data", "plot"), [("images", "plot.png"), ("images/?.png", "images/plot.png")])
+def test_outputs_beside_the_data(data: str, plot: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    line = ("compare", "-m", "model", "--data", data, "--question", QUESTION, *BUDGET, "--rounds", 1, "--limit", 2)
+    done = run(*line, "--run-dir", "images.run", "--plot", plot)
+    assert done.exit_code == 0 and (place / plot).exists(), done.output
+
+
 @pytest.mark.parametrize("name", ["prune", "profile", "compare", "report"])
 def test_directories_of_outputs_are_created(name: str, place: Path) -> None:
     option, file = ("--output", "kept.png") if name == "prune" else ("--export", "results.json")

@@ -85,10 +85,6 @@ def compare(
     from mmtok_cli.report.exports import EXPORTS
 
     files = exports or []
-    new_run = None if resume else run_dir
-    outputs = outputs_of(
-        [("--run-dir", new_run, ()), ("--plot", plot, PLOTS), *(("--export", path, EXPORTS) for path in files)]
-    )
     if plot and not settings.measures_quality:
         raise MMTokError("--plot shows quality, which is not measured with these options", "omit --plot")
     _check_fail_below(context, fail_below, fail_below_stage)
@@ -102,6 +98,10 @@ def compare(
             run = ComparisonRun.resumed(settings, given, run_dir, progress, pictures=pictures)
         else:
             run = ComparisonRun(settings, run_dir, progress, pictures=pictures)
+        new_run = None if resume or (dry_run and run_dir is None) else run.directory
+        outputs = outputs_of(
+            [("--run-dir", new_run, ()), ("--plot", plot, PLOTS), *(("--export", path, EXPORTS) for path in files)]
+        )
         check_outputs(outputs, comparison_inputs(run.settings, run.directory, outputs))
         if not processes.is_writer:
             run.help(processes)

@@ -76,7 +76,7 @@ def save_scaling_plot(profile: ProfileResult, path: Path, quiet: bool) -> None:
             tell_not_written(path, quiet, "no number of tokens was measured before the interruption")
             return
         raise MMTokError(
-            "there is nothing to plot: no number of tokens was measured", "choose smaller numbers with --scaling-tokens"
+            "there is nothing to plot: no number of tokens was measured", "choose smaller --scaling-tokens"
         )
     save(partial(save_scaling, profile, path), path, quiet)
 
