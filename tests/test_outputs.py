@@ -445,7 +445,7 @@ def test_pictures_that_are_not_drawn_cost_nothing_else(
     def stop(*arguments: Any) -> None:
         raise error
 
-    monkeypatch.setattr("mmtok_cli.comparison.save_pictures", stop)
+    monkeypatch.setattr("mmtok_cli.comparison.save_overlays", stop)
     done = run(*command("compare", place), "--export", place / "t.html", "--run-dir", place / "new")
     assert done.exit_code == status and "Speed" in done.stdout and "Quality" in done.stdout
     assert (place / "t.html").exists() and done.stderr.count("error: No space left") == (status == 1)
@@ -469,9 +469,9 @@ def test_a_file_in_the_place_of_the_pictures_costs_the_page_alone(place: Path) -
 def test_a_picture_that_cannot_be_drawn_is_told_and_the_others_are_drawn(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mmtok_cli import pictures
+    from mmtok_cli import overlays
 
-    usual = pictures._draw
+    usual = overlays._draw
     calls: list[int] = []
 
     def draw(*arguments: Any) -> Any:
@@ -481,7 +481,7 @@ def test_a_picture_that_cannot_be_drawn_is_told_and_the_others_are_drawn(
         return usual(*arguments)
 
     without_pictures(place)
-    monkeypatch.setattr(pictures, "_draw", draw)
+    monkeypatch.setattr(overlays, "_draw", draw)
     done = run(*command("resume", place), "--export", place / "t.html")
     assert done.exit_code == 0 and (place / "t.html").exists()
     told = [line for line in done.stderr.splitlines() if "is not drawn for sample" in line]
@@ -492,9 +492,9 @@ def test_a_picture_that_cannot_be_drawn_is_told_and_the_others_are_drawn(
 def test_a_directory_that_is_renamed_while_pictures_are_drawn_is_not_made_again(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mmtok_cli import pictures
+    from mmtok_cli import overlays
 
-    usual = pictures._draw
+    usual = overlays._draw
 
     def draw(*arguments: Any) -> Any:
         if (place / "run").exists():
@@ -502,7 +502,7 @@ def test_a_directory_that_is_renamed_while_pictures_are_drawn_is_not_made_again(
         return usual(*arguments)
 
     without_pictures(place)
-    monkeypatch.setattr(pictures, "_draw", draw)
+    monkeypatch.setattr(overlays, "_draw", draw)
     done = run(*command("resume", place), "--export", place / "t.html", "--export", place / "t.csv")
     assert done.exit_code == 1 and "was renamed or deleted during the run" in done.stderr
     assert "Speed" in done.stdout and (place / "t.csv").exists() and not (place / "run").exists()

@@ -92,12 +92,12 @@ def compare(
         if settings.device_map is not None and processes.count > 1:
             raise MMTokError("--device-map gives all GPUs to one process, and there are several", "omit it")
         progress = ConsoleProgress(quiet or not processes.is_writer)
-        pictures = any(path.suffix.lower() == ".html" for path in files)
+        overlays = any(path.suffix.lower() == ".html" for path in files)
         if resume:
             given = given_options(context, CompareSettings)
-            run = ComparisonRun.resumed(settings, given, run_dir, progress, pictures=pictures)
+            run = ComparisonRun.resumed(settings, given, run_dir, progress, overlays=overlays)
         else:
-            run = ComparisonRun(settings, run_dir, progress, pictures=pictures)
+            run = ComparisonRun(settings, run_dir, progress, overlays=overlays)
         new_run = None if resume or (dry_run and run_dir is None) else run.directory
         outputs = outputs_of(
             [("--run-dir", new_run, ()), ("--plot", plot, PLOTS), *(("--export", path, EXPORTS) for path in files)]

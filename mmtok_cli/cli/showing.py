@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from mmtok_cli.errors import MMTokError
-from mmtok_cli.pictures import read_pictures
+from mmtok_cli.overlays import read_overlays
 from mmtok_cli.report import checks, console, tables
 from mmtok_cli.report.text import printable, printable_record
 from mmtok_cli.report.units import plural
@@ -47,7 +47,7 @@ def exports(comparison: Comparison, files: Iterable[Path], run: Path | None, qui
 def _export(comparison: Comparison, path: Path, run: Path | None, quiet: bool) -> None:
     from mmtok_cli.report.exports import write_export
 
-    overlays = read_pictures(run) if run and path.suffix.lower() == ".html" else []
+    overlays = read_overlays(run) if run and path.suffix.lower() == ".html" else []
     save(partial(write_export, comparison, path, overlays=overlays), path, quiet)
 
 

@@ -31,31 +31,31 @@ SAMPLES = 3
 LONGEST_SIDE = 480  # pixels
 
 
-class Picture(Record):
+class SavedOverlay(Record):
     file: str = Field(pattern=r"^[0-9]+-[0-9]+\.webp$")  # within the folder
     caption: str
     note: str
 
 
-class Pictures(Record):
+class SavedGroup(Record):
     """The pictures of one sample, side by side."""
 
     title: str
-    pictures: list[Picture]
+    pictures: list[SavedOverlay]
 
 
-class Album(Record):
-    groups: list[Pictures]
+class OverlayIndex(Record):
+    groups: list[SavedGroup]
 
 
-def save_pictures(
+def save_overlays(
     model: VisionLanguageModel, cases: Sequence[Case], dataset: Dataset, store: RunDirectory, progress: Progress
 ) -> None:
     """Draw what each case of the middle budget keeps of the first few images, unless they exist.
 
     A case that fails is left out, with a note. Raises NotWrittenError where pictures cannot be written.
     """
-    if has_pictures(store.path):
+    if has_overlays(store.path):
         return
     chosen = dict(_of_middle_budget(cases))
     groups = []
@@ -70,18 +70,18 @@ def save_pictures(
                 continue
             name = f"{number:06d}-{place:03d}.webp"
             store.write_file(f"{FOLDER}/{name}", partial(drawn.save, format="WEBP"))
-            pictures.append(Picture(file=name, caption=str(case), note=_said(store, place, number)))
+            pictures.append(SavedOverlay(file=name, caption=str(case), note=_said(store, place, number)))
         title = sample.question if sample.answer is None else f"{sample.question} ({sample.answer})"
-        groups.append(Pictures(title=title, pictures=pictures))
-    album = Album(groups=[group for group in groups if group.pictures])
-    store.write_file(f"{FOLDER}/{INDEX}", lambda part: part.write_text(json_text(album), encoding="utf-8"))
+        groups.append(SavedGroup(title=title, pictures=pictures))
+    index = OverlayIndex(groups=[group for group in groups if group.pictures])
+    store.write_file(f"{FOLDER}/{INDEX}", lambda part: part.write_text(json_text(index), encoding="utf-8"))
 
 
-def has_pictures(run: Path) -> bool:
+def has_overlays(run: Path) -> bool:
     return (run / FOLDER / INDEX).exists()
 
 
-def read_pictures(run: Path) -> list[OverlayGroup]:
+def read_overlays(run: Path) -> list[OverlayGroup]:
     """The pictures of a run, none where none were drawn. Raises MMTokError for those that cannot be read."""
     from mmtok_cli.report.page import Overlay, OverlayGroup
 
@@ -89,10 +89,10 @@ def read_pictures(run: Path) -> list[OverlayGroup]:
     if not (os.path.lexists(folder / INDEX) or folder.is_file()):
         return []
     try:
-        album = from_json(Album, read_file(folder / INDEX), strict=True)
+        index = from_json(OverlayIndex, read_file(folder / INDEX), strict=True)
         return [
             OverlayGroup(g.title, [Overlay(p.caption, _opened(run, p.file), p.note) for p in g.pictures])
-            for g in album.groups
+            for g in index.groups
         ]
     except ValueError as error:
         raise MMTokError(
