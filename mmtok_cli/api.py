@@ -35,7 +35,7 @@ class TimedAnswers(Answers):
     kv_cache_bytes: keys and values of all layers after the last token.
     selections: what was kept of each image, in the order of the images: `selections[i].indices` [kept].
     reduced: the prompt that entered the language model; `reduced.tokens[i]` has `total`, `kept`, `text` and
-        `layer_average` of sample i.
+        `layer_average` of sample i, and `short` where fewer tokens are kept than the budget says.
     seconds: by stage: prepare, encode, select, prefill and decode; `ttft` (time to the first token: all but decode)
         and `total`. One measurement without a warm-up, of the whole batch. The first call of a process is slower.
     """
@@ -123,7 +123,8 @@ def compare(model: str = "demo", *, run_dir: Path | str | None = None, **setting
     model: name, hub id or directory; it is loaded here. run_dir: where the run is saved as it is measured, by default a
     new directory in `runs`; `mmtok compare --resume` continues it after an interruption.
     settings: the options of the command with underscores, as in `methods=["mmtok", "visionzip"]`,
-    `budget=[64, "10%"]`, `limit=100`, `batch_size=[1, 8]`; all are fields of `mmtok_cli.settings.CompareSettings`.
+    `budget=[64, "10%"]`, `limit=100`, `batch_size=[1, 8]`; `parameters=["fastv.layer=3"]` stands for --set. All are
+    fields of `mmtok_cli.settings.CompareSettings`.
 
     In the result, `results[i]` is one case: `case` says which, `score` and `retention` what it is worth,
     `seconds[stage].median` and `speedup[stage]` what it costs (in seconds; memory is in bytes). The first case is the

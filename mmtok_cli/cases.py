@@ -14,11 +14,12 @@ from mmtok_cli.budget import Budget
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.errors import MethodFaultError, MMTokError, first_line, is_out_of_memory
 from mmtok_cli.methods.base import Method
-from mmtok_cli.models.base import Stage, VisionLanguageModel
+from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.pipeline import RELEASED, Answers, answer, check_budget
 from mmtok_cli.results.records import parameters_of
 from mmtok_cli.results.schema import CaseId
 from mmtok_cli.rules import Rules
+from mmtok_cli.stages import Stage
 
 
 @dataclass(frozen=True)
@@ -72,14 +73,18 @@ def failure_of(error: Exception) -> dict[str, Any]:
     if is_out_of_memory(error):
         return {"reason": "out of memory", "message": _line(error)}
     if isinstance(error, MethodFaultError):
-        return {"reason": "error", "message": error.message}
+        return {"reason": "error", "message": error.message, "traceback": _traceback(error)}
     if isinstance(error, MMTokError):
         return {"reason": "refused", "message": error.message}
     return {
         "reason": "error",
         "message": f"{type(error).__name__}: {_line(error)}",
-        "traceback": "".join(traceback.format_exception(error)),
+        "traceback": _traceback(error),
     }
+
+
+def _traceback(error: Exception) -> str:
+    return "".join(traceback.format_exception(error))
 
 
 def _line(error: Exception) -> str:

@@ -122,6 +122,7 @@ class ComparisonRun:
         """
         if self.resume:
             with RunDirectory.resume(self.directory) as store:
+                self._tell_failures(store)
                 if is_finished(store) and not (self.overlays and not has_overlays(self.directory)):
                     self.progress.note(f"run {self.directory} is already complete")
                     processes.tell([None])
@@ -129,7 +130,6 @@ class ComparisonRun:
                 prepared = self._prepare()
                 plan, batches = self._plan(prepared)
                 require_same(store.plan, plan)
-                self._tell_failures(store)
                 return self._complete(prepared, batches, store, processes)
         if self.named:
             require_no_run(self.directory)

@@ -13,18 +13,18 @@ from mmtok_cli.models.base import VisionLanguageModel
 
 
 def prefill(model: VisionLanguageModel, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
-    """The forward pass over the whole prompt: logits of the next token, [batch, vocabulary], and the KV cache.
+    """The forward pass over the whole prompt: logits of the next token, [batch, vocabulary], and the KV cache."""
+    return hf.forward(model.model, inputs)
 
-    Raises MMTokError for logits that are NaN or infinite, of which decoding would make token 0 over and over.
-    """
-    logits, cache = hf.forward(model.model, inputs)
+
+def require_finite(model: VisionLanguageModel, logits: Tensor) -> None:
+    """Raises MMTokError for logits that are NaN or infinite, of which decoding would make token 0 over and over."""
     if not bool(logits.isfinite().all()):
         raise MMTokError(
             f"{model.name} gives NaN or infinity in place of an answer",
             "float16 may be too narrow for it: use --dtype bfloat16 or float32; or compare its config.json with the "
             "original",
         )
-    return logits, cache
 
 
 def decode(

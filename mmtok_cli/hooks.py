@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from mmtok_cli.errors import MethodFaultError, MMTokError, first_line, is_out_of_memory
-from mmtok_cli.methods.base import Method
+from mmtok_cli.methods.base import Method, package_of
+from mmtok_cli.stages import CHECK, Stage
 from mmtok_cli.tokens import CLASS_TOKEN, Cut, LayerTokens, Selection, TextTokens, VisionTokens
 
 PACKAGE = __name__.partition(".")[0]
@@ -66,7 +67,7 @@ def select(
 def check_selections(
     method: Method, vision: Sequence[VisionTokens], budgets: Sequence[int], selections: Sequence[Selection]
 ) -> None:
-    """Check the values of what `select` returned. It reads them from the device, and so is not part of a stage."""
+    """Check the values of what `select` returned, which reads them from the device."""
     has_cuts = type(method).cuts is not Method.cuts
     for tokens, budget, selection in zip(vision, budgets, selections, strict=True):
         if not has_cuts:
@@ -77,20 +78,26 @@ def check_selections(
 
 def check_kept(method: Method, kept: int, budget: int, tokens: VisionTokens) -> None:
     """Check the number of tokens that are left of an image after the last reduction."""
+    hook = "cuts" if type(method).cuts is not Method.cuts else "select"
     if method.takes_budget and (kept > budget or (method.exact and kept < budget)):
-        raise fault(method, "select", f"kept {kept} tokens of {tokens.image_id} at a budget of {budget}")
+        raise fault(method, hook, f"kept {kept} tokens of {tokens.image_id} at a budget of {budget}")
     if kept > tokens.total:
-        raise fault(method, "select", f"kept {kept} tokens of {tokens.image_id}, which has {tokens.total}")
+        raise fault(method, hook, f"kept {kept} tokens of {tokens.image_id}, which has {tokens.total}")
 
 
 @contextmanager
-def unchanged(method: Method, tensors: Sequence[Tensor]) -> Iterator[None]:
+def unchanged(method: Method, tensors: Sequence[Tensor], stage: Stage) -> Iterator[None]:
     """Refuse a method of another package that changes in place what it was given, since the model would see it."""
-    before = [tensor.clone() for tensor in tensors] if package_of(type(method)) != PACKAGE else []
+    if package_of(type(method)) == PACKAGE:
+        yield
+        return
+    with stage(CHECK):
+        before = [tensor.clone() for tensor in tensors]
     yield
-    for tensor, copy in zip(tensors, before, strict=False):
-        if not bool(((tensor == copy) | (copy != copy)).all()):
-            raise fault(method, "select", "changed its input in place: return rows of your own in Selection.tokens")
+    with stage(CHECK):
+        same = all(bool(((a == b) | (b != b)).all()) for a, b in zip(tensors, before, strict=True))
+    if not same:
+        raise fault(method, "select", "changed its input in place: return rows of your own in Selection.tokens")
 
 
 def cuts(method: Method, total: int, budget: int, layers: int) -> tuple[Cut, ...]:
@@ -105,7 +112,7 @@ def cuts(method: Method, total: int, budget: int, layers: int) -> tuple[Cut, ...
     return tuple(found)
 
 
-def queries(method: Method, vision: Tensor, text: Tensor) -> Tensor:
+def queries(method: Method, vision: Tensor, text: Tensor, stage: Stage) -> Tensor:
     """`Method.queries`: indices of text tokens."""
     with _calling(method, "queries"):
         found = method.queries(vision, text)
@@ -113,30 +120,28 @@ def queries(method: Method, vision: Tensor, text: Tensor) -> Tensor:
         raise fault(method, "queries", "must return the indices of text tokens, an int64 tensor [queries]")
     if found.device != text.device:
         raise fault(method, "queries", f"returned a tensor on {found.device}, and the text is on {text.device}")
-    if not bool(((found >= 0) & (found < len(text))).all()):
+    with stage(CHECK):
+        exist = bool(((found >= 0) & (found < len(text))).all())
+    if not exist:
         raise fault(method, "queries", f"returned an index beyond the {len(text)} text tokens")
     return found
 
 
-def choose(method: Method, tokens: LayerTokens, cut: Cut) -> Selection:
+def choose(method: Method, tokens: LayerTokens, cut: Cut, stage: Stage) -> Selection:
     """`Method.choose`: `cut.keep` of the tokens that are left."""
-    with unchanged(method, [tokens.hidden, tokens.eligible]), _calling(method, "choose"):
+    with unchanged(method, [tokens.hidden, tokens.eligible], stage), _calling(method, "choose"):
         selection = method.choose(tokens, cut)
     _check_shapes(method, "choose", selection, tokens.hidden)
     if selection.kept != cut.keep:
         raise fault(method, "choose", f"kept {selection.kept} of {tokens.image_id}, and `cuts` announced {cut.keep}")
-    _check_values(method, "choose", selection, tokens.eligible)
+    with stage(CHECK):
+        _check_values(method, "choose", selection, tokens.eligible)
     return selection
 
 
 def fault(method: Method, hook: str, problem: str) -> MethodFaultError:
     """The error for a hook that does not do what it must."""
     return MethodFaultError(f"{type(method).__name__}.{hook} {problem}", package_of(type(method)))
-
-
-def package_of(kind: type) -> str:
-    """The package that a class comes from, as it is imported."""
-    return kind.__module__.partition(".")[0]
 
 
 @contextmanager

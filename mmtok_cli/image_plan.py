@@ -116,14 +116,16 @@ def cuts_of(method: Method, entering: int, keep: int, model: VisionLanguageModel
     layers = model.layer_count
     cuts, before, tokens = hooks.cuts(method, entering, keep, layers), 0, entering
     for cut in cuts:
-        follows = before < cut.before < layers and 1 <= cut.keep <= tokens
-        if not follows or cut.reads not in (None, cut.before - 1, cut.before):
-            raise hooks.fault(
-                method,
-                "cuts",
-                f"makes an impossible cut of {tokens} tokens among {layers} layers: {cut}. Layers must ascend, and a "
-                "cut keeps between 1 token and what the previous one kept, and reads the layer before or after it",
-            )
+        if not before < cut.before < layers:
+            problem = f"`before` must be {before + 1} to {layers - 1}, see `require_layers`"
+        elif not 1 <= cut.keep <= tokens:
+            problem = f"`keep` must be 1 to {tokens}, the tokens that are left"
+        elif cut.reads not in (None, cut.before - 1, cut.before):
+            problem = f"`reads` must be {cut.before - 1}, {cut.before} or None"
+        else:
+            problem = ""
+        if problem:
+            raise hooks.fault(method, "cuts", f"makes an impossible cut, {cut}: {problem}")
         before, tokens = cut.before, cut.keep
     if cuts and cuts[0].before < model.first_cut:
         raise MMTokError(

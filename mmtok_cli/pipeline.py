@@ -14,17 +14,17 @@ from torch import Tensor
 from mmtok_cli import hooks
 from mmtok_cli.budget import Budget, TokenCounts, UnmetBudgetError
 from mmtok_cli.data.samples import Sample
-from mmtok_cli.decoding import cache_bytes, decode, prefill
+from mmtok_cli.decoding import cache_bytes, decode, prefill, require_finite
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.image_plan import ImagePlan, cuts_of, layer_average, plan_images
 from mmtok_cli.methods.base import Method
-from mmtok_cli.models.base import Grid, Prompt, Stage, VisionLanguageModel, unwatched
+from mmtok_cli.models.base import Grid, Prompt, VisionLanguageModel
 from mmtok_cli.models.inside import Inside
 from mmtok_cli.models.sequences import CutImage
 from mmtok_cli.rules import Positions, Rules, Track
+from mmtok_cli.stages import CHECK, Stage, unwatched
 from mmtok_cli.tokens import Cut, Selection, TextTokens, VisionTokens
 
-STAGES = ("prepare", "encode", "select", "prefill", "decode")
 RELEASED = Rules()
 
 
@@ -225,6 +225,8 @@ def answer(
     with inside(model, reduced, stage=stage) as cut:
         with stage("prefill"):
             first_logits, cache = prefill(model, reduced.inputs)
+        with stage(CHECK):
+            require_finite(model, first_logits)
         with stage("decode"):
             token_ids = decode(model, reduced.inputs, first_logits, cache, max_new_tokens)
     kv_cache = cache_bytes(cache, model.layer_count - model.loaded_layers)
@@ -311,9 +313,11 @@ def select(method: Method, tasks: Sequence[SelectionTask], stage: Stage = unwatc
         for task, crops in zip(tasks, parts, strict=True):
             shown += [crop for crop in crops if crop.budget] if crops else [task]
     vision, budgets = [each.vision for each in shown], [each.budget for each in shown]
-    with hooks.unchanged(method, [t for each in vision for t in (each.projected, each.eligible)]), stage("select"):
+    given = [tensor for each in vision for tensor in (each.projected, each.eligible)]
+    with hooks.unchanged(method, given, stage), stage("select"):
         selected = hooks.select(method, vision, [each.text for each in shown], budgets)
-    hooks.check_selections(method, vision, budgets, selected)  # not the method's time
+    with stage(CHECK):
+        hooks.check_selections(method, vision, budgets, selected)
     chosen, selections = iter(selected), []
     with stage("select"):
         for task, crops in zip(tasks, parts, strict=True):

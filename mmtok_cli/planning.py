@@ -20,7 +20,7 @@ from mmtok_cli.results.schema import CaseId, Environment, OfCase, Record
 from mmtok_cli.settings import CompareSettings
 
 SHOWN_ROUNDS = 5
-MOST_ROUNDS = 30  # unless more are asked for: more would hardly narrow the intervals
+DEFAULT_ROUNDS = 30  # unless more are asked for: more would hardly narrow the intervals
 
 
 class EstimatedCase(OfCase):
@@ -73,7 +73,7 @@ def timed_samples(
     found: list[Sample] = []
     problems = []
     for number, sample in enumerate(samples, 1):
-        if len(found) == (rounds or MOST_ROUNDS) * max(sizes):
+        if len(found) == (rounds or DEFAULT_ROUNDS) * max(sizes):
             break
         try:
             check(sample.open())
@@ -130,7 +130,7 @@ def make_plan(
 ) -> Plan:
     """Everything that a run will do. timed: how many of the samples the rounds cycle through."""
     fixed = with_absolute_paths(settings)
-    turns = rotation([case.batch_size for case in cases], timed, settings.rounds, settings.seed, MOST_ROUNDS)
+    turns = rotation([case.batch_size for case in cases], timed, settings.rounds, settings.seed, DEFAULT_ROUNDS)
     data_digest = digest_of_samples(dataset.samples)
     common = {
         "rules": asdict(settings.rules),

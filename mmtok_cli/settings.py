@@ -64,6 +64,8 @@ def _methods(value: Any) -> Any:
 
 
 def _budgets(value: Any) -> Any:
+    if isinstance(value, (int, Budget)) and not isinstance(value, bool):
+        value = [value]
     if not isinstance(value, (str, list, tuple)):
         return value
     text = value if isinstance(value, str) else ",".join(map(str, value))
@@ -180,7 +182,9 @@ class ReductionSettings(Settings):
     parameters: Annotated[
         tuple[str, ...], Option(("--set",), REDUCTION, metavar="METHOD.PARAM=VALUE", complete="parameters")
     ] = Field((), description="Parameter of a method, as in fastv.layer=3 (see `mmtok methods NAME`). Repeatable.")
-    seed: Annotated[int, Option(panel=REDUCTION)] = Field(0, ge=0, le=LARGEST_SEED, description="Random seed.")
+    seed: Annotated[int, Option(panel=REDUCTION)] = Field(
+        0, ge=0, le=LARGEST_SEED, description="Seed of methods that draw at random, and of the order of cases."
+    )
 
     @property
     def rules(self) -> Rules:

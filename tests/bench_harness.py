@@ -25,10 +25,11 @@ from mmtok_cli.data.datasets import open_dataset
 from mmtok_cli.environment import environment_of
 from mmtok_cli.methods import make_method
 from mmtok_cli.models import load_model
-from mmtok_cli.pipeline import STAGES, Answers, Reduced
+from mmtok_cli.pipeline import Answers, Reduced
 from mmtok_cli.planning import in_batches, make_plan
 from mmtok_cli.results.run_directory import RunDirectory
 from mmtok_cli.settings import CompareSettings
+from mmtok_cli.stages import STAGES
 from mmtok_cli.timing.rounds import Measurement
 
 VOCABULARY = 32_000

@@ -23,6 +23,7 @@ from mmtok_cli.results.schema import (
     Tokens,
 )
 from mmtok_cli.rules import Rules
+from mmtok_cli.stages import STAGES
 from mmtok_cli.timing.statistics import paired_speedup, summarise
 
 HOSTILE = "<script>alert(1)</script>"
@@ -52,7 +53,6 @@ def is_harmless(text: str) -> bool:
     return not any(unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") for c in text.replace("\n", ""))
 
 
-STAGES = ("prepare", "encode", "select", "prefill", "decode")
 ROUNDS = 8
 
 

@@ -7,11 +7,13 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from mmtok_cli import hooks
 from mmtok_cli.budget import Budget
 from mmtok_cli.cases import Case
 from mmtok_cli.data.samples import Sample
@@ -23,6 +25,7 @@ from mmtok_cli.results.records import TimedRun
 from mmtok_cli.results.schedule import Turn, interleaved
 from mmtok_cli.results.schema import Comparison, Environment, Schedule
 from mmtok_cli.rules import Rules
+from mmtok_cli.stages import STAGES
 from mmtok_cli.timing.clock import Clock
 from mmtok_cli.timing.flops import SeenOperators, count_flops, coverage, measure_flops
 from mmtok_cli.timing.runner import run_case, run_round
@@ -201,3 +204,19 @@ def test_environment_names_what_was_measured_on(tiny_sdpa: Llava) -> None:
     environment: Environment = environment_of(tiny_sdpa)
     assert environment.torch == torch.__version__ and environment.attention == "sdpa"
     assert environment.dtype == "float32" and environment.device == "cpu" and environment.threads > 0
+
+
+def test_checks_of_what_a_method_returns_count_in_no_stage(
+    tiny_sdpa: Llava, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither between encoder and language model nor inside, where they interrupt `select` and `prefill`."""
+    values = hooks._check_values
+
+    def slow(*arguments: Any) -> None:
+        time.sleep(0.2)
+        values(*arguments)
+
+    monkeypatch.setattr(hooks, "_check_values", slow)
+    for method in (make_method("random"), make_method("fastv", layer=1)):
+        timed = run_case(tiny_sdpa, Case("x", method, Budget(count=8)), samples[:1], 1)
+        assert set(timed.seconds) == {*STAGES, "ttft", "total"} and timed.seconds["total"] < 0.2

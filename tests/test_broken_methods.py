@@ -205,8 +205,8 @@ HOOKS: dict[str, tuple[dict[str, Any], str]] = {
     "negative layer": ({"cuts": one_cut(-1, 8), "choose": first}, "an impossible cut"),
     "cut to nothing": ({"cuts": one_cut(2, 0), "choose": first}, "an impossible cut"),
     "cut to more": ({"cuts": one_cut(2, 99), "choose": first}, "an impossible cut"),
-    "cut to another number": ({"cuts": one_cut(2, 9), "choose": first}, "kept 9 tokens of picture-0 at a budget of 8"),
-    "no cut": ({"cuts": lambda self, *_: (), "choose": first}, "kept 36 tokens of picture-0 at a budget of 8"),
+    "cut to another number": ({"cuts": one_cut(2, 9), "choose": first}, "cuts kept 9 tokens of picture-0 at a budget"),
+    "no cut": ({"cuts": lambda self, *_: (), "choose": first}, "cuts kept 36 tokens of picture-0 at a budget of 8"),
     "reads another layer": ({"cuts": one_cut(2, 8, 0), "choose": first}, "an impossible cut"),
     "cuts fails": ({"cuts": lambda self, *_: 1 / 0, "choose": first}, "cuts failed: ZeroDivisionError"),
     "choose nothing": (choosing(lambda tokens, cut: None), "choose must return a Selection"),
@@ -270,6 +270,11 @@ DECLARATIONS: dict[str, tuple[dict[str, Any], str]] = {
     "list of signals": ({"signals": ["class_attention"]}, "signals must be a tuple"),
     "alternative signals": ({"alternative_signals": ("mean_keys",)}, "alternative_signals a tuple of such tuples"),
     "matrices": ({"matrices": "many"}, "matrices must be a number"),
+    "no annotation": ({"pivots": 4}, "pivots has no annotation: write pivots: int"),
+    "summary as a parameter": ({"__annotations__": {"summary": str}}, "summary describes the class"),
+    "flag as a parameter": ({"__annotations__": {"per_crop": bool}, "per_crop": True}, "per_crop describes the class"),
+    "generated docstring": ({"__doc__": None}, "no docstring"),
+    "no hook": ({"select": Method.select}, "overrides none of the hooks"),
     "cuts alone": ({"cuts": one_cut(2, 8)}, "override both or neither"),
     "list parameter": ({"__annotations__": {"p": list}, "p": field(default_factory=list)}, "p has an unsupported type"),
     "dict parameter": ({"__annotations__": {"p": dict[str, int]}, "p": None}, "p has an unsupported type"),
@@ -285,8 +290,9 @@ DECLARATIONS: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("defect", DECLARATIONS)
 def test_declarations(defect: str) -> None:
     attributes, words = DECLARATIONS[defect]
-    assert words in (declaration_fault(type(overriding(**attributes))) or "nothing")
-    assert declaration_fault(type(overriding())) is None
+    hooks = {"select": lambda self, v, t, b: best(v, b)}
+    assert words in (declaration_fault(type(overriding(**hooks | attributes))) or "nothing")
+    assert declaration_fault(type(overriding(**hooks))) is None
 
 
 GOOD = """

@@ -12,7 +12,7 @@ import pytest
 import mmtok_cli
 
 PACKAGE = Path(mmtok_cli.__file__).parent
-SHARED = {"tokens", "budget", "errors", "rules"}
+SHARED = {"tokens", "budget", "errors", "rules", "stages"}
 ALLOWED = {
     "methods": SHARED | {"methods"},
     "models": SHARED | {"models", "profiles"},
@@ -29,8 +29,8 @@ ALLOWED = {
     "image_plan": SHARED | {"models", "methods", "hooks"},
     "pipeline": SHARED | {"models", "methods", "data", "decoding", "image_plan", "hooks"},
     # Plain data: neither what measures it nor what runs a model.
-    "results": {"__version__", "results", "data", "settings", "budget", "errors", "files", "rules"},
-    "cases": {"pipeline", "models", "methods", "results", "data", "budget", "errors", "rules"},
+    "results": {"__version__", "results", "data", "settings", "budget", "errors", "files", "rules", "stages"},
+    "cases": SHARED | {"pipeline", "models", "methods", "results", "data"},
     "timing": SHARED
     | {"timing", "cases", "hooks", "pipeline", "decoding", "models", "methods", "results", "data", "files"},
     "evaluation": SHARED | {"evaluation", "cases", "pipeline", "decoding", "models", "methods", "results", "data"},
@@ -38,6 +38,7 @@ ALLOWED = {
     "report": SHARED | {"report", "results", "planning", "progress", "settings", "files", "profiles"},
     "demo": {"demo", "errors", "models"},
     "tokens": {"errors"},
+    "stages": set(),
     "errors": set(),
     "budget": {"errors"},
     "rules": {"errors"},

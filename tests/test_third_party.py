@@ -184,7 +184,7 @@ class Broken(Method):
         ("duplicates", "a token twice"),
         ("padding", "kept padding"),
         ("draws", "draw from a generator|kept padding|other tokens"),
-        ("batch", "other tokens are kept in a batch"),
+        ("batch", "the choice changes|other tokens are kept in a batch"),
     ],
 )
 def test_defects_are_found(defect: str, words: str) -> None:

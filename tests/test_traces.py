@@ -22,7 +22,7 @@ from mmtok_cli.cases import Case
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.methods import make_method
 from mmtok_cli.models.llava import Llava
-from mmtok_cli.pipeline import STAGES
+from mmtok_cli.stages import STAGES
 from mmtok_cli.timing.traces import RUNTIME_CATEGORIES, Trace, trace_case
 
 

@@ -103,10 +103,11 @@ def compare(
             [("--run-dir", new_run, ()), ("--plot", plot, PLOTS), *(("--export", path, EXPORTS) for path in files)]
         )
         check_outputs(outputs, comparison_inputs(run.settings, run.directory, outputs))
-        if not processes.is_writer:
+        if dry_run:
+            if processes.is_writer:
+                _show_plan(run, as_json)
+        elif not processes.is_writer:
             run.help(processes)
-        elif dry_run:
-            _show_plan(run, as_json)
         else:
             comparison, status = _measure(run, processes, files, plot, as_json, quiet)
             if comparison and not status and fail_below is not None:

@@ -64,6 +64,7 @@ def infer(
             "model": settings.model,
             "weights": settings.weights,
             "method": settings.method,
+            "parameters": case.id.parameters,
             "budget": case.id.budget,
             "rules": asdict(settings.rules),
         }

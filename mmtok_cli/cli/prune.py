@@ -151,6 +151,7 @@ def _head(settings: PruneSettings, model: VisionLanguageModel, case: Case, selec
         "model": settings.model,
         "weights": settings.weights,
         "method": settings.method,
+        "parameters": case.id.parameters,
         "budget": case.id.budget,
         "rules": asdict(settings.rules),
         "positions": selected.reduced.positions,

@@ -17,14 +17,14 @@ from mmtok_cli.budget import Budget, TokenCounts
 from mmtok_cli.cases import Case, failure_of, release_memory
 from mmtok_cli.data.datasets import Dataset
 from mmtok_cli.data.samples import Sample, batches
-from mmtok_cli.decoding import Continuation, prefill
+from mmtok_cli.decoding import Continuation, prefill, require_finite
 from mmtok_cli.errors import MethodFaultError, MMTokError
 from mmtok_cli.evaluation.metrics import closeness_of, score_of
 from mmtok_cli.evaluation.processes import Processes
 from mmtok_cli.methods import make_method
 from mmtok_cli.methods.base import Method
 from mmtok_cli.methods.full import Full
-from mmtok_cli.models.base import VisionLanguageModel, unwatched
+from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.pipeline import RELEASED, Answers, answer, inside, reduce
 from mmtok_cli.results.progress import Remaining
 from mmtok_cli.results.records import (
@@ -37,6 +37,7 @@ from mmtok_cli.results.records import (
 )
 from mmtok_cli.results.run_directory import RunDirectory
 from mmtok_cli.rules import Rules
+from mmtok_cli.stages import unwatched
 
 
 @dataclass(frozen=True)
@@ -252,6 +253,7 @@ def forced_logits(
     reduced = reduce(model, method, samples, budget, rules=rules)
     with inside(model, reduced):
         first, cache = prefill(model, reduced.inputs)
+        require_finite(model, first)
         behind = Continuation(model, reduced.inputs, cache)
         logits = [first, *(behind.read(token) for token in token_ids[:, :-1].unbind(1))]
     return torch.stack(logits, dim=1), reduced.tokens

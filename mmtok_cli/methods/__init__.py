@@ -32,6 +32,8 @@ def make_method(name: str, **parameters: Any) -> Method:
     for field in fields(kind):
         if field.default is MISSING and field.default_factory is MISSING and field.name in types.keys() - parameters:
             raise MMTokError(f"{name} needs a value for {field.name}", f"give one: --set {name}.{field.name}=VALUE")
+    from mmtok_cli.methods.base import package_of
+
     try:
         method = kind(**parameters)
         hash(method)  # cases are kept in sets
@@ -41,7 +43,7 @@ def make_method(name: str, **parameters: Any) -> Method:
         raise MMTokError(f"{name}: {first_line(error)}", f"`mmtok methods {name}` lists its parameters") from error
     except Exception as error:
         message = f"{name} cannot be made: {type(error).__name__}: {first_line(error)}"
-        raise MethodFaultError(message, kind.__module__.partition(".")[0]) from error
+        raise MethodFaultError(message, package_of(kind)) from error
     return method
 
 

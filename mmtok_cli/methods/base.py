@@ -6,6 +6,12 @@ How to write one
 A method is a frozen dataclass, its fields are its parameters, and it overrides the hook of the place where it acts. It
 works on tensors of one image and never sees the model:
 
+    from dataclasses import dataclass
+    from typing import ClassVar
+
+    from mmtok_cli.methods.base import Method, attention_at, highest
+    from mmtok_cli.tokens import Cut
+
     @dataclass(frozen=True)
     class LargestNorm(Method):
         '''Keeps the tokens of largest norm.'''      # printed by `mmtok methods largest-norm`
@@ -62,12 +68,14 @@ Parameters
     Annotate each field: int, float, bool, str, a Literal, tuple[int, ...] (or of floats or str), or one of them or
     None. Values are converted and checked by the annotation. Check the range in `__post_init__` and raise ValueError
     (or MMTokError, to add a hint); either becomes one line and exit status 2. `require_layers` checks parameters that
-    name decoder layers, within `cuts`. A field `seed: int` receives --seed; draw with a generator on the CPU that is
-    seeded from it and from `vision.image_id`, so that an image is treated alike in every batch and on every device.
+    name decoder layers, within `cuts`: require_layers("after-two-layers.layer", (self.layer,), layers). A field
+    `seed: int` receives --seed; `random_scores(self.seed, vision.image_id, vision.total)` draws from it such that an
+    image is treated alike in every batch, in every process and on every device.
 
 Extras
-    `Selection.order` is the order of the picks, which `mmtok prune` numbers in its picture; `highest` fills it with the
-    ranking by score. `Selection.gains`, what each pick added to the objective, is what `prune --gain-curve` plots.
+    `Selection.order` of `select` is the order of the picks, which `mmtok prune` numbers in its picture; `highest` fills
+    it with the ranking by score. `Selection.gains`, what each pick added to the objective, is what `prune --gain-curve`
+    plots.
 
 Register the class in the package's pyproject.toml, and it works in every command:
 
@@ -79,6 +87,7 @@ Register the class in the package's pyproject.toml, and it works in every comman
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -107,8 +116,8 @@ class Method:
     per_crop: where a model cuts an image into crops, `select` is called for each crop with a part of the budget, as in
         methods that act on the encoder's output (see `across_crops`); otherwise once for the packed sequence of all
         crops, line ends included. A method that reads signals must set it.
-    positions: whether the authors' code keeps the positions of kept tokens or renumbers them. FastV keeps them; without
-        code to follow, choose what the methods to compare with do.
+    positions: "keep" or "renumber": whether the authors' code leaves kept tokens at their positions in the whole
+        prompt, as FastV's does, or numbers them consecutively.
     keeps_padding: in the authors' code padding can be selected; the released track then shows all tokens as eligible.
     matrices: memory that `select` needs and that grows with the square of the tokens, as a number of float32 matrices
         [tokens, tokens]; `profile --scaling` uses it to predict whether a size fits.
@@ -215,6 +224,11 @@ class Method:
         )
 
 
+def package_of(kind: type[Method]) -> str:
+    """The package that a method comes from, as it is imported."""
+    return kind.__module__.partition(".")[0]
+
+
 def require_layers(parameter: str, given: Sequence[int], layers: int, first: int = 1) -> None:
     """Check a parameter that names decoder layers.
 
@@ -251,3 +265,11 @@ def highest(scores: Tensor, eligible: Tensor, keep: int) -> Selection:
     """The `keep` tokens of highest score [tokens] among those that are eligible."""
     order = ranking(scores, eligible)[:keep]
     return Selection(order.sort().values, order=order)
+
+
+def random_scores(seed: int, image_id: str, count: int) -> Tensor:
+    """Scores [count] between 0 and 1 that depend only on the seed and the name of the image, drawn on the CPU."""
+    import torch
+
+    key = f"{seed}:{image_id}".encode(errors="surrogateescape")
+    return torch.rand(count, generator=torch.Generator().manual_seed(zlib.crc32(key)))

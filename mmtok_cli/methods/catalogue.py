@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 import sys
+import traceback
 from contextlib import redirect_stdout
 from importlib import import_module
 from importlib.metadata import EntryPoint, distributions
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmtok_cli.errors import MethodFaultError, MMTokError, first_line, suggestion
@@ -87,7 +89,9 @@ def _loaded(point: EntryPoint) -> type[Method]:
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # whatever another package raises on import, SystemExit as well
-        message = f"the method {point.name!r} of {package} cannot be imported: {first_line(error)}"
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{type(error).__name__}, {Path(frame.filename).name}, line {frame.lineno}"
+        message = f"the method {point.name!r} of {package} cannot be imported: {first_line(error)} ({where})"
         raise MethodFaultError(message, package) from error
     fault = declaration_fault(found)
     if not NAME.fullmatch(point.name):

@@ -20,14 +20,29 @@ def declaration_fault(kind: Any) -> str | None:
         return "it is not a subclass of mmtok_cli.methods.base.Method"
     if "__dataclass_fields__" not in vars(kind) or not vars(kind)["__dataclass_params__"].frozen:
         return "it has no @dataclass(frozen=True) decorator"
-    return _fault_of_attributes(kind) or _fault_of_hooks(kind) or _fault_of_parameters(kind)
+    return (
+        _fault_of_annotations(kind) or _fault_of_attributes(kind) or _fault_of_hooks(kind) or _fault_of_parameters(kind)
+    )
+
+
+def _fault_of_annotations(kind: type[Method]) -> str | None:
+    """Attributes that are parameters by mistake, and parameters that are not."""
+    for field in fields(kind):
+        if hasattr(Method, field.name) or field.name == "summary":
+            return f"{field.name} describes the class: annotate it as ClassVar, or it is a parameter"
+    annotated = {name for base in kind.__mro__ for name in vars(base).get("__annotations__", {})}
+    for name, value in vars(kind).items():
+        if not name.startswith("_") and isinstance(value, (bool, int, float, str, tuple)) and name not in annotated:
+            return f"{name} has no annotation: write {name}: {type(value).__name__}, or ClassVar if it is no parameter"
+    return None
 
 
 def _fault_of_attributes(kind: type[Method]) -> str | None:
     summary = getattr(kind, "summary", None)
     if not isinstance(summary, str) or not summary.strip() or not summary.isprintable():
         return "it has no summary: ClassVar[str], a few words for the list of methods"
-    if not vars(kind).get("__doc__") or not getdoc(kind):
+    description = getdoc(kind) or ""
+    if not vars(kind).get("__doc__") or not description or description.startswith(f"{kind.__name__}("):
         return "it has no docstring, which `mmtok methods NAME` prints"
     if not isinstance(kind.source, str):
         return "source must be text"
@@ -47,6 +62,8 @@ def _fault_of_attributes(kind: type[Method]) -> str | None:
 def _fault_of_hooks(kind: type[Method]) -> str | None:
     if (kind.choose is Method.choose) != (kind.cuts is Method.cuts):
         return "cuts and choose belong together: override both or neither"
+    if kind.acts() == "nowhere":
+        return "it overrides none of the hooks resize, select and cuts"
     return None
 
 
@@ -61,7 +78,7 @@ def _fault_of_parameters(kind: type[Method]) -> str | None:
         if not is_supported(types[field.name]):
             return (
                 f"its parameter {field.name} has an unsupported type: annotate it as int, float, bool, str, a Literal, "
-                "tuple[int, ...], or one of these or None"
+                "tuple[int, ...] (or of float or str), or one of these or None"
             )
         if field.default is MISSING and field.default_factory is MISSING:
             continue

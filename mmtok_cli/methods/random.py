@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from mmtok_cli.methods.base import Method, highest, require_layers
+from mmtok_cli.methods.base import Method, highest, random_scores, require_layers
 from mmtok_cli.methods.fastv import FastV
 from mmtok_cli.rules import Positions
 from mmtok_cli.tokens import Cut, LayerTokens, Selection, TextTokens, VisionTokens
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -32,7 +28,7 @@ class Random(Method):
     def select(self, vision: VisionTokens, text: TextTokens, budget: int) -> Selection:
         if budget == vision.total:
             return Selection.everything(vision)
-        scores = _draw(self.seed, vision.image_id, vision.total).to(vision.projected.device)
+        scores = random_scores(self.seed, vision.image_id, vision.total).to(vision.projected.device)
         return highest(scores, vision.eligible, budget)
 
 
@@ -56,13 +52,5 @@ class RandomInside(Method):
         return (Cut(self.layer, budget),) if budget < total else ()
 
     def choose(self, tokens: LayerTokens, cut: Cut) -> Selection:
-        scores = _draw(self.seed, tokens.image_id, len(tokens.eligible)).to(tokens.hidden.device)
+        scores = random_scores(self.seed, tokens.image_id, len(tokens.eligible)).to(tokens.hidden.device)
         return highest(scores, tokens.eligible, cut.keep)
-
-
-def _draw(seed: int, image_id: str, count: int) -> Tensor:
-    """Random scores [count] that depend only on the seed and the name of the image, drawn on the CPU."""
-    import torch
-
-    key = f"{seed}:{image_id}".encode(errors="surrogateescape")
-    return torch.rand(count, generator=torch.Generator().manual_seed(zlib.crc32(key)))

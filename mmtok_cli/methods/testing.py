@@ -77,6 +77,8 @@ class MethodTests:
             CHECKS[check](self.method_for(family), shared_model(family), track)
         except NotOfferedError as error:
             pytest.skip(str(error))
+        except (AssertionError, MMTokError) as error:
+            pytest.fail(_with_hint(error), pytrace=False)
 
 
 def check_method(method: Method, families: Sequence[str] | None = None) -> list[str]:
@@ -92,16 +94,24 @@ def check_method(method: Method, families: Sequence[str] | None = None) -> list[
                 try:
                     CHECKS[name](method, shared_model(family), track)
                 except (AssertionError, MMTokError) as error:
-                    raise AssertionError(f"{name} on {family}, {track} track: {error}") from error
+                    raise AssertionError(f"{name} on {family}, {track} track: {_with_hint(error)}") from error
         except NotOfferedError:
             left_out.append(family)
     return left_out
 
 
+def _with_hint(error: AssertionError | MMTokError) -> str:
+    return f"{error}\nhint: {error.hint}" if isinstance(error, MMTokError) and error.hint else str(error)
+
+
 def check_declaration(method: Method) -> None:
     """The class is a frozen dataclass with a summary, a docstring and parameters that the command line can set."""
+    assert not isinstance(method, type), f"pass an instance: {getattr(method, '__name__', method)}()"
     fault = declaration_fault(type(method))
     assert fault is None, fault
+    known = {signal for family in tiny_families() for signal in shared_model(family).signals}
+    unknown = {name for names in (method.signals, *method.alternative_signals) for name in names} - known
+    assert not unknown, f"no family offers {', '.join(sorted(unknown))}; signals are {', '.join(sorted(known))}"
     hash(method)  # cases are kept in sets: a parameter that is a list has to be a tuple
 
 
@@ -164,7 +174,7 @@ def check_repeatable(method: Method, model: VisionLanguageModel, track: Track) -
             torch.manual_seed(seed)
             chosen.append(_answer(model, method, samples(), track).selections)
     same = all(a.indices.equal(b.indices) for a, b in zip(*chosen, strict=True))
-    assert same, "the choice changes: draw from a generator seeded with a parameter and vision.image_id"
+    assert same, "the choice changes: draw with `random_scores`, or a generator seeded with vision.image_id"
 
 
 def check_narrow_dtype(method: Method, model: VisionLanguageModel, track: Track) -> None:
@@ -222,8 +232,8 @@ CHECKS: dict[str, Check] = {
     "full_budget": check_full_budget,
     "count": check_count,
     "padding": check_padding,
-    "batch": check_batch,
     "repeatable": check_repeatable,
+    "batch": check_batch,
     "narrow_dtype": check_narrow_dtype,
     "model_unchanged": check_model_unchanged,
     "removed_equals_masked": check_removed_equals_masked,

@@ -14,8 +14,7 @@ define `total`, `smaller`, `pixels`, `encode` and `panels`. Override the rest wh
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, ClassVar
@@ -31,18 +30,13 @@ from mmtok_cli.models.checkpoint import COMPARE, faults_of
 from mmtok_cli.models.inside import Inside
 from mmtok_cli.models.sequences import CutImage
 from mmtok_cli.rules import Positions, Track
+from mmtok_cli.stages import Stage, unwatched
 from mmtok_cli.tokens import PADDING, Selection, TextTokens, VisionTokens
 
-Stage = Callable[[str], AbstractContextManager[Any]]
 Grid = tuple[int, int]  # rows, columns
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the image
 LONGEST_TOKEN = 64  # characters; longer ones, such as runs of spaces, are rare
 IMAGE_MARKER = "<image>"  # marks the place of an image in a question
-
-
-def unwatched(name: str) -> AbstractContextManager[Any]:
-    """The stage context that measures nothing."""
-    return nullcontext()
 
 
 @dataclass(frozen=True)
@@ -299,7 +293,7 @@ class VisionLanguageModel(ABC):
         if missing:
             raise MMTokError(
                 f"the {self.family} family does not offer {', '.join(missing)}",
-                "use a method that reads no signals of the encoder, such as mmtok, divprune or fastv",
+                f"it offers {', '.join(self.signals) or 'none'}; methods such as mmtok, divprune and fastv read none",
             )
 
     @abstractmethod

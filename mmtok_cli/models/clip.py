@@ -13,10 +13,11 @@ from torch import Tensor
 from mmtok_cli.budget import rectangle
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.models import hf
-from mmtok_cli.models.base import Grid, Stage, VisionLanguageModel
+from mmtok_cli.models.base import Grid, VisionLanguageModel
 from mmtok_cli.models.clip_signals import ATTENTION_SIGNALS, SIGNALS, TOWER_SIGNALS, Encoded, inputs_of
 from mmtok_cli.models.clip_text import ClipText
 from mmtok_cli.profiles import known_profiles
+from mmtok_cli.stages import Stage
 from mmtok_cli.tokens import VisionTokens
 
 CHECK_CONFIG = "compare its config.json with the original"

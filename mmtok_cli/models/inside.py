@@ -182,7 +182,9 @@ class Inside:
                     f"no text follows {image.plan.image_id}, so there is no text whose attention could be read",
                     "put the question after the image, or use a method that acts before the language model",
                 )
-            images.append(replace(image, queries=image.plan.queries(hidden[image.start : image.end], text)))
+            images.append(
+                replace(image, queries=image.plan.queries(hidden[image.start : image.end], text, self._stage))
+            )
         return replace(row, images=tuple(images))
 
     def _cut(self, layer: int, now: LayerSequence, hidden: Tensor, cache: Any) -> tuple[Tensor, LayerSequence]:
@@ -247,12 +249,7 @@ class Inside:
                 kept_states.append(hidden[image.start : image.end])
             else:
                 tokens = self._tokens(cut, now, image, number, hidden, cache)
-                chosen = image.plan.choose(tokens, cut)
-                if chosen.kept != cut.keep:
-                    raise MMTokError(
-                        f"the method kept {chosen.kept} of {image.plan.image_id} where its cut promised {cut.keep}",
-                        "this is a defect of the method: its `choose` must keep what `cuts` said",
-                    )
+                chosen = image.plan.choose(tokens, cut, self._stage)
                 merged = image.merged[chosen.indices]
                 images.append(
                     replace(

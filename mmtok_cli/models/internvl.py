@@ -15,9 +15,10 @@ from torch import Tensor
 from mmtok_cli.budget import rectangle
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.models import hf
-from mmtok_cli.models.base import Grid, Panel, Prompt, Stage, VisionLanguageModel, cells, unwatched
+from mmtok_cli.models.base import Grid, Panel, Prompt, VisionLanguageModel, cells
 from mmtok_cli.models.clip_signals import inputs_of
 from mmtok_cli.models.processors import ImageTextProcessor
+from mmtok_cli.stages import Stage, unwatched
 from mmtok_cli.tokens import Crops, Selection, VisionTokens
 
 START, END = "<img>", "</img>"

@@ -12,9 +12,10 @@ from PIL import Image as PILImage
 from PIL.Image import Image
 from torch import Tensor
 
-from mmtok_cli.models.base import Grid, Panel, Prompt, Stage, cells, unwatched
+from mmtok_cli.models.base import Grid, Panel, Prompt, cells
 from mmtok_cli.models.clip import ClipEncoded
 from mmtok_cli.models.padding import padding_mask
+from mmtok_cli.stages import Stage, unwatched
 from mmtok_cli.tokens import VisionTokens
 
 LONGEST_SIDE = 8192  # a line of a hundred thousand pixels is small, but the square around it is not

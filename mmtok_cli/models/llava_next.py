@@ -14,9 +14,10 @@ from torch import Tensor
 
 from mmtok_cli.budget import Budget, UnmetBudgetError, rectangle
 from mmtok_cli.models import hf
-from mmtok_cli.models.base import Box, Grid, Panel, Prompt, Stage, cells, unwatched
+from mmtok_cli.models.base import Box, Grid, Panel, Prompt, cells
 from mmtok_cli.models.clip import ClipEncoded
 from mmtok_cli.rules import Track
+from mmtok_cli.stages import Stage, unwatched
 from mmtok_cli.tokens import PADDING, Crops, VisionTokens
 
 

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.models import hf
-from mmtok_cli.models.base import Grid, Panel, Prompt, Stage, VisionLanguageModel, cells, unwatched
+from mmtok_cli.models.base import Grid, Panel, Prompt, VisionLanguageModel, cells
 from mmtok_cli.models.checkpoint import COMPARE
 from mmtok_cli.models.qwen_signals import SIGNALS, calls_of
 from mmtok_cli.rules import Positions
+from mmtok_cli.stages import Stage, unwatched
 from mmtok_cli.tokens import Selection, VisionTokens
 
 FULLEST = 0.85  # of a budget that a smaller image takes up at least

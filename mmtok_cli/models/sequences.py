@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mmtok_cli.models.hf import Rotary
+from mmtok_cli.stages import Stage
 from mmtok_cli.tokens import Cut, LayerTokens, Selection
 
 
@@ -17,7 +18,7 @@ class CutImage:
     """One image of a prompt, and how a method cuts it down.
 
     row, start: where in the prompt its vision tokens stand, side by side. eligible: [total], those that may be kept.
-    queries, choose: the method's (see methods/base.py).
+    queries, choose: the method's (see methods/base.py); they get the stage context for the checks of their results.
     """
 
     row: int
@@ -25,8 +26,8 @@ class CutImage:
     eligible: Tensor
     image_id: str
     cuts: tuple[Cut, ...]
-    queries: Callable[[Tensor, Tensor], Tensor]
-    choose: Callable[[LayerTokens, Cut], Selection]
+    queries: Callable[[Tensor, Tensor, Stage], Tensor]
+    choose: Callable[[LayerTokens, Cut, Stage], Selection]
 
 
 @dataclass(frozen=True)

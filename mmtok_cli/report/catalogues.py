@@ -70,7 +70,7 @@ def methods_table(methods: Sequence[dict[str, Any]]) -> Table:
             method["name"],
             method["summary"],
             method["source"].removeprefix("arXiv ") or "–",
-            ", ".join(PLACES.get(place, "–") for place in method["acts"].split(" and ") if place in PLACES) or "–",
+            ", ".join(short for place, short in PLACES.items() if place in method["acts"]) or "–",
             *(yes_or_no(method[fact]) for fact in ("reads_question", "training_free", "multi_turn")),
         )
     return table

@@ -24,7 +24,7 @@ FEW_QUESTIONS = 200
 REMEDIES = {
     "out of memory": "lower --batch-size, or free memory",
     "refused": "change the case, or drop it",
-    "error": "the traceback is in failures/ of the run directory",
+    "error": "the traceback is in {directory}/failures",
 }
 
 if TYPE_CHECKING:
@@ -73,12 +73,13 @@ def failure_notes(comparison: Comparison) -> list[str]:
         lines.append(
             f"{failed}: {failed.reason} during evaluation with batch size {failed.case.batch_size}; "
             f"its answers are not scored: {failed.message}"
+            + (f"; the traceback is in {comparison.run_directory}/predictions" if failed.reason == "error" else "")
         )
     for failed in comparison.failures:
         when = "during warm-up" if failed.round is None else f"in round {failed.round + 1}"
         lines.append(
             f"{failed} (batch size {failed.case.batch_size}): {failed.reason} {when}: {failed.message}; "
-            f"{REMEDIES[failed.reason]}"
+            f"{REMEDIES[failed.reason].format(directory=comparison.run_directory)}"
         )
     return lines
 

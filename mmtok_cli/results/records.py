@@ -32,8 +32,8 @@ from mmtok_cli.results.schema import (
 )
 from mmtok_cli.rules import Positions, Rules
 from mmtok_cli.settings import CompareSettings
+from mmtok_cli.stages import STAGES
 
-STAGES = ("prepare", "encode", "select", "prefill", "decode")
 SUMS = ("ttft", "total")
 
 

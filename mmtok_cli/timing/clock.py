@@ -10,6 +10,8 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from mmtok_cli.stages import CHECK
+
 Mark = TypeVar("Mark")
 
 
@@ -50,10 +52,12 @@ class Clock:
         return self.sums(self._stages.spans)
 
     def sums(self, spans: Iterable[tuple[str, Any, Any]]) -> dict[str, float]:
-        """Seconds by name of spans between two readings of `now`."""
+        """Seconds by name of spans between two readings of `now`, without those of this program's own checks."""
         synchronise(self._device)
         seconds: dict[str, float] = defaultdict(float)
         for name, start, end in spans:
+            if name == CHECK:
+                continue
             seconds[name] += start.elapsed_time(end) / 1000 if self._device.type == "cuda" else end - start
         return dict(seconds)
 

@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from mmtok_cli.cases import Case
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.models.base import VisionLanguageModel
-from mmtok_cli.pipeline import STAGES
 from mmtok_cli.results.schema import FlopCoverage, Flops
+from mmtok_cli.stages import CHECK, STAGES
 from mmtok_cli.timing.clock import Stages
 from mmtok_cli.timing.partial import last_layer, missing_layers, of_whole_model
 
@@ -65,7 +65,8 @@ def measure_flops(model: VisionLanguageModel, case: Case, samples: Sequence[Samp
     counted, last = (dict.fromkeys(STAGES, 0.0) for _ in range(2))
     for flops, found in ((counted, stages.spans), (last, spans)):
         for name, start, end in found:
-            flops[name] += (end - start) / len(samples)
+            if name != CHECK:
+                flops[name] += (end - start) / len(samples)
     whole = of_whole_model(counted, last, missing_layers(model))
     total = sum(whole[name] for name in STAGES)
     return Flops(stages={**whole, "total": total}, coverage=coverage(seen.calls, counter.flop_registry))

@@ -22,8 +22,8 @@ from mmtok_cli.data.samples import Sample
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.files import write_whole
 from mmtok_cli.models.base import VisionLanguageModel
-from mmtok_cli.pipeline import STAGES
 from mmtok_cli.results.profile import Operator
+from mmtok_cli.stages import CHECK, STAGES
 
 # TensorBoard's profiler plugin knows the category "Runtime"; torch writes these names for the same thing.
 RUNTIME_CATEGORIES = ("cuda_runtime", "cuda_driver")
@@ -91,7 +91,9 @@ def _operators(profiler: Any, case: Case) -> list[Operator]:
     """Time spent in each operator itself, by the stage during which it was called."""
     events = profiler.events()
     spans = [
-        (e.name, e.time_range.start, e.time_range.end) for e in events if e.name in STAGES and e.is_user_annotation
+        (e.name, e.time_range.start, e.time_range.end)
+        for e in events
+        if e.name in (*STAGES, CHECK) and e.is_user_annotation
     ]
     spans.sort(key=lambda span: span[2] - span[1])  # of nested stages the inner one counts
     totals: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0, 0.0, 0.0])
@@ -99,7 +101,7 @@ def _operators(profiler: Any, case: Case) -> list[Operator]:
         if event.is_user_annotation or event.device_type != torch.autograd.DeviceType.CPU or event.name == "[memory]":
             continue
         stage = next((name for name, start, end in spans if start <= event.time_range.start < end), None)
-        if stage is not None:
+        if stage is not None and stage != CHECK:
             total = totals[stage, event.name]
             total[0] += 1
             total[1] += event.self_cpu_time_total / 1e6

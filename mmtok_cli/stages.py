@@ -1,0 +1,17 @@
+"""The stages of a run, and the context in which each takes place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+STAGES = ("prepare", "encode", "select", "prefill", "decode")
+CHECK = "check"  # checks of what a method returned; within other stages, and counted in none
+
+Stage = Callable[[str], AbstractContextManager[Any]]
+
+
+def unwatched(name: str) -> AbstractContextManager[Any]:
+    """The stage context that measures nothing."""
+    return nullcontext()
