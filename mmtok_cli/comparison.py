@@ -22,7 +22,7 @@ from mmtok_cli.evaluation.predictions import evaluate
 from mmtok_cli.evaluation.processes import Processes
 from mmtok_cli.files import require_writable_directory
 from mmtok_cli.models.base import VisionLanguageModel
-from mmtok_cli.pictures import has_pictures, save_pictures
+from mmtok_cli.overlays import has_overlays, save_overlays
 from mmtok_cli.pipeline import check_sample
 from mmtok_cli.planning import (
     Estimate,
@@ -65,7 +65,7 @@ class ComparisonRun:
     """One run of a comparison, new or resumed.
 
     run_dir: where it is saved; a new directory in `runs` unless given. resume: whether to continue the run in it.
-    pictures: whether to draw the tokens that each case keeps.
+    overlays: whether to draw the tokens that each case keeps.
     """
 
     def __init__(
@@ -75,14 +75,14 @@ class ComparisonRun:
         progress: Progress | None = None,
         *,
         resume: bool = False,
-        pictures: bool = False,
+        overlays: bool = False,
     ) -> None:
         self.settings = settings
         self.named = run_dir is not None
         self.directory = run_dir or next(_new_directories(settings.model))
         self.progress = progress or Progress()
         self.resume = resume
-        self.pictures = pictures
+        self.overlays = overlays
 
     @classmethod
     def resumed(
@@ -92,7 +92,7 @@ class ComparisonRun:
         run_dir: Path | None,
         progress: Progress,
         *,
-        pictures: bool = False,
+        overlays: bool = False,
     ) -> ComparisonRun:
         """The run in `run_dir`, or the newest, to be continued with its own settings.
 
@@ -102,7 +102,7 @@ class ComparisonRun:
         directory = run_dir or newest_run(RUNS)
         then = read_plan(directory).options
         _require_same_settings(with_absolute_paths(then), with_absolute_paths(settings), given, directory)
-        return cls(then, directory, progress, resume=True, pictures=pictures)
+        return cls(then, directory, progress, resume=True, overlays=overlays)
 
     def estimate(self) -> Estimate:
         """The plan and the time that it takes, after one run of each case. Nothing is written."""
@@ -123,7 +123,7 @@ class ComparisonRun:
         if self.resume:
             with RunDirectory.resume(self.directory) as store:
                 self._tell_failures(store)
-                if is_finished(store) and not (self.pictures and not has_pictures(self.directory)):
+                if is_finished(store) and not (self.overlays and not has_overlays(self.directory)):
                     self.progress.note(f"run {self.directory} is already complete")
                     processes.tell([None])
                     return summarise_run(store), None
@@ -138,8 +138,14 @@ class ComparisonRun:
         plan, batches = self._plan(prepared)
         if not self.named:
             self.directory = _make_directory(self.settings.model)
-        with RunDirectory.create(self.directory, plan) as store:
-            return self._complete(prepared, batches, store, processes)
+        try:
+            with RunDirectory.create(self.directory, plan) as store:
+                return self._complete(prepared, batches, store, processes)
+        except MMTokError:
+            if not self.named:
+                with contextlib.suppress(OSError):  # it is not empty
+                    self.directory.rmdir()
+            raise
 
     def _complete(
         self, prepared: Prepared, batches: Batches, store: RunDirectory, processes: Processes
@@ -150,7 +156,7 @@ class ComparisonRun:
         remaining = None if stopped else left_to_evaluate(store)
         stopped_too = self._until_stopped(store, lambda: self._evaluate(prepared, remaining, processes, store))
         stopped = stopped or stopped_too
-        if not stopped and self.pictures:
+        if not stopped and self.overlays:
             stopped = self._until_stopped(store, lambda: self._draw(prepared, store))
         comparison = summarise_run(store)
         try:
@@ -185,8 +191,7 @@ class ComparisonRun:
     def _draw(self, prepared: Prepared, store: RunDirectory) -> None:
         """Draw the kept tokens."""
         with self.progress.task("drawing overlays"):
-            store.require_unmoved()
-            save_pictures(prepared.model, prepared.cases, prepared.dataset, store)
+            save_overlays(prepared.model, prepared.cases, prepared.dataset, store, self.progress)
 
     def _tell_failures(self, store: RunDirectory) -> None:
         """Say which cases failed before, since they are not run again."""

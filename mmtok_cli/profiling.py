@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from mmtok_cli.cases import Case
+from mmtok_cli.cases import Case, release_memory
 from mmtok_cli.configuration import cases_of, configured_model
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.environment import environment_of
@@ -47,11 +47,11 @@ class Profiled:
 
 
 class Remainder:
-    """What follows the timing. No part of it may cost what was measured before: an error leaves that part out, and an
-    interruption all parts from there on."""
+    """What follows the first round. No part of it may cost what was measured before: an error leaves that part out, and
+    an interruption all parts from there on."""
 
-    def __init__(self, interrupted: bool) -> None:
-        self.interrupted = interrupted
+    def __init__(self) -> None:
+        self.interrupted = False
         self.problems: list[MMTokError] = []
 
     def attempt(self, name: str, work: Callable[[], Result]) -> Result | None:
@@ -92,7 +92,8 @@ def profile(
     scaling_sizes: numbers of vision tokens at which selection and prefill are timed as well.
 
     An interrupted profile keeps its complete rounds and all parts that were measured by then, and so does one of which
-    a part fails. Raises KeyboardInterrupt before the first round, and MMTokError for what cannot be run.
+    a part or a later round fails. Raises KeyboardInterrupt before the end of the first round, and MMTokError for what
+    cannot be run.
     """
     progress = progress or Progress()
     cases = cases_of(settings)
@@ -102,8 +103,8 @@ def profile(
     for case in cases:
         case.check(model, [sample])
     order = interleaved(len(cases), settings.rounds, settings.seed)
-    rounds, interrupted = _time(model, cases, sample, order, settings, progress)
-    remainder = Remainder(interrupted)
+    remainder = Remainder()
+    rounds = _time(model, cases, sample, order, settings, progress, remainder)
     flops: list[dict[str, float]] = []
     traces: dict[str, Trace] = {}
     with progress.task("tracing", len(cases)) as update:
@@ -181,35 +182,35 @@ def _time(
     order: Sequence[Sequence[int]],
     settings: ProfileSettings,
     progress: Progress,
-) -> tuple[list[list[TimedRun]], bool]:
-    """The complete rounds, each with its runs in the order of cases, and whether timing was interrupted."""
+    remainder: Remainder,
+) -> list[list[TimedRun]]:
+    """The complete rounds, each with its runs in the order of cases. A round that fails or is interrupted ends them,
+    unless it is the first, whose errors are raised."""
     with progress.task("warming up", len(cases) * settings.warmup) as update:
         for number in range(len(cases) * settings.warmup):
             case = cases[number // settings.warmup]
             run_case(model, case, [sample] * case.batch_size, settings.max_new_tokens)
             update(number + 1)
     batches = {size: [[sample] * size] for size in settings.batch_size}
-    rounds: list[list[TimedRun]] = []
+
+    def time_round(number: int) -> list[TimedRun]:
+        turns = [Turn(case, 0) for case in order[number]]
+        runs = run_round(
+            model, cases, batches, number, turns, max_new_tokens=settings.max_new_tokens, runs=settings.runs
+        )
+        return sorted(runs, key=lambda run: run.case)
+
     with progress.task("timing", len(order)) as update:
-        try:
-            for number, permutation in enumerate(order):
-                turns = [Turn(case, 0) for case in permutation]
-                runs = run_round(
-                    model,
-                    cases,
-                    batches,
-                    number,
-                    turns,
-                    max_new_tokens=settings.max_new_tokens,
-                    runs=settings.runs,
-                )
-                rounds.append(sorted(runs, key=lambda run: run.case))
-                update(number + 1)
-        except KeyboardInterrupt:
-            if not rounds:
-                raise
-            return rounds, True
-    return rounds, False
+        rounds = [time_round(0)]
+        update(1)
+        for number in range(1, len(order)):
+            runs = remainder.attempt(f"round {number + 1} of {len(order)}", partial(time_round, number))
+            if runs is None:
+                release_memory(model.device)
+                break
+            rounds.append(runs)
+            update(number + 1)
+    return rounds
 
 
 def _results(

@@ -49,6 +49,7 @@ ALLOWED = {
     "rules": {"errors"},
     "profiles": {"errors"},
     "files": {"errors"},
+    "outputs": {"data", "errors", "files", "profiles", "results", "settings"},
     "environment": {"__version__", "timing", "results", "models"},
 }
 

@@ -179,6 +179,46 @@ def test_places_that_are_not_for_outputs(name: str, option: str, path: str, plac
     assert sorted(place.parent.rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    ("data", "option", "path"),
+    [
+        ("images", "--plot", "images/plot.png"),
+        ("images", "--export", "images/new/deep/t.csv"),
+        ("images", "--export", "linked/t.csv"),
+        ("linked", "--export", "images/t.csv"),
+        ("images", "--run-dir", "images"),
+        ("images", "--run-dir", "images/new/run"),
+        (".", "--run-dir", ""),  # the default
+        ("images/*.png", "--plot", "images/plot.png"),
+        ("**/*.png", "--plot", "new/plot.png"),
+        ("imag*/*.png", "--plot", "linked/plot.png"),
+        ("linked/../images/*.png", "--plot", "images/plot.png"),
+        ("linked/*.png", "--plot", "images/plot.png"),
+        ("**/*.webp", "--run-dir", "images/new"),
+        ("**/*", "--run-dir", ""),
+    ],
+)
+def test_no_output_becomes_a_part_of_the_data(
+    data: str, option: str, path: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Folders and patterns of images, which are read again when the run is resumed."""
+    monkeypatch.chdir(place)
+    (place / "linked").symlink_to(place / "images")
+    before = sorted(place.parent.rglob("*"))
+    output = (option, path) if path else ()
+    done = run("compare", "-m", "model", "--data", data, "--question", QUESTION, *BUDGET, *output)
+    refused(done, f"{option} {path}", f"the dataset {data}")
+    assert sorted(place.parent.rglob("*")) == before
+
+
+@pytest.mark.parametrize(("data", "plot"), [("images", "plot.png"), ("images/?.png", "images/plot.png")])
+def test_outputs_beside_the_data(data: str, plot: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    line = ("compare", "-m", "model", "--data", data, "--question", QUESTION, *BUDGET, "--rounds", 1, "--limit", 2)
+    done = run(*line, "--run-dir", "images.run", "--plot", plot)
+    assert done.exit_code == 0 and (place / plot).exists(), done.output
+
+
 @pytest.mark.parametrize("name", ["prune", "profile", "compare", "report"])
 def test_directories_of_outputs_are_created(name: str, place: Path) -> None:
     option, file = ("--output", "kept.png") if name == "prune" else ("--export", "results.json")
@@ -221,6 +261,34 @@ def test_a_picture_that_fails_does_not_cost_the_map(place: Path, monkeypatch: py
     monkeypatch.setattr("mmtok_cli.report.overlay.write_whole", failing("kept"))
     done = run(*command("prune", place), "-o", place / "kept.png", "--gain-curve", place / "gains.svg")
     assert done.exit_code == 1 and "4 of 36" in done.stdout and (place / "gains.svg").exists()
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), FileNotFoundError(2, "missing", "a.ttf")])
+@pytest.mark.parametrize("json", [(), ("--json",)])
+def test_an_error_of_a_file_names_the_file_and_not_standard_output(
+    json: tuple[str, ...], error: OSError, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: Any) -> str:
+        raise error
+
+    monkeypatch.setattr("mmtok_cli.report.exports.csv_text", broken)
+    done = run(*command("report", place), "--export", place / "t.csv", "--export", place / "t.md", *json)
+    assert done.exit_code == 1 and done.stdout and (place / "t.md").exists()
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and f"{place / 't.csv'} could not be written" in errors[0]
+    assert all(word in errors[0] for word in (error.strerror, error.filename or ""))
+
+
+@pytest.mark.parametrize(("name", "words"), [("/tmp/a", "/tmp/a: No space"), (None, "error: No space")])
+def test_a_full_disk_is_not_a_full_standard_output(
+    name: str | None, words: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: Any, **options: Any) -> None:
+        raise OSError(28, "No space left on device", name)
+
+    monkeypatch.setattr("mmtok_cli.configuration.load_model", broken)
+    done = run(*command("prune", place))
+    assert done.exit_code == 1 and words in done.stderr and "standard output" not in done.output
 
 
 @pytest.mark.parametrize(("error", "status"), [(ZeroDivisionError(), 1), (KeyboardInterrupt(), 130)])
@@ -267,6 +335,34 @@ def test_profile_keeps_its_times_when_what_follows_is_stopped(
     assert saved["interrupted"] == interrupted and len(saved["cases"][0]["seconds"]["total"]["values"]) == 2
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError("out"), MMTokError("the image is gone")])
+@pytest.mark.parametrize("complete", [0, 1, 2])
+def test_profile_keeps_its_complete_rounds(
+    complete: int, error: BaseException, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mmtok_cli import profiling
+
+    usual = profiling.run_round
+
+    def run_round(model: Any, cases: Any, batches: Any, number: int, *arguments: Any, **options: Any) -> Any:
+        if number == complete:
+            raise error
+        return usual(model, cases, batches, number, *arguments, **options)
+
+    monkeypatch.setattr(profiling, "run_round", run_round)
+    done = profile(place, "--rounds", 4, "--trace-dir", place / "traces", "--export", place / "t.json")
+    if complete == 0:
+        assert done.exit_code == (130 if isinstance(error, KeyboardInterrupt) else 1 + isinstance(error, MMTokError))
+        assert done.stdout == "" and not (place / "t.json").exists()
+        return
+    interrupted = isinstance(error, KeyboardInterrupt)
+    assert done.exit_code == (130 if interrupted else 1) and "Seconds per stage" in done.stdout
+    assert (f"error: round {complete + 1} of 4" in done.stderr) != interrupted
+    saved = json.loads((place / "t.json").read_text())
+    assert saved["interrupted"] == interrupted and saved["schedule"]["rounds"] == complete
+    assert {len(case["seconds"]["total"]["values"]) for case in saved["cases"]} == {complete}
+
+
 def process(place: Path, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
     """A command in a process of its own, with errors on standard error unless it is told otherwise."""
     line = [sys.executable, "-m", "mmtok_cli", *map(str, arguments)]
@@ -276,12 +372,19 @@ def process(place: Path, *arguments: object, **options: Any) -> subprocess.Compl
 
 @pytest.mark.parametrize(
     ("name", "more"),
-    [("models", ()), ("models", ("--json",)), ("report", ()), ("report", ("--json",)), ("compare", ())],
+    [
+        ("models", ()),
+        ("models", ("--json",)),
+        ("--help", ()),
+        ("report", ()),
+        ("report", ("--json",)),
+        ("compare", ()),
+    ],
 )
 def test_full_standard_output(name: str, more: tuple[str, ...], place: Path) -> None:
-    files = ("--export", place / "t.csv", "--export", place / "t.html") if name != "models" else ()
+    files = ("--export", place / "t.csv", "--export", place / "t.html") if name in ("report", "compare") else ()
     with Path("/dev/full").open("w") as full:
-        line = ("models",) if name == "models" else command(name, place)
+        line = command(name, place) if files else (name,)
         done = process(place, *line, *files, *more, stdout=full)
     assert done.returncode == 1 and "Traceback" not in done.stderr and "Exception" not in done.stderr
     assert done.stderr.count("error: ") == done.stderr.count("No space left on device") == 1
@@ -331,7 +434,8 @@ def test_interrupted_comparison_writes_its_files_and_says_so_by_its_status(
     assert done.exit_code == 130 and "Speed" in done.stdout and "--resume" in done.stderr
     assert json.loads((place / "t.json").read_text())["interrupted"]
     plot = run("compare", "--run-dir", place / "new", "--resume", "--plot", place / "plot.png")
-    assert plot.exit_code == 1 and "hint: resume the run with --resume" in plot.stderr
+    assert plot.exit_code == 130 and "error: " not in plot.stderr and not (place / "plot.png").exists()
+    assert "plot.png was not written: no answers were evaluated before the interruption" in plot.stderr
 
 
 @pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt(), 130), (MMTokError("No space left"), 1)])
@@ -341,10 +445,67 @@ def test_pictures_that_are_not_drawn_cost_nothing_else(
     def stop(*arguments: Any) -> None:
         raise error
 
-    monkeypatch.setattr("mmtok_cli.comparison.save_pictures", stop)
+    monkeypatch.setattr("mmtok_cli.comparison.save_overlays", stop)
     done = run(*command("compare", place), "--export", place / "t.html", "--run-dir", place / "new")
     assert done.exit_code == status and "Speed" in done.stdout and "Quality" in done.stdout
     assert (place / "t.html").exists() and done.stderr.count("error: No space left") == (status == 1)
+
+
+def without_pictures(place: Path) -> None:
+    """Leave the run complete but for its pictures, so that a resumed run draws them and nothing else."""
+    shutil.rmtree(place / "run" / "overlays")
+
+
+def test_a_file_in_the_place_of_the_pictures_costs_the_page_alone(place: Path) -> None:
+    without_pictures(place)
+    (place / "run" / "overlays").write_text("mine")
+    files = [option for file in ("t.html", "t.csv") for option in ("--export", place / file)]
+    done = run(*command("resume", place), *files)
+    assert done.exit_code == 1 and "Speed" in done.stdout and (place / "t.csv").exists()
+    assert f"error: {place / 'run' / 'overlays'} is not a directory" in done.stderr
+    assert (place / "run" / "overlays").read_text() == "mine"
+
+
+def test_a_picture_that_cannot_be_drawn_is_told_and_the_others_are_drawn(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mmtok_cli import overlays
+
+    usual = overlays._draw
+    calls: list[int] = []
+
+    def draw(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            raise ZeroDivisionError("the grid is empty")
+        return usual(*arguments)
+
+    without_pictures(place)
+    monkeypatch.setattr(overlays, "_draw", draw)
+    done = run(*command("resume", place), "--export", place / "t.html")
+    assert done.exit_code == 0 and (place / "t.html").exists()
+    told = [line for line in done.stderr.splitlines() if "is not drawn for sample" in line]
+    assert len(told) == 1 and "uniform" in told[0] and "ZeroDivisionError: the grid is empty" in told[0]
+    assert len(list((place / "run" / "overlays").glob("*.webp"))) == len(calls) - 1 > 0
+
+
+def test_a_directory_that_is_renamed_while_pictures_are_drawn_is_not_made_again(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mmtok_cli import overlays
+
+    usual = overlays._draw
+
+    def draw(*arguments: Any) -> Any:
+        if (place / "run").exists():
+            (place / "run").rename(place / "moved")
+        return usual(*arguments)
+
+    without_pictures(place)
+    monkeypatch.setattr(overlays, "_draw", draw)
+    done = run(*command("resume", place), "--export", place / "t.html", "--export", place / "t.csv")
+    assert done.exit_code == 1 and "was renamed or deleted during the run" in done.stderr
+    assert "Speed" in done.stdout and (place / "t.csv").exists() and not (place / "run").exists()
 
 
 def test_interrupted_before_anything_was_measured(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -334,6 +334,30 @@ def test_a_run_that_is_refused_before_anything_is_measured_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("existing", ["", "run/", "run/lock"])
+def test_a_run_that_is_refused_leaves_what_was_there_before(
+    existing: str, options: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tmp_path / "run" if existing else tmp_path / "new" / "run"
+    if existing:
+        directory.mkdir()
+    if existing == "run/lock":
+        (directory / "lock").touch()
+    before = sorted(tmp_path.rglob("*"))
+    failing("full", MMTokError("the prompt is too long"), 1, monkeypatch)
+    refused(run(*options, "--run-dir", directory), "the prompt is too long")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_run_without_a_name_that_is_refused_leaves_no_directory(
+    options: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    failing("full", MMTokError("the prompt is too long"), 1, monkeypatch)
+    refused(run(*options), "the prompt is too long")
+    assert not list(tmp_path.glob("runs/*"))
+
+
 def test_writing_needs_the_lock(copy: Path) -> None:
     store = RunDirectory.open(copy)
     with pytest.raises(ValueError, match="under its lock"):

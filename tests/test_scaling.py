@@ -241,7 +241,11 @@ def test_interrupting_keeps_the_sizes_that_were_measured(
         shown = run(*command, "--plot", plot, "--json")
         result = json.loads(shown.stdout)
         assert result["interrupted"] and {p["tokens"] for p in result["scaling"]} == measured
-        assert Image.open(plot).width > 1000
+        assert shown.exit_code == 130 and plot.exists() == bool(measured)
+        if measured:
+            assert Image.open(plot).width > 1000 and f"wrote {plot}" in shown.stderr
+        else:
+            assert f"{plot} was not written" in shown.stderr and "error: " not in shown.stderr
     assert "interrupted: 0 of 3 numbers of tokens" in run(*command).stderr
 
 

@@ -24,6 +24,7 @@ from mmtok_cli.settings import MEASUREMENT, CompareSettings
 if TYPE_CHECKING:
     from mmtok_cli.comparison import ComparisonRun
     from mmtok_cli.evaluation.processes import Processes
+    from mmtok_cli.results.schema import Comparison
 
 RUN = "Run directory"
 CHECK = "Check"
@@ -76,18 +77,14 @@ def compare(
 
     [dim]mmtok compare --methods mmtok,resize --budget 64,16[/dim]
     """  # noqa: E501 (a paragraph is one line, so that help wraps it)
-    from mmtok_cli.cli.outputs import check_outputs, comparison_inputs, outputs_of
     from mmtok_cli.comparison import ComparisonRun
     from mmtok_cli.errors import MMTokError
     from mmtok_cli.evaluation.processes import join_processes
+    from mmtok_cli.outputs import check_outputs, comparison_inputs, outputs_of
     from mmtok_cli.report.console import ConsoleProgress
     from mmtok_cli.report.exports import EXPORTS
 
     files = exports or []
-    new_run = None if resume else run_dir
-    outputs = outputs_of(
-        [("--run-dir", new_run, ()), ("--plot", plot, PLOTS), *(("--export", path, EXPORTS) for path in files)]
-    )
     if plot and not settings.measures_quality:
         raise MMTokError("--plot shows quality, which is not measured with these options", "omit --plot")
     _check_fail_below(context, fail_below, fail_below_stage)
@@ -95,12 +92,16 @@ def compare(
         if settings.device_map is not None and processes.count > 1:
             raise MMTokError("--device-map gives all GPUs to one process, and there are several", "omit it")
         progress = ConsoleProgress(quiet or not processes.is_writer)
-        pictures = any(path.suffix.lower() == ".html" for path in files)
+        overlays = any(path.suffix.lower() == ".html" for path in files)
         if resume:
             given = given_options(context, CompareSettings)
-            run = ComparisonRun.resumed(settings, given, run_dir, progress, pictures=pictures)
+            run = ComparisonRun.resumed(settings, given, run_dir, progress, overlays=overlays)
         else:
-            run = ComparisonRun(settings, run_dir, progress, pictures=pictures)
+            run = ComparisonRun(settings, run_dir, progress, overlays=overlays)
+        new_run = None if resume or (dry_run and run_dir is None) else run.directory
+        outputs = outputs_of(
+            [("--run-dir", new_run, ()), ("--plot", plot, PLOTS), *(("--export", path, EXPORTS) for path in files)]
+        )
         check_outputs(outputs, comparison_inputs(run.settings, run.directory, outputs))
         if dry_run:
             if processes.is_writer:
@@ -108,7 +109,9 @@ def compare(
         elif not processes.is_writer:
             run.help(processes)
         else:
-            status = _measure(run, processes, files, plot, as_json, quiet, (fail_below, fail_below_stage))
+            comparison, status = _measure(run, processes, files, plot, as_json, quiet)
+            if comparison and not status and fail_below is not None:
+                status = _check_speedups(comparison, fail_below, fail_below_stage)
             if status:
                 raise typer.Exit(status)
 
@@ -149,34 +152,38 @@ def _measure(
     plot: Path | None,
     as_json: bool,
     quiet: bool,
-    check: tuple[float | None, str],
-) -> int:
-    """Measure, write the files, then show. The exit status: 1 if anything failed, 130 if the run was interrupted."""
+) -> tuple[Comparison | None, int]:
+    """Measure, write the files, then show. The result, None where nothing could be saved, and the exit status: 1 if
+    anything failed, 130 if the run was interrupted."""
     from mmtok_cli.cli.showing import exports, save_plot, show
     from mmtok_cli.errors import MMTokError
-    from mmtok_cli.report.checks import shortfalls
-    from mmtok_cli.report.console import attempt_all, notes_console, print_error
-    from mmtok_cli.report.text import printable
+    from mmtok_cli.report.console import attempt_all, print_error
     from mmtok_cli.results.run_directory import NotWrittenError
 
     try:
         comparison, stopped = run.measure(processes)
     except NotWrittenError as error:
         print_error(error)
-        return 1
+        return None, 1
     parts = exports(comparison, files, run.directory, quiet) if comparison.results else []
     if plot:
         parts.append(partial(save_plot, comparison, plot, quiet))
     done = attempt_all([*parts, partial(show, comparison, run.settings.parameters, as_json, quiet)])
     if isinstance(stopped, MMTokError):
         print_error(stopped)
-        return 1
-    if not done or not comparison.results:
-        return 1
+        return comparison, 1
     if stopped or comparison.interrupted:
-        return 130
-    least, stage = check
-    lines = [] if least is None else shortfalls(comparison, stage, least)
+        return comparison, 130
+    return comparison, 0 if done and comparison.results else 1
+
+
+def _check_speedups(comparison: Comparison, least: float, stage: str) -> int:
+    """Say which speedups are too low. The exit status."""
+    from mmtok_cli.report.checks import shortfalls
+    from mmtok_cli.report.console import notes_console
+    from mmtok_cli.report.text import printable
+
+    lines = shortfalls(comparison, stage, least)
     for line in lines:
         notes_console().print(f"failed: {printable(line)}", soft_wrap=True)
     return 1 if lines else 0

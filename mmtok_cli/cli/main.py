@@ -30,6 +30,8 @@ class Commands(TyperGroup):
             return super().make_context(info_name, args, parent, **extra)
         except UsageError as error:
             _refuse(_usage_error(error))
+        except OSError as error:  # of printing the help
+            _stop(error)
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -39,12 +41,7 @@ class Commands(TyperGroup):
         except MMTokError as error:
             _refuse(error)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EPIPE):
-                raise
-            from mmtok_cli.report.console import report_unwritable
-
-            report_unwritable(error)
-            raise typer.Exit(1) from error
+            _stop(error)
         except Exception as error:
             if is_out_of_memory(error):
                 _refuse(MMTokError(f"out of memory: {first_line(error)}", "lower --batch-size, or free memory"), 1)
@@ -57,6 +54,16 @@ def _refuse(error: MMTokError, status: int = 2) -> NoReturn:
 
     print_error(error)
     raise typer.Exit(status) from error
+
+
+def _stop(error: OSError) -> NoReturn:
+    """End where standard output cannot be written or the disk is full. Any other error is a defect and raised."""
+    from mmtok_cli.report.console import StandardOutputError, print_system_error
+
+    if not isinstance(error, StandardOutputError) and error.errno != errno.ENOSPC:
+        raise error
+    print_system_error(error)
+    raise typer.Exit(1) from error
 
 
 def _usage_error(error: Any) -> MMTokError:

@@ -14,7 +14,6 @@ from mmtok_cli.settings import MEASUREMENT, ProfileSettings
 
 if TYPE_CHECKING:
     from mmtok_cli.profiling import Profiled
-    from mmtok_cli.results.profile import ProfileResult
 
 SCALING_TOKENS = "576,1024,2304,4096,9216,16384"
 EXPORTS = (".json", ".csv", ".md")
@@ -71,10 +70,10 @@ def profile(
 
     [dim]mmtok profile --methods mmtok,divprune --budget 64 --scaling --plot scaling.png[/dim]
     """
-    from mmtok_cli.cli.outputs import check_outputs, model_inputs, outputs_of
-    from mmtok_cli.cli.showing import profile_exports
+    from mmtok_cli.cli.showing import profile_exports, save_scaling_plot
     from mmtok_cli.data.samples import demo_samples, sample_from_file
     from mmtok_cli.errors import MMTokError
+    from mmtok_cli.outputs import check_outputs, model_inputs, outputs_of
     from mmtok_cli.profiling import profile as measure
     from mmtok_cli.report.console import ConsoleProgress, attempt_all, print_error, print_json
     from mmtok_cli.timing.scaling import parse_tokens
@@ -90,7 +89,7 @@ def profile(
     found = measure(settings, sample, data, trace_dir, ConsoleProgress(quiet), scaling_sizes=sizes)
     parts = profile_exports(found.profile, exports or [], quiet)
     if plot:
-        parts.append(partial(_save_plot, found.profile, plot, quiet))
+        parts.append(partial(save_scaling_plot, found.profile, plot, quiet))
     if as_json:
         parts.append(partial(print_json, found.profile))
     else:
@@ -98,18 +97,10 @@ def profile(
     done = attempt_all(parts)
     for problem in found.problems:
         print_error(problem)
-    if not done or found.problems:
-        raise typer.Exit(1)
     if found.profile.interrupted:
         raise typer.Exit(130)
-
-
-def _save_plot(profile: ProfileResult, path: Path, quiet: bool) -> None:
-    from mmtok_cli.cli.showing import tell_written
-    from mmtok_cli.report.plots import save_scaling
-
-    save_scaling(profile, path)
-    tell_written(path, quiet)
+    if not done or found.problems:
+        raise typer.Exit(1)
 
 
 def _show(found: Profiled, settings: ProfileSettings, sizes: Sequence[int], top: int, quiet: bool) -> None:

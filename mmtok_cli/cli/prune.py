@@ -57,9 +57,9 @@ def prune(
 
     [dim]mmtok prune img.jpg "What color is the car?" --budget 64 --output kept.png[/dim]
     """
-    from mmtok_cli.cli.outputs import check_outputs, model_inputs, outputs_of
     from mmtok_cli.configuration import configured_model, one_case
     from mmtok_cli.data.samples import sample_from_file
+    from mmtok_cli.outputs import check_outputs, model_inputs, outputs_of
     from mmtok_cli.panels import lay_out
     from mmtok_cli.profiling import time_selection
     from mmtok_cli.report.console import ConsoleProgress, attempt_all, print_json
@@ -89,21 +89,19 @@ def prune(
 
 
 def _save_picture(sample: Sample, shown: list[Shown], mark: int, path: Path, quiet: bool) -> None:
-    from mmtok_cli.cli.showing import tell_written
+    from mmtok_cli.cli.showing import save
     from mmtok_cli.panels import draw
     from mmtok_cli.report.overlay import save_image
 
-    save_image(draw(sample.images[0], shown, mark), path)
-    tell_written(path, quiet)
+    save(lambda: save_image(draw(sample.images[0], shown, mark), path), path, quiet)
 
 
 def _save_gains(gains: list[float], case: Case, selected: Selected, path: Path, quiet: bool) -> None:
-    from mmtok_cli.cli.showing import tell_written
+    from mmtok_cli.cli.showing import save
     from mmtok_cli.report.plots import save_gain_curve
 
     tokens = selected.reduced.tokens[0]
-    save_gain_curve(gains, path, f"{case}, {tokens.kept} of {tokens.total} tokens")
-    tell_written(path, quiet)
+    save(partial(save_gain_curve, gains, path, f"{case}, {tokens.kept} of {tokens.total} tokens"), path, quiet)
 
 
 def _gains(selected: Selected, method: str) -> list[float]:

@@ -21,10 +21,10 @@ def report(
 
     [dim]mmtok report runs/monday runs/tuesday --export both.html[/dim]
     """
-    from mmtok_cli.cli.outputs import Inputs, check_outputs, outputs_of
     from mmtok_cli.cli.showing import exports, show
     from mmtok_cli.errors import MMTokError
-    from mmtok_cli.pictures import read_pictures
+    from mmtok_cli.outputs import Inputs, check_outputs, outputs_of
+    from mmtok_cli.overlays import read_overlays
     from mmtok_cli.report.console import attempt_all
     from mmtok_cli.report.exports import EXPORTS
     from mmtok_cli.results.merge import merge, same_kind
@@ -45,7 +45,7 @@ def report(
         )
         raise MMTokError(f"these runs differ in their model or samples: {kinds}", "report on them one after another")
     if any(path.suffix.lower() == ".html" for path in files or []):
-        read_pictures(runs[0])  # those that cannot be read are refused before anything is written
+        read_overlays(runs[0])  # those that cannot be read are refused before anything is written
     merged = [merge(group) for group in groups]
     parts = [part for one in merged for part in exports(one, files or [], runs[0], quiet)]
     if not attempt_all([*parts, *(partial(show, one, [], as_json, quiet) for one in merged)]):

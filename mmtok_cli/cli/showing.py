@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from mmtok_cli.errors import MMTokError
-from mmtok_cli.pictures import read_pictures
+from mmtok_cli.overlays import read_overlays
 from mmtok_cli.report import checks, console, tables
 from mmtok_cli.report.text import printable, printable_record
 from mmtok_cli.report.units import plural
@@ -47,9 +47,8 @@ def exports(comparison: Comparison, files: Iterable[Path], run: Path | None, qui
 def _export(comparison: Comparison, path: Path, run: Path | None, quiet: bool) -> None:
     from mmtok_cli.report.exports import write_export
 
-    overlays = read_pictures(run) if run and path.suffix.lower() == ".html" else []
-    write_export(comparison, path, overlays=overlays)
-    tell_written(path, quiet)
+    overlays = read_overlays(run) if run and path.suffix.lower() == ".html" else []
+    save(partial(write_export, comparison, path, overlays=overlays), path, quiet)
 
 
 def save_plot(comparison: Comparison, path: Path, quiet: bool) -> None:
@@ -60,12 +59,26 @@ def save_plot(comparison: Comparison, path: Path, quiet: bool) -> None:
     if not first.results or not first.results[0].case.is_baseline or len(first.results) < 2:
         raise MMTokError("there is nothing to plot", "a plot requires the baseline and at least one other case")
     if not any(result.fidelity for result in first.results):
+        if comparison.interrupted:
+            tell_not_written(path, quiet, "no answers were evaluated before the interruption")
+            return
+        raise MMTokError("there is nothing to plot: no answers were evaluated", "omit --no-quality and --layers")
+    which = f" (batch size {first.schedule.batch_size})" if others else ""
+    save(partial(save_tradeoff, first, path), path, quiet, which)
+
+
+def save_scaling_plot(profile: ProfileResult, path: Path, quiet: bool) -> None:
+    """Plot the times at each number of tokens. Raises MMTokError if there is nothing to plot."""
+    from mmtok_cli.report.plots import save_scaling
+
+    if all(point.refused for point in profile.scaling):
+        if profile.interrupted:
+            tell_not_written(path, quiet, "no number of tokens was measured before the interruption")
+            return
         raise MMTokError(
-            "there is nothing to plot: no answers were evaluated",
-            "resume the run with --resume" if comparison.interrupted else "omit --no-quality and --layers",
+            "there is nothing to plot: no number of tokens was measured", "choose smaller --scaling-tokens"
         )
-    save_tradeoff(first, path)
-    tell_written(path, quiet, f" (batch size {first.schedule.batch_size})" if others else "")
+    save(partial(save_scaling, profile, path), path, quiet)
 
 
 def profile_exports(profile: ProfileResult, files: Iterable[Path], quiet: bool) -> list[Part]:
@@ -77,12 +90,25 @@ def _export_profile(profile: ProfileResult, path: Path, quiet: bool) -> None:
     from mmtok_cli.report.exports import write_export, write_json
 
     if path.suffix.lower() == ".json":
-        write_json(profile, path)
+        save(partial(write_json, profile, path), path, quiet)
     else:
         fields = {"model", "rules", "environment", "schedule", "interrupted"}
-        write_export(Comparison(**profile.model_dump(by_alias=True, include=fields), results=profile.cases), path)
-    tell_written(path, quiet)
+        cases = Comparison(**profile.model_dump(by_alias=True, include=fields), results=profile.cases)
+        save(partial(write_export, cases, path), path, quiet)
+
+
+def save(write: Part, path: Path, quiet: bool, which: str = "") -> None:
+    """Write a file and say so. which: what is in it, if not everything. Raises MMTokError that names the file."""
+    try:
+        write()
+    except OSError as error:  # of something that is read for it, such as a font
+        raise MMTokError(f"{path} could not be written: {error}") from error
+    tell_written(path, quiet, which)
 
 
 def tell_written(path: Path, quiet: bool, which: str = "") -> None:
     console.notes_console(quiet).print(f"wrote {printable(path)}{which}", soft_wrap=True)
+
+
+def tell_not_written(path: Path, quiet: bool, why: str) -> None:
+    console.notes_console(quiet).print(f"{printable(path)} was not written: {why}", soft_wrap=True)

@@ -15,17 +15,33 @@ from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColu
 from rich.progress import Progress as ProgressBar
 from rich.text import Text
 
-from mmtok_cli.errors import MMTokError
+from mmtok_cli.errors import MMTokError, first_line
 from mmtok_cli.progress import Progress, Update
 from mmtok_cli.report.text import printable, printable_json
 from mmtok_cli.results.schema import json_text
 
 
+class StandardOutputError(OSError):
+    """Standard output cannot be written."""
+
+
+@contextmanager
+def _writing_results() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StandardOutputError(error.errno, error.strerror or str(error)) from error
+
+
 class ResultsConsole(Console):
-    """Standard output: results and nothing else. Raises OSError where they cannot be written."""
+    """Standard output: results and nothing else. Raises StandardOutputError where they cannot be written."""
 
     def __init__(self) -> None:
         super().__init__(highlight=False, markup=False, emoji=False)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        with _writing_results():
+            super().print(*objects, **options)
 
     def on_broken_pipe(self) -> None:
         """Rich would end the program, and with it what is still to be done."""
@@ -56,11 +72,13 @@ def notes_console(quiet: bool = False) -> NotesConsole:
 
 
 def print_json(result: BaseModel | dict[str, Any]) -> None:
-    """One JSON object on standard output, unwrapped and uncoloured."""
+    """One JSON object on standard output, unwrapped and uncoloured. Raises StandardOutputError."""
     out = results_console()
     ascii_only = not out.encoding.startswith("utf")
-    out.file.write(printable_json(json_text(result, indent=2), ascii_only=ascii_only) + "\n")
-    out.file.flush()
+    text = printable_json(json_text(result, indent=2), ascii_only=ascii_only) + "\n"
+    with _writing_results():
+        out.file.write(text)
+        out.file.flush()
 
 
 def attempt_all(parts: Iterable[Callable[[], object]]) -> bool:
@@ -78,7 +96,7 @@ def attempt_all(parts: Iterable[Callable[[], object]]) -> bool:
             print_error(error)
         except OSError as error:
             succeeded = False
-            report_unwritable(error)
+            print_system_error(error)
         except (Exception, KeyboardInterrupt) as error:
             stop = stop or error
     if stop:
@@ -86,10 +104,13 @@ def attempt_all(parts: Iterable[Callable[[], object]]) -> bool:
     return succeeded
 
 
-def report_unwritable(error: OSError) -> None:
-    """Say that standard output cannot be written, unless its reader is gone."""
-    if not isinstance(error, BrokenPipeError):
-        print_error(MMTokError(f"standard output could not be written: {error.strerror or error}"))
+def print_system_error(error: OSError) -> None:
+    """Say what cannot be read or written: standard output, unless its reader is gone, or a file where it is known."""
+    reason = error.strerror or first_line(error)
+    if not isinstance(error, StandardOutputError):
+        print_error(MMTokError(f"{error.filename}: {reason}" if error.filename is not None else reason))
+    elif error.errno != errno.EPIPE:
+        print_error(MMTokError(f"standard output could not be written: {reason}"))
 
 
 def print_error(error: MMTokError) -> None:

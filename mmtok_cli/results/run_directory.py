@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
@@ -62,6 +62,7 @@ class RunDirectory:
         Raises MMTokError where another process uses the directory, and where a run is in it already; NotWrittenError
         where the plan cannot be written.
         """
+        created = [place for place in (path / LOCK, path, *path.parents) if not os.path.lexists(place)]
         with _locked(path) as lock:
             require_no_run(path)
             directory = cls(path, plan)
@@ -70,7 +71,7 @@ class RunDirectory:
             try:
                 yield directory
             except MMTokError:
-                directory._remove_if_empty()
+                directory._remove_if_empty(created)
                 raise
 
     @classmethod
@@ -124,7 +125,25 @@ class RunDirectory:
         """Save the summary of the run. Raises NotWrittenError where it cannot be written."""
         self._write(RESULT, result)
 
-    def require_unmoved(self) -> None:
+    def write_file(self, name: str, write: Callable[[Path], object]) -> None:
+        """Let `write` fill a file of the run, which is written whole or not at all.
+
+        Raises NotWrittenError where it cannot be written, and where the directory was renamed or deleted.
+        """
+        self._require_unmoved()
+        path = self.path / name
+        try:
+            path.parent.mkdir(exist_ok=True)
+            write_whole(path, write, parents=False)
+        except FileExistsError as error:
+            raise NotWrittenError(
+                f"{path.parent} is not a directory", "move it away, then resume with --resume"
+            ) from error
+        except (MMTokError, OSError) as error:
+            message = error.message if isinstance(error, MMTokError) else f"{path} could not be written: {error}"
+            raise NotWrittenError(message, "free disk space, then resume with --resume") from error
+
+    def _require_unmoved(self) -> None:
         """Raises NotWrittenError where the directory was renamed or deleted since it was locked.
 
         What would be written then would start another directory, without a plan.
@@ -141,23 +160,21 @@ class RunDirectory:
                 "if it was renamed, resume with --resume and its new name as --run-dir",
             )
 
-    def _remove_if_empty(self) -> None:
-        """Remove a run that was refused before anything was measured."""
-        if not (self.runs or self.counted or self.failures or self.predictions):
-            with suppress(OSError):
-                (self.path / PLAN).unlink()
-                (self.path / LOCK).unlink()
-                self.path.rmdir()
+    def _remove_if_empty(self, created: Sequence[Path]) -> None:
+        """Remove a run that was refused before anything was measured. created: the lock file and the directories that
+        did not exist before, the innermost first."""
+        if self.runs or self.counted or self.failures or self.predictions:
+            return
+        with suppress(OSError):
+            (self.path / PLAN).unlink()
+            for place in created:
+                if place == self.path / LOCK:
+                    place.unlink()
+                else:
+                    place.rmdir()
 
     def _write(self, name: str, record: Record) -> None:
-        self.require_unmoved()
-        path = self.path / name
-        try:
-            path.parent.mkdir(exist_ok=True)
-            write_whole(path, lambda part: part.write_text(json_text(record), encoding="utf-8"), parents=False)
-        except (MMTokError, OSError) as error:
-            message = error.message if isinstance(error, MMTokError) else f"{path} could not be written: {error}"
-            raise NotWrittenError(message, "free disk space, then resume with --resume") from error
+        self.write_file(name, lambda part: part.write_text(json_text(record), encoding="utf-8"))
 
     def _check_key(self, record: TimedRun | CountedFlops | TimingFailure) -> None:
         if record.case >= len(self.plan.cases) or record.key != self.plan.cases[record.case].key:

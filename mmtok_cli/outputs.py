@@ -7,6 +7,7 @@ import stat
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -40,10 +41,15 @@ class Output:
 
 @dataclass
 class Inputs:
-    """What a command reads: files, directories with all that is in them, and run directories."""
+    """What a command reads: files, directories with all that is in them, and run directories.
+
+    datasets: directories whose files, also those in new subdirectories, are the data. pattern: of the files that are.
+    """
 
     files: list[Path] = field(default_factory=list)
     directories: list[Path] = field(default_factory=list)
+    datasets: list[Path] = field(default_factory=list)
+    pattern: Path | None = None
     runs: list[Path] = field(default_factory=list)
 
 
@@ -53,8 +59,9 @@ def outputs_of(paths: Iterable[tuple[str, Path | None, tuple[str, ...]]]) -> lis
 
 
 def check_outputs(outputs: Sequence[Output], inputs: Inputs) -> None:
-    """Raises MMTokError for an output that cannot be written, that another output names too, or that is an input or a
-    record of a run, through links and in other letter cases as well. Nothing is written; directories need not exist."""
+    """Raises MMTokError for an output that cannot be written, that another output names too, that is an input or a
+    record of a run, or that would become a part of the data, through links and in other letter cases as well. Nothing
+    is written; directories need not exist."""
     for output in outputs:
         if output.suffixes:
             require_writable(output.path, output.suffixes, output.option)
@@ -65,6 +72,7 @@ def check_outputs(outputs: Sequence[Output], inputs: Inputs) -> None:
     for output in outputs:
         _require_no_record(output, inputs.runs)
         _require_no_input(output, inputs)
+        _require_no_data(output, inputs)
 
 
 def model_inputs(model: str, *files: Path) -> Inputs:
@@ -85,6 +93,7 @@ def model_inputs(model: str, *files: Path) -> Inputs:
 
 def comparison_inputs(settings: CompareSettings, run: Path, outputs: Sequence[Output]) -> Inputs:
     """What `mmtok compare` reads: the model, the data and the images of the data, and a run that is resumed."""
+    from mmtok_cli.data.pictures import is_pattern
     from mmtok_cli.data.vqav2 import annotations_beside
 
     inputs = model_inputs(settings.model)
@@ -93,8 +102,11 @@ def comparison_inputs(settings: CompareSettings, run: Path, outputs: Sequence[Ou
     for path in map(Path, filter(None, (settings.data, rest, *rest.split(",")))):
         if _kind(path) == "file":
             inputs.files += filter(None, (path, annotations_beside(path)))
-        elif _kind(path) == "directory" and kind == "hub":
-            inputs.directories.append(path)
+        elif _kind(path) == "directory":
+            inputs.datasets.append(path)
+            inputs.directories += [path] if kind == "hub" else []
+    if is_pattern(settings.data) and not inputs.files:
+        inputs.pattern = Path(settings.data)
     # All data are read for this, so only where an output replaces a file, which might be one of the images.
     if kind not in ("demo", "hub") and any(output.suffixes and _same_names(output.path) for output in outputs):
         inputs.files += _image_files(settings)
@@ -152,6 +164,27 @@ def _require_no_input(output: Output, inputs: Inputs) -> None:
     for file in (*inputs.files, *(file for directory in inputs.directories for file in _files_below(directory))):
         if ids & _ids([file]):
             raise MMTokError(f"{output} is the same file as the input {file}", ELSEWHERE)
+
+
+def _require_no_data(output: Output, inputs: Inputs) -> None:
+    """What is written below the data would be read as data the next time, as when a run is resumed."""
+    parents = _ids((output.directory, *output.directory.parents))
+    for directory in inputs.datasets:
+        if parents & _ids([directory]):
+            raise MMTokError(f"{output} would be written into the dataset {directory}", ELSEWHERE)
+    if inputs.pattern:
+        path = _real(output.path if output.suffixes else output.path / "overlays" / "000000-000.webp")
+        if _matches(path.parts, _real(inputs.pattern).parts):
+            raise MMTokError(f"{output} would be a part of the dataset {inputs.pattern}", ELSEWHERE)
+
+
+def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether a path matches a pattern in which `**` stands for any number of directories."""
+    if not pattern:
+        return not parts
+    if pattern[0] == "**":
+        return any(_matches(parts[i:], pattern[1:]) for i in range(len(parts) + 1))
+    return bool(parts) and fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
 
 
 def _real(path: Path) -> Path:

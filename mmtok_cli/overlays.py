@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -14,8 +13,6 @@ from pydantic import Field
 
 from mmtok_cli.data.images import open_image
 from mmtok_cli.errors import MMTokError
-from mmtok_cli.files import write_whole
-from mmtok_cli.report.overlay import save_image
 from mmtok_cli.results.run_directory import read_file, validation_message
 from mmtok_cli.results.schema import Record, from_json, json_text
 
@@ -24,6 +21,7 @@ if TYPE_CHECKING:
     from mmtok_cli.data.datasets import Dataset
     from mmtok_cli.data.samples import Sample
     from mmtok_cli.models.base import VisionLanguageModel
+    from mmtok_cli.progress import Progress
     from mmtok_cli.report.page import OverlayGroup
     from mmtok_cli.results.run_directory import RunDirectory
 
@@ -33,30 +31,31 @@ SAMPLES = 3
 LONGEST_SIDE = 480  # pixels
 
 
-class Picture(Record):
+class SavedOverlay(Record):
     file: str = Field(pattern=r"^[0-9]+-[0-9]+\.webp$")  # within the folder
     caption: str
     note: str
 
 
-class Pictures(Record):
+class SavedGroup(Record):
     """The pictures of one sample, side by side."""
 
     title: str
-    pictures: list[Picture]
+    pictures: list[SavedOverlay]
 
 
-class Album(Record):
-    groups: list[Pictures]
+class OverlayIndex(Record):
+    groups: list[SavedGroup]
 
 
-def save_pictures(model: VisionLanguageModel, cases: Sequence[Case], dataset: Dataset, store: RunDirectory) -> None:
+def save_overlays(
+    model: VisionLanguageModel, cases: Sequence[Case], dataset: Dataset, store: RunDirectory, progress: Progress
+) -> None:
     """Draw what each case of the middle budget keeps of the first few images, unless they exist.
 
-    A case that fails is left out. Raises MMTokError where pictures cannot be written.
+    A case that fails is left out, with a note. Raises NotWrittenError where pictures cannot be written.
     """
-    folder = store.path / FOLDER
-    if (folder / INDEX).exists():
+    if has_overlays(store.path):
         return
     chosen = dict(_of_middle_budget(cases))
     groups = []
@@ -65,23 +64,24 @@ def save_pictures(model: VisionLanguageModel, cases: Sequence[Case], dataset: Da
         for place, case in chosen.items():
             if place in store.failures:
                 continue
-            drawn = _drawn(model, case, sample)
-            if drawn is not None:
-                name = f"{number:06d}-{place:03d}.webp"
-                folder.mkdir(parents=True, exist_ok=True)
-                save_image(drawn, folder / name)
-                pictures.append(Picture(file=name, caption=str(case), note=_said(store, place, number)))
+            drawn, problem = _drawn(model, case, sample)
+            if drawn is None:
+                progress.note(f"{case.id.label} is not drawn for sample {number + 1}: {problem}")
+                continue
+            name = f"{number:06d}-{place:03d}.webp"
+            store.write_file(f"{FOLDER}/{name}", partial(drawn.save, format="WEBP"))
+            pictures.append(SavedOverlay(file=name, caption=str(case), note=_said(store, place, number)))
         title = sample.question if sample.answer is None else f"{sample.question} ({sample.answer})"
-        groups.append(Pictures(title=title, pictures=pictures))
-    album = Album(groups=[group for group in groups if group.pictures])
-    write_whole(folder / INDEX, lambda part: part.write_text(json_text(album), encoding="utf-8"))
+        groups.append(SavedGroup(title=title, pictures=pictures))
+    index = OverlayIndex(groups=[group for group in groups if group.pictures])
+    store.write_file(f"{FOLDER}/{INDEX}", lambda part: part.write_text(json_text(index), encoding="utf-8"))
 
 
-def has_pictures(run: Path) -> bool:
+def has_overlays(run: Path) -> bool:
     return (run / FOLDER / INDEX).exists()
 
 
-def read_pictures(run: Path) -> list[OverlayGroup]:
+def read_overlays(run: Path) -> list[OverlayGroup]:
     """The pictures of a run, none where none were drawn. Raises MMTokError for those that cannot be read."""
     from mmtok_cli.report.page import Overlay, OverlayGroup
 
@@ -89,10 +89,10 @@ def read_pictures(run: Path) -> list[OverlayGroup]:
     if not (os.path.lexists(folder / INDEX) or folder.is_file()):
         return []
     try:
-        album = from_json(Album, read_file(folder / INDEX), strict=True)
+        index = from_json(OverlayIndex, read_file(folder / INDEX), strict=True)
         return [
             OverlayGroup(g.title, [Overlay(p.caption, _opened(run, p.file), p.note) for p in g.pictures])
-            for g in album.groups
+            for g in index.groups
         ]
     except ValueError as error:
         raise MMTokError(
@@ -134,14 +134,16 @@ def _different(samples: Sequence[Sample]) -> Iterator[tuple[int, Sample]]:
         yield number, opened
 
 
-def _drawn(model: VisionLanguageModel, case: Case, sample: Sample) -> Image | None:
-    """What the case keeps of the sample's first image; None where it cannot be run."""
-    from mmtok_cli.cases import release_memory
+def _drawn(model: VisionLanguageModel, case: Case, sample: Sample) -> tuple[Image | None, str]:
+    """What the case keeps of the sample's first image, or why it cannot be drawn."""
+    from mmtok_cli.cases import failure_of, release_memory
 
-    with contextlib.suppress(Exception):
-        return _draw(model, case, sample)
-    release_memory(model.device)
-    return None
+    try:
+        return _draw(model, case, sample), ""
+    except Exception as error:
+        problem = failure_of(error)["message"]
+    release_memory(model.device)  # only here, since the error holds on to the memory of the failed run
+    return None, problem
 
 
 def _draw(model: VisionLanguageModel, case: Case, sample: Sample) -> Image:
