@@ -6,6 +6,7 @@ import base64
 import csv
 import io
 import json
+import os
 import random
 import sys
 from collections import Counter
@@ -202,6 +203,19 @@ def test_folders_patterns_and_single_images(folder: Path, monkeypatch: pytest.Mo
     for nothing in ("empty", "*.txt"):
         with pytest.raises(MMTokError, match="there is no image in"):
             open_dataset(str(folder / nothing), question="?")
+
+
+def test_names_of_images_that_are_not_unicode(folder: Path) -> None:
+    """They could be neither printed nor saved."""
+    try:
+        (folder / os.fsdecode(b"\xff.png")).write_bytes((folder / "a.png").read_bytes())
+    except OSError:
+        pytest.skip("this file system refuses such names")
+    found = open_dataset(str(folder), question="?", limit=1)
+    assert [sample.id for sample in found.samples] == ["a.png"]
+    assert found.notes() == [r"left out: the name of '\udcff.png' is not valid UTF-8"]
+    with pytest.raises(MMTokError, match=r"the name of '\\udcff.png' is not valid UTF-8"):
+        open_dataset(str(folder / "?.png").replace("?", "[!a]"), question="?")
 
 
 def test_demo() -> None:
@@ -641,11 +655,15 @@ def test_base64_in_json(folder: Path) -> None:
         row(image=f"data:image/png;base64,{whole}"),
         row(image=whole[: len(whole) // 2 // 4 * 4]),
         row(image="x" * 300 + ".png"),
+        *(row(image=f"data:image/png;base64,{wrong}") for wrong in ("éé", "A", "\0", "=")),
     )
     found = open_dataset(str(file))
     assert [s.open().images[0].size for s in found.samples[:2]] == [(30, 20)] * 2
     with pytest.raises(MMTokError, match=r"line 3, image"):
         found.samples[2].open()
+    for sample in found.samples[3:]:
+        with pytest.raises(MMTokError, match=r"line \d, image"):
+            sample.open()
     assert len(found.problems) == 1 and "line 4: image: File name too long" in found.problems[0]
 
 

@@ -85,18 +85,19 @@ def model_inputs(model: str, *files: Path) -> Inputs:
 
 def comparison_inputs(settings: CompareSettings, run: Path, outputs: Sequence[Output]) -> Inputs:
     """What `mmtok compare` reads: the model, the data and the images of the data, and a run that is resumed."""
+    from mmtok_cli.data.names import parse_name
     from mmtok_cli.data.vqav2 import annotations_beside
 
     inputs = model_inputs(settings.model)
     inputs.runs.append(run)
-    kind, _, rest = settings.data.partition(":")
-    for path in map(Path, filter(None, (settings.data, rest, *rest.split(",")))):
+    name = parse_name(settings.data)
+    for path in name.paths:
         if _kind(path) == "file":
             inputs.files += filter(None, (path, annotations_beside(path)))
-        elif _kind(path) == "directory" and kind == "hub":
+        elif _kind(path) == "directory" and name.kind == "hub":
             inputs.directories.append(path)
     # All data are read for this, so only where an output replaces a file, which might be one of the images.
-    if kind not in ("demo", "hub") and any(output.suffixes and _same_names(output.path) for output in outputs):
+    if name.kind not in ("demo", "hub") and any(output.suffixes and _same_names(output.path) for output in outputs):
         inputs.files += _image_files(settings)
     return inputs
 

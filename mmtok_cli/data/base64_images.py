@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import re
 
@@ -31,6 +30,6 @@ def decoded(text: str, name: str) -> Image:
     """The image. Raises MMTokError, which calls it `name`, where it cannot be read."""
     try:
         content = base64.b64decode(PREFIX.sub("", text, count=1))
-    except binascii.Error as error:
+    except ValueError as error:  # binascii.Error, or a character that is not of ASCII
         raise MMTokError(f"{name} is not base64: {error}", "encode the bytes of an image file") from error
     return open_image(name, content)

@@ -199,19 +199,12 @@ def entries_of(path: Path) -> Iterable[Entry]:
     return vqav2_entries(document, path, None) if is_vqav2(document) else document_entries(path, document)
 
 
-def vqav2_file_entries(text: str) -> tuple[Path, Iterable[Entry]]:
-    """The question file and the rows of QUESTIONS.json or QUESTIONS.json,ANNOTATIONS.json.
-
-    Raises MMTokError for files that do not exist or are not of this format.
-    """
-    paths = [Path(text)] if Path(text).is_file() else [Path(name) for name in text.split(",")]
-    if len(paths) > 2:
-        raise MMTokError(f"vqav2:{text} names {len(paths)} files", "write vqav2:QUESTIONS.json,ANNOTATIONS.json")
-    for path in paths:
+def vqav2_file_entries(questions: Path, annotations: Path | None = None) -> Iterable[Entry]:
+    """The rows of a question file. Raises MMTokError for files that do not exist or are not of this format."""
+    for path in filter(None, (questions, annotations)):
         require_file(path)
         require_utf8(path)
-    questions, annotations = paths[0], paths[1] if len(paths) == 2 else None
-    return questions, vqav2_entries(read_json(questions), questions, annotations)
+    return vqav2_entries(read_json(questions), questions, annotations)
 
 
 def require_utf8(path: Path) -> None:

@@ -11,6 +11,7 @@ from mmtok_cli.data.data_files import DataFile, entries_of, vqav2_file_entries
 from mmtok_cli.data.hub import HubRows
 from mmtok_cli.data.images import require_file
 from mmtok_cli.data.layouts import POPE, VQAV2, Layout, MetricName
+from mmtok_cli.data.names import parse_name
 from mmtok_cli.data.pictures import SUFFIXES, is_pattern, pictures
 from mmtok_cli.data.rows import Columns, require_columns
 from mmtok_cli.data.samples import Sample, demo_samples
@@ -76,24 +77,25 @@ def open_dataset(
 
 
 def _opened(text: str, image_root: Path | None, limit: int | None, question: str | None, columns: Columns) -> Dataset:
-    kind, _, rest = text.partition(":")
-    if text == "demo":
+    name = parse_name(text)
+    if name.kind == "demo":
         return _demo(limit, question, columns)
-    if kind == "hub":
-        rows = HubRows(rest, question=question, columns=columns)
+    if name.kind == "hub":
+        rows = HubRows(name, question=question, columns=columns)
         samples = _take(rows.samples(), limit)
-        return Dataset(rest, samples, rows.metric, problems=tuple(rows.problems))
-    path = Path(rest if kind == "pope" else text)
+        return Dataset(rows.name, samples, rows.metric, problems=tuple(rows.problems))
+    path = name.paths[0]
     layout: Layout | None = None
-    if kind == "vqav2":
-        path, entries = vqav2_file_entries(rest)
+    if name.kind == "vqav2":
+        entries = vqav2_file_entries(*name.paths)
         layout = VQAV2
-    elif kind != "pope" and _holds_images(text):
-        return Dataset(text, _take(pictures(text, question), limit), metric=None)
+    elif name.kind == "path" and _holds_images(text):
+        images, problems = pictures(text, question, limit)
+        return Dataset(text, images, metric=None, problems=tuple(problems))
     else:
         _require_data(path, text)
         entries = entries_of(path)
-        layout = POPE if kind == "pope" else None
+        layout = POPE if name.kind == "pope" else None
     file = DataFile(path, entries, image_root=image_root, question=question, columns=columns, layout=layout)
     found = file.read(limit)
     return Dataset(path.name, found, file.metric, len(file.missing), file.left_out, tuple(file.problems))
