@@ -12,13 +12,15 @@ from mmtok_cli.data.images import open_image
 from mmtok_cli.errors import MMTokError
 
 LONGEST_NAME = 64  # VLMEvalKit takes what is longer for base64
+LONGEST_PATH = 4096  # no path is longer, so no more characters need be looked at
 PREFIX = re.compile(r"data:image/[\w.+-]+;base64,")
 BASE64 = re.compile(r"[A-Za-z0-9+/\s]++={0,2}")
 
 
 def is_base64(text: str) -> bool:
     """Whether a text is an image and not the name of a file: a data URL, or long and of base64's characters alone."""
-    return PREFIX.match(text) is not None or (len(text) > LONGEST_NAME and BASE64.fullmatch(text.strip()) is not None)
+    start = text[:LONGEST_PATH]
+    return PREFIX.match(start) is not None or (len(text) > LONGEST_NAME and BASE64.fullmatch(start.strip()) is not None)
 
 
 def image_name(text: str) -> str:

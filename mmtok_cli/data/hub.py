@@ -19,12 +19,14 @@ from mmtok_cli.data.rows import Columns, Row, fault_of, fields_of, make_sample
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.errors import MMTokError
 
+ROWS_FOR_METRIC = 1000
+
 
 class HubRows:
     """Reads a dataset on the hub or in a directory row by row.
 
-    problems: a message for each unusable row. metric: the one that suits its fields. Raises MMTokError if the dataset
-    cannot be loaded or lacks a column.
+    problems: a message for each unusable row that was read. Raises MMTokError if the dataset cannot be loaded or lacks
+    a column.
     """
 
     def __init__(self, name: DataName, *, question: str | None, columns: Columns) -> None:
@@ -33,7 +35,6 @@ class HubRows:
         self._question = question
         self._columns = columns
         self._table, self._images = _with_images(_load(name), columns.get("image", "image"), self.name)
-        self.metric = self._usual_metric()
 
     def samples(self) -> Iterator[Sample]:
         """The usable rows. Raises MMTokError if there are none."""
@@ -55,12 +56,17 @@ class HubRows:
         if not found:
             raise MMTokError(self.problems[0] if self.problems else f"{self.name} has no rows", hint)
 
-    def _usual_metric(self) -> MetricName | None:
-        """Of all rows, from the columns that decide it."""
+    def usual_metric(self) -> MetricName | None:
+        """The metric that suits the first ROWS_FOR_METRIC rows, or as many as there are up to the first answer.
+
+        It does not depend on how many samples are taken. None where no answer is known.
+        """
         names = {field: self._columns.get(field, field) for field in ("answer", "answers", "choices")}
         there = {field: name for field, name in names.items() if name in self._table.column_names}
         usual = UsualMetric()
-        for raw in self._table.select_columns(list(there.values())) if there else ():
+        for number, raw in enumerate(self._table.select_columns(list(there.values())) if there else ()):
+            if number >= ROWS_FOR_METRIC and usual.name:
+                break
             usual.add({field: raw[name] for field, name in there.items()})
         return usual.name
 
