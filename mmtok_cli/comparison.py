@@ -215,6 +215,7 @@ class ComparisonRun:
             limit=settings.limit,
             question=settings.question,
             columns=column_names(settings.columns),
+            find_metric=settings.metric is None,
         )
         dataset = with_metric(dataset, settings.metric)
         require_whole_batches(len(dataset.samples), settings.batch_size)

@@ -93,22 +93,25 @@ def model_inputs(model: str, *files: Path) -> Inputs:
 
 def comparison_inputs(settings: CompareSettings, run: Path, outputs: Sequence[Output]) -> Inputs:
     """What `mmtok compare` reads: the model, the data and the images of the data, and a run that is resumed."""
+    from mmtok_cli.data.images import is_image
+    from mmtok_cli.data.names import parse_name
     from mmtok_cli.data.pictures import is_pattern
     from mmtok_cli.data.vqav2 import annotations_beside
 
     inputs = model_inputs(settings.model)
     inputs.runs.append(run)
-    kind, _, rest = settings.data.partition(":")
-    for path in map(Path, filter(None, (settings.data, rest, *rest.split(",")))):
+    name = parse_name(settings.data)
+    for path in name.paths:
         if _kind(path) == "file":
             inputs.files += filter(None, (path, annotations_beside(path)))
         elif _kind(path) == "directory":
             inputs.datasets.append(path)
-            inputs.directories += [path] if kind == "hub" else []
+            inputs.directories += [path] if name.kind == "hub" else []
     if is_pattern(settings.data) and not inputs.files:
         inputs.pattern = Path(settings.data)
-    # All data are read for this, so only where an output replaces a file, which might be one of the images.
-    if kind not in ("demo", "hub") and any(output.suffixes and _same_names(output.path) for output in outputs):
+    # All data are read for this, so only where an output replaces an image, which might be one of the data.
+    replaced = (file for output in outputs if output.suffixes for file in _same_names(output.path))
+    if name.kind not in ("demo", "hub") and any(map(is_image, replaced)):
         inputs.files += _image_files(settings)
     return inputs
 
@@ -124,6 +127,7 @@ def _image_files(settings: CompareSettings) -> Iterator[Path]:
         image_root=settings.image_root,
         question=settings.question,
         columns=column_names(settings.columns),
+        find_metric=False,
     )
     for sample in dataset.samples:
         if isinstance(sample.images, ClosedImages):

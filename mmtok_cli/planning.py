@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ from pydantic import Field
 
 from mmtok_cli.cases import Case
 from mmtok_cli.data.datasets import Dataset
+from mmtok_cli.data.names import parse_name
 from mmtok_cli.data.samples import Sample, batches
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.profiles import known_profiles
@@ -97,8 +99,10 @@ def in_batches(samples: Sequence[Sample], sizes: Sequence[int]) -> dict[int, lis
 def with_absolute_paths(settings: CompareSettings) -> CompareSettings:
     """The same settings in words that do not depend on the working directory: of the model, the data and the images."""
     model, root = settings.model, settings.image_root
-    if model not in known_profiles() and Path(model).expanduser().is_dir():
-        model = _absolute(model)
+    # Unlike those of pathlib, these functions leave the name of an unknown user, and one that is too long, as it is.
+    directory = os.path.expanduser(model)  # noqa: PTH111
+    if model not in known_profiles() and os.path.isdir(directory):  # noqa: PTH112
+        model = _absolute(directory)
     return settings.model_copy(
         update={
             "model": model,
@@ -109,20 +113,18 @@ def with_absolute_paths(settings: CompareSettings) -> CompareSettings:
 
 
 def absolute_data(text: str) -> str:
-    """The name of a dataset with absolute paths; see `KINDS`."""
-    kind, colon, rest = text.partition(":")
-    if text == "demo" or kind == "hub":
-        return text
-    if colon and kind in ("pope", "vqav2"):
-        files = rest.split(",") if kind == "vqav2" else [rest]
-        return f"{kind}:{','.join(map(_absolute, files))}"
-    return _absolute(text)
+    """The name of a dataset with absolute paths. Raises MMTokError where `parse_name` does."""
+    name = parse_name(text)
+    return str(replace(name, names=tuple(map(_absolute, name.names)))) if name.paths else text
 
 
 def _absolute(text: str) -> str:
     """A path with its directory resolved. Its own name stays, since its suffix tells the format, if it is a link."""
-    path = Path(text).expanduser()
-    return str(path.parent.resolve() / path.name)
+    path = Path(text)
+    try:
+        return str(path.parent.resolve() / path.name)
+    except (RuntimeError, ValueError):  # a circle of links, or a null character: nothing can have this name
+        return text
 
 
 def make_plan(

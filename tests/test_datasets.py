@@ -6,6 +6,7 @@ import base64
 import csv
 import io
 import json
+import os
 import random
 import sys
 from collections import Counter
@@ -19,7 +20,9 @@ import pytest
 from conftest import picture
 from PIL import Image as PILImage
 
+from mmtok_cli.data import hub as hub_module
 from mmtok_cli.data import samples as samples_module
+from mmtok_cli.data import tables
 from mmtok_cli.data.datasets import Dataset, open_dataset
 from mmtok_cli.data.samples import ClosedImages
 from mmtok_cli.errors import MMTokError
@@ -202,6 +205,19 @@ def test_folders_patterns_and_single_images(folder: Path, monkeypatch: pytest.Mo
     for nothing in ("empty", "*.txt"):
         with pytest.raises(MMTokError, match="there is no image in"):
             open_dataset(str(folder / nothing), question="?")
+
+
+def test_names_of_images_that_are_not_unicode(folder: Path) -> None:
+    """They could be neither printed nor saved."""
+    try:
+        (folder / os.fsdecode(b"\xff.png")).write_bytes((folder / "a.png").read_bytes())
+    except OSError:
+        pytest.skip("this file system refuses such names")
+    found = open_dataset(str(folder), question="?", limit=1)
+    assert [sample.id for sample in found.samples] == ["a.png"]
+    assert found.notes() == [r"left out: the name of '\udcff.png' is not valid UTF-8"]
+    with pytest.raises(MMTokError, match=r"the name of '\\udcff.png' is not valid UTF-8"):
+        open_dataset(str(folder / "?.png").replace("?", "[!a]"), question="?")
 
 
 def test_demo() -> None:
@@ -633,6 +649,27 @@ def test_vlmevalkits_tables(folder: Path) -> None:
         first.open()
 
 
+def test_rows_behind_the_limit_are_read_only_for_the_metric(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes that no file may have show how far it is read; digests are those of the samples that are taken."""
+    named = []
+    monkeypatch.setattr(tables, "image_name", lambda text: named.append(text) or f"image {len(named)}")
+    image = encoded(folder, "a.png").encode()
+    head = b"index\timage\tquestion\tanswer"
+    plain = head + b"\n" + b"".join(b"%d\t%s\tWhat?\ta cat\n" % (i, image) for i in range(3))
+    choices = head + b"\tA\tB\n" + b"".join(b"%d\t%s\tWhat?\tA\tcat\tdog\n" % (i, image) for i in range(3))
+    file = folder / "bench.tsv"
+    file.write_bytes(plain)
+    assert len(open_dataset(str(file), limit=1).samples) == len(named) == 1
+
+    file.write_bytes(choices + b"\xff\n")
+    assert open_dataset(str(file), limit=2).metric == "choice"  # which the format decides
+    file.write_bytes(plain + b"\xff\n")
+    assert len(open_dataset(str(file), limit=2, find_metric=False).samples) == 2
+    for limit in (None, 2):
+        with pytest.raises(MMTokError, match="line 5: it is not UTF-8"):
+            open_dataset(str(file), limit=limit)
+
+
 def test_base64_in_json(folder: Path) -> None:
     whole = encoded(folder, "a.png")
     file = write(
@@ -641,11 +678,15 @@ def test_base64_in_json(folder: Path) -> None:
         row(image=f"data:image/png;base64,{whole}"),
         row(image=whole[: len(whole) // 2 // 4 * 4]),
         row(image="x" * 300 + ".png"),
+        *(row(image=f"data:image/png;base64,{wrong}") for wrong in ("éé", "A", "\0", "=")),
     )
     found = open_dataset(str(file))
     assert [s.open().images[0].size for s in found.samples[:2]] == [(30, 20)] * 2
     with pytest.raises(MMTokError, match=r"line 3, image"):
         found.samples[2].open()
+    for sample in found.samples[3:]:
+        with pytest.raises(MMTokError, match=r"line \d, image"):
+            sample.open()
     assert len(found.problems) == 1 and "line 4: image: File name too long" in found.problems[0]
 
 
@@ -660,6 +701,24 @@ def test_rows_of_the_hub_about_one_image_share_its_name(folder: Path) -> None:
     first, second, third = found.samples
     assert first.image_ids == second.image_ids != third.image_ids
     assert found.metric == "anls" and open_dataset(f"hub:{folder / 'one'}", limit=1).metric == "anls"
+
+
+@pytest.mark.parametrize(
+    ("answers", "metric"),
+    [
+        ([["x"] * 3, ["x"] * 3, ["x"], ["x"], ["x"]], "textvqa"),  # of the first two rows
+        ([None, None, ["x"], ["x"] * 3, ["x"] * 3], "anls"),  # of the rows up to the first answer
+        ([None] * 5, None),
+    ],
+)
+def test_the_metric_of_a_hub_dataset_is_that_of_its_first_rows(
+    answers: list[Any], metric: str | None, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_module, "ROWS_FOR_METRIC", 2)
+    features = hub.Features(image=hub.Image(), question=hub.Value("string"), answers=hub.List(hub.Value("string")))
+    columns = {"image": [str(folder / "a.png")] * 5, "question": ["Why?"] * 5, "answers": answers}
+    hub.Dataset.from_dict(columns, features).save_to_disk(folder / "table")
+    assert {open_dataset(f"hub:{folder / 'table'}", limit=limit).metric for limit in (None, 1, 4)} == {metric}
 
 
 VALUES: tuple[Any, ...] = (

@@ -269,6 +269,9 @@ def test_resuming_elsewhere_is_refused(
     (directory / "plan.json").write_text(json.dumps(plan))
     refused(run(*resume, "--budget", "5"), "--budget is 5 here and 4 in the run", "omit --budget")
     refused(run(*resume, "--set", "mmtok.alpha=0.1"), "--set is mmtok.alpha=0.1 here and missing in the run")
+    for option in ("--model", "--data", "--image-root"):
+        for name in ("~nobody-here/x", "x" * 300):
+            refused(run(*resume, option, name), f"{option} is", f"omit {option}")
     refused(run(*command, "--run-dir", directory), "already contains a run", "--resume")
     assert len(run_json(*resume, "--budget", "4")["results"]) == CASES  # what is spelled out may say the same
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import re
 
@@ -13,13 +12,15 @@ from mmtok_cli.data.images import open_image
 from mmtok_cli.errors import MMTokError
 
 LONGEST_NAME = 64  # VLMEvalKit takes what is longer for base64
+LONGEST_PATH = 4096  # no path is longer, so no more characters need be looked at
 PREFIX = re.compile(r"data:image/[\w.+-]+;base64,")
 BASE64 = re.compile(r"[A-Za-z0-9+/\s]++={0,2}")
 
 
 def is_base64(text: str) -> bool:
     """Whether a text is an image and not the name of a file: a data URL, or long and of base64's characters alone."""
-    return PREFIX.match(text) is not None or (len(text) > LONGEST_NAME and BASE64.fullmatch(text.strip()) is not None)
+    start = text[:LONGEST_PATH]
+    return PREFIX.match(start) is not None or (len(text) > LONGEST_NAME and BASE64.fullmatch(start.strip()) is not None)
 
 
 def image_name(text: str) -> str:
@@ -31,6 +32,6 @@ def decoded(text: str, name: str) -> Image:
     """The image. Raises MMTokError, which calls it `name`, where it cannot be read."""
     try:
         content = base64.b64decode(PREFIX.sub("", text, count=1))
-    except binascii.Error as error:
+    except ValueError as error:  # binascii.Error, or a character that is not of ASCII
         raise MMTokError(f"{name} is not base64: {error}", "encode the bytes of an image file") from error
     return open_image(name, content)

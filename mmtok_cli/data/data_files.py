@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import closing
 from functools import cache, partial
 from pathlib import Path
 from statistics import median_low
@@ -13,7 +14,7 @@ from pydantic import ValidationError, field_validator
 
 from mmtok_cli.data.base64_images import decoded, image_name, is_base64
 from mmtok_cli.data.images import open_image, require_file
-from mmtok_cli.data.json_files import HINT, Entry, document_entries, document_of, line_entries, read_json
+from mmtok_cli.data.json_files import HINT, Entries, document_entries, document_of, line_entries, read_json
 from mmtok_cli.data.layouts import Layout, MetricName, layout_of
 from mmtok_cli.data.rows import Columns, Row, fault_of, fields_of, make_sample, plain_text, require_names, shown_names
 from mmtok_cli.data.samples import Sample
@@ -79,14 +80,15 @@ class UsualMetric:
 class DataFile:
     """Reads the samples of a file.
 
-    missing: image files that do not exist; left_out: number of samples that need them. problems: a message for each
-    unusable row. metric: that of its format, or the one that suits its fields. All are complete after `read`.
+    After `read`, missing: image files that do not exist; left_out: number of samples that need them; problems: a
+    message for each unusable row. All three are about the rows that were looked at until there were enough samples.
+    metric: that of the format, or the one that suits the fields of the whole file; None if it was not to be found.
     """
 
     def __init__(
         self,
         path: Path,
-        entries: Iterable[Entry],
+        entries: Entries,
         *,
         image_root: Path | None,
         question: str | None,
@@ -105,33 +107,41 @@ class DataFile:
         self._layout = layout
         self._there = cache(Path.is_file)
 
-    def read(self, limit: int | None = None) -> list[Sample]:
-        """The first samples, at most `limit`, whose rows are usable and whose images exist. All rows are looked at,
-        since the metric depends on them.
+    def read(self, limit: int | None = None, *, find_metric: bool = True) -> list[Sample]:
+        """The first samples, at most `limit`, whose rows are usable and whose images exist.
 
-        Raises MMTokError if there is no usable sample.
+        find_metric: find out the metric as well, for which all rows are read unless the format decides it. Raises
+        MMTokError if there is no usable sample.
         """
         samples: list[Sample] = []
         usual = UsualMetric()
         hint = ""
-        for number, (place, raw) in enumerate(self._entries, start=1):
-            wanted = limit is None or len(samples) < limit
-            try:
-                if isinstance(raw, MMTokError):
-                    raise raw
-                fields = self._fields(raw)
-                usual.add(fields)
-                if wanted and (sample := self._sample(raw, fields, number, f"{self.path}, {place}")):
-                    samples.append(sample)
-            except MMTokError as error:
-                if wanted:
-                    self.problems.append(f"{self.path}, {place}: {error.message}")
-                    hint = hint or error.hint
+        with closing(self._entries) as entries:
+            for number, (place, raw) in enumerate(entries, start=1):
+                wanted = limit is None or len(samples) < limit
+                if not wanted and (not find_metric or (self._official and usual.name)):
+                    break
+                try:
+                    if isinstance(raw, MMTokError):
+                        raise raw
+                    fields = self._fields(raw)
+                    usual.add(fields)
+                    if wanted and (sample := self._sample(raw, fields, number, f"{self.path}, {place}")):
+                        samples.append(sample)
+                except MMTokError as error:
+                    if wanted:
+                        self.problems.append(f"{self.path}, {place}: {error.message}")
+                        hint = hint or error.hint
         if not samples:
             raise self._nothing(hint or (TABLE_HINT if self.path.suffix.lower() in SUFFIXES else HINT))
-        official = self._layout.metric if self._layout and not self._columns.keys() & ANSWERS else None
-        self.metric = usual.name and (official or usual.name)  # None where no answer is known
+        if find_metric:
+            self.metric = usual.name and (self._official or usual.name)  # None where no answer is known
         return samples
+
+    @property
+    def _official(self) -> MetricName | None:
+        """The metric of the format, unless the user says where the answers are."""
+        return self._layout.metric if self._layout and not self._columns.keys() & ANSWERS else None
 
     def _fields(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         """The fields of a row in this file's format, which the first row shows."""
@@ -188,7 +198,7 @@ class DataFile:
         return MMTokError(f"{self.path} is empty", hint)
 
 
-def entries_of(path: Path) -> Iterable[Entry]:
+def entries_of(path: Path) -> Entries:
     """The rows of a JSON, CSV or TSV file. Raises MMTokError for a file that is none or cannot be read."""
     require_utf8(path)
     if path.suffix.lower() in SUFFIXES:
@@ -199,19 +209,12 @@ def entries_of(path: Path) -> Iterable[Entry]:
     return vqav2_entries(document, path, None) if is_vqav2(document) else document_entries(path, document)
 
 
-def vqav2_file_entries(text: str) -> tuple[Path, Iterable[Entry]]:
-    """The question file and the rows of QUESTIONS.json or QUESTIONS.json,ANNOTATIONS.json.
-
-    Raises MMTokError for files that do not exist or are not of this format.
-    """
-    paths = [Path(text)] if Path(text).is_file() else [Path(name) for name in text.split(",")]
-    if len(paths) > 2:
-        raise MMTokError(f"vqav2:{text} names {len(paths)} files", "write vqav2:QUESTIONS.json,ANNOTATIONS.json")
-    for path in paths:
+def vqav2_file_entries(questions: Path, annotations: Path | None = None) -> Entries:
+    """The rows of a question file. Raises MMTokError for files that do not exist or are not of this format."""
+    for path in filter(None, (questions, annotations)):
         require_file(path)
         require_utf8(path)
-    questions, annotations = paths[0], paths[1] if len(paths) == 2 else None
-    return questions, vqav2_entries(read_json(questions), questions, annotations)
+    return vqav2_entries(read_json(questions), questions, annotations)
 
 
 def require_utf8(path: Path) -> None:

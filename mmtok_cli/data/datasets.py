@@ -11,6 +11,7 @@ from mmtok_cli.data.data_files import DataFile, entries_of, vqav2_file_entries
 from mmtok_cli.data.hub import HubRows
 from mmtok_cli.data.images import require_file
 from mmtok_cli.data.layouts import POPE, VQAV2, Layout, MetricName
+from mmtok_cli.data.names import parse_name
 from mmtok_cli.data.pictures import SUFFIXES, is_pattern, pictures
 from mmtok_cli.data.rows import Columns, require_columns
 from mmtok_cli.data.samples import Sample, demo_samples
@@ -28,8 +29,9 @@ class Dataset:
     """Samples, whose images are read when they are needed, and what had to be left out.
 
     metric: how answers are judged unless the user says otherwise: that of the format, or the one that suits the fields
-    of the whole dataset; None without reference answers. missing: number of image files that do not exist; left_out:
-    number of samples that need them. problems: a message for each line or row that could not be used.
+    of the dataset, whatever part of it is taken; None without reference answers. missing: number of image files that do
+    not exist; left_out: number of samples that need them. problems: a message for each line, row or file that could not
+    be used. Neither counts what comes after the last sample where the number of samples is limited.
     """
 
     name: str
@@ -56,46 +58,52 @@ def open_dataset(
     limit: int | None = None,
     question: str | None = None,
     columns: Columns | None = None,
+    find_metric: bool = True,
 ) -> Dataset:
     """The dataset that `text` names; see KINDS.
 
     image_root: directory of the image files, by default that of the file that names them. limit: maximum number of
     samples. question: for images without one, or a template with `{question}` for their own. columns: field -> its name
-    in the dataset, where the two differ.
+    in the dataset, where the two differ. find_metric: find out the metric, which may take
+    reading more than the limit; without it, the metric is None.
 
     Raises MMTokError if there is no usable sample.
     """
     columns = columns or {}
     require_columns(columns)
     try:
-        return _opened(text, image_root, limit, question, columns)
+        return _opened(text, image_root, limit, question, columns, find_metric)
     except OSError as error:  # such as a name that is too long, or a directory that may not be searched
         raise MMTokError(
             f"the dataset {text} cannot be read: {error.strerror or first_line(error)}", "check its path"
         ) from error
 
 
-def _opened(text: str, image_root: Path | None, limit: int | None, question: str | None, columns: Columns) -> Dataset:
-    kind, _, rest = text.partition(":")
-    if text == "demo":
+def _opened(
+    text: str, image_root: Path | None, limit: int | None, question: str | None, columns: Columns, find_metric: bool
+) -> Dataset:
+    name = parse_name(text)
+    if name.kind == "demo":
         return _demo(limit, question, columns)
-    if kind == "hub":
-        rows = HubRows(rest, question=question, columns=columns)
+    if name.kind == "hub":
+        rows = HubRows(name, question=question, columns=columns)
         samples = _take(rows.samples(), limit)
-        return Dataset(rest, samples, rows.metric, problems=tuple(rows.problems))
-    path = Path(rest if kind == "pope" else text)
+        metric = rows.usual_metric() if find_metric else None
+        return Dataset(rows.name, samples, metric, problems=tuple(rows.problems))
+    path = name.paths[0]
     layout: Layout | None = None
-    if kind == "vqav2":
-        path, entries = vqav2_file_entries(rest)
+    if name.kind == "vqav2":
+        entries = vqav2_file_entries(*name.paths)
         layout = VQAV2
-    elif kind != "pope" and _holds_images(text):
-        return Dataset(text, _take(pictures(text, question), limit), metric=None)
+    elif name.kind == "path" and _holds_images(text):
+        images, problems = pictures(text, question, limit)
+        return Dataset(text, images, metric=None, problems=tuple(problems))
     else:
         _require_data(path, text)
         entries = entries_of(path)
-        layout = POPE if kind == "pope" else None
+        layout = POPE if name.kind == "pope" else None
     file = DataFile(path, entries, image_root=image_root, question=question, columns=columns, layout=layout)
-    found = file.read(limit)
+    found = file.read(limit, find_metric=find_metric)
     return Dataset(path.name, found, file.metric, len(file.missing), file.left_out, tuple(file.problems))
 
 

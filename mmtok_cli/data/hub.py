@@ -14,25 +14,27 @@ from pydantic import ValidationError
 from mmtok_cli.data.data_files import UsualMetric
 from mmtok_cli.data.images import open_image
 from mmtok_cli.data.layouts import MetricName
+from mmtok_cli.data.names import DataName
 from mmtok_cli.data.rows import Columns, Row, fault_of, fields_of, make_sample
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.errors import MMTokError
 
+ROWS_FOR_METRIC = 1000
+
 
 class HubRows:
-    """Reads NAME[:CONFIG][:SPLIT], a name on the hub or a directory, row by row.
+    """Reads a dataset on the hub or in a directory row by row.
 
-    problems: a message for each unusable row. metric: the one that suits its fields. Raises MMTokError if the dataset
-    cannot be loaded or lacks a column.
+    problems: a message for each unusable row that was read. Raises MMTokError if the dataset cannot be loaded or lacks
+    a column.
     """
 
-    def __init__(self, text: str, *, question: str | None, columns: Columns) -> None:
+    def __init__(self, name: DataName, *, question: str | None, columns: Columns) -> None:
         self.problems: list[str] = []
-        self._name = text
+        self.name = ":".join((*name.names, *name.selectors))
         self._question = question
         self._columns = columns
-        self._table, self._images = _with_images(_load(*_parts(text)), columns.get("image", "image"), text)
-        self.metric = self._usual_metric()
+        self._table, self._images = _with_images(_load(name), columns.get("image", "image"), self.name)
 
     def samples(self) -> Iterator[Sample]:
         """The usable rows. Raises MMTokError if there are none."""
@@ -41,45 +43,43 @@ class HubRows:
         for number, raw in enumerate(self._table):
             try:
                 row = Row.model_validate(fields_of(raw | {column: None}, self._columns))
-                reader = partial(_read, self._images, number, column, self._name)
-                names = [_image_name(self._images[number][column], self._name, number)]
-                sample = make_sample(row, [reader], names, self._question, number, f"{self._name}, row {number}")
+                reader = partial(_read, self._images, number, column, self.name)
+                names = [_image_name(self._images[number][column], number)]
+                sample = make_sample(row, [reader], names, self._question, number, f"{self.name}, row {number}")
             except (MMTokError, ValidationError) as error:
                 fault = fault_of(error) if isinstance(error, ValidationError) else error.message
-                self.problems.append(f"{self._name}, row {number}: {fault}")
+                self.problems.append(f"{self.name}, row {number}: {fault}")
                 hint = getattr(error, "hint", "") or f"its columns are {', '.join([*self._table.column_names, column])}"
                 continue
             found = True
             yield sample
         if not found:
-            raise MMTokError(self.problems[0] if self.problems else f"{self._name} has no rows", hint)
+            raise MMTokError(self.problems[0] if self.problems else f"{self.name} has no rows", hint)
 
-    def _usual_metric(self) -> MetricName | None:
-        """Of all rows, from the columns that decide it."""
+    def usual_metric(self) -> MetricName | None:
+        """The metric that suits the first ROWS_FOR_METRIC rows, or as many as there are up to the first answer.
+
+        It does not depend on how many samples are taken. None where no answer is known.
+        """
         names = {field: self._columns.get(field, field) for field in ("answer", "answers", "choices")}
         there = {field: name for field, name in names.items() if name in self._table.column_names}
         usual = UsualMetric()
-        for raw in self._table.select_columns(list(there.values())) if there else ():
+        for number, raw in enumerate(self._table.select_columns(list(there.values())) if there else ()):
+            if number >= ROWS_FOR_METRIC and usual.name:
+                break
             usual.add({field: raw[name] for field, name in there.items()})
         return usual.name
 
 
-def _parts(text: str) -> tuple[str, str | None, str | None]:
-    """Name, configuration and split of NAME[:CONFIG][:SPLIT]."""
-    name, *others = text.split(":")
-    if not name or len(others) > 2 or not all(others):
-        raise MMTokError(
-            f"{text!r} is not the name of a dataset", "write hub:NAME, hub:NAME:SPLIT or hub:NAME:CONFIG:SPLIT"
-        )
-    return name, others[0] if len(others) == 2 else None, others[-1] if others else None
-
-
-def _load(name: str, config: str | None, split: str | None) -> Any:
+def _load(data: DataName) -> Any:
     """One split, as a table that stays on disk."""
     try:
         import datasets
     except ImportError as error:
         raise MMTokError("hub: needs the datasets library", "pip install 'mmtok[datasets]'") from error
+    (name,) = data.names
+    config = data.selectors[0] if len(data.selectors) == 2 else None
+    split = data.selectors[-1] if data.selectors else None
     path = Path(name)
     try:
         if path.is_dir() and any((path / file).is_file() for file in ("state.json", "dataset_dict.json")):
@@ -118,11 +118,11 @@ def _with_images(table: Any, column: str, name: str) -> tuple[Any, Any]:
     return table.remove_columns([column]), images
 
 
-def _image_name(stored: Any, name: str, number: int) -> str:
+def _image_name(stored: Any, number: int) -> str:
     """A name by which the rows about one image are recognised: the digest of its bytes, else its path."""
     if stored and stored["bytes"]:
         return f"image-{hashlib.sha256(stored['bytes']).hexdigest()[:12]}"
-    return (stored and stored["path"]) or f"{name}-{number}"
+    return (stored and stored["path"]) or f"row-{number}"
 
 
 def _read(images: Any, number: int, column: str, name: str) -> Image:

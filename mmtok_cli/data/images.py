@@ -48,6 +48,20 @@ def open_image(path: Path | str, content: bytes | None = None) -> Image:
         raise MMTokError(f"{path} is damaged: {first_line(error)}", "save or download it again") from error
 
 
+def is_image(path: Path) -> bool:
+    """Whether a file begins as an image does. No more of it is read."""
+    try:
+        require_file(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            PILImage.open(path, formats=FORMATS).close()
+    except PILImage.DecompressionBombError:
+        return True
+    except Exception:  # as in `open_image`
+        return False
+    return True
+
+
 def require_file(path: Path) -> None:
     """Refuse what is not a regular file before it is opened: opening a named pipe would wait for its writer, and a
     device may never end. Raises MMTokError that says what the path is instead."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ EXAMPLE = '{"image": "a.jpg", "question": "What is it?", "answer": "a cat"}'
 HINT = f"write one JSON object per line, as in {EXAMPLE}, or an array of such objects"
 
 Entry = tuple[str, Mapping[str, Any] | MMTokError]  # where a row is, and the row or what is wrong with it
+Entries = Generator[Entry, None, None]
 
 
 def document_of(path: Path) -> Any:
@@ -48,7 +49,7 @@ def read_json(path: Path, *, strict: bool = True) -> Any:
         raise MMTokError(f"{path}, line {line}: {fault}{reason}", HINT) from error
 
 
-def document_entries(path: Path, document: Any) -> Iterator[Entry]:
+def document_entries(path: Path, document: Any) -> Entries:
     """The items of a list: the document itself, or the one under one of LISTS. A single object is one item."""
     rows = document if isinstance(document, list) else _list_in(document)
     if rows is None and "annotations" in document:
@@ -59,7 +60,7 @@ def document_entries(path: Path, document: Any) -> Iterator[Entry]:
         yield f"item {number}", row if isinstance(row, dict) else MMTokError("it is not a JSON object", HINT)
 
 
-def line_entries(path: Path) -> Iterator[Entry]:
+def line_entries(path: Path) -> Entries:
     """The objects of a file with one on each line."""
     for number, line in _lines(path):
         row = _parsed(line)

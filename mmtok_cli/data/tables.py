@@ -6,17 +6,19 @@ import ast
 import csv
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from PIL.Image import Image
 
 from mmtok_cli.data.base64_images import decoded, image_name, is_base64
-from mmtok_cli.data.json_files import Entry
+from mmtok_cli.data.json_files import Entries
 from mmtok_cli.errors import MMTokError
 
 SUFFIXES = {".csv", ".tsv"}
 NOTHING = {"", "nan", "null"}  # cells without a value, in lower case
+LONGEST_NOTHING = 5  # characters by which they are told from others
 IMAGE = "image"
 LISTS = {IMAGE, "image_path", "answer", "answers", "choices"}  # columns whose cells may be lists, as in ['a', 'b']
 LONGEST_CELL = 2**31 - 1
@@ -25,23 +27,29 @@ LONGEST_CELL = 2**31 - 1
 class StoredImage:
     """An image in a cell of a table, which is read again when it is needed.
 
-    offset: of its row, in bytes. column, place: numbers of the cell and of the image within it, from 0. name: a digest.
+    offset: of its row, in bytes. column, place: numbers of the cell and of the image within it, from 0.
     """
 
-    def __init__(self, file: Path, offset: int, delimiter: str, column: int, place: int, name: str) -> None:
-        self.name = name
+    def __init__(self, file: Path, offset: int, delimiter: str, column: int, place: int) -> None:
         self._file, self._offset, self._delimiter, self._column, self._place = file, offset, delimiter, column, place
+
+    @cached_property
+    def name(self) -> str:
+        """A digest, for which the row is read. Raises MMTokError for a file that has changed since."""
+        return image_name(self._text())
 
     def open(self) -> Image:
         """Raises MMTokError for a file that has changed since, and for an image that cannot be read."""
+        return decoded(self._text(), f"{self._file}, {self.name}")
+
+    def _text(self) -> str:
         try:
             with self._file.open("rb") as file, _long_cells():
                 file.seek(self._offset)
                 row = next(csv.reader(_Lines(file), delimiter=self._delimiter))
-            text = _texts(row[self._column])[self._place]
+            return _texts(row[self._column])[self._place]
         except (OSError, StopIteration, csv.Error, UnicodeDecodeError, IndexError) as error:
             raise MMTokError(f"{self._file} cannot be read any more", "leave it unchanged during a run") from error
-        return decoded(text, f"{self._file}, {self.name}")
 
 
 class _Lines:
@@ -61,7 +69,7 @@ class _Lines:
         return line.decode("utf-8-sig" if self.number == 1 else "utf-8")
 
 
-def table_entries(path: Path) -> Iterator[Entry]:
+def table_entries(path: Path) -> Entries:
     """The rows of a file by the names in its first row. Raises MMTokError for a file that cannot be read."""
     try:
         with path.open("rb") as file, _long_cells():
@@ -95,7 +103,7 @@ def _malformed(error: csv.Error) -> MMTokError:
     return MMTokError(f"it is not a row of a table ({error})", "end lines and quote cells as spreadsheets do")
 
 
-def _rows(path: Path, reader: Any, lines: _Lines, names: list[str], delimiter: str) -> Iterator[Entry]:
+def _rows(path: Path, reader: Any, lines: _Lines, names: list[str], delimiter: str) -> Entries:
     stored: dict[str, list[StoredImage]] = {}  # by index: a row may name that of an earlier one instead of an image
     while True:
         offset, place = lines.offset, f"line {lines.number + 1}"
@@ -112,14 +120,12 @@ def _rows(path: Path, reader: Any, lines: _Lines, names: list[str], delimiter: s
             fault = f"it has {len(cells)} cells, and the first row {len(names)}"
             yield place, MMTokError(fault, "quote cells that contain commas")
             continue
-        row = {name: _value(name, cell) for name, cell in zip(names, cells, strict=False)}
+        texts = dict(zip(names, map(_texts, cells), strict=False))
+        row = {name: _value(name, cell, texts[name]) for name, cell in zip(names, cells, strict=False)}
         if IMAGE in row:
             column = names.index(IMAGE)
-            texts = _texts(cells[column])
-            if texts and all(map(is_base64, texts)):
-                row[IMAGE] = [
-                    StoredImage(path, offset, delimiter, column, i, image_name(text)) for i, text in enumerate(texts)
-                ]
+            if texts[IMAGE] and all(map(is_base64, texts[IMAGE])):
+                row[IMAGE] = [StoredImage(path, offset, delimiter, column, i) for i in range(len(texts[IMAGE]))]
                 if row.get("index"):
                     stored[row["index"]] = row[IMAGE]
             elif cells[column] in stored:
@@ -127,9 +133,8 @@ def _rows(path: Path, reader: Any, lines: _Lines, names: list[str], delimiter: s
         yield place, dict.fromkeys(names) | row
 
 
-def _value(name: str, cell: str) -> Any:
-    """What a cell holds: None if it is empty, a list where the column may hold lists, else its text."""
-    texts = _texts(cell)
+def _value(name: str, cell: str, texts: list[str]) -> Any:
+    """What a cell of these texts holds: None if it is empty, a list where the column may hold lists, else its text."""
     if not texts:
         return None
     return texts if name in LISTS and texts != [cell] else cell
@@ -137,7 +142,7 @@ def _value(name: str, cell: str) -> Any:
 
 def _texts(cell: str) -> list[str]:
     """The texts of a cell: those of a list, as in ["a", "b"] or ['a', 'b'], none if it is empty, else itself."""
-    if cell.strip().lower() in NOTHING:
+    if cell.strip()[:LONGEST_NOTHING].lower() in NOTHING:  # cells of images are long
         return []
     if cell.startswith("[") and cell.endswith("]"):
         try:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mmtok_cli.data.json_files import Entry, read_json
+from mmtok_cli.data.json_files import Entries, read_json
 from mmtok_cli.errors import MMTokError
 
 NEEDS = frozenset({"image_id", "question", "question_id"})
 HINT = "give VQAv2's question file and, after a comma, its annotation file: vqav2:QUESTIONS.json,ANNOTATIONS.json"
 
 
-def vqav2_entries(document: Any, path: Path, annotations: Path | None) -> Iterator[Entry]:
+def vqav2_entries(document: Any, path: Path, annotations: Path | None) -> Entries:
     """The questions of a document with their answers and the names of their images.
 
     path: of the document. annotations: by default the file of the official name beside it; without it no answer is
