@@ -8,8 +8,7 @@ from tiny_models import stock_inputs
 
 from mmtok_cli.budget import Budget
 from mmtok_cli.data.samples import Sample, demo_samples
-from mmtok_cli.evaluation.metrics import closeness_of
-from mmtok_cli.evaluation.predictions import answer_mask, forced_logits, reference_of
+from mmtok_cli.evaluation.predictions import answer_mask, closeness_of, forced_logits, reference_of
 from mmtok_cli.methods import make_method
 from mmtok_cli.models import load_model
 from mmtok_cli.models.base import VisionLanguageModel

@@ -23,7 +23,6 @@ class Layout:
     one, None where the fields decide. convert: turns a row into the usual fields.
     """
 
-    name: str
     needs: frozenset[str]
     columns: Columns = field(default_factory=dict)
     metric: MetricName | None = None
@@ -69,39 +68,38 @@ def _of_textvqa(raw: Fields) -> Fields:
     return {**raw, "image": raw.get("image", f"{raw['image_id']}.jpg")}
 
 
-USUAL = Layout("usual", frozenset())
+USUAL = Layout(frozenset())
 POPE = Layout(
-    "POPE",
     frozenset({"image", "text", "label", "question_id"}),
     {"question": "text", "answer": "label", "id": "question_id"},
     "yes-no",
 )
-VQAV2 = Layout("VQAv2", frozenset({"question_id", "image_id", "question", "image"}), {"id": "question_id"}, "vqav2")
+VQAV2 = Layout(frozenset({"question_id", "image_id", "question", "image"}), {"id": "question_id"}, "vqav2")
 LAYOUTS = (
     POPE,
-    Layout("LLaVA conversations", frozenset({"conversations"}), metric="exact", convert=_first_turn),
-    Layout("LLaVA questions", frozenset({"image", "text", "question_id"}), {"question": "text", "id": "question_id"}),
-    Layout(
-        "ChartQA",
+    # LLaVA's conversations and questions.
+    Layout(frozenset({"conversations"}), metric="exact", convert=_first_turn),
+    Layout(frozenset({"image", "text", "question_id"}), {"question": "text", "id": "question_id"}),
+    Layout(  # ChartQA
         frozenset({"imgname", "query", "label"}),
         {"image": "imgname", "question": "query", "answer": "label"},
         "relaxed",
     ),
-    Layout("DocVQA", frozenset({"questionId", "image", "answers"}), {"id": "questionId"}, "anls"),
-    Layout(
-        "InfographicVQA",
+    # DocVQA.
+    Layout(frozenset({"questionId", "image", "answers"}), {"id": "questionId"}, "anls"),
+    Layout(  # InfographicVQA
         frozenset({"questionId", "image_local_name", "answers"}),
         {"id": "questionId", "image": "image_local_name"},
         "anls",
     ),
-    Layout(
-        "TextVQA",
+    Layout(  # TextVQA
         frozenset({"question_id", "image_id", "question", "set_name"}),
         {"id": "question_id"},
         "textvqa",
         _of_textvqa,
     ),
     VQAV2,
-    Layout("choices in columns", frozenset({"question", "A", "B"}), metric="choice", convert=_with_options),
-    Layout("VLMEvalKit", frozenset({"index", "question"}), convert=_of_vlmevalkit),
+    # Choices in columns, and other tables of VLMEvalKit.
+    Layout(frozenset({"question", "A", "B"}), metric="choice", convert=_with_options),
+    Layout(frozenset({"index", "question"}), convert=_of_vlmevalkit),
 )

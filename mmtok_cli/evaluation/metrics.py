@@ -1,7 +1,7 @@
 """The metrics: how the answers to a dataset are judged, each by the rule of the benchmark that it comes from.
 
 `METRICS` is the registry. A metric gives each answer a score from 0 to 1; the summary of a case is their mean, except
-that POPE's answers are summarised as F1 and MME's as paired accuracy. Fidelity of logits is here as well.
+that POPE's answers are summarised as F1 and MME's as paired accuracy.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from string import ascii_uppercase
-from typing import TYPE_CHECKING
 
 import regex
 
@@ -23,11 +22,7 @@ from mmtok_cli.data.rows import shown_text
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.evaluation.vqa import textvqa_normalise, vqa_accuracy, vqav2_normalise
-from mmtok_cli.results.records import Closeness
 from mmtok_cli.results.schema import PairedAccuracy, YesNo
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 ANNOTATORS = 3  # reference answers that VQA accuracy needs
 USUAL_OPTIONS = "ABCDE"  # where a sample does not list its choices
@@ -68,17 +63,18 @@ def with_metric(dataset: Dataset, name: str | None) -> Dataset:
     metric = name or dataset.metric
     if metric is None:
         return dataset
-    answered = [sample for sample in dataset.samples if sample.references]
+    answered = {number: sample for number, sample in enumerate(dataset.samples, 1) if sample.references}
     if name and not answered:
         raise MMTokError(f"--metric {name} needs reference answers, and {dataset.name} has none", "omit --metric")
-    faults = [f"{sample.place}: {fault}" for sample in answered if (fault := METRICS[metric].fault(sample))]
+    faults = {number: fault for number, sample in answered.items() if (fault := METRICS[metric].fault(sample))}
+    problems = [f"{answered[number].place or f'sample {number}'}: {fault}" for number, fault in faults.items()]
     if answered and len(faults) == len(answered):
-        raise MMTokError(f"{faults[0]} (metric: {metric})", f"choose another with --metric: {', '.join(METRICS)}")
+        raise MMTokError(f"{problems[0]} (metric: {metric})", f"choose another with --metric: {', '.join(METRICS)}")
     return replace(
         dataset,
         metric=metric,
-        samples=[s for s in dataset.samples if not s.references or not METRICS[metric].fault(s)],
-        problems=(*dataset.problems, *faults),
+        samples=[sample for number, sample in enumerate(dataset.samples, 1) if number not in faults],
+        problems=(*dataset.problems, *problems),
     )
 
 
@@ -346,29 +342,6 @@ METRICS: dict[MetricName, Metric] = {
     "choice": Metric("accuracy of the chosen letter, by VLMEvalKit's rule", choice_accuracy, _choice_fault),
     "relaxed": Metric("relaxed accuracy (5 %), as for ChartQA", relaxed_accuracy),
 }
-
-
-# Fidelity.
-
-
-def closeness_of(reference: Tensor, logits: Tensor, mask: Tensor) -> list[Closeness]:
-    """Fidelity of each sample of a batch: its logits compared with those of the unreduced model.
-
-    reference, logits: [batch, steps, vocabulary]. mask: [batch, steps], True for the tokens that count.
-    """
-    from torch.nn.functional import kl_div
-
-    expected, log_probabilities = reference.float().log_softmax(-1), logits.float().log_softmax(-1)
-    kl = kl_div(log_probabilities, expected, reduction="none", log_target=True).sum(-1).clamp(min=0)
-    agrees = reference.argmax(-1) == logits.argmax(-1)
-    count = mask.sum(1)
-    means = (kl * mask).sum(1) / count
-    shares = (agrees & mask).sum(1) / count
-    same = (agrees | ~mask).all(1)
-    return [
-        Closeness(kl=kl, top1=top1, same=all_agree)
-        for kl, top1, all_agree in zip(means.tolist(), shares.tolist(), same.tolist(), strict=True)
-    ]
 
 
 def _share(part: float, whole: float) -> float:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import kl_div
 
 from mmtok_cli.budget import Budget, TokenCounts
 from mmtok_cli.cases import Case, failure_of, release_memory
@@ -19,7 +20,7 @@ from mmtok_cli.data.datasets import Dataset
 from mmtok_cli.data.samples import Sample, batches
 from mmtok_cli.decoding import Continuation, prefill, require_finite
 from mmtok_cli.errors import MethodFaultError, MMTokError
-from mmtok_cli.evaluation.metrics import closeness_of, score_of
+from mmtok_cli.evaluation.metrics import score_of
 from mmtok_cli.evaluation.processes import Processes
 from mmtok_cli.methods import make_method
 from mmtok_cli.methods.base import Method
@@ -257,6 +258,24 @@ def forced_logits(
         behind = Continuation(model, reduced.inputs, cache)
         logits = [first, *(behind.read(token) for token in token_ids[:, :-1].unbind(1))]
     return torch.stack(logits, dim=1), reduced.tokens
+
+
+def closeness_of(reference: Tensor, logits: Tensor, mask: Tensor) -> list[Closeness]:
+    """Fidelity of each sample of a batch: its logits compared with those of the unreduced model.
+
+    reference, logits: [batch, steps, vocabulary]. mask: [batch, steps], True for the tokens that count.
+    """
+    expected, log_probabilities = reference.float().log_softmax(-1), logits.float().log_softmax(-1)
+    kl = kl_div(log_probabilities, expected, reduction="none", log_target=True).sum(-1).clamp(min=0)
+    agrees = reference.argmax(-1) == logits.argmax(-1)
+    count = mask.sum(1)
+    means = (kl * mask).sum(1) / count
+    shares = (agrees & mask).sum(1) / count
+    same = (agrees | ~mask).all(1)
+    return [
+        Closeness(kl=kl, top1=top1, same=all_agree)
+        for kl, top1, all_agree in zip(means.tolist(), shares.tolist(), same.tolist(), strict=True)
+    ]
 
 
 def answer_mask(token_ids: Tensor, eos_token_ids: Sequence[int]) -> Tensor:

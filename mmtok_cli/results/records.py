@@ -44,7 +44,7 @@ def _read_number(value: Any) -> Any:
 
 def _require_plausible(tokens: TokenCounts) -> TokenCounts:
     if not (0 <= tokens.kept <= tokens.total <= 10**9 and 0 <= tokens.text <= 10**9):
-        raise ValueError("token counts must be positive, and no more can be kept than there are")
+        raise ValueError("token counts must not be negative, and no more can be kept than there are")
     if not tokens.kept - 1 <= tokens.layer_average <= tokens.total + 1:  # which allows for rounding
         raise ValueError("the layer average must be between the numbers of kept and of all vision tokens")
     return tokens
@@ -293,7 +293,7 @@ class Plan(Record):
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Self:
         """Raises MMTokError for a budget that is none."""
-        differing = [name for name, value in self._settings() if value != getattr(self, name)]
+        differing = [name for name, value in self._copied_options() if value != getattr(self, name)]
         if differing:
             raise ValueError(f"{differing[0]} and the options contradict each other")
         if not (self.timed or 1) <= self.samples <= self.options.limit:
@@ -312,8 +312,8 @@ class Plan(Record):
             raise ValueError("the order is not that of the rounds, cases and seed")
         return self
 
-    def _settings(self) -> Iterator[tuple[str, Any]]:
-        """What the options say about other fields."""
+    def _copied_options(self) -> Iterator[tuple[str, Any]]:
+        """The fields that the options decide, and their values there."""
         for name in ("rules", "seed", "max_new_tokens", "runs", "warmup", "min_time"):
             yield name, getattr(self.options, name)
         yield "quality", self.options.measures_quality
@@ -349,19 +349,15 @@ def _require_sums(seconds: Mapping[str, float]) -> None:
         raise ValueError("ttft is not the sum of the stages before decode")
 
 
-def plain(value: Any) -> Any:
-    """A value as it comes back from JSON, with lists for tuples."""
-    return to_jsonable_python(value)
-
-
 def parameters_of(method: Any) -> dict[str, Any]:
     """The parameters of a method, as plain data."""
-    return plain(asdict(method))
+    parameters: dict[str, Any] = to_jsonable_python(asdict(method))
+    return parameters
 
 
 def digest(value: Any) -> str:
     """The first 16 hexadecimal digits of the SHA-256 of plain data."""
-    text = json.dumps(plain(value), sort_keys=True, ensure_ascii=True)
+    text = json.dumps(to_jsonable_python(value), sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -199,7 +199,7 @@ class RunDirectory:
             raise ValueError("the number of samples is not that of the batch in the plan")
         if not {each.case for each in batch.predictions} | {each.case for each in batch.failures} <= cases:
             raise ValueError("it has predictions of cases that the plan does not have at this batch size")
-        if any((prediction.score is None) < (self.plan.metric is None) for prediction in batch.predictions):
+        if self.plan.metric is None and any(prediction.score is not None for prediction in batch.predictions):
             raise ValueError("it has scores, and the plan has no metric")
 
 
