@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mmtok_cli import __version__
 
 if TYPE_CHECKING:
     from mmtok_cli.models.base import VisionLanguageModel
     from mmtok_cli.results.schema import Environment
+
+
+DIGESTED = 16  # values of each weight, about
 
 
 def environment_of(model: VisionLanguageModel) -> Environment:
@@ -43,8 +47,22 @@ def environment_of(model: VisionLanguageModel) -> Environment:
         command=[_decoded(each) for each in (Path(sys.argv[0]).name, *sys.argv[1:])],
         driver=gpu.driver() if gpu else None,
         cuda=torch.version.cuda if on_gpu else None,
+        weights_digest=weights_digest(model.model),
         layers=(model.loaded_layers, model.layer_count) if model.loaded_layers < model.layer_count else None,
     )
+
+
+def weights_digest(model: Any) -> str:
+    """A digest of names, shapes and a few values of each weight: other weights of the same architecture differ."""
+    import torch
+
+    found = hashlib.sha256()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            values = weight.flatten()[:: max(1, weight.numel() // DIGESTED)]
+            found.update(f"{name} {tuple(weight.shape)}".encode())
+            found.update(values.to("cpu", torch.float32).numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 def _decoded(argument: str) -> str:

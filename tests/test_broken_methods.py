@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -10,7 +11,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from cli_helpers import refused, run, run_json
+from cli_helpers import refused, run, run_json, run_process
 from test_third_party import installed
 from tiny_models import FAMILIES
 
@@ -392,3 +393,50 @@ def test_python_interface_checks_types() -> None:
         mmtok.make_method("fastv", layr=3)
     assert "did you mean layer" in error.value.hint
     assert mmtok.make_method("pyramiddrop", layers=[8, 16]).layers == (8, 16)
+
+
+WRITERS = {
+    "descriptor": "import os; os.write(1, b'HELLO\\n')",
+    "child": "import subprocess; subprocess.run(['echo', 'HELLO'])",
+    "original stream": "import sys; print('HELLO', file=sys.__stdout__, flush=True)",
+}
+
+
+@pytest.mark.parametrize("way", WRITERS)
+def test_what_is_written_below_the_stream_is_no_result(way: str, tmp_path: Path, photo: Path) -> None:
+    code = GOOD.format(before="", init="pass", select=WRITERS[way])
+    installed(tmp_path, "broken_method", code, "broken = broken_method:Broken")
+    before = f"import sys; sys.path.insert(0, {str(tmp_path)!r})"
+    options = ("-b", 4, "--method", "broken", "--json", "--max-new-tokens", 1)
+    done = run_process("infer", photo, "What is it?", *options, before=before)
+    assert done.returncode == 0 and json.loads(done.stdout)["tokens"]["kept"] == 4 and "HELLO" in done.stderr
+
+
+STATES = {
+    "import torch; torch.set_default_dtype(torch.float64)": "changed the default data type",
+    "import torch; torch.set_num_threads(torch.get_num_threads() + 1)": "changed the number of threads",
+    "import torch; torch.set_default_device('meta')": "changed the default device",
+    "import os; os.chdir('/')": "changed the working directory",
+    "import sys; sys.setrecursionlimit(sys.getrecursionlimit() + 1)": "changed the recursion limit",
+}
+
+
+@pytest.mark.parametrize("code", STATES)
+def test_global_state_is_restored(
+    code: str, tmp_path: Path, tiny_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path, monkeypatch, select=code)
+    before = torch.get_default_dtype(), torch.get_num_threads(), torch.get_default_device(), Path.cwd()
+    options = ("-m", tiny_directory, "-b", 4, "--limit", 2, "--rounds", 1, "--max-new-tokens", 1)
+    shown = run("compare", "--methods", "broken,random", *options, "--json")
+    assert before == (torch.get_default_dtype(), torch.get_num_threads(), torch.get_default_device(), Path.cwd())
+    found = json.loads(shown.stdout)
+    assert [case["case"]["method"] for case in found["results"]] == ["full", "random"]
+    assert STATES[code] in found["failures"][0]["message"]
+
+
+def test_long_and_broken_messages_are_cut(tmp_path: Path, photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path, monkeypatch, select="raise RuntimeError('x' * 5_000_000)")
+    result = run("infer", photo, "What is it?", "-b", 4, "--method", "broken")
+    refused(result, "Broken.select failed: RuntimeError: xxx")
+    assert len(result.stderr) < 1000

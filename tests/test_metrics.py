@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, get_args
 
 import official_scores as official
@@ -332,9 +333,8 @@ def test_the_metric_does_not_depend_on_the_labels(answers: Sequence[str | None])
 
 def test_a_metric_by_hand() -> None:
     assert with_metric(dataset("exact", "yes", "no"), "yes-no").metric == "yes-no"
-    unplaced = replace(
-        found, samples=[replace(s, place="") for s in dataset("exact", "yes", "red").samples], problems=()
-    )
+    mixed = dataset("exact", "yes", "red")
+    unplaced = replace(mixed, samples=[replace(s, place="") for s in mixed.samples], problems=())
     assert with_metric(unplaced, "yes-no").problems == ("sample 2: the answer 'red' is neither yes nor no",)
     assert with_metric(dataset("exact", "true", "False"), "mme").metric == "mme"
     with pytest.raises(MMTokError, match="there is no metric 'f1'") as error:

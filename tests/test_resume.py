@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from collections import Counter
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 from cli_helpers import refused, run, run_json, run_process
+from conftest import picture
+from safetensors.torch import load_file, save_file
 
 import mmtok_cli.timing.runner as runner
 from mmtok_cli.cases import Case
@@ -326,3 +329,25 @@ def test_a_run_in_another_format_is_refused_by_its_version(written: str, tmp_pat
     (directory / "plan.json").write_text(json.dumps({"schema": written, "environment": {"mmtok": "0.0.7"}, "cases": 3}))
     for command in (("report", directory), ("compare", "--resume", "--run-dir", directory)):
         refused(run(*command), written, "newer" if written.endswith("99") else "older", "mmtok 0.0.7", "mmtok.plan/2")
+
+
+def test_other_weights_and_other_images_are_noticed(tiny_directory: Path, tmp_path: Path) -> None:
+    """Both keep their names, and a table of two models or two pictures would be wrong."""
+    model, folder = tmp_path / "model", tmp_path / "data"
+    shutil.copytree(tiny_directory, model)
+    folder.mkdir()
+    for number in range(2):
+        picture(84, 84, number).save(folder / f"{number}.png")
+    command = ("compare", "-m", model, "--methods", "random", "-b", 4, "--max-new-tokens", 1, "--rounds", 2)
+    command += ("--data", folder, "--question", "What?", "--run-dir", tmp_path / "run")
+    assert run(*command).exit_code == 0
+    (measured,) = (tmp_path / "run" / "rounds").glob("00001-001.json")
+    measured.unlink()
+    weights = load_file(model / "model.safetensors")
+    save_file({name: weight * 1.3 for name, weight in weights.items()}, model / "model.safetensors", {"format": "pt"})
+    refused(run("compare", "--resume", "--run-dir", tmp_path / "run"), "another environment: weights digest")
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    picture(90, 90, 7).save(folder / "1.png")
+    refused(run("compare", "--resume", "--run-dir", tmp_path / "run"), "have changed")
+    picture(84, 84, 1).save(folder / "1.png")
+    assert run("compare", "--resume", "--run-dir", tmp_path / "run").exit_code == 0

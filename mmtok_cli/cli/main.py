@@ -127,14 +127,15 @@ def mmtok(
 
 def _keep_standard_output() -> None:
     """Results alone go to standard output; what libraries write there by its descriptor goes to standard error."""
+    old = sys.stdout
+    if old is not sys.__stdout__ or not isinstance(old, TextIOWrapper):
+        return
     try:
-        results = os.dup(1)
-        os.dup2(2, 1)
+        results = os.dup(old.fileno())
+        os.dup2(2, old.fileno())
     except OSError:  # one of them is closed
         return
-    if isinstance(sys.stdout, TextIOWrapper):
-        encoding, errors = sys.stdout.encoding, sys.stdout.errors
-        sys.stdout = open(results, "w", encoding=encoding, errors=errors)  # noqa: PTH123, SIM115 (open until the end)
+    sys.stdout = open(results, "w", encoding=old.encoding, errors=old.errors)  # noqa: PTH123, SIM115 (open until the end)
 
 
 def main() -> None:

@@ -49,32 +49,37 @@ class FileRow(Row):
 class UsualMetric:
     """The metric that suits the fields of a whole dataset, whatever part of it is evaluated.
 
-    Choices ask for multiple choice. Lists of answers ask for VQA accuracy, or for ANLS if at least half of them are
-    shorter than SEVERAL. One answer asks for exact match.
+    What most of the answered samples have decides. Choices: multiple choice. Lists of answers: VQA accuracy, or ANLS if
+    at least half of them are shorter than SEVERAL. One answer: exact match.
     """
 
     def __init__(self) -> None:
-        self._choices = self._answer = False
+        self._choices = self._single = 0
         self._several: list[int] = []
 
     def add(self, fields: Mapping[str, Any]) -> None:
         """Count in the fields of one sample."""
         several = fields.get("answers") or fields.get("answer")
-        if isinstance(several, list | tuple):
+        is_list = isinstance(several, list | tuple)
+        if not is_list and plain_text(several) in (None, ""):
+            return
+        if fields.get("choices"):
+            self._choices += 1
+        elif isinstance(several, list | tuple):
             self._several.append(len(several))
-        elif plain_text(several) not in (None, ""):
-            self._answer = True
-        self._choices |= bool(fields.get("choices"))
+        else:
+            self._single += 1
 
     @property
     def name(self) -> MetricName | None:
-        if not self._answer and not self._several:
+        most = max(self._choices, len(self._several), self._single)
+        if not most:
             return None
-        if self._choices:
+        if self._choices == most:
             return "choice"
-        if self._several:
-            return "textvqa" if median_low(self._several) >= SEVERAL else "anls"
-        return "exact"
+        if self._single == most:
+            return "exact"
+        return "textvqa" if median_low(self._several) >= SEVERAL else "anls"
 
 
 class DataFile:

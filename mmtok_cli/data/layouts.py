@@ -39,17 +39,18 @@ def _first_turn(raw: Fields) -> Fields:
     turns = raw["conversations"]
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
         raise MMTokError("conversations: it is not a list of turns")
-    said = {turn.get("from"): turn.get("value") for turn in reversed(turns)}
-    return {**raw, "question": said.get("human"), "answer": said.get("gpt")}
+
+    def first(role: str) -> Any:
+        return next((turn.get("value") for turn in turns if turn.get("from") == role), None)
+
+    return {**raw, "question": first("human"), "answer": first("gpt")}
 
 
 def _with_options(raw: Fields) -> Fields:
     """The choices in columns A, B, …; the hint before the question, as LLaVA's scripts put it."""
-    choices = []
-    for letter in ascii_uppercase:
-        if raw.get(letter) is None:
-            break
-        choices.append(raw[letter])
+    given = [letter for letter in ascii_uppercase if raw.get(letter) not in (None, "")]
+    # An empty cell between others keeps its letter, as in VLMEvalKit; no answer contains its text.
+    choices = [raw.get(letter) or "–" for letter in ascii_uppercase if given and letter <= given[-1]]
     return {**_of_vlmevalkit(raw), "choices": choices or None}
 
 

@@ -48,6 +48,11 @@ class Metric:
     fault: Callable[[Sample], str] = lambda sample: ""
 
 
+def known(sample: Sample) -> Sequence[str]:
+    """The reference answers that say something; of several annotators some may leave theirs blank."""
+    return [reference for reference in sample.references if reference.strip()] or sample.references
+
+
 def score_of(sample: Sample, answer: str, metric: MetricName) -> float | None:
     """The score of an answer, 0 to 1; None where there is no reference answer."""
     return METRICS[metric].score(answer, sample) if sample.references else None
@@ -83,7 +88,7 @@ def with_metric(dataset: Dataset, name: str | None) -> Dataset:
 
 def exact_match(answer: str, sample: Sample) -> float:
     """Whether the answer is a reference answer, ignoring letter case and the marks that `normalise` removes."""
-    return float(normalise(answer) in {normalise(reference) for reference in sample.references})
+    return float(normalise(answer) in {normalise(reference) for reference in known(sample)})
 
 
 def normalise(text: str) -> str:
@@ -99,7 +104,7 @@ def normalise(text: str) -> str:
         rest = before[-1] + rest
     bare = rest.rstrip(marks)
     after = rest[len(bare) : len(bare) + 1]
-    if bare[-1:].isdecimal() and after in {"'", '"'} and after not in before:  # feet or inches
+    if bare[-1:].isdecimal() and after in {"'", '"', "’", "”"} and not before:  # feet or inches
         bare += after
     number = WHOLE_NUMBER.fullmatch(bare)
     return number[1] if number else bare or whole
@@ -158,12 +163,12 @@ def mme_accuracy(answer: str, sample: Sample) -> float:
 
 
 def paired_accuracy(scores: Sequence[float], kinds: Sequence[str], images: Sequence[str]) -> PairedAccuracy:
-    """MME's scores of one or more answers, each 0 or 1, of which two are about each image.
+    """MME's scores of one or more answers, each 0 or 1, of which two each are about an image.
 
     Images that lack one of their two questions, such as the last of an odd number of samples, are not counted.
     """
     single, both = defaultdict(list), defaultdict(list)
-    for (kind, _), places in _pairs(kinds, images).items():
+    for (kind, *_), places in _pairs(kinds, images).items():
         single[kind].append(sum(scores[place] for place in places) / 2)
         both[kind].append(float(all(scores[place] == 1 for place in places)))
     accuracy, plus = (sum(map(fmean, column.values())) for column in (single, both))
@@ -179,20 +184,24 @@ def paired_shares(scores: Sequence[float], kinds: Sequence[str], images: Sequenc
     """What each answer adds to the points of `paired_accuracy`, up to a constant factor, as values to resample."""
     shares = [0.0] * len(scores)
     pairs = _pairs(kinds, images)
-    size = Counter(kind for kind, _ in pairs)
-    for (kind, _), places in pairs.items():
+    size = Counter(kind for kind, *_ in pairs)
+    for (kind, *_), places in pairs.items():
         right = [scores[place] for place in places]
         for place in places:
             shares[place] = (sum(right) / 2 + float(all(value == 1 for value in right))) / size[kind]
     return shares
 
 
-def _pairs(kinds: Sequence[str], images: Sequence[str]) -> dict[tuple[str, str], list[int]]:
-    """The places of the two answers about each image of a kind."""
+def _pairs(kinds: Sequence[str], images: Sequence[str]) -> dict[tuple[str, str, int], list[int]]:
+    """The places of the two answers of each pair, in their order: an image may have several pairs of a kind."""
     places: dict[tuple[str, str], list[int]] = defaultdict(list)
     for place, of in enumerate(zip(kinds, images, strict=True)):
         places[of].append(place)
-    return {of: found for of, found in places.items() if len(found) == 2}
+    return {
+        (kind, image, start): found[start : start + 2]
+        for (kind, image), found in places.items()
+        for start in range(0, len(found) - 1, 2)
+    }
 
 
 def _yes_no_fault(sample: Sample) -> str:
@@ -223,7 +232,7 @@ def anls(answer: str, sample: Sample) -> float:
     The script of DocVQA and InfographicVQA (arXiv 1907.00490; rrc.cvc.uab.es): edit distance of the lower-case texts
     with single spaces, divided by the length of the longer of the original texts.
     """
-    distances = [_distance(answer, reference) for reference in sample.references]
+    distances = [_distance(answer, reference) for reference in known(sample)]
     similarity = 1 - min(distances)
     return similarity if similarity >= ANLS_THRESHOLD else 0.0
 
@@ -235,7 +244,7 @@ def relaxed_accuracy(answer: str, sample: Sample) -> float:
     and VLMEvalKit: 5% is 0.05, and where the reference answer is 0 the texts must match. The best of several reference
     answers counts.
     """
-    return float(any(_is_close(answer.strip(), reference) for reference in sample.references))
+    return float(any(_is_close(answer.strip(), reference) for reference in known(sample)))
 
 
 def _annotators_fault(sample: Sample) -> str:

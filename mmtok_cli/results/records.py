@@ -15,7 +15,7 @@ from pydantic_core import to_jsonable_python
 
 from mmtok_cli.budget import Budget, TokenCounts
 from mmtok_cli.data.layouts import MetricName
-from mmtok_cli.data.samples import Sample
+from mmtok_cli.data.samples import ClosedImages, Sample
 from mmtok_cli.results.schedule import Rotation
 from mmtok_cli.results.schema import (
     Bytes,
@@ -53,13 +53,16 @@ def _require_plausible(tokens: TokenCounts) -> TokenCounts:
 Tokens = Annotated[TokenCounts, AfterValidator(_require_plausible)]
 
 
-def _require_not_negative(value: float) -> float:
-    if value < 0:  # NaN is not
-        raise ValueError("must not be negative")
+LARGEST_DIVERGENCE = 1e6  # nats; logits of real models differ by a few hundred
+
+
+def _require_divergence(value: float) -> float:
+    if value < 0 or LARGEST_DIVERGENCE < value < math.inf:  # NaN is neither
+        raise ValueError(f"must be between 0 and {LARGEST_DIVERGENCE:g}")
     return value
 
 
-Divergence = Annotated[float, BeforeValidator(_read_number), AfterValidator(_require_not_negative)]
+Divergence = Annotated[float, BeforeValidator(_read_number), AfterValidator(_require_divergence)]
 
 
 class GpuState(Record):
@@ -367,8 +370,16 @@ def sample_name(sample: Sample) -> str:
 
 
 def digest_of_samples(samples: Sequence[Sample]) -> str:
-    """Of names, questions and reference answers, in their order; the content of the images is not part of it."""
-    return digest([[s.image_ids, s.question, s.answer, s.answers, s.kind] for s in samples])
+    """Of names, questions, reference answers and the sizes of image files, in their order.
+
+    The content of the images is not read.
+    """
+    return digest([[s.image_ids, s.question, s.answer, s.answers, s.kind, _file_sizes(s)] for s in samples])
+
+
+def _file_sizes(sample: Sample) -> list[int | None]:
+    files = sample.images.files if isinstance(sample.images, ClosedImages) else []
+    return [file.stat().st_size if file.is_file() else None for file in files]
 
 
 def planned_case(case: CaseId, environment: Environment, common: Mapping[str, Any]) -> PlannedCase:

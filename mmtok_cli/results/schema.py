@@ -325,8 +325,9 @@ class FailedCase(OfCase):
 class Environment(Record):
     """Hardware, versions and settings of a measurement.
 
-    driver, cuda: versions, on an NVIDIA GPU. layers: decoder layers that were run, and those of the model, if only some
-    were run; prefill, decode, KV cache and FLOPs are then estimates.
+    weights_digest: of the model's weights, from a few values of each. driver, cuda: versions, on an NVIDIA GPU. layers:
+    decoder layers that were run, and those of the model, if only some were run; prefill, decode, KV cache and FLOPs are
+    then estimates.
     """
 
     mmtok: str
@@ -345,6 +346,7 @@ class Environment(Record):
     command: list[str]
     driver: str | None = None
     cuda: str | None = None
+    weights_digest: str | None = None
     layers: tuple[int, int] | None = None
 
 
