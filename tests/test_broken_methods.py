@@ -440,3 +440,15 @@ def test_long_and_broken_messages_are_cut(tmp_path: Path, photo: Path, monkeypat
     result = run("infer", photo, "What is it?", "-b", 4, "--method", "broken")
     refused(result, "Broken.select failed: RuntimeError: xxx")
     assert len(result.stderr) < 1000
+
+
+def test_status_of_a_comparison_whose_cases_failed(
+    tmp_path: Path, tiny_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One case that fails is a row; if none is left, the command has failed."""
+    install(tmp_path, monkeypatch, select="return None")
+    options = ("-m", tiny_directory, "-b", 4, "--limit", 2, "--rounds", 1, "--max-new-tokens", 1)
+    alone = run("compare", "--methods", "broken", *options)
+    said = " ".join(alone.stderr.split())
+    assert alone.exit_code == 1 and "must return a Selection" in said and "failures" in said
+    assert run("compare", "--methods", "broken,random", *options).exit_code == 0

@@ -154,7 +154,7 @@ def _measure(
     quiet: bool,
 ) -> tuple[Comparison | None, int]:
     """Measure, write the files, then show. The result, None where nothing could be saved, and the exit status: 1 if
-    anything failed, 130 if the run was interrupted."""
+    a part or every case failed, 130 if the run was interrupted."""
     from mmtok_cli.cli.showing import exports, save_plot, show
     from mmtok_cli.errors import MMTokError
     from mmtok_cli.report.console import attempt_all, print_error
@@ -174,7 +174,9 @@ def _measure(
         return comparison, 1
     if stopped or comparison.interrupted:
         return comparison, 130
-    return comparison, 0 if done and comparison.results else 1
+    reduced = [result for result in comparison.results if not result.case.is_baseline]
+    nothing = not comparison.results or (comparison.failures and not reduced)
+    return comparison, 1 if nothing or not done else 0
 
 
 def _check_speedups(comparison: Comparison, least: float, stage: str) -> int:
