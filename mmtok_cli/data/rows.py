@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, mo
 from mmtok_cli.data.samples import ClosedImages, Sample, require_question
 from mmtok_cli.errors import MMTokError
 
+ANNOTATORS = 3  # from this number on, reference answers are those of annotators
 FIELDS = ("image", "question", "answer", "answers", "choices", "id", "kind")
 Columns = Mapping[str, str]  # field -> its name in the dataset, where the two differ
 GAP = "{question}"
@@ -74,7 +75,9 @@ class Row(BaseModel):
     @field_validator("answers")
     @classmethod
     def _any_known(cls, values: tuple[str, ...]) -> tuple[str, ...]:
-        return values if any(value.strip() for value in values) else ()
+        """Blank answers are none, but among those of several annotators, whose number counts."""
+        known = tuple(value for value in values if value.strip())
+        return values if known and len(values) >= ANNOTATORS else known
 
     @field_validator("choices", mode="before")
     @classmethod

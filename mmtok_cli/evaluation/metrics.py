@@ -48,11 +48,6 @@ class Metric:
     fault: Callable[[Sample], str] = lambda sample: ""
 
 
-def known(sample: Sample) -> Sequence[str]:
-    """The reference answers that say something; of several annotators some may leave theirs blank."""
-    return [reference for reference in sample.references if reference.strip()] or sample.references
-
-
 def score_of(sample: Sample, answer: str, metric: MetricName) -> float | None:
     """The score of an answer, 0 to 1; None where there is no reference answer."""
     return METRICS[metric].score(answer, sample) if sample.references else None
@@ -88,7 +83,7 @@ def with_metric(dataset: Dataset, name: str | None) -> Dataset:
 
 def exact_match(answer: str, sample: Sample) -> float:
     """Whether the answer is a reference answer, ignoring letter case and the marks that `normalise` removes."""
-    return float(normalise(answer) in {normalise(reference) for reference in known(sample)})
+    return float(normalise(answer) in {normalise(reference) for reference in sample.references})
 
 
 def normalise(text: str) -> str:
@@ -232,7 +227,7 @@ def anls(answer: str, sample: Sample) -> float:
     The script of DocVQA and InfographicVQA (arXiv 1907.00490; rrc.cvc.uab.es): edit distance of the lower-case texts
     with single spaces, divided by the length of the longer of the original texts.
     """
-    distances = [_distance(answer, reference) for reference in known(sample)]
+    distances = [_distance(answer, reference) for reference in sample.references]
     similarity = 1 - min(distances)
     return similarity if similarity >= ANLS_THRESHOLD else 0.0
 
@@ -244,7 +239,7 @@ def relaxed_accuracy(answer: str, sample: Sample) -> float:
     and VLMEvalKit: 5% is 0.05, and where the reference answer is 0 the texts must match. The best of several reference
     answers counts.
     """
-    return float(any(_is_close(answer.strip(), reference) for reference in known(sample)))
+    return float(any(_is_close(answer.strip(), reference) for reference in sample.references))
 
 
 def _annotators_fault(sample: Sample) -> str:
