@@ -178,7 +178,7 @@ class Reader:
             "report": ("report", run_directory, "--json"),
             "merge": ("report", other, run_directory, "--json"),
             "page": ("report", run_directory, "--export", page, "--quiet"),
-            "resume": ("compare", "--run-dir", run_directory, "--resume", "--json"),
+            "resume": ("compare", "--run-dir", run_directory, "--resume", "--json", "--quiet"),
         }
         self.page = page
         with without_measuring():
