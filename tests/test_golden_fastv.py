@@ -34,8 +34,8 @@ def fastv_inside(model: LlamaForCausalLM, params: dict[str, Any]) -> Inside:
         eligible=torch.ones(total, dtype=torch.bool),
         image_id="image",
         cuts=method.cuts(total, params["keep"], model.config.num_hidden_layers),
-        queries=method.queries,
-        choose=method.choose,
+        queries=lambda vision, text, stage: method.queries(vision, text),
+        choose=lambda tokens, cut, stage: method.choose(tokens, cut),
     )
     return Inside(model.model, torch.ones(1, length, dtype=torch.long), [image], "keep", lambda name: nullcontext())
 

@@ -66,7 +66,15 @@ def test_end_to_end(case: dict[str, Any], attention: str) -> None:
 
     eligible = torch.ones(total, dtype=torch.bool)
     cuts = cuts_of(case, model.config.num_hidden_layers)
-    image = CutImage(0, start, eligible, "image", cuts, method.queries, choose)
+    image = CutImage(
+        0,
+        start,
+        eligible,
+        "image",
+        cuts,
+        lambda vision, text, stage: method.queries(vision, text),
+        lambda tokens, cut, stage: choose(tokens, cut),
+    )
     mask = torch.ones(1, length, dtype=torch.long)
     with (
         Inside(model.model, mask, [image], method.positions, lambda name: nullcontext()),

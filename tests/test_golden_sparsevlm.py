@@ -84,7 +84,15 @@ def test_end_to_end(case: dict[str, Any], attention: str) -> None:
     lengths = case["kv_lengths_prefill"]
     behind = [*lengths[1:], len(expected["expected_last_hidden_state"])]
     cuts = tuple(Cut(layer + 1, behind[layer] - text, reads=layer) for layer in params["pruning_layers"])
-    image = CutImage(0, start, torch.ones(total, dtype=torch.bool), "image", cuts, method.queries, choose)
+    image = CutImage(
+        0,
+        start,
+        torch.ones(total, dtype=torch.bool),
+        "image",
+        cuts,
+        lambda vision, text, stage: method.queries(vision, text),
+        lambda tokens, cut, stage: choose(tokens, cut),
+    )
     mask = torch.ones(1, length, dtype=torch.long)
     with Inside(model, mask, [image], method.positions, lambda name: nullcontext()):
         out = model(inputs_embeds=embeds, use_cache=True)
