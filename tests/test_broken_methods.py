@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from cli_helpers import refused, run, run_json, run_process
+from cli_helpers import refused, run, run_json
 from test_third_party import installed
 from tiny_models import FAMILIES
 
@@ -393,23 +393,6 @@ def test_python_interface_checks_types() -> None:
         mmtok.make_method("fastv", layr=3)
     assert "did you mean layer" in error.value.hint
     assert mmtok.make_method("pyramiddrop", layers=[8, 16]).layers == (8, 16)
-
-
-WRITERS = {
-    "descriptor": "import os; os.write(1, b'HELLO\\n')",
-    "child": "import subprocess; subprocess.run(['echo', 'HELLO'])",
-    "original stream": "import sys; print('HELLO', file=sys.__stdout__, flush=True)",
-}
-
-
-@pytest.mark.parametrize("way", WRITERS)
-def test_what_is_written_below_the_stream_is_no_result(way: str, tmp_path: Path, photo: Path) -> None:
-    code = GOOD.format(before="", init="pass", select=WRITERS[way])
-    installed(tmp_path, "broken_method", code, "broken = broken_method:Broken")
-    before = f"import sys; sys.path.insert(0, {str(tmp_path)!r})"
-    options = ("-b", 4, "--method", "broken", "--json", "--max-new-tokens", 1)
-    done = run_process("infer", photo, "What is it?", *options, before=before)
-    assert done.returncode == 0 and json.loads(done.stdout)["tokens"]["kept"] == 4 and "HELLO" in done.stderr
 
 
 STATES = {

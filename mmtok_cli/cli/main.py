@@ -125,21 +125,7 @@ def mmtok(
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
-def _keep_standard_output() -> None:
-    """Results alone go to standard output; what libraries write there by its descriptor goes to standard error."""
-    old = sys.stdout
-    if old is not sys.__stdout__ or not isinstance(old, TextIOWrapper):
-        return
-    try:
-        results = os.dup(old.fileno())
-        os.dup2(2, old.fileno())
-    except OSError:  # one of them is closed
-        return
-    sys.stdout = open(results, "w", encoding=old.encoding, errors=old.errors)  # noqa: PTH123, SIM115 (open until the end)
-
-
 def main() -> None:
-    _keep_standard_output()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # what another encoding than UTF-8 cannot express
