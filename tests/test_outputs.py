@@ -367,7 +367,8 @@ def process(place: Path, *arguments: object, **options: Any) -> subprocess.Compl
     """A command in a process of its own, with errors on standard error unless it is told otherwise."""
     line = [sys.executable, "-m", "mmtok_cli", *map(str, arguments)]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.run(line, text=True, cwd=place, check=False, **(streams | options))
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return subprocess.run(line, text=True, cwd=place, check=False, **({"env": buffered} | streams | options))
 
 
 @pytest.mark.parametrize(
@@ -398,6 +399,13 @@ def test_nobody_reads_standard_output(place: Path) -> None:
     os.close(writer)
     assert done.returncode == 1 and "error" not in done.stderr and "Traceback" not in done.stderr
     assert (place / "t.csv").exists() and "wrote" in done.stderr
+
+
+def test_standard_output_that_is_closed(place: Path) -> None:
+    shell = ["sh", "-c", '"$@" >&-', "sh", sys.executable, "-m", "mmtok_cli"]
+    line = [*shell, *map(str, command("report", place)), "--export", str(place / "t.csv")]
+    done = subprocess.run(line, text=True, cwd=place, capture_output=True, check=False)
+    assert done.returncode == 0 and "Traceback" not in done.stderr and (place / "t.csv").exists()
 
 
 @pytest.mark.parametrize(("gone", "name"), [("full", "report"), ("closed", "compare")])

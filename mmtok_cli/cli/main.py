@@ -125,8 +125,23 @@ def mmtok(
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
+def _discard_unwritten() -> None:
+    """Drop what standard output and standard error did not take. It was dealt with; at its exit Python would try again
+    and end with status 120."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is None:  # it was closed before the start
+            continue
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # what another encoding than UTF-8 cannot express
-    app()
+    try:
+        app()
+    finally:
+        _discard_unwritten()
