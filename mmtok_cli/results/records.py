@@ -57,8 +57,10 @@ LARGEST_DIVERGENCE = 1e6  # nats; logits of real models differ by a few hundred
 
 
 def _require_divergence(value: float) -> float:
-    if value < 0 or LARGEST_DIVERGENCE < value < math.inf:  # NaN is neither
-        raise ValueError(f"must be between 0 and {LARGEST_DIVERGENCE:g}")
+    if value < 0:  # NaN is not
+        raise ValueError("must not be negative")
+    if LARGEST_DIVERGENCE < value < math.inf:
+        raise ValueError(f"must not be above {LARGEST_DIVERGENCE:g}")
     return value
 
 
