@@ -27,7 +27,7 @@ class MethodFaultError(MMTokError):
 
 LONGEST_LINE = 300
 OUT_OF_MEMORY = re.compile(
-    r"out of memory|(can't|cannot) allocate memory|not enough memory|[A-Z]+_STATUS_ALLOC_FAILED", re.IGNORECASE
+    r"out of memory|(can't|cannot) allocate memory|not enough memory|_STATUS_ALLOC_FAILED", re.IGNORECASE
 )
 
 
