@@ -48,7 +48,8 @@ def test_patterns_of_images(tmp_path: Path) -> None:
     folder.mkdir()
     picture(20, 20).save(folder / "a [1].png")
     for name in (folder, folder / "a [1].png", tmp_path / "run*" / "*.png"):
-        assert [Path(sample.id).name for sample in pictures(str(name), "What?")] == ["a [1].png"]
+        samples, problems = pictures(str(name), "What?", None)
+        assert [Path(sample.id).name for sample in samples] == ["a [1].png"] and not problems
 
 
 def damaged(whole: bytes, seed: int) -> bytes:
