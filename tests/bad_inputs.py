@@ -785,6 +785,8 @@ from mmtok_cli.tokens import Selection
 
 @dataclass(frozen=True)
 class Broken(Method):
+    '''Returns what it must not.'''
+
     summary: ClassVar[str] = "broken"
 
     def select(self, vision, text, budget):
