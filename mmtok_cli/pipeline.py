@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from mmtok_cli import hooks
@@ -53,6 +54,19 @@ class ReducedImage:
         """Whether fewer tokens are kept than the budget says. A smaller image may have a few less than planned."""
         less = self.kept < self.plan.keep < self.plan.total and self.plan.grid is None
         return self.plan.short or less
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Encoded images, from which several methods and budgets may select.
+
+    prompt: with placeholders for all vision tokens. vision: the tokens of each image, in the prompt's order. picks: the
+    selections of nested methods at the largest budget so far, by method, image and crop; None where they are not kept.
+    """
+
+    prompt: Prompt
+    vision: list[VisionTokens]
+    picks: dict[tuple[Method, int, int], Selection] | None = None
 
 
 @dataclass(frozen=True)
@@ -125,21 +139,44 @@ def reduce(
     forward pass within `inside`. Raises MMTokError where the method cannot be followed, and MethodFaultError where it
     does not do what a method must.
     """
-    pictures = [image for sample in samples for image in sample.images]
-    positions = _positions(model, method, rules)
+    _positions(model, method, rules)
     with stage("prepare"):
-        plans = plan_images(model, method, pictures, budget, rules, grids)
-        prompt = model.prepare(
-            [sample.question for sample in samples],
-            [sample.images for sample in samples],
-            [sample.image_ids for sample in samples],
-            [plan.grid for plan in plans],
-        )
+        plans = plan_images(model, method, images_of(samples), budget, rules, grids)
+        prompt = prepare(model, samples, plans)
     with stage("encode"):
         vision = model.encode(prompt, method.signals_among(model.signals), stage=stage)
-    images = _reduce_images(model, method, prompt, plans, vision, rules, stage)
+    return reduce_encoded(model, method, Encoded(prompt, vision), plans, rules, stage)
+
+
+def images_of(samples: Sequence[Sample]) -> list[Image]:
+    """The images of all samples, in the order of the prompts."""
+    return [image for sample in samples for image in sample.images]
+
+
+def prepare(model: VisionLanguageModel, samples: Sequence[Sample], plans: Sequence[ImagePlan]) -> Prompt:
+    """The prompt of a batch of samples, whose images are encoded at the grids of their plans."""
+    return model.prepare(
+        [sample.question for sample in samples],
+        [sample.images for sample in samples],
+        [sample.image_ids for sample in samples],
+        [plan.grid for plan in plans],
+    )
+
+
+@torch.inference_mode()
+def reduce_encoded(
+    model: VisionLanguageModel,
+    method: Method,
+    encoded: Encoded,
+    plans: Sequence[ImagePlan],
+    rules: Rules = RELEASED,
+    stage: Stage = unwatched,
+) -> Reduced:
+    """Keep the vision tokens that the method chooses of encoded images. plans: of each image, for this method."""
+    prompt, positions = encoded.prompt, _positions(model, method, rules)
+    images = _reduce_images(model, method, encoded, plans, rules, stage)
     with stage("select"):
-        inputs = model.assemble(prompt, vision, [image.selection for image in images], positions)
+        inputs = model.assemble(prompt, encoded.vision, [image.selection for image in images], positions)
         cuts = _cut_images(model, method, images, inputs)
     return Reduced(prompt, images, inputs, cuts, positions, _count_tokens(prompt, images, inputs, model.layer_count))
 
@@ -221,6 +258,14 @@ def answer(
     Raises MMTokError where a budget cannot be met or the prompt is longer than the model can read.
     """
     reduced = reduce(model, method, samples, budget, rules=rules, stage=stage)
+    return answer_reduced(model, reduced, max_new_tokens, stage)
+
+
+@torch.inference_mode()
+def answer_reduced(
+    model: VisionLanguageModel, reduced: Reduced, max_new_tokens: int, stage: Stage = unwatched
+) -> Answers:
+    """Answer a reduced prompt greedily. Raises MMTokError where it is longer than the model can read."""
     require_room(model, reduced.inputs["input_ids"].shape[1], max_new_tokens)
     with inside(model, reduced, stage=stage) as cut:
         with stage("prefill"):
@@ -254,16 +299,16 @@ def _positions(model: VisionLanguageModel, method: Method, rules: Rules) -> Posi
 def _reduce_images(
     model: VisionLanguageModel,
     method: Method,
-    prompt: Prompt,
+    encoded: Encoded,
     plans: Sequence[ImagePlan],
-    vision: Sequence[VisionTokens],
     rules: Rules,
     stage: Stage,
 ) -> list[ReducedImage]:
     """What the method keeps of each image before the language model, and its cuts there."""
+    vision = encoded.vision
     with stage("select"):
-        seen = [_as_seen(encoded, method, rules.track) for encoded in vision]
-        texts = model.text_tokens(prompt, rules.track)
+        seen = [_as_seen(tokens, method, rules.track) for tokens in vision]
+        texts = model.text_tokens(encoded.prompt, rules.track)
     plans = [_within_reach(plan, tokens, method) for plan, tokens in zip(plans, seen, strict=True)]
     tasks = [
         # A smaller image may have fewer tokens than the budget.
@@ -271,9 +316,10 @@ def _reduce_images(
         for plan, tokens, text in zip(plans, seen, texts, strict=True)
     ]
     images = []
-    for plan, encoded, task, kept in zip(plans, vision, tasks, select(method, tasks, stage), strict=True):
-        image = ReducedImage(plan, encoded, task.vision.eligible, kept, cuts_of(method, kept.kept, task.budget, model))
-        hooks.check_kept(method, image.kept, plan.keep, encoded)
+    selections = select(method, tasks, stage, encoded.picks)
+    for plan, tokens, task, kept in zip(plans, vision, tasks, selections, strict=True):
+        image = ReducedImage(plan, tokens, task.vision.eligible, kept, cuts_of(method, kept.kept, task.budget, model))
+        hooks.check_kept(method, image.kept, plan.keep, tokens)
         images.append(image)
     if rules.budget_means == "layer-average" and any(
         image.cuts and image.selection.kept < image.vision.total for image in images
@@ -295,10 +341,15 @@ def _within_reach(plan: ImagePlan, seen: VisionTokens, method: Method) -> ImageP
     return plan if plan.keep <= eligible else replace(plan, keep=eligible, short=True)
 
 
-def select(method: Method, tasks: Sequence[SelectionTask], stage: Stage = unwatched) -> list[Selection]:
+def select(
+    method: Method,
+    tasks: Sequence[SelectionTask],
+    stage: Stage = unwatched,
+    picks: dict[tuple[Method, int, int], Selection] | None = None,
+) -> list[Selection]:
     """What the method keeps of each image; crop by crop where the model cuts images and the method sees crops.
 
-    Images of which everything is kept stay whole, with the line ends that no crop has.
+    Images of which everything is kept stay whole, with the line ends that no crop has. picks: as in Encoded.
     """
     if method.signals and not method.per_crop and any(task.vision.crops for task in tasks):
         raise hooks.fault(
@@ -309,19 +360,10 @@ def select(method: Method, tasks: Sequence[SelectionTask], stage: Stage = unwatc
     with stage("select"):
         parts = [_crop_tasks(method, task) for task in tasks]
         # A crop without a share of the budget is not shown to the method.
-        shown: list[SelectionTask] = []
-        for task, crops in zip(tasks, parts, strict=True):
-            shown += [crop for crop in crops if crop.budget] if crops else [task]
-    vision, budgets = [each.vision for each in shown], [each.budget for each in shown]
-
-    def given() -> list[Tensor]:
-        return [tensor for each in vision for tensor in (each.projected, each.eligible)]
-
-    with hooks.unchanged(method, given, stage), stage("select"):
-        selected = hooks.select(method, vision, [each.text for each in shown], budgets)
-    with stage(CHECK):
-        hooks.check_selections(method, vision, budgets, selected)
-    chosen, selections = iter(selected), []
+        shown: dict[tuple[int, int], SelectionTask] = {}
+        for number, (task, crops) in enumerate(zip(tasks, parts, strict=True)):
+            shown |= {(number, place): crop for place, crop in enumerate(crops or [task]) if crop.budget or not crops}
+    chosen, selections = iter(_select_shown(method, shown, stage, picks)), []
     with stage("select"):
         for task, crops in zip(tasks, parts, strict=True):
             if task.vision.crops is None or not crops:
@@ -330,6 +372,32 @@ def select(method: Method, tasks: Sequence[SelectionTask], stage: Stage = unwatc
                 nothing = Selection(torch.empty(0, dtype=torch.int64, device=task.vision.projected.device))
                 selections.append(task.vision.crops.join([next(chosen) if crop.budget else nothing for crop in crops]))
     return selections
+
+
+def _select_shown(
+    method: Method,
+    shown: dict[tuple[int, int], SelectionTask],
+    stage: Stage,
+    picks: dict[tuple[Method, int, int], Selection] | None,
+) -> list[Selection]:
+    """What the method keeps of each image or crop, by the numbers of image and crop."""
+    known = [picks.get((method, *place)) for place in shown] if picks else []
+    if known and all(k and k.kept >= task.budget for k, task in zip(known, shown.values(), strict=True)):
+        return [k.first(task.budget) for k, task in zip(known, shown.values(), strict=True) if k]
+    tasks = list(shown.values())
+    vision, budgets = [task.vision for task in tasks], [task.budget for task in tasks]
+
+    def given() -> list[Tensor]:
+        return [tensor for each in vision for tensor in (each.projected, each.eligible)]
+
+    with hooks.unchanged(method, given, stage), stage("select"):
+        selected = hooks.select(method, vision, [task.text for task in tasks], budgets)
+    with stage(CHECK):
+        hooks.check_selections(method, vision, budgets, selected)
+    if picks is not None and method.nested:
+        found = zip(shown, selected, strict=True)
+        picks |= {(method, *place): selection for place, selection in found if selection.order is not None}
+    return selected
 
 
 def _crop_tasks(method: Method, task: SelectionTask) -> list[SelectionTask]:

@@ -87,6 +87,13 @@ class Selection:
         """The places in the image that anything was kept of, ascending."""
         return self.indices[self.indices >= 0].sort().values
 
+    def first(self, count: int) -> Selection:
+        """The first `count` picks alone. Raises ValueError for a selection whose picks have no order."""
+        if self.order is None:
+            raise ValueError("the picks of this selection have no order")
+        order, gains = self.order[:count], self.gains
+        return Selection(order.sort().values, order, None if gains is None else gains[:count])
+
     @staticmethod
     def everything(vision: VisionTokens) -> Selection:
         import torch

@@ -113,6 +113,8 @@ class Method:
     Class attributes about what the method reads and how its authors run it:
     signals: what the method reads of the encoder besides the tokens; nothing else is computed.
     alternative_signals: other sets of signals with which it works as well, for families that do not offer `signals`.
+    nested: the picks at a smaller budget are the first picks at a larger one, in `Selection.order`; `compare --retain`
+        then selects once for all budgets.
     per_crop: where a model cuts an image into crops, `select` is called for each crop with a part of the budget, as in
         methods that act on the encoder's output (see `across_crops`); otherwise once for the packed sequence of all
         crops, line ends included. A method that reads signals must set it.
@@ -131,6 +133,7 @@ class Method:
     exact: ClassVar[bool] = True
     signals: ClassVar[tuple[str, ...]] = ()
     alternative_signals: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    nested: ClassVar[bool] = False
     per_crop: ClassVar[bool] = False
     positions: ClassVar[Positions] = "renumber"
     keeps_padding: ClassVar[bool] = False

@@ -37,6 +37,7 @@ class CDPruner(Method):
     source: ClassVar[str] = "arXiv 2506.10967"
     reads_question: ClassVar[bool] = True
     signals: ClassVar[tuple[str, ...]] = ("clip_image_embeds", "clip_text_embeds")
+    nested: ClassVar[bool] = True
     per_crop: ClassVar[bool] = True
     positions: ClassVar[Positions] = "renumber"
     keeps_padding: ClassVar[bool] = True

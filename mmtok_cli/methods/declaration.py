@@ -11,7 +11,7 @@ from mmtok_cli.methods.base import Method
 from mmtok_cli.methods.parameters import checked, is_supported, parameter_defaults, parameter_types
 from mmtok_cli.rules import Positions
 
-FLAGS = ("reads_question", "training_free", "takes_budget", "exact", "per_crop", "keeps_padding")
+FLAGS = ("reads_question", "training_free", "takes_budget", "exact", "nested", "per_crop", "keeps_padding")
 
 
 def declaration_fault(kind: Any) -> str | None:

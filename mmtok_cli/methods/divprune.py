@@ -32,6 +32,7 @@ class DivPrune(Method):
     summary: ClassVar[str] = "mutually distant tokens"
     source: ClassVar[str] = "arXiv 2503.02175"
     positions: ClassVar[Positions] = "renumber"
+    nested: ClassVar[bool] = True
     keeps_padding: ClassVar[bool] = True
     matrices: ClassVar[float] = 2
 

@@ -32,6 +32,7 @@ class MMTok(Method):
     summary: ClassVar[str] = "covers question + image"
     source: ClassVar[str] = "arXiv 2508.18264"
     reads_question: ClassVar[bool] = True
+    nested: ClassVar[bool] = True
     per_crop: ClassVar[bool] = True
     matrices: ClassVar[float] = 1.25
 

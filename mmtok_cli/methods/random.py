@@ -21,6 +21,7 @@ class Random(Method):
     """
 
     summary: ClassVar[str] = "tokens drawn at random"
+    nested: ClassVar[bool] = True
     per_crop: ClassVar[bool] = True
 
     seed: int = 0

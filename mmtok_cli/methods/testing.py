@@ -12,8 +12,8 @@ configurations with random weights; nothing is downloaded. Their language models
 parameters that name layers to values that fit: cuts can be before layer 1, 2 or 3.
 
 The checks: identity at the full budget, the exact number of tokens, their order without duplicates, no padding, batches
-equal single samples, bfloat16, the same choice every time, the model left as it was, and tokens removed inside the
-language model equal tokens masked there.
+equal single samples, nested picks where the method says so, bfloat16, the same choice every time, the model left as it
+was, and tokens removed inside the language model equal tokens masked there.
 """
 
 from __future__ import annotations
@@ -33,12 +33,13 @@ from torch import Tensor
 from mmtok_cli.budget import Budget
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.errors import MMTokError
+from mmtok_cli.image_plan import plan_images
 from mmtok_cli.methods.base import Method
 from mmtok_cli.methods.declaration import declaration_fault
 from mmtok_cli.models import hf
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.models.tiny import tiny_families, tiny_model
-from mmtok_cli.pipeline import Answers, answer, inside, reduce
+from mmtok_cli.pipeline import Answers, Encoded, answer, inside, prepare, reduce, reduce_encoded
 from mmtok_cli.rules import Positions, Rules, Track
 
 BUDGET = Budget(count=8)
@@ -177,6 +178,25 @@ def check_repeatable(method: Method, model: VisionLanguageModel, track: Track) -
     assert same, "the choice changes: draw with `random_scores`, or a generator seeded with vision.image_id"
 
 
+def check_nested(method: Method, model: VisionLanguageModel, track: Track) -> None:
+    """A method that says it is nested picks at a smaller budget what it picks first at a larger one."""
+    if not method.nested:
+        return
+    large, small = Budget(count=16), Budget(count=7)
+    batch, rules = samples(), Rules(track)
+    images = [image for sample in batch for image in sample.images]
+    with _signals(model):
+        plans = [plan_images(model, method, images, budget, rules) for budget in (large, small)]
+        prompt = prepare(model, batch, plans[0])
+        vision = model.encode(prompt, method.signals_among(model.signals))
+        encoded = Encoded(prompt, vision, picks={})
+        kept = [reduce_encoded(model, method, encoded, plan, rules).selections for plan in plans]
+        afresh = reduce_encoded(model, method, Encoded(prompt, vision), plans[1], rules).selections
+    assert encoded.picks, "nested methods must return Selection.order"
+    same = all(a.indices.equal(b.indices) for a, b in zip(kept[1], afresh, strict=True))
+    assert same, "nested is True, but other tokens are picked at a smaller budget"
+
+
 def check_narrow_dtype(method: Method, model: VisionLanguageModel, track: Track) -> None:
     """The method works on a model in bfloat16."""
     narrow = shared_model(model.family, torch.bfloat16)
@@ -234,6 +254,7 @@ CHECKS: dict[str, Check] = {
     "padding": check_padding,
     "repeatable": check_repeatable,
     "batch": check_batch,
+    "nested": check_nested,
     "narrow_dtype": check_narrow_dtype,
     "model_unchanged": check_model_unchanged,
     "removed_equals_masked": check_removed_equals_masked,
