@@ -212,7 +212,7 @@ class ComparisonRun:
         dataset = open_dataset(
             settings.data,
             image_root=settings.image_root,
-            limit=settings.limit,
+            limit=settings.sample_limit,
             question=settings.question,
             columns=column_names(settings.columns),
             find_metric=settings.metric is None,

@@ -8,6 +8,7 @@ from typing import Any
 
 from mmtok_cli.budget import Budget
 from mmtok_cli.cases import Case
+from mmtok_cli.errors import MMTokError
 from mmtok_cli.methods import accepted, make_method, method_class
 from mmtok_cli.methods.base import Method
 from mmtok_cli.methods.settings import profile_parameters, read_settings
@@ -52,7 +53,7 @@ def configured_model(settings: ModelSettings, progress: Progress, layers: int | 
 
 def one_case(settings: OneCaseSettings) -> tuple[Case, Case]:
     """The case of the settings, and the baseline. Raises MMTokError for what cannot be followed."""
-    cases = make_cases([settings.method], settings.budgets, settings)
+    cases = make_cases([(settings.method, None)], settings.budgets, settings)
     return cases[-1], cases[0]
 
 
@@ -61,24 +62,34 @@ def cases_of(settings: CasesSettings) -> list[Case]:
 
     Where `full` is among the methods, the baseline comes a second time. Raises MMTokError for what cannot be followed.
     """
-    cases = make_cases(settings.methods, settings.budgets, settings)
+    cases = make_cases(settings.named_methods, settings.budgets, settings)
     if "full" in settings.methods:
         cases.append(replace(cases[0], again=True))
     return [replace(case, batch_size=size) for size in settings.batch_size for case in cases]
 
 
 def make_cases(
-    names: Sequence[str], budgets: Sequence[Budget] | None, settings: OneCaseSettings | CasesSettings
+    methods: Sequence[tuple[str, Budget | None]],
+    budgets: Sequence[Budget] | None,
+    settings: OneCaseSettings | CasesSettings,
 ) -> list[Case]:
-    """The baseline, then every method at every budget. budgets: None stands for those of the model's profile."""
-    for name in names:
-        method_class(name)  # an unknown one is refused before anything slow happens
+    """The baseline, then every method at its own budget or at every budget.
+
+    methods: names, each with a budget of its own or None. budgets: None stands for those of the model's profile.
+    Raises MMTokError for an unknown method, and for a budget of one that takes none.
+    """
+    names = [name for name, _ in methods]
+    for name, own in methods:
+        kind = method_class(name)
+        if own and not kind.takes_budget:  # refused before anything slow happens, as are unknown ones
+            raise MMTokError(f"{name} takes no budget, and it has one in {name}@{own}", f"name it {name}")
     rules, parameters = settings.rules, read_settings(settings.parameters, names)
     if budgets is None:
         profile = guiding_profile(settings.model)
         budgets = [Budget.parse(text) for text in (profile.budgets if profile else USUAL_BUDGETS)]
     cases = []
-    for name in ("full", *names):
+    for name, own in (("full", None), *methods):
         method = configured_method(name, settings.model, parameters.get(name), seed=settings.seed)
-        cases += [Case(name, method, budget if method.takes_budget else None, rules) for budget in budgets]
+        tried = [own] if own else budgets
+        cases += [Case(name, method, budget if method.takes_budget else None, rules) for budget in tried]
     return list(dict.fromkeys(cases))

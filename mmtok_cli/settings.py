@@ -6,6 +6,7 @@ The options of the commands are generated from these models (see cli/options.py)
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast
@@ -31,6 +32,10 @@ MOST_NEW_TOKENS = 1_000_000
 LARGEST_BATCH = 10_000
 LONGEST = 7 * 24 * 3600  # seconds
 LARGEST_SEED = 2**63 - 1  # that of torch's generators
+
+USUAL_LIMIT = 80  # samples of a comparison
+SEARCH_LIMIT = 2000  # and of a search for budgets, which stops as soon as it can
+LEAST_RETAINED, MOST_RETAINED = 10.0, 99.9  # percent; that all of it is kept can never be shown
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,13 @@ def _methods(value: Any) -> Any:
     names = _split(value)
     if not names:
         raise MMTokError("no method was named", "name some of those that `mmtok methods` lists")
-    return names
+    return tuple(map(_method, names)) if isinstance(names, tuple) else names
+
+
+def _method(text: str) -> str:
+    """ "mmtok @ 64" as "mmtok@64"."""
+    name, at, budget = (part.strip() for part in text.partition("@"))
+    return f"{name}@{Budget.parse(budget)}" if at else name
 
 
 def _budgets(value: Any) -> Any:
@@ -87,6 +98,22 @@ def _budget(value: str) -> str:
     return str(Budget.parse(value))
 
 
+def _share(value: Any) -> Any:
+    """ "98%" as it is, "0.98" as "98%"."""
+    if value is None:
+        return None
+    text = str(value).strip()
+    percent = re.fullmatch(r"([0-9]{1,3}(?:\.[0-9]{1,6})?)\s*%", text)
+    share = re.fullmatch(r"0?\.[0-9]{1,8}", text)
+    found = float(percent[1]) if percent else 100 * float(text) if share else None
+    if found is None or not LEAST_RETAINED <= found <= MOST_RETAINED:
+        raise MMTokError(
+            f"{text!r} is not a share of the score to be kept",
+            f"give {LEAST_RETAINED:g}% to {MOST_RETAINED:g}%, as in --retain 98%",
+        )
+    return f"{found:.6g}%"
+
+
 def _column_names(value: str | None) -> str | None:
     column_names(value)
     return value
@@ -110,6 +137,7 @@ def column_names(text: str | None) -> dict[str, str]:
     return names
 
 
+Retained = Annotated[str | None, BeforeValidator(_share)]
 Methods = Annotated[tuple[str, ...], BeforeValidator(_methods)]
 Budgets = Annotated[tuple[str, ...], BeforeValidator(_budgets)]
 BatchSizes = Annotated[tuple[int, ...], BeforeValidator(_batch_sizes)]
@@ -229,11 +257,18 @@ class MethodsSettings(Settings):
     """Several methods at several budgets."""
 
     methods: Annotated[Methods, Option(("--methods", "--method"), REDUCTION, complete="methods")] = Field(
-        ("mmtok",), description="Methods (see `mmtok methods`), separated by commas."
+        ("mmtok",),
+        description="Methods (see `mmtok methods`), separated by commas. mmtok@96 has a budget of its own.",
     )
     budget: Annotated[Budgets | None, Option(("--budget", "-b"), REDUCTION)] = Field(
         None, description="Budgets, separated by commas: 64,16 or 10%,5%. Default: those of the model's profile."
     )
+
+    @property
+    def named_methods(self) -> list[tuple[str, Budget | None]]:
+        """Each method with its own budget, None where it has those of --budget."""
+        parts = [text.partition("@") for text in self.methods]
+        return [(name, Budget.parse(budget) if budget else None) for name, _, budget in parts]
 
     @property
     def budgets(self) -> list[Budget] | None:
@@ -278,10 +313,22 @@ class CompareSettings(CasesSettings):
     methods: Annotated[Methods, Option(("--methods", "--method"), REDUCTION, complete="methods")] = Field(
         ("mmtok", "random", "uniform", "resize", "none"),
         description="Methods (see `mmtok methods`), separated by commas. The baseline `full` always runs; list it to "
-        "measure it a second time as a check of the noise.",
+        "measure it a second time as a check of the noise. mmtok@96 has a budget of its own.",
     )
-    limit: Annotated[int, Option(panel=MEASUREMENT)] = Field(
-        80, ge=1, le=MOST_SAMPLES, description="Maximum number of samples."
+    retain: Annotated[Retained, Option(panel=REDUCTION, metavar="PERCENT")] = Field(
+        None,
+        description="Find the smallest budget of each method that keeps this share of the score, as in 98%, with 95 % "
+        "confidence. Without reference answers: of the agreement with the unreduced model. --budget names the only "
+        "budgets to try.",
+    )
+    by: Annotated[Literal["kind"] | None, Option(panel=REDUCTION, metavar="kind")] = Field(
+        None, description="kind: find the budget of --retain for each kind of question."
+    )
+    limit: Annotated[int | None, Option(panel=MEASUREMENT)] = Field(
+        None,
+        ge=1,
+        le=MOST_SAMPLES,
+        description=f"Maximum number of samples. Default: {USUAL_LIMIT}, with --retain {SEARCH_LIMIT}.",
     )
     rounds: Annotated[int | None, Option(panel=MEASUREMENT)] = Field(
         None,
@@ -320,9 +367,31 @@ class CompareSettings(CasesSettings):
     )
 
     @property
+    def sample_limit(self) -> int:
+        """Maximum number of samples."""
+        return self.limit or (USUAL_LIMIT if self.retain is None else SEARCH_LIMIT)
+
+    @property
     def measures_quality(self) -> bool:
         """Whether answers are evaluated; those of a part of a model mean nothing."""
         return not self.no_quality and self.layers is None
+
+
+def command_line(settings: CompareSettings) -> str:
+    """The `mmtok compare` that has these settings, without those that are defaults."""
+    words = ["mmtok", "compare"]
+    for name, field in type(settings).model_fields.items():
+        value = getattr(settings, name)
+        if value == field.get_default(call_default_factory=True):
+            continue
+        if name == "parameters":
+            words += [word for one in value for word in ("--set", one)]
+        elif value is True:
+            words.append(option_name(type(settings), name))
+        else:
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            words += [option_name(type(settings), name), text]
+    return shlex.join(words)
 
 
 def option_name(settings: type[Settings], field: str) -> str:

@@ -301,7 +301,7 @@ class Plan(Record):
         differing = [name for name, value in self._copied_options() if value != getattr(self, name)]
         if differing:
             raise ValueError(f"{differing[0]} and the options contradict each other")
-        if not (self.timed or 1) <= self.samples <= self.options.limit:
+        if not (self.timed or 1) <= self.samples <= self.options.sample_limit:
             raise ValueError("the number of samples contradicts the options")
         if any(planned.case.run is not None for planned in self.cases):
             raise ValueError("its cases are of several runs")

@@ -36,90 +36,12 @@ class NotWrittenError(MMTokError):
     """A result could not be written to the run directory."""
 
 
-class RunDirectory:
-    """The results of a run, in memory and on disk.
+class RecordDirectory:
+    """A directory whose files are written whole or not at all, by the process that has locked it."""
 
-    Files: `plan.json`, `rounds/ROUND-CASE.json` for each case in each round, `cases/CASE.json` for the FLOPs of a case,
-    `failures/CASE.json`, and `predictions/BATCH.json` for the predictions of all cases for one batch of samples. A file
-    is complete or missing, however the process ends. `lock` is locked by the process that measures.
-    """
-
-    def __init__(self, path: Path, plan: Plan) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self.plan = plan
-        self.runs: dict[tuple[int, int], TimedRun] = {}
-        self.counted: dict[int, CountedFlops] = {}
-        self.failures: dict[int, TimingFailure] = {}
-        self.predictions: dict[int, PredictionBatch] = {}
-        self.key = digest([case.key for case in plan.cases])
         self._lock: os.stat_result | None = None
-
-    @classmethod
-    @contextmanager
-    def create(cls, path: Path, plan: Plan) -> Iterator[RunDirectory]:
-        """Start a run, locked until the context is left.
-
-        Raises MMTokError where another process uses the directory, and where a run is in it already; NotWrittenError
-        where the plan cannot be written.
-        """
-        created = [place for place in (path / LOCK, path, *path.parents) if not os.path.lexists(place)]
-        with _locked(path) as lock:
-            require_no_run(path)
-            directory = cls(path, plan)
-            directory._lock = lock
-            directory._write(PLAN, plan)
-            try:
-                yield directory
-            except MMTokError:
-                directory._remove_if_empty(created)
-                raise
-
-    @classmethod
-    @contextmanager
-    def resume(cls, path: Path) -> Iterator[RunDirectory]:
-        """Lock the directory of a run until the context is left, and read it. Raises what `open` does, and MMTokError
-        where another process uses the directory."""
-        require_run(path)
-        with _locked(path) as lock:
-            for folder in (path, *(path / name for name in FOLDERS)):
-                remove_temporary_files(folder)
-            directory = cls.open(path)
-            directory._lock = lock
-            yield directory
-
-    @classmethod
-    def open(cls, path: Path) -> RunDirectory:
-        """Read a run. Raises MMTokError for a path that is not a run directory, and for a file that cannot be used."""
-        directory = cls(path, read_plan(path))
-        for run in _records(path / "rounds", TimedRun, directory._check_run):
-            directory.runs[run.round, run.case] = run
-        for counted in _records(path / "cases", CountedFlops, directory._check_key):
-            directory.counted[counted.case] = counted
-        for failure in _records(path / "failures", TimingFailure, directory._check_key):
-            directory.failures[failure.case] = failure
-        for batch in _records(path / "predictions", PredictionBatch, directory._check_predictions):
-            directory.predictions[batch.batch] = batch
-        return directory
-
-    def add_run(self, run: TimedRun) -> None:
-        """Save a timed run. Raises NotWrittenError where it cannot be written; it stays available in memory."""
-        self.runs[run.round, run.case] = run
-        self._write(f"rounds/{run.file_name}", run)
-
-    def add_flops(self, counted: CountedFlops) -> None:
-        """Save the FLOPs of a case. Raises NotWrittenError where they cannot be written."""
-        self.counted[counted.case] = counted
-        self._write(f"cases/{counted.file_name}", counted)
-
-    def add_failure(self, failure: TimingFailure) -> None:
-        """Save why a case was given up. Raises NotWrittenError where it cannot be written."""
-        self.failures[failure.case] = failure
-        self._write(f"failures/{failure.file_name}", failure)
-
-    def add_predictions(self, batch: PredictionBatch) -> None:
-        """Save the predictions for one batch. Raises NotWrittenError where they cannot be written."""
-        self.predictions[batch.batch] = batch
-        self._write(f"predictions/{batch.file_name}", batch)
 
     def write_result(self, result: Record) -> None:
         """Save the summary of the run. Raises NotWrittenError where it cannot be written."""
@@ -160,6 +82,94 @@ class RunDirectory:
                 "if it was renamed, resume with --resume and its new name as --run-dir",
             )
 
+    def _write(self, name: str, record: Record) -> None:
+        self.write_file(name, lambda part: part.write_text(json_text(record), encoding="utf-8"))
+
+
+class RunDirectory(RecordDirectory):
+    """The results of a run, in memory and on disk.
+
+    Files: `plan.json`, `rounds/ROUND-CASE.json` for each case in each round, `cases/CASE.json` for the FLOPs of a case,
+    `failures/CASE.json`, and `predictions/BATCH.json` for the predictions of all cases for one batch of samples. A file
+    is complete or missing, however the process ends. `lock` is locked by the process that measures.
+    """
+
+    def __init__(self, path: Path, plan: Plan) -> None:
+        super().__init__(path)
+        self.plan = plan
+        self.runs: dict[tuple[int, int], TimedRun] = {}
+        self.counted: dict[int, CountedFlops] = {}
+        self.failures: dict[int, TimingFailure] = {}
+        self.predictions: dict[int, PredictionBatch] = {}
+        self.key = digest([case.key for case in plan.cases])
+
+    @classmethod
+    @contextmanager
+    def create(cls, path: Path, plan: Plan) -> Iterator[RunDirectory]:
+        """Start a run, locked until the context is left.
+
+        Raises MMTokError where another process uses the directory, and where a run is in it already; NotWrittenError
+        where the plan cannot be written.
+        """
+        created = [place for place in (path / LOCK, path, *path.parents) if not os.path.lexists(place)]
+        with locked(path) as lock:
+            require_no_run(path)
+            directory = cls(path, plan)
+            directory._lock = lock
+            directory._write(PLAN, plan)
+            try:
+                yield directory
+            except MMTokError:
+                directory._remove_if_empty(created)
+                raise
+
+    @classmethod
+    @contextmanager
+    def resume(cls, path: Path) -> Iterator[RunDirectory]:
+        """Lock the directory of a run until the context is left, and read it. Raises what `open` does, and MMTokError
+        where another process uses the directory."""
+        require_run(path)
+        with locked(path) as lock:
+            for folder in (path, *(path / name for name in FOLDERS)):
+                remove_temporary_files(folder)
+            directory = cls.open(path)
+            directory._lock = lock
+            yield directory
+
+    @classmethod
+    def open(cls, path: Path) -> RunDirectory:
+        """Read a run. Raises MMTokError for a path that is not a run directory, and for a file that cannot be used."""
+        directory = cls(path, read_plan(path))
+        for run in records_in(path / "rounds", TimedRun, directory._check_run):
+            directory.runs[run.round, run.case] = run
+        for counted in records_in(path / "cases", CountedFlops, directory._check_key):
+            directory.counted[counted.case] = counted
+        for failure in records_in(path / "failures", TimingFailure, directory._check_key):
+            directory.failures[failure.case] = failure
+        for batch in records_in(path / "predictions", PredictionBatch, directory._check_predictions):
+            directory.predictions[batch.batch] = batch
+        return directory
+
+    def add_run(self, run: TimedRun) -> None:
+        """Save a timed run. Raises NotWrittenError where it cannot be written; it stays available in memory."""
+        self.runs[run.round, run.case] = run
+        self._write(f"rounds/{run.file_name}", run)
+
+    def add_flops(self, counted: CountedFlops) -> None:
+        """Save the FLOPs of a case. Raises NotWrittenError where they cannot be written."""
+        self.counted[counted.case] = counted
+        self._write(f"cases/{counted.file_name}", counted)
+
+    def add_failure(self, failure: TimingFailure) -> None:
+        """Save why a case was given up. Raises NotWrittenError where it cannot be written."""
+        self.failures[failure.case] = failure
+        self._write(f"failures/{failure.file_name}", failure)
+
+    def add_predictions(self, batch: PredictionBatch) -> None:
+        """Save the predictions for one batch. Raises NotWrittenError where they cannot be written."""
+        self.predictions[batch.batch] = batch
+        self._write(f"predictions/{batch.file_name}", batch)
+
     def _remove_if_empty(self, created: Sequence[Path]) -> None:
         """Remove a run that was refused before anything was measured. created: the lock file and the directories that
         did not exist before, the innermost first."""
@@ -172,9 +182,6 @@ class RunDirectory:
                     place.unlink()
                 else:
                     place.rmdir()
-
-    def _write(self, name: str, record: Record) -> None:
-        self.write_file(name, lambda part: part.write_text(json_text(record), encoding="utf-8"))
 
     def _check_key(self, record: TimedRun | CountedFlops | TimingFailure) -> None:
         if record.case >= len(self.plan.cases) or record.key != self.plan.cases[record.case].key:
@@ -208,7 +215,7 @@ def read_plan(path: Path) -> Plan:
     require_run(path)
     content = read_file(path / PLAN)
     _require_format(path, content)
-    return _parsed(path / PLAN, content, Plan, "restore the file, or start a new run in another directory")
+    return parsed(path / PLAN, content, Plan, "restore the file, or start a new run in another directory")
 
 
 def require_run(path: Path) -> None:
@@ -262,7 +269,7 @@ def validation_message(error: ValueError) -> str:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[os.stat_result]:
+def locked(path: Path) -> Iterator[os.stat_result]:
     """Keep other processes out of a directory, which is created if necessary; yields the status of its lock file.
 
     The lock ends with the process; the file stays, since others may wait for it. Raises MMTokError where another
@@ -286,7 +293,7 @@ def _locked(path: Path) -> Iterator[os.stat_result]:
         lock.release()
 
 
-def _records(folder: Path, kind: type[Saved], check: Callable[[Saved], None]) -> Iterator[Saved]:
+def records_in(folder: Path, kind: type[Saved], check: Callable[[Saved], None]) -> Iterator[Saved]:
     """The records in a folder, which need not exist, each in the file that has its name."""
     try:
         files = sorted(file for file in folder.iterdir() if file.suffix == ".json" and not file.name.startswith("."))
@@ -297,7 +304,7 @@ def _records(folder: Path, kind: type[Saved], check: Callable[[Saved], None]) ->
 
     hint = "delete this file and resume the run; its content will be measured again"
     for file in files:
-        record = _parsed(file, read_file(file), kind, hint)
+        record = parsed(file, read_file(file), kind, hint)
         try:
             if record.file_name != file.name:
                 raise ValueError(f"it is the content of {record.file_name}")
@@ -307,7 +314,7 @@ def _records(folder: Path, kind: type[Saved], check: Callable[[Saved], None]) ->
         yield record
 
 
-def _parsed(path: Path, content: bytes, kind: type[Kind], hint: str) -> Kind:
+def parsed(path: Path, content: bytes, kind: type[Kind], hint: str) -> Kind:
     """A record from the content of its file. Raises MMTokError that names the file and says what is wrong with it."""
     try:
         parse_json(content, allow_inf_nan=False)  # JSON has no NaN, and json_text writes none
