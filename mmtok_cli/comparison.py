@@ -65,7 +65,7 @@ class ComparisonRun:
     """One run of a comparison, new or resumed.
 
     run_dir: where it is saved; a new directory in `runs` unless given. resume: whether to continue the run in it.
-    overlays: whether to draw the tokens that each case keeps.
+    overlays: whether to draw the tokens that each case keeps. model: if it is loaded already.
     """
 
     def __init__(
@@ -76,8 +76,10 @@ class ComparisonRun:
         *,
         resume: bool = False,
         overlays: bool = False,
+        model: VisionLanguageModel | None = None,
     ) -> None:
         self.settings = settings
+        self.model = model
         self.named = run_dir is not None
         self.directory = run_dir or next(_new_directories(settings.model))
         self.progress = progress or Progress()
@@ -101,7 +103,7 @@ class ComparisonRun:
         """
         directory = run_dir or newest_run(RUNS)
         then = read_plan(directory).options
-        _require_same_settings(with_absolute_paths(then), with_absolute_paths(settings), given, directory)
+        require_same_settings(with_absolute_paths(then), with_absolute_paths(settings), given, directory)
         return cls(then, directory, progress, resume=True, overlays=overlays)
 
     def estimate(self) -> Estimate:
@@ -137,7 +139,7 @@ class ComparisonRun:
         prepared = self._prepare()
         plan, batches = self._plan(prepared)
         if not self.named:
-            self.directory = _make_directory(self.settings.model)
+            self.directory = make_directory(self.settings.model)
         try:
             with RunDirectory.create(self.directory, plan) as store:
                 return self._complete(prepared, batches, store, processes)
@@ -206,25 +208,7 @@ class ComparisonRun:
             self.progress.note(f"resume with: mmtok compare --run-dir {self.directory} --resume")
 
     def _prepare(self) -> Prepared:
-        """What every process needs. Raises MMTokError for what cannot be done, the cheapest checks first."""
-        settings = self.settings
-        cases = cases_of(settings)
-        dataset = open_dataset(
-            settings.data,
-            image_root=settings.image_root,
-            limit=settings.sample_limit,
-            question=settings.question,
-            columns=column_names(settings.columns),
-            find_metric=settings.metric is None,
-        )
-        dataset = with_metric(dataset, settings.metric)
-        require_whole_batches(len(dataset.samples), settings.batch_size)
-        model = configured_model(settings, self.progress, settings.layers)
-        for note in dataset.notes()[:MOST_NOTES]:
-            self.progress.note(note)
-        if settings.layers is not None and not settings.no_quality:
-            self.progress.note("--layers runs a part of the model, so answers are not evaluated")
-        return Prepared(model, cases, dataset)
+        return prepare_comparison(self.settings, self.progress, self.model)
 
     def _plan(self, prepared: Prepared) -> tuple[Plan, Batches]:
         """The plan, and the batches of each size that the rounds cycle through. Raises MMTokError for a budget that
@@ -273,9 +257,31 @@ class ComparisonRun:
                 update(done)
 
 
-def _require_same_settings(
-    then: CompareSettings, now: CompareSettings, given: Collection[str], directory: Path
-) -> None:
+def prepare_comparison(
+    settings: CompareSettings, progress: Progress, model: VisionLanguageModel | None = None
+) -> Prepared:
+    """What every process needs. model: if it is loaded already. Raises MMTokError for what cannot be done, the cheapest
+    checks first."""
+    cases = cases_of(settings)
+    dataset = open_dataset(
+        settings.data,
+        image_root=settings.image_root,
+        limit=settings.sample_limit,
+        question=settings.question,
+        columns=column_names(settings.columns),
+        find_metric=settings.metric is None,
+    )
+    dataset = with_metric(dataset, settings.metric)
+    require_whole_batches(len(dataset.samples), settings.batch_size)
+    model = model or configured_model(settings, progress, settings.layers)
+    for note in dataset.notes()[:MOST_NOTES]:
+        progress.note(note)
+    if settings.layers is not None and not settings.no_quality:
+        progress.note("--layers runs a part of the model, so answers are not evaluated")
+    return Prepared(model, cases, dataset)
+
+
+def require_same_settings(then: CompareSettings, now: CompareSettings, given: Collection[str], directory: Path) -> None:
     for name in given:
         before, after = getattr(then, name), getattr(now, name)
         if before != after:
@@ -294,7 +300,7 @@ def _new_directories(model: str) -> Iterator[Path]:
     return (path for path in (RUNS / name for name in names) if not path.exists())
 
 
-def _make_directory(model: str) -> Path:
+def make_directory(model: str) -> Path:
     """A new directory for a run, which no other process takes that starts in the same second."""
     for path in _new_directories(model):
         try:

@@ -144,11 +144,11 @@ def _require_distinct(one: Output, other: Output) -> None:
 
 
 def _require_no_record(output: Output, runs: Sequence[Path]) -> None:
-    from mmtok_cli.results.run_directory import PLAN, RECORDS
+    from mmtok_cli.results.run_directory import PLAN, RECORDS, SEARCH
 
     known, path = {_real(run) for run in runs}, _real(output.path)
     for parent in path.parents:
-        if parent not in known and not (parent / PLAN).is_file():
+        if parent not in known and not any((parent / plan).is_file() for plan in (PLAN, SEARCH)):
             continue
         if path.relative_to(parent).parts[0].casefold() in RECORDS:
             raise MMTokError(f"{output} is a record of the run in {parent}", ELSEWHERE)

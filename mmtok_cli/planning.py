@@ -165,18 +165,23 @@ def make_plan(
 
 def require_same(then: Plan, now: Plan) -> None:
     """Raises MMTokError that says what differs if a run cannot be resumed here, or with these samples."""
-    differences = _differences(_where(then.environment), _where(now.environment))
-    if differences:
-        raise MMTokError(
-            f"the run was started in another environment: {'; '.join(differences)}",
-            "restore that environment, or start a new run without --resume; results would not be comparable",
-        )
+    require_same_environment(then.environment, now.environment)
     for before, after in zip(then.cases, now.cases, strict=False):
         differences = _differences(_resolved(before.case) | vars(then.rules), _resolved(after.case) | vars(now.rules))
         if differences:
             raise MMTokError(f"{before} has changed: {'; '.join(differences)}", "start a new run without --resume")
     if _measured(then) != _measured(now):
         raise MMTokError(f"the samples of {then.data} have changed", "start a new run without --resume")
+
+
+def require_same_environment(then: Environment, now: Environment) -> None:
+    """Raises MMTokError that says what differs."""
+    differences = _differences(_where(then), _where(now))
+    if differences:
+        raise MMTokError(
+            f"the run was started in another environment: {'; '.join(differences)}",
+            "restore that environment, or start a new run without --resume; results would not be comparable",
+        )
 
 
 def _measured(plan: Plan) -> tuple[object, ...]:

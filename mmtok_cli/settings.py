@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from mmtok_cli.budget import Budget, parse_budgets
@@ -135,6 +135,12 @@ def column_names(text: str | None) -> dict[str, str]:
     if not names:
         raise MMTokError("--columns names no column", "as in --columns question=text,answer=label")
     return names
+
+
+def _group(value: str | None) -> str | None:
+    if value not in (None, "kind"):
+        raise MMTokError(f"--by {value!r} is not a way to group questions", "use --by kind, or omit it")
+    return value
 
 
 Retained = Annotated[str | None, BeforeValidator(_share)]
@@ -321,7 +327,7 @@ class CompareSettings(CasesSettings):
         "confidence. Without reference answers: of the agreement with the unreduced model. --budget names the only "
         "budgets to try.",
     )
-    by: Annotated[Literal["kind"] | None, Option(panel=REDUCTION, metavar="kind")] = Field(
+    by: Annotated[str | None, AfterValidator(_group), Option(panel=REDUCTION, metavar="kind")] = Field(
         None, description="kind: find the budget of --retain for each kind of question."
     )
     limit: Annotated[int | None, Option(panel=MEASUREMENT)] = Field(
@@ -366,6 +372,18 @@ class CompareSettings(CasesSettings):
         None, description="Names that the data uses for image, question, answer, answers, choices, id and kind."
     )
 
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        """Raises MMTokError for options that exclude each other."""
+        if self.by and not self.retain:
+            raise MMTokError("--by requires --retain", "add --retain, as in --retain 98%")
+        if self.retain and not self.measures_quality:
+            option = "--no-quality" if self.no_quality else "--layers"
+            raise MMTokError(f"--retain needs the answers, which {option} does not evaluate", f"omit {option}")
+        if self.retain and len(self.batch_size) > 1:
+            raise MMTokError("--retain takes one batch size", "answers do not depend on it; give one")
+        return self
+
     @property
     def sample_limit(self) -> int:
         """Maximum number of samples."""
@@ -375,6 +393,11 @@ class CompareSettings(CasesSettings):
     def measures_quality(self) -> bool:
         """Whether answers are evaluated; those of a part of a model mean nothing."""
         return not self.no_quality and self.layers is None
+
+
+def retained(settings: CompareSettings) -> float:
+    """The share of --retain: 0.98 for 98%."""
+    return float((settings.retain or "100%").rstrip("%")) / 100
 
 
 def command_line(settings: CompareSettings) -> str:

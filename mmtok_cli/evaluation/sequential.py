@@ -115,6 +115,11 @@ class BudgetSearch:
         self.given_up = True
 
     @property
+    def settled(self) -> int:
+        """How many of the budgets that are tried at once need no more samples."""
+        return sum(self.coarse) - len(self._undecided(self._coarse()))
+
+    @property
     def answer(self) -> int | None:
         """The place of the smallest budget so far that keeps the target; None if that is shown of none."""
         chain = [*self._kept(self._coarse()), *self._kept(self._gap())]

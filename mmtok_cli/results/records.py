@@ -67,6 +67,14 @@ def _require_divergence(value: float) -> float:
 Divergence = Annotated[float, BeforeValidator(_read_number), AfterValidator(_require_divergence)]
 
 
+class FileRecord(Record):
+    """A record that is a file of its own."""
+
+    @property
+    def file_name(self) -> str:
+        raise NotImplementedError
+
+
 class GpuState(Record):
     """The state of the card at one moment: clocks in MHz, power limit in watts, reasons for throttling, other users.
 
@@ -82,7 +90,7 @@ class GpuState(Record):
     joules: Measure | None = None
 
 
-class TimedRun(Record):
+class TimedRun(FileRecord):
     """One case in one round: a number of repetitions on one batch of samples.
 
     case: its number in the plan. batch: the number of the batch among those of its size. samples: their names.
@@ -130,7 +138,7 @@ class TimedRun(Record):
         return self
 
 
-class CountedFlops(Record):
+class CountedFlops(FileRecord):
     """FLOPs per sample by stage, counted once for each case, and how many operators they cover."""
 
     case: Number
@@ -159,7 +167,7 @@ class CaseFailure(Record):
     traceback: str = ""
 
 
-class TimingFailure(CaseFailure):
+class TimingFailure(CaseFailure, FileRecord):
     """A case that failed while it was timed. round: None for the warm-up."""
 
     key: str
@@ -214,7 +222,7 @@ class SampleLabel(Record):
     kind: str | None
 
 
-class PredictionBatch(Record):
+class PredictionBatch(FileRecord):
     """The predictions of all cases for one batch of samples.
 
     key: a digest of the plan's cases. failures: cases that could not be evaluated on this batch.

@@ -17,19 +17,21 @@ from pydantic_core import from_json as parse_json
 from mmtok_cli import __version__
 from mmtok_cli.errors import MMTokError, first_line
 from mmtok_cli.files import remove_temporary_files, write_whole
-from mmtok_cli.results.records import CountedFlops, Plan, PredictionBatch, TimedRun, TimingFailure, digest
+from mmtok_cli.results.records import CountedFlops, FileRecord, Plan, PredictionBatch, TimedRun, TimingFailure, digest
 from mmtok_cli.results.schema import Record, from_json, json_text
 
 PLAN = "plan.json"
 LOCK = "lock"
 FOLDERS = ("rounds", "cases", "failures", "predictions", "overlays")
 RESULT = "comparison.json"
-RECORDS = (PLAN, RESULT, *FOLDERS, LOCK)
+SEARCH = "search.json"  # of a search for budgets
+SEARCH_STEPS, SEARCH_TIMING, SEARCH_RESULT = "search", "timing", "retention.json"
+RECORDS = (PLAN, RESULT, *FOLDERS, SEARCH, SEARCH_STEPS, SEARCH_TIMING, SEARCH_RESULT, LOCK)
 PLAN_FORMAT = Plan.model_fields["schema_"].default
 LARGEST = 2**28  # bytes of one file
 
-Saved = TypeVar("Saved", TimedRun, CountedFlops, TimingFailure, PredictionBatch)
 Kind = TypeVar("Kind", bound=Record)
+Saved = TypeVar("Saved", bound=FileRecord)
 
 
 class NotWrittenError(MMTokError):
@@ -43,9 +45,9 @@ class RecordDirectory:
         self.path = path
         self._lock: os.stat_result | None = None
 
-    def write_result(self, result: Record) -> None:
+    def write_result(self, result: Record, name: str = RESULT) -> None:
         """Save the summary of the run. Raises NotWrittenError where it cannot be written."""
-        self._write(RESULT, result)
+        self._write(name, result)
 
     def write_file(self, name: str, write: Callable[[Path], object]) -> None:
         """Let `write` fill a file of the run, which is written whole or not at all.
@@ -81,6 +83,16 @@ class RecordDirectory:
                 f"{self.path} was renamed or deleted during the run, so no more results can be saved",
                 "if it was renamed, resume with --resume and its new name as --run-dir",
             )
+
+    def _remove_new(self, plan: str, created: Sequence[Path]) -> None:
+        """Remove a plan, and the lock file and the directories that did not exist before, the innermost first."""
+        with suppress(OSError):
+            (self.path / plan).unlink()
+            for place in created:
+                if place == self.path / LOCK:
+                    place.unlink()
+                else:
+                    place.rmdir()
 
     def _write(self, name: str, record: Record) -> None:
         self.write_file(name, lambda part: part.write_text(json_text(record), encoding="utf-8"))
@@ -171,17 +183,9 @@ class RunDirectory(RecordDirectory):
         self._write(f"predictions/{batch.file_name}", batch)
 
     def _remove_if_empty(self, created: Sequence[Path]) -> None:
-        """Remove a run that was refused before anything was measured. created: the lock file and the directories that
-        did not exist before, the innermost first."""
-        if self.runs or self.counted or self.failures or self.predictions:
-            return
-        with suppress(OSError):
-            (self.path / PLAN).unlink()
-            for place in created:
-                if place == self.path / LOCK:
-                    place.unlink()
-                else:
-                    place.rmdir()
+        """Remove a run that was refused before anything was measured."""
+        if not (self.runs or self.counted or self.failures or self.predictions):
+            self._remove_new(PLAN, created)
 
     def _check_key(self, record: TimedRun | CountedFlops | TimingFailure) -> None:
         if record.case >= len(self.plan.cases) or record.key != self.plan.cases[record.case].key:
@@ -231,16 +235,17 @@ def require_run(path: Path) -> None:
 
 def require_no_run(path: Path) -> None:
     """Raises MMTokError for a directory in which a run cannot be started, since it holds one or what is left of one."""
-    for name in (PLAN, RESULT, *FOLDERS):
+    for name in (PLAN, RESULT, *FOLDERS, SEARCH):
         if os.path.lexists(path / name):
-            what = "a run" if name == PLAN else f"{name} of a run without its {PLAN}"
-            how = "add --resume to continue it, or choose" if name == PLAN else "choose"
+            what = "a run" if name in (PLAN, SEARCH) else f"{name} of a run without its {PLAN}"
+            how = "add --resume to continue it, or choose" if name in (PLAN, SEARCH) else "choose"
             raise MMTokError(f"{path} already contains {what}", f"{how} another directory")
 
 
 def newest_run(runs: Path) -> Path:
     """The run that was started last. Raises MMTokError where there is none."""
-    plans = sorted((plan.stat().st_mtime, plan) for plan in runs.glob(f"*/{PLAN}") if plan.is_file())
+    named = (plan for name in (PLAN, SEARCH) for plan in runs.glob(f"*/{name}"))
+    plans = sorted((plan.stat().st_mtime, plan) for plan in named if plan.is_file())
     if not plans:
         raise MMTokError(f"there is no run to resume in {runs}", "name its directory with --run-dir")
     return plans[-1][1].parent
