@@ -37,7 +37,7 @@ from mmtok_cli.planning import (
 from mmtok_cli.progress import Progress
 from mmtok_cli.results.progress import Remaining, is_finished, is_timed, left_to_evaluate, whole_rounds
 from mmtok_cli.results.records import Plan
-from mmtok_cli.results.run_directory import PLAN, NotWrittenError, RunDirectory, newest_run, read_plan, require_no_run
+from mmtok_cli.results.run_directory import PLAN, NotWrittenError, RunDirectory, read_plan, require_no_run
 from mmtok_cli.results.schema import Comparison
 from mmtok_cli.settings import CompareSettings, column_names, option_name
 from mmtok_cli.summary import summarise_run
@@ -81,7 +81,7 @@ class ComparisonRun:
         self.settings = settings
         self.model = model
         self.named = run_dir is not None
-        self.directory = run_dir or next(_new_directories(settings.model))
+        self.directory = run_dir or next(new_directories(settings.model))
         self.progress = progress or Progress()
         self.resume = resume
         self.overlays = overlays
@@ -91,17 +91,16 @@ class ComparisonRun:
         cls,
         settings: CompareSettings,
         given: Collection[str],
-        run_dir: Path | None,
+        directory: Path,
         progress: Progress,
         *,
         overlays: bool = False,
     ) -> ComparisonRun:
-        """The run in `run_dir`, or the newest, to be continued with its own settings.
+        """The run in a directory, to be continued with its own settings.
 
         given: names of settings that the user spelled out. Raises MMTokError where there is no run, and where one of
         these differs.
         """
-        directory = run_dir or newest_run(RUNS)
         then = read_plan(directory).options
         require_same_settings(with_absolute_paths(then), with_absolute_paths(settings), given, directory)
         return cls(then, directory, progress, resume=True, overlays=overlays)
@@ -292,7 +291,7 @@ def require_same_settings(then: CompareSettings, now: CompareSettings, given: Co
             )
 
 
-def _new_directories(model: str) -> Iterator[Path]:
+def new_directories(model: str) -> Iterator[Path]:
     """Directories named after the time and the model, which do not exist yet."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model).name) or "model"
     stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{name[:60]}"
@@ -302,7 +301,7 @@ def _new_directories(model: str) -> Iterator[Path]:
 
 def make_directory(model: str) -> Path:
     """A new directory for a run, which no other process takes that starts in the same second."""
-    for path in _new_directories(model):
+    for path in new_directories(model):
         try:
             path.mkdir(parents=True)
         except FileExistsError:

@@ -6,7 +6,7 @@ import contextlib
 import random
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -14,7 +14,15 @@ from PIL.Image import Image
 
 from mmtok_cli.budget import Budget, UnmetBudgetError
 from mmtok_cli.cases import Case
-from mmtok_cli.comparison import RUNS, ComparisonRun, Prepared, Stop, make_directory, prepare_comparison
+from mmtok_cli.comparison import (
+    ComparisonRun,
+    Prepared,
+    Stop,
+    make_directory,
+    new_directories,
+    prepare_comparison,
+    require_same_settings,
+)
 from mmtok_cli.configuration import make_cases
 from mmtok_cli.data.datasets import Dataset
 from mmtok_cli.data.samples import Sample
@@ -36,6 +44,7 @@ from mmtok_cli.results.retention import (
     SearchDirectory,
     SearchPlan,
     SearchStep,
+    read_search_plan,
 )
 from mmtok_cli.results.run_directory import PLAN, SEARCH_RESULT, SEARCH_TIMING, NotWrittenError, RunDirectory
 from mmtok_cli.settings import CompareSettings
@@ -67,9 +76,19 @@ class RetentionRun:
     ) -> None:
         self.settings = settings
         self.named = run_dir is not None
-        self.directory = run_dir or RUNS
+        self.directory = run_dir or next(new_directories(settings.model))
         self.progress = progress or Progress()
         self.resume = resume
+
+    @classmethod
+    def resumed(
+        cls, settings: CompareSettings, given: Collection[str], directory: Path, progress: Progress
+    ) -> RetentionRun:
+        """The search in a directory, to be continued with its own settings. given: names of settings that the user
+        spelled out. Raises MMTokError where one of these differs."""
+        then = read_search_plan(directory).options
+        require_same_settings(with_absolute_paths(then), with_absolute_paths(settings), given, directory)
+        return cls(then, directory, progress, resume=True)
 
     def measure(self, processes: Processes) -> tuple[Retention, Stop | None]:
         """Search, then time the budgets found; called in the writer alone. Returns the result, and the error or the

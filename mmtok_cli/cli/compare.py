@@ -24,7 +24,9 @@ from mmtok_cli.settings import MEASUREMENT, CompareSettings
 if TYPE_CHECKING:
     from mmtok_cli.comparison import ComparisonRun
     from mmtok_cli.evaluation.processes import Processes
+    from mmtok_cli.progress import Progress
     from mmtok_cli.results.schema import Comparison
+    from mmtok_cli.retention import RetentionRun
 
 RUN = "Run directory"
 CHECK = "Check"
@@ -75,16 +77,25 @@ def compare(
 
     In every round all cases run on the same samples, in random order, and speedups are paired within the round. Then the answers to all samples are evaluated once. Results are saved as they are measured: an interrupted run resumes with --resume. Under `torchrun` or `accelerate launch` the evaluation is distributed over all processes.
 
+    With --retain, budgets are searched instead: samples are added until it is sure, with 95 % confidence, which is the smallest that keeps the share of the score; then that budget is timed.
+
     [dim]mmtok compare --methods mmtok,resize --budget 64,16[/dim]
+    [dim]mmtok compare --methods mmtok,divprune --retain 98%[/dim]
     """  # noqa: E501 (a paragraph is one line, so that help wraps it)
-    from mmtok_cli.comparison import ComparisonRun
+    from mmtok_cli.cli.retain import search
+    from mmtok_cli.comparison import RUNS, ComparisonRun
     from mmtok_cli.errors import MMTokError
     from mmtok_cli.evaluation.processes import join_processes
     from mmtok_cli.outputs import check_outputs, comparison_inputs, outputs_of
     from mmtok_cli.report.console import ConsoleProgress
     from mmtok_cli.report.exports import EXPORTS
+    from mmtok_cli.report.retention import EXPORTS as RETAINED
+    from mmtok_cli.results.run_directory import newest_run
+    from mmtok_cli.retention import RetentionRun
 
     files = exports or []
+    if settings.retain and dry_run:
+        raise MMTokError("how long --retain takes depends on what it finds, so it has no --dry-run", "omit --dry-run")
     if plot and not settings.measures_quality:
         raise MMTokError("--plot shows quality, which is not measured with these options", "omit --plot")
     _check_fail_below(context, fail_below, fail_below_stage)
@@ -92,28 +103,43 @@ def compare(
         if settings.device_map is not None and processes.count > 1:
             raise MMTokError("--device-map gives all GPUs to one process, and there are several", "omit it")
         progress = ConsoleProgress(quiet or not processes.is_writer)
-        overlays = any(path.suffix.lower() == ".html" for path in files)
-        if resume:
-            given = given_options(context, CompareSettings)
-            run = ComparisonRun.resumed(settings, given, run_dir, progress, overlays=overlays)
-        else:
-            run = ComparisonRun(settings, run_dir, progress, overlays=overlays)
+        run = _run_of(context, settings, run_dir if not resume else run_dir or newest_run(RUNS), resume, progress)
+        formats = RETAINED if isinstance(run, RetentionRun) else EXPORTS
         new_run = None if resume or (dry_run and run_dir is None) else run.directory
         outputs = outputs_of(
-            [("--run-dir", new_run, ()), ("--plot", plot, PLOTS), *(("--export", path, EXPORTS) for path in files)]
+            [("--run-dir", new_run, ()), ("--plot", plot, PLOTS), *(("--export", path, formats) for path in files)]
         )
         check_outputs(outputs, comparison_inputs(run.settings, run.directory, outputs))
-        if dry_run:
+        if isinstance(run, ComparisonRun) and dry_run:
             if processes.is_writer:
                 _show_plan(run, as_json)
         elif not processes.is_writer:
             run.help(processes)
         else:
-            comparison, status = _measure(run, processes, files, plot, as_json, quiet)
+            if isinstance(run, RetentionRun):
+                comparison, status = search(run, processes, files, plot, as_json, quiet)
+            else:
+                run.overlays = any(path.suffix.lower() == ".html" for path in files)
+                comparison, status = _measure(run, processes, files, plot, as_json, quiet)
             if comparison and not status and fail_below is not None:
                 status = _check_speedups(comparison, fail_below, fail_below_stage)
             if status:
                 raise typer.Exit(status)
+
+
+def _run_of(
+    context: typer.Context, settings: CompareSettings, directory: Path | None, resume: bool, progress: Progress
+) -> ComparisonRun | RetentionRun:
+    """The run that was asked for, or the one in a directory that is to be resumed."""
+    from mmtok_cli.comparison import ComparisonRun
+    from mmtok_cli.results.retention import is_search
+    from mmtok_cli.retention import RetentionRun
+
+    if directory and resume:
+        given = given_options(context, CompareSettings)
+        kind: type[ComparisonRun | RetentionRun] = RetentionRun if is_search(directory) else ComparisonRun
+        return kind.resumed(settings, given, directory, progress)
+    return (RetentionRun if settings.retain else ComparisonRun)(settings, directory, progress)
 
 
 def _check_fail_below(context: typer.Context, least: float | None, stage: str) -> None:

@@ -28,11 +28,15 @@ def report(
     from mmtok_cli.report.console import attempt_all
     from mmtok_cli.report.exports import EXPORTS
     from mmtok_cli.results.merge import merge, same_kind
+    from mmtok_cli.results.retention import is_search
     from mmtok_cli.results.run_directory import RunDirectory
     from mmtok_cli.summary import summarise_run
 
     if len({run.resolve() for run in runs}) < len(runs):
         raise MMTokError("the same run is given twice", "give each run once")
+    if any(map(is_search, runs)):
+        _report_search(runs, files or [], as_json, quiet)
+        return
     comparisons = [summarise_run(RunDirectory.open(run)) for run in runs]
     check_outputs(outputs_of(("--export", path, EXPORTS) for path in files or []), Inputs(runs=runs))
     for run, comparison in zip(runs, comparisons, strict=True):
@@ -49,4 +53,21 @@ def report(
     merged = [merge(group) for group in groups]
     parts = [part for one in merged for part in exports(one, files or [], runs[0], quiet)]
     if not attempt_all([*parts, *(partial(show, one, [], as_json, quiet) for one in merged)]):
+        raise typer.Exit(1)
+
+
+def _report_search(runs: list[Path], files: list[Path], as_json: bool, quiet: bool) -> None:
+    """Show what `mmtok compare --retain` found."""
+    from mmtok_cli.cli.retain import exports, show
+    from mmtok_cli.errors import MMTokError
+    from mmtok_cli.outputs import Inputs, check_outputs, outputs_of
+    from mmtok_cli.report.console import attempt_all
+    from mmtok_cli.report.retention import EXPORTS
+    from mmtok_cli.retention import read_retention
+
+    if len(runs) > 1:
+        raise MMTokError("searches for budgets are shown one at a time", "give one of them")
+    found = read_retention(runs[0])
+    check_outputs(outputs_of(("--export", path, EXPORTS) for path in files), Inputs(runs=runs))
+    if not attempt_all([*exports(found, files, quiet), partial(show, found, as_json, quiet)]):
         raise typer.Exit(1)

@@ -100,10 +100,10 @@ def csv_text(comparison: Comparison) -> str:
 
 
 def _values(columns: Sequence[CsvColumn[Source]], source: Source) -> dict[str, Value]:
-    return {column.name: _without_formula(column.value(source)) for column in columns if column.name}
+    return {column.name: without_formula(column.value(source)) for column in columns if column.name}
 
 
-def _without_formula(value: Value) -> Value:
+def without_formula(value: Value) -> Value:
     """A value that a spreadsheet shows as it is; numbers are never formulas."""
     return f"'{value}" if isinstance(value, str) and FORMULA.match(value) else value
 

@@ -73,8 +73,8 @@ def markdown_text(comparison: Comparison) -> str:
     columns = markdown_columns(comparison)
     table = [["method", *(column.heading for column in columns)]]
     for row in rows(comparison, columns):
-        name = _escaped(row.title) + (f" ({_escaped(row.missing)})" if row.missing else "")
-        table.append([name, *(_escaped(str(cell)) for cell in row.cells)])
+        name = escaped(row.title) + (f" ({escaped(row.missing)})" if row.missing else "")
+        table.append([name, *(escaped(str(cell)) for cell in row.cells)])
     widths = [max(4, *map(cell_len, column)) for column in zip(*table, strict=True)]
     rule = [":" + "-" * (widths[0] - 1), *("-" * (width - 1) + ":" for width in widths[1:])]
     lines = ["| " + " | ".join(map(_padded, row, widths, rule)) + " |" for row in (table[0], rule, *table[1:])]
@@ -107,11 +107,11 @@ def _padded(text: str, width: int, rule: str) -> str:
     return text + space if rule.startswith(":") else space + text
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
     """Text that Markdown shows as it is, on one line."""
     return re.sub(r"([\\`*_\[\]<>|~#&$])", r"\\\1", " ".join(text.split()))
 
 
 def _paragraph(text: str) -> str:
     """Text that is neither an item of a list nor a heading, however it begins."""
-    return re.sub(r"^(\d{0,9})([-+=.)])", r"\1\\\2", _escaped(text))
+    return re.sub(r"^(\d{0,9})([-+=.)])", r"\1\\\2", escaped(text))

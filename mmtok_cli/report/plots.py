@@ -28,13 +28,13 @@ def save_gain_curve(gains: Sequence[float], path: Path, title: str) -> None:
     reached = figure.add_subplot()
     picks = range(1, len(gains) + 1)
     reached.plot(picks, list(accumulate(gains)), color="tab:blue")
-    reached.set(xlabel="tokens kept", ylabel="coverage reached", title=_plain(title), ylim=(0, None))
+    reached.set(xlabel="tokens kept", ylabel="coverage reached", title=plain(title), ylim=(0, None))
     gain = reached.twinx()
     gain.plot(picks, gains, color="tab:orange")
     gain.set(ylabel="gain of the pick", ylim=(0, None))
     reached.yaxis.label.set_color("tab:blue")
     gain.yaxis.label.set_color("tab:orange")
-    _save(figure, path)
+    save(figure, path)
 
 
 def save_tradeoff(comparison: Comparison, path: Path) -> None:
@@ -56,7 +56,7 @@ def save_tradeoff(comparison: Comparison, path: Path) -> None:
     for name, cases in methods.items():
         cases.sort(key=lambda case: case.tokens.kept)
         quality = [100 * _quality(case, scored) for case in cases]
-        style = {"marker": "o", "markersize": 4, "label": _plain(name)}
+        style = {"marker": "o", "markersize": 4, "label": plain(name)}
         by_tokens.plot([case.tokens.layer_average for case in cases], quality, **style)
         by_time.plot([case.seconds["ttft"].median * 1e3 for case in cases], quality, **style)
     full = 100 * _quality(baseline, scored)
@@ -74,12 +74,12 @@ def save_tradeoff(comparison: Comparison, path: Path) -> None:
     asked = baseline.score_counts.asked if baseline.score_counts else comparison.schedule.samples
     by_tokens.set(xlabel="vision tokens per decoder layer", ylabel="score [%]" if scored else "top-1 agreement [%]")
     by_time.set(xlabel="time to first token, median [ms]")
-    by_tokens.set_title(f"{_plain(comparison.model)}, {plural(asked, 'question')}", loc="left")
+    by_tokens.set_title(f"{plain(comparison.model)}, {plural(asked, 'question')}", loc="left")
     handles, names = by_tokens.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=8, fontsize="small")
     for axes in (by_tokens, by_time):
         axes.grid(alpha=0.3)
-    _save(figure, path)
+    save(figure, path)
 
 
 def save_scaling(profile: ProfileResult, path: Path) -> None:
@@ -102,7 +102,7 @@ def save_scaling(profile: ProfileResult, path: Path) -> None:
                 continue
             seconds = [p.select_seconds if stage == "select" else p.prefill_seconds for p in points]
             fit, style = fits[name, stage], {"color": f"C{color}", "marker": "o", "markersize": 5}
-            label = _plain(name) + ("" if fit.exponent is None else f": tokens^{fit.exponent:.2f}")
+            label = plain(name) + ("" if fit.exponent is None else f": tokens^{fit.exponent:.2f}")
             axes.plot([p.tokens for p in points], seconds, label=label, markerfacecolor="white", **style)
             if fit.exponent is not None:
                 used = [(p.tokens, s) for p, s in zip(points, seconds, strict=True) if p.tokens in fit.tokens]
@@ -113,9 +113,9 @@ def save_scaling(profile: ProfileResult, path: Path) -> None:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(fontsize="small")
-    title = f"{_plain(profile.model)}, {profile.environment.dtype}, {profile.environment.device}"
+    title = f"{plain(profile.model)}, {profile.environment.dtype}, {profile.environment.device}"
     figure.axes[0].set_title(title, loc="left")
-    _save(figure, path)
+    save(figure, path)
 
 
 def _quality(case: CaseResult, scored: bool) -> float:
@@ -133,12 +133,12 @@ def _quality_limits(percents: Sequence[float]) -> tuple[float, float]:
     return max(0, low - margin), high + margin
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text that matplotlib shows as it is, without formulas between dollar signs."""
     return printable(text).replace("$", r"\$")
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
     kind = path.suffix.lstrip(".").lower()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a box is drawn for it

@@ -4,6 +4,9 @@ import json
 import sys
 
 from mmtok_cli.results.profile import ProfileResult
+from mmtok_cli.results.retention import Retention
 from mmtok_cli.results.schema import Comparison
 
-sys.stdout.write(json.dumps([kind.model_json_schema() for kind in (Comparison, ProfileResult)], indent=2) + "\n")
+sys.stdout.write(
+    json.dumps([kind.model_json_schema() for kind in (Comparison, ProfileResult, Retention)], indent=2) + "\n"
+)
