@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from mmtok_cli.api import TimedAnswers as TimedAnswers
     from mmtok_cli.api import answer as answer
     from mmtok_cli.api import compare as compare
+    from mmtok_cli.api import find_budgets as find_budgets
     from mmtok_cli.api import load_sample as load_sample
     from mmtok_cli.api import make_method as make_method
     from mmtok_cli.budget import Budget as Budget
@@ -48,6 +49,7 @@ _MODULES = {
     "TimedAnswers": "mmtok_cli.api",
     "answer": "mmtok_cli.api",
     "compare": "mmtok_cli.api",
+    "find_budgets": "mmtok_cli.api",
     "load_model": "mmtok_cli.models",
     "load_sample": "mmtok_cli.api",
     "make_method": "mmtok_cli.api",
@@ -62,6 +64,7 @@ __all__ = [
     "__version__",
     "answer",
     "compare",
+    "find_budgets",
     "load_model",
     "load_sample",
     "make_method",

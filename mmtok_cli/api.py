@@ -20,6 +20,7 @@ from mmtok_cli.methods import make_method as default_method
 from mmtok_cli.methods.base import Method
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.pipeline import RELEASED, Answers
+from mmtok_cli.results.retention import Retention
 from mmtok_cli.results.schema import Comparison
 from mmtok_cli.rules import Rules
 from mmtok_cli.timing.clock import Clock
@@ -137,7 +138,33 @@ def compare(model: str = "demo", *, run_dir: Path | str | None = None, **setting
     from mmtok_cli.settings import CompareSettings
 
     chosen = CompareSettings.of(model=model, **settings)
+    if chosen.retain:
+        raise MMTokError("compare measures given budgets", "mmtok_cli.find_budgets finds those that keep the score")
     comparison, stopped = ComparisonRun(chosen, None if run_dir is None else Path(run_dir)).measure(Processes())
     if isinstance(stopped, MMTokError):
         raise stopped
     return comparison
+
+
+def find_budgets(
+    model: str = "demo", retain: str | float = "98%", *, run_dir: Path | str | None = None, **settings: Any
+) -> Retention:
+    """Find the smallest budget of each method that keeps a share of the score, as `mmtok compare --retain` does.
+
+    retain: "98%" or 0.98. model, run_dir and settings: as for `compare`.
+
+    In the result, `decisions[i]` is one method: `budget` is the answer, None if none was shown to keep the share, and
+    `tried[j]` a budget with its `retention`, `low` and `high`. `timing` compares the budgets found with the unreduced
+    model.
+
+    Raises MMTokError as `compare` does.
+    """
+    from mmtok_cli.evaluation.processes import Processes
+    from mmtok_cli.retention import RetentionRun
+    from mmtok_cli.settings import CompareSettings
+
+    chosen = CompareSettings.of(model=model, retain=retain, **settings)
+    found, stopped = RetentionRun(chosen, None if run_dir is None else Path(run_dir)).measure(Processes())
+    if stopped:
+        raise stopped
+    return found

@@ -8,13 +8,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 
 from mmtok_cli.evaluation.sequential import BudgetSearch
 
 BASELINE = 0.8  # accuracy of the unreduced model
+BATCH = 8  # images between two looks
 COARSE = (True, False, False, False) * 6  # a budget halves with each four
 
 
@@ -32,32 +35,37 @@ def simulate(
     target: float,
     rng: np.random.Generator,
     *,
-    samples: int = 800,
-    batch: int = 8,
+    images: int = 400,
+    questions: int = 1,
+    alike: float = 0.0,
     gains: float = 0.02,
     shared: bool = True,
 ) -> Outcome:
     """One search over budgets with these true retentions.
 
-    Answers are right or wrong. A reduced model answers a share `gains` of the samples right that the unreduced one gets
-    wrong. shared: a sample that a budget loses is lost at all smaller ones; otherwise budgets are independent.
+    Answers are right or wrong. A reduced model answers a share `gains` of the questions right that the unreduced one
+    gets wrong. questions: about each image; alike: the share of images whose questions are lost all together or not at
+    all. shared: a question that a budget loses is lost at all smaller ones; otherwise budgets are independent.
     """
-    base = rng.random(samples) < BASELINE
-    draws = rng.random((samples, 1)) if shared else rng.random((samples, len(retentions)))
-    gained = rng.random((samples, 1)) < gains
+    base = rng.random((images, questions)) < BASELINE
+    draws = rng.random((images, questions, 1 if shared else len(retentions)))
+    together = rng.random(images) < alike
+    draws[together] = draws[together, :1]
+    gained = rng.random((images, questions, 1)) < gains
     stay = np.clip(
         np.asarray(retentions) - gains * (1 - BASELINE) / BASELINE, 0, 1
     )  # so that the mean is the retention
-    right = np.where(base[:, None], draws < stay, gained).astype(float)
-    search = BudgetSearch(COARSE, -(-samples // batch), target)
+    right = np.where(base[..., None], draws < stay, gained).sum(1)
+    scores, known = right.astype(float).tolist(), base.sum(1).astype(float).tolist()
+    search = BudgetSearch(COARSE, -(-images // BATCH), target)
     runs = 0
     while step := search.wanted():
         number, places = step
-        rows = slice(number * batch, (number + 1) * batch)
+        rows = range(number * BATCH, min((number + 1) * BATCH, images))
         for place in places:
-            search.add(place, list(zip(right[rows, place].tolist(), base[rows].astype(float).tolist(), strict=True)))
-            runs += batch
-    return Outcome(search.answer, max(search.done) * batch, runs)
+            search.add(place, [(questions, scores[row][place], known[row]) for row in rows])
+            runs += len(rows) * questions
+    return Outcome(search.answer, min(max(search.done) * BATCH, images) * questions, runs)
 
 
 def curve(edge: int, above: float, below: float) -> list[float]:
@@ -84,22 +92,29 @@ SCENARIOS = {
 }
 
 
+DATA: dict[str, dict[str, Any]] = {
+    "1 question": {},
+    "1 question, independent budgets": {"shared": False},
+    "4 questions": {"questions": 4, "alike": 0.3},
+    "4 questions lost together": {"questions": 4, "alike": 1.0},
+    "no gains": {"gains": 0.0},
+}
+
+
 def main(count: int = 1000) -> None:
-    sys.stdout.write(f"{count} searches each, at most 800 samples\n")
-    for target in (0.98, 0.95, 0.9):
-        for shared in (True, False):
-            for name, make in SCENARIOS.items():
-                retentions = make(target)
-                rng = np.random.default_rng(0)
-                found = [simulate(retentions, target, rng, shared=shared) for _ in range(count)]
-                share = fmean(wrong(outcome, retentions, target) for outcome in found)
-                answers = [outcome.answer for outcome in found]
-                exact = fmean(answer is not None and answer == _edge(retentions, target) for answer in answers)
-                sys.stdout.write(
-                    f"target {target:.0%}, budgets {'alike      ' if shared else 'independent'}, {name:43s} "
-                    f"wrong {share:6.1%}  smallest found {exact:6.1%}  none {answers.count(None) / count:6.1%}  "
-                    f"samples {fmean(o.samples for o in found):5.0f}  runs {fmean(o.runs for o in found):6.0f}\n"
-                )
+    sys.stdout.write(f"{count} searches each, at most 400 images\n")
+    for target, (data, settings), (name, make) in product((0.98, 0.95, 0.9), DATA.items(), SCENARIOS.items()):
+        retentions = make(target)
+        rng = np.random.default_rng(0)
+        found = [simulate(retentions, target, rng, **settings) for _ in range(count)]
+        share = fmean(wrong(outcome, retentions, target) for outcome in found)
+        answers = [outcome.answer for outcome in found]
+        exact = fmean(answer is not None and answer == _edge(retentions, target) for answer in answers)
+        sys.stdout.write(
+            f"{target:.0%}, {data:32s}{name:42s} wrong {share:6.1%}  smallest found {exact:6.1%}  "
+            f"none {answers.count(None) / count:6.1%}  questions {fmean(o.samples for o in found):5.0f}  "
+            f"runs {fmean(o.runs for o in found):6.0f}\n"
+        )
 
 
 def _edge(retentions: Sequence[float], target: float) -> int | None:

@@ -82,7 +82,6 @@ class Searches:
         for failure in step.failures:
             self.failures.setdefault(failure.case, failure)
         images = self.plan.batches(step.group)[step.batch]
-        largest = max(len(image) for image in self.plan.groups[step.group])
         by_case: dict[int, dict[int, SearchScore]] = defaultdict(dict)
         for score in step.scores:
             by_case[score.case][score.sample] = score
@@ -95,25 +94,19 @@ class Searches:
                 if 0 in self.failures or number in self.failures:
                     search.give_up()
                 else:
-                    search.add(place, _pairs(by_case[number], self.reference, images, largest))
+                    search.add(place, _images(by_case[number], self.reference, images))
 
 
-def _pairs(
-    mine: Mapping[int, SearchScore], reference: Mapping[int, SearchScore], images: Sequence[Sequence[int]], largest: int
-) -> list[tuple[float, float]]:
-    """For each image its scores, reduced and unreduced, each summed over its questions and divided by the largest
-    number of questions of an image."""
-    pairs = []
-    for image in images:
-        samples = [sample for sample in image if sample in mine]
-        if samples:
-            pairs.append(
-                (
-                    sum(mine[sample].score for sample in samples) / largest,
-                    sum(reference[sample].score for sample in samples) / largest,
-                )
-            )
-    return pairs
+def _images(
+    mine: Mapping[int, SearchScore], reference: Mapping[int, SearchScore], images: Sequence[Sequence[int]]
+) -> list[tuple[int, float, float]]:
+    """Each image's number of questions, and the sums of its scores, reduced and unreduced."""
+    answered = [[sample for sample in image if sample in mine] for image in images]
+    return [
+        (len(image), sum(mine[sample].score for sample in image), sum(reference[sample].score for sample in image))
+        for image in answered
+        if image
+    ]
 
 
 @dataclass
@@ -327,7 +320,7 @@ def _tried(case: CaseId, test: PairedTest, scores: Sequence[SearchScore]) -> Tri
         low=low,
         high=high,
         verdict=test.verdict,
-        samples_needed=more and round(more * len(scores) / len(test.pairs)),
+        samples_needed=more and round(more * len(scores) / test.sums.images),
     )
 
 

@@ -1,10 +1,13 @@
 """Finding the smallest budget that keeps a share of the unreduced model's score, with as few samples as possible.
 
 A budget keeps the target if E[score] >= target x E[baseline score]. Both scores of each image are known, so the mean of
-score - target x baseline score is tested, once for "above 0" and once for "below 0", by betting (Waudby-Smith and
-Ramdas, "Estimating means of bounded random variables by betting", JRSS B 2024): a player whose capital stays 1 on
-average, if the hypothesis to be refuted is true, reaches 40 with a probability of at most 1/40. That holds whenever the
-player stops, so samples may be added until the decision is sure, and for scores of any distribution from 0 to 1.
+score - target x baseline score over images is compared with 0. Images may be added until the decision is sure, since
+the bounds hold at all numbers of images at once: they are those of an asymptotic confidence sequence (Waudby-Smith,
+Arbour, Sinha, Kennedy and Ramdas, "Time-uniform central limit theory and asymptotic confidence sequences", Annals of
+Statistics 2024). Questions about one image are summed, since their errors go together. A normal distribution is a poor
+description of a few rare losses: 50 images without any do not show that fewer than 5 % are lost. So one more image is
+assumed that speaks against the decision, with all of its questions. `tests/simulate_retain.py` measures how often
+decisions are wrong.
 """
 
 from __future__ import annotations
@@ -14,61 +17,119 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-import numpy as np
-
-LEVEL = 0.025  # of each test: that of one bound of a 95 % interval
-BETS = 32  # the capital is spread evenly over as many players, who always bet the same share of theirs
+LEVEL = 0.025  # of each bound: that of a 95 % interval
+TUNED = 15  # images at which the bounds are the narrowest that they can be; it matters little
+FEWEST = 8  # images before a decision
 LARGEST_RETENTION = 1000.0
+MOST_IMAGES = 10**7
 
 Verdict = Literal["kept", "lost", "open"]
 
 
+@dataclass(frozen=True)
+class Sums:
+    """What the test needs to know of images: their number, questions, scores, and products of scores.
+
+    mine, base: of the reduced and the unreduced model.
+    """
+
+    images: float = 0
+    questions: float = 0
+    mine: float = 0
+    base: float = 0
+    mine_mine: float = 0
+    base_base: float = 0
+    mine_base: float = 0
+
+    def plus(self, questions: int, mine: float, base: float) -> Sums:
+        """With one more image."""
+        return Sums(
+            self.images + 1,
+            self.questions + questions,
+            self.mine + mine,
+            self.base + base,
+            self.mine_mine + mine * mine,
+            self.base_base + base * base,
+            self.mine_base + mine * base,
+        )
+
+    def times(self, factor: float) -> Sums:
+        """Of more images of the same kind."""
+        return Sums(*(factor * getattr(self, name) for name in self.__dataclass_fields__))
+
+    def keeps(self, target: float) -> bool:
+        """Whether it is sure that the target is kept."""
+        return self._deviation(target, -target) >= self._bound()
+
+    def loses(self, target: float) -> bool:
+        """Whether it is sure that it is not."""
+        return -self._deviation(target, 1.0) >= self._bound()
+
+    def _deviation(self, target: float, against: float) -> float:
+        """The mean of score - target x baseline score in standard errors.
+
+        against: that of each question of the image that is assumed.
+        """
+        extra = against * self.questions / self.images
+        count = self.images + 1
+        total = self.mine - target * self.base + extra
+        squares = self.mine_mine - 2 * target * self.mine_base + target**2 * self.base_base + extra**2
+        variance = max(squares - total**2 / count, 0.0) / (count - 1)
+        return total / math.sqrt(count * variance) if variance else math.copysign(math.inf, total)
+
+    def _bound(self) -> float:
+        """How many standard errors make a decision sure at any time: Robbins' mixture boundary."""
+        count = self.images + 1
+        return math.sqrt((1 + TUNED / count) * math.log((1 + count / TUNED) / (2 * LEVEL) ** 2))
+
+
 class PairedTest:
-    """The test of one budget. Each image contributes a pair: its scores, reduced and unreduced, each from 0 to 1."""
+    """The test of one budget."""
 
     def __init__(self, target: float) -> None:
         self.target = target
-        self.pairs: list[tuple[float, float]] = []
-        self._keeps = np.zeros(BETS)  # logarithm of the capital of each player
-        self._loses = np.zeros(BETS)
+        self.sums = Sums()
         self.verdict: Verdict = "open"
 
-    def add(self, pairs: Sequence[tuple[float, float]]) -> None:
-        """Add images, all at once, and decide if that is possible now. A decision stands."""
-        self.pairs += pairs
-        mine, base = _columns(pairs)
-        self._keeps += _keeping(mine, base, self.target)
-        self._loses += _losing(mine, base, self.target)
-        if self.verdict == "open":
-            if _capital(self._keeps) >= 1 / LEVEL:
+    def add(self, images: Sequence[tuple[int, float, float]]) -> None:
+        """Add images, all at once, and decide if that is possible now. A decision stands.
+
+        images: the number of questions of each, the sum of their scores, 0 to 1 each, and that of the unreduced model.
+        """
+        for image in images:
+            self.sums = self.sums.plus(*image)
+        if self.verdict == "open" and self.sums.images >= FEWEST:
+            if self.sums.keeps(self.target):
                 self.verdict = "kept"
-            elif _capital(self._loses) >= 1 / LEVEL:
+            elif self.sums.loses(self.target):
                 self.verdict = "lost"
 
     def retention(self) -> float | None:
         """Score / baseline score of the images so far; None where the baseline scores 0."""
-        mine, base = (sum(column) for column in zip(*self.pairs, strict=True)) if self.pairs else (0.0, 0.0)
-        return mine / base if base else None
+        return self.sums.mine / self.sums.base if self.sums.base else None
 
     def interval(self) -> tuple[float, float | None]:
-        """Bounds of the retention, each of which holds at every number of images with a confidence of 97.5 %.
+        """Bounds of the retention, each of which holds at all numbers of images with a confidence of 97.5 %.
 
-        A budget is kept exactly if the lower bound reaches the target. None for an upper bound that is beyond measure.
+        A budget is kept if the lower bound reaches the target. None for an upper bound that is beyond measure.
         """
-        mine, base = _columns(self.pairs)
-        low = _root(lambda share: _capital(_keeping(mine, base, share)) < 1 / LEVEL, 1e-6, LARGEST_RETENTION)
-        high = _root(lambda share: _capital(_losing(mine, base, share)) >= 1 / LEVEL, 1e-6, LARGEST_RETENTION)
-        return low or 0.0, high
+        sums = self.sums
+        if sums.images < FEWEST:
+            return 0.0, None
+        low = _first(lambda share: not sums.keeps(share), 1e-6, LARGEST_RETENTION)
+        return low or 0.0, _first(sums.loses, 1e-6, LARGEST_RETENTION)
 
     def images_needed(self) -> int | None:
         """About how many more images a decision takes, if they are like those so far; None if it may never come."""
-        if not self.pairs:
+        if not self.sums.images:
             return None
-        growth = max(float(self._keeps.max()), float(self._loses.max())) / len(self.pairs)
-        if growth < 1e-6:
-            return None
-        # The capital of the best player has to make up for that of the others.
-        return max(1, math.ceil((math.log(1 / LEVEL) + math.log(BETS) / 2) / growth) - len(self.pairs))
+
+        def decides(images: float) -> bool:
+            sums = self.sums.times(images / self.sums.images)
+            return sums.keeps(self.target) or sums.loses(self.target)
+
+        needed = _first(decides, max(self.sums.images, FEWEST), MOST_IMAGES)
+        return None if needed is None else max(1, math.ceil(needed - self.sums.images))
 
 
 @dataclass
@@ -105,9 +166,9 @@ class BudgetSearch:
         batch = min(self.done[place] for place in left)
         return batch, [place for place in left if self.done[place] == batch]
 
-    def add(self, place: int, pairs: Sequence[tuple[float, float]]) -> None:
-        """The scores of a budget on its next batch."""
-        self.tests[place].add(pairs)
+    def add(self, place: int, images: Sequence[tuple[int, float, float]]) -> None:
+        """The scores of a budget on its next batch, as `PairedTest.add` takes them."""
+        self.tests[place].add(images)
         self.done[place] += 1
 
     def give_up(self) -> None:
@@ -155,37 +216,11 @@ class BudgetSearch:
         return found
 
 
-def _columns(pairs: Sequence[tuple[float, float]]) -> tuple[np.ndarray, np.ndarray]:
-    columns = np.asarray(pairs, dtype=float).reshape(-1, 2)
-    return columns[:, :1], columns[:, 1:]
-
-
-# The shares of its capital, of what it can lose at most in a round, that each player bets.
-SHARES = (np.arange(BETS) + 0.5) / BETS
-
-
-def _keeping(mine: np.ndarray, base: np.ndarray, target: float) -> np.ndarray:
-    """What images add to the logarithm of each player's capital, [BETS], who bets that the target is kept.
-
-    mine, base: [images, 1]."""
-    return np.log1p(SHARES * (mine / target - base)).sum(0)
-
-
-def _losing(mine: np.ndarray, base: np.ndarray, target: float) -> np.ndarray:
-    """The same for players who bet that it is not."""
-    return np.log1p(SHARES * (target * base - mine)).sum(0)
-
-
-def _capital(logarithms: np.ndarray) -> float:
-    """The mean capital of the players."""
-    return float(np.exp(np.minimum(logarithms, 500)).mean())
-
-
-def _root(is_above: Callable[[float], bool], low: float, high: float) -> float | None:
+def _first(condition: Callable[[float], bool], low: float, high: float) -> float | None:
     """The number from which on a condition is true; None where it is false up to `high`."""
-    if not is_above(high):
+    if not condition(high):
         return None
     for _ in range(60):
         middle = math.sqrt(low * high)
-        low, high = (low, middle) if is_above(middle) else (middle, high)
+        low, high = (low, middle) if condition(middle) else (middle, high)
     return high
