@@ -372,6 +372,26 @@ class CompareSettings(CasesSettings):
         None, description="Names that the data uses for image, question, answer, answers, choices, id and kind."
     )
 
+    @property
+    def retained(self) -> float:
+        """The share of --retain: 0.98 for 98%."""
+        return float((self.retain or "100%").rstrip("%")) / 100
+
+    def command_line(self) -> str:
+        """The `mmtok compare` that has these settings, without those that are defaults."""
+        words = ["mmtok", "compare"]
+        for name, field in type(self).model_fields.items():
+            value, option = getattr(self, name), option_name(type(self), name)
+            if value == field.get_default(call_default_factory=True):
+                continue
+            if name == "parameters":
+                words += [word for one in value for word in (option, one)]
+            elif value is True:
+                words.append(option)
+            else:
+                words += [option, ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
+        return shlex.join(words)
+
     @model_validator(mode="after")
     def _agree(self) -> Self:
         """Raises MMTokError for options that exclude each other."""
@@ -393,28 +413,6 @@ class CompareSettings(CasesSettings):
     def measures_quality(self) -> bool:
         """Whether answers are evaluated; those of a part of a model mean nothing."""
         return not self.no_quality and self.layers is None
-
-
-def retained(settings: CompareSettings) -> float:
-    """The share of --retain: 0.98 for 98%."""
-    return float((settings.retain or "100%").rstrip("%")) / 100
-
-
-def command_line(settings: CompareSettings) -> str:
-    """The `mmtok compare` that has these settings, without those that are defaults."""
-    words = ["mmtok", "compare"]
-    for name, field in type(settings).model_fields.items():
-        value = getattr(settings, name)
-        if value == field.get_default(call_default_factory=True):
-            continue
-        if name == "parameters":
-            words += [word for one in value for word in ("--set", one)]
-        elif value is True:
-            words.append(option_name(type(settings), name))
-        else:
-            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            words += [option_name(type(settings), name), text]
-    return shlex.join(words)
 
 
 def option_name(settings: type[Settings], field: str) -> str:

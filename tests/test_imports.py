@@ -23,13 +23,13 @@ ALLOWED = {
     "models": SHARED | {"models", "profiles"},
     "data": {"errors", "data", "demo"},
     "decoding": {"models", "errors"},
-    "configuration": {"methods", "models", "settings", "cases", "budget", "progress"},
+    "configuration": {"methods", "models", "settings", "cases", "budget", "errors", "progress"},
     "settings": {"budget", "errors", "rules"},
     "progress": {"errors"},
     "planning": {"cases", "data", "profiles", "results", "settings", "errors"},
     "api": SHARED
     | {"cases", "comparison", "configuration", "data", "evaluation", "methods", "models", "pipeline", "results"}
-    | {"settings", "timing"},
+    | {"retention", "settings", "timing"},
     "hooks": SHARED | {"methods"},
     "image_plan": SHARED | {"models", "methods", "hooks"},
     "pipeline": SHARED | {"models", "methods", "data", "decoding", "image_plan", "hooks"},
@@ -38,7 +38,8 @@ ALLOWED = {
     "cases": SHARED | {"pipeline", "models", "methods", "results", "data"},
     "timing": SHARED
     | {"timing", "cases", "hooks", "pipeline", "decoding", "models", "methods", "results", "data", "files"},
-    "evaluation": SHARED | {"evaluation", "cases", "pipeline", "decoding", "models", "methods", "results", "data"},
+    "evaluation": SHARED
+    | {"evaluation", "cases", "image_plan", "pipeline", "decoding", "models", "methods", "results", "data"},
     "summary": {"evaluation", "timing", "results"},
     "report": SHARED | {"report", "results", "planning", "progress", "settings", "files", "profiles"},
     "demo": {"demo", "errors", "models"},
@@ -58,7 +59,7 @@ PROJECT = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="
 PROGRAMS = {"tensorboard", "torch-tb-profiler"}  # declared to be run, not to be imported
 
 # The checks run methods on tiny models of every family, which `methods` itself must not know.
-EXCEPTIONS = {"methods/testing.py": {"models", "pipeline", "data"}}
+EXCEPTIONS = {"methods/testing.py": {"models", "image_plan", "pipeline", "data"}}
 
 
 def declared(requirements: Iterable[str]) -> set[str]:

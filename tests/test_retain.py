@@ -27,7 +27,7 @@ from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.pipeline import answer
 from mmtok_cli.progress import Progress
 from mmtok_cli.retention import make_search_plan
-from mmtok_cli.settings import CompareSettings, command_line
+from mmtok_cli.settings import CompareSettings
 
 SEARCHES = 120
 
@@ -242,7 +242,7 @@ def test_searches_that_make_no_sense_are_refused(settings: dict[str, Any], words
     ],
 )
 def test_the_command_line_of_settings(settings: dict[str, Any], expected: str) -> None:
-    assert command_line(CompareSettings.of(**settings)) == expected
+    assert CompareSettings.of(**settings).command_line() == expected
 
 
 # --- The command ---------------------------------------------------------------------------------------------------

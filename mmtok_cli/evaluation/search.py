@@ -22,7 +22,6 @@ from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.results.records import CaseFailure, UnreadableSample
 from mmtok_cli.results.retention import Decision, Retention, SearchDirectory, SearchPlan, SearchScore, SearchStep, Tried
 from mmtok_cli.results.schema import CaseId
-from mmtok_cli.settings import command_line, retained
 
 HOPELESS = 100  # samples after which a model that answers none right is given up
 
@@ -36,7 +35,7 @@ class Searches:
         self.reference: dict[int, SearchScore] = {}  # the unreduced model's, by sample
         self.unreadable: set[int] = set()
         self.failures: dict[int, CaseFailure] = {}
-        target = retained(plan.options)
+        target = plan.options.retained
         self.found = {
             (group, method): BudgetSearch(
                 [plan.cases[number].coarse for number in numbers], len(plan.batches(group)), target
@@ -268,7 +267,7 @@ def summarise_search(store: SearchDirectory, *, interrupted: bool = False) -> Re
         rules=plan.rules,
         environment=plan.environment,
         data=plan.data,
-        target=retained(plan.options),
+        target=plan.options.retained,
         measure=measure_of(plan),
         metric=plan.metric,
         baseline_score=fmean(reference) if reference and plan.metric else None,
@@ -280,7 +279,7 @@ def summarise_search(store: SearchDirectory, *, interrupted: bool = False) -> Re
         grid_runs=most * len(plan.cases),
         seconds=sum(step.seconds for step in store.steps),
         interrupted=interrupted or (searches.next() is not None),
-        command=command_line(plan.options),
+        command=plan.options.command_line(),
         run_directory=str(store.path),
         left_out=[
             *plan.left_out,
