@@ -13,6 +13,7 @@ from pydantic import Field
 
 from mmtok_cli.data.images import open_image
 from mmtok_cli.errors import MMTokError
+from mmtok_cli.evaluation.per_sample import sample_predictions
 from mmtok_cli.results.run_directory import read_file, validation_message
 from mmtok_cli.results.schema import Record, from_json, json_text
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from mmtok_cli.progress import Progress
     from mmtok_cli.report.page import OverlayGroup
     from mmtok_cli.results.run_directory import RunDirectory
+    from mmtok_cli.results.schema import SamplePrediction
 
 FOLDER = "overlays"
 INDEX = "index.json"
@@ -32,16 +34,23 @@ LONGEST_SIDE = 480  # pixels
 
 
 class SavedOverlay(Record):
+    """note: the answer. flip: what became of the unreduced model's answer, as in a SamplePrediction."""
+
     file: str = Field(pattern=r"^[0-9]+-[0-9]+\.webp$")  # within the folder
     caption: str
     note: str
+    flip: str = ""
 
 
 class SavedGroup(Record):
-    """The pictures of one sample, side by side."""
+    """The pictures of one sample, side by side: the image itself, then what each case keeps.
+
+    title: the question. references: the reference answers, in one line.
+    """
 
     title: str
     pictures: list[SavedOverlay]
+    references: str = ""
 
 
 class OverlayIndex(Record):
@@ -58,6 +67,7 @@ def save_overlays(
     if has_overlays(store.path):
         return
     chosen = dict(_of_middle_budget(cases))
+    predictions = list(sample_predictions(store))
     groups = []
     for number, sample in _different(dataset.samples):
         pictures = []
@@ -68,13 +78,31 @@ def save_overlays(
             if drawn is None:
                 progress.note(f"{case.id.label} is not drawn for sample {number + 1}: {problem}")
                 continue
-            name = f"{number:06d}-{place:03d}.webp"
-            store.write_file(f"{FOLDER}/{name}", partial(drawn.save, format="WEBP"))
-            pictures.append(SavedOverlay(file=name, caption=str(case), note=_said(store, place, number)))
-        title = sample.question if sample.answer is None else f"{sample.question} ({sample.answer})"
-        groups.append(SavedGroup(title=title, pictures=pictures))
-    index = OverlayIndex(groups=[group for group in groups if group.pictures])
+            pictures.append(_saved(store, drawn, number, place, str(case), predictions))
+        if pictures:
+            first = store.plan.baseline_of(next(iter(chosen)))
+            image = sample.images[0].convert("RGB")
+            image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+            pictures.insert(0, _saved(store, image, number, first, str(cases[first]), predictions))
+            references = " / ".join(dict.fromkeys(sample.references))
+            groups.append(SavedGroup(title=sample.question, references=references, pictures=pictures))
+    index = OverlayIndex(groups=groups)
     store.write_file(f"{FOLDER}/{INDEX}", lambda part: part.write_text(json_text(index), encoding="utf-8"))
+
+
+def _saved(
+    store: RunDirectory, drawn: Image, number: int, place: int, caption: str, predictions: Sequence[SamplePrediction]
+) -> SavedOverlay:
+    """Write the picture of a case, with what the case answered; nothing where it was not evaluated.
+
+    number: of the sample. place: of the case in the plan.
+    """
+    name, case = f"{number:06d}-{place:03d}.webp", store.plan.cases[place].case
+    store.write_file(f"{FOLDER}/{name}", partial(drawn.save, format="WEBP"))
+    for each in predictions:
+        if (each.sample, each.method, each.budget, each.again) == (number, case.method, case.budget, case.again):
+            return SavedOverlay(file=name, caption=caption, note=f"“{each.prediction}”", flip=each.flip)
+    return SavedOverlay(file=name, caption=caption, note="")
 
 
 def has_overlays(run: Path) -> bool:
@@ -91,7 +119,11 @@ def read_overlays(run: Path) -> list[OverlayGroup]:
     try:
         index = from_json(OverlayIndex, read_file(folder / INDEX), strict=True)
         return [
-            OverlayGroup(g.title, [Overlay(p.caption, _opened(run, p.file), p.note) for p in g.pictures])
+            OverlayGroup(
+                g.title,
+                [Overlay(p.caption, _opened(run, p.file), p.note, p.flip) for p in g.pictures],
+                g.references,
+            )
             for g in index.groups
         ]
     except ValueError as error:
@@ -160,14 +192,3 @@ def _draw(model: VisionLanguageModel, case: Case, sample: Sample) -> Image:
     drawn = draw(sample.images[0], shown)
     drawn.thumbnail((LONGEST_SIDE * len(shown), LONGEST_SIDE))
     return drawn
-
-
-def _said(store: RunDirectory, case: int, number: int) -> str:
-    """What the case answered at the batch size of the evaluation; nothing where it was not evaluated."""
-    plan = store.plan
-    for batch in store.predictions.values():
-        for prediction in batch.predictions:
-            evaluated, mine = plan.cases[prediction.case].case, plan.cases[case].case
-            if prediction.sample == number and (evaluated.method, evaluated.budget) == (mine.method, mine.budget):
-                return f"“{prediction.answer}”"
-    return ""

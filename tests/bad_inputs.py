@@ -170,6 +170,8 @@ USAGE: dict[str, tuple[str, ...]] = {
     "a short option that is unknown": ("infer", "photo.png", ASKED, "-z"),
     "an option of another command": ("infer", "photo.png", ASKED, "--rounds", "3"),
     "a plot of what is not measured": (*WORKING["compare"], "--plot", "p.png", "--no-quality"),
+    "predictions that are not made": (*WORKING["compare"], "--export", "p.jsonl", "--no-quality"),
+    "predictions of a profile": (*WORKING["profile"], "--export", "p.jsonl"),
     "a plot of scaling without it": (*WORKING["profile"], "--plot", "p.png"),
     "sizes of scaling without it": (*WORKING["profile"], "--scaling-tokens", "576"),
     "a stage to check without a bound": (*WORKING["compare"], "--fail-below-stage", "prefill"),

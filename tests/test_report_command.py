@@ -12,6 +12,7 @@ import pytest
 from cli_helpers import refused, run, run_json
 
 from mmtok_cli.results.merge import label
+from mmtok_cli.results.schema import SamplePrediction
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +55,82 @@ def test_the_page_shows_what_is_kept_at_the_middle_budget(measured: Path) -> Non
     assert page.count("Vision tokens kept by mmtok @ 4") == page.count("Vision tokens kept by fastv @ 4") > 0
     assert "Vision tokens kept by mmtok @ 8" not in page
     index = json.loads((measured / "run" / "overlays" / "index.json").read_text())
-    assert [[p["caption"] for p in group["pictures"]] for group in index["groups"]] == [["mmtok @ 4", "fastv @ 4"]] * 3
+    captions = ["full", "mmtok @ 4", "fastv @ 4"]
+    assert [[p["caption"] for p in group["pictures"]] for group in index["groups"]] == [captions] * 3
     assert all(p["note"].startswith("“") for group in index["groups"] for p in group["pictures"])
+    predictions = json.loads((measured / "run" / "predictions" / "000000.json").read_text())
+    asked, answers = predictions["samples"][0], predictions["predictions"]
+    first = index["groups"][0]
+    assert first["references"] == " / ".join(asked["references"]) and first["title"] == asked["question"]
+    assert f"reference answer: {asked['references'][0]}" in page
+    assert first["pictures"][0]["note"] == f"“{answers[0]['answer']}”" and f"“{answers[0]['answer']}”" in page
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Strict JSON lines."""
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+
+
+def test_predictions_are_exported_sample_by_sample(measured: Path, tmp_path: Path) -> None:
+    assert run("report", measured / "run", "--export", tmp_path / "p.jsonl").exit_code == 0
+    rows = read_lines(tmp_path / "p.jsonl")
+    assert [(row["sample"], row["method"], row["budget"]) for row in rows[:5]] == [
+        (0, "full", None), (0, "mmtok", "8"), (0, "mmtok", "4"), (0, "fastv", "8"), (0, "fastv", "4")
+    ]  # fmt: skip
+    assert len(rows) == 4 * 5 and list(rows[0]) == [f.alias or n for n, f in SamplePrediction.model_fields.items()]
+    saved = [json.loads(file.read_text()) for file in sorted((measured / "run" / "predictions").iterdir())]
+    theirs = {(each["sample"], each["case"]): each for batch in saved for each in batch["predictions"]}
+    labels = [each for batch in saved for each in batch["samples"]]
+    for place, row in enumerate(rows):
+        sample, case = divmod(place, 5)
+        mine, base, asked = theirs[sample, case], theirs[sample, 0], labels[sample]
+        assert (row["question"], row["images"]) == (asked["question"], asked["images"]) and asked["question"]
+        assert row["references"] == asked["references"] and asked["references"][0] == asked["answer"]
+        assert (row["prediction"], row["baseline_prediction"]) == (mine["answer"], base["answer"])
+        assert (row["score"], row["baseline_score"]) == (mine["score"], base["score"])
+        assert (row["kl"], row["top1"], row["same"]) == tuple(mine["closeness"].values())
+        assert (row["kept"], row["total"]) == (mine["tokens"]["kept"], mine["tokens"]["total"])
+    shown = run_json("report", measured / "run")
+    for place, result in enumerate(shown["results"][:5]):
+        mine = rows[place::5]
+        assert sum(row["score"] for row in mine) == pytest.approx(result["score_counts"]["right"])
+        lost, gained = (sum(row["flip"] == flip for row in mine) for flip in ("lost", "gained"))
+        assert result["flips"] is None or (lost, gained) == (
+            result["flips"]["right_wrong"],
+            result["flips"]["wrong_right"],
+        )
+
+
+def test_flips_are_relative_to_the_unreduced_model(measured: Path, tmp_path: Path) -> None:
+    """Also in a run without the fields that older versions did not record."""
+    old = Path(shutil.copytree(measured / "run", tmp_path / "old"))
+    scores = {0: [1.0, 0.0, 1.0, 0.4, 0.6], 1: [0.2, 0.9, 0.0, 0.5, 0.4]}
+    for file in (old / "predictions").iterdir():
+        saved = json.loads(file.read_text())
+        for asked in saved["samples"]:
+            for name in ("question", "references", "id"):
+                del asked[name]
+        for each in saved["predictions"]:
+            if each["sample"] in scores:
+                each["score"] = scores[each["sample"]][each["case"]]
+        file.write_text(json.dumps(saved))
+    assert run("report", old, measured / "run", "--export", tmp_path / "p.jsonl").exit_code == 0
+    rows = read_lines(tmp_path / "p.jsonl")
+    assert [row["flip"] for row in rows[:10]] == ["", "lost", "", "lost", "", "", "gained", "", "gained", ""]
+    assert rows[0]["question"] is rows[0]["references"] is rows[0]["id"] is None
+    assert [row["run"] for row in rows] == ["A"] * 20 + ["B"] * 20 and rows[20]["question"]
+
+
+def test_a_run_without_answers_has_no_predictions(measured: Path, tmp_path: Path) -> None:
+    bare = Path(shutil.copytree(measured / "run", tmp_path / "bare"))
+    shutil.rmtree(bare / "predictions")
+    files = ("--export", tmp_path / "t.csv", "--export", tmp_path / "p.jsonl")
+    refused(run("report", bare, *files), "no answers were evaluated")
+    assert not (tmp_path / "p.jsonl").exists() and not (tmp_path / "t.csv").exists()
 
 
 def test_runs_of_one_kind_share_their_tables(

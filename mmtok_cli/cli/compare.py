@@ -88,7 +88,7 @@ def compare(
     from mmtok_cli.evaluation.processes import join_processes
     from mmtok_cli.outputs import check_outputs, comparison_inputs, outputs_of
     from mmtok_cli.report.console import ConsoleProgress
-    from mmtok_cli.report.exports import EXPORTS
+    from mmtok_cli.report.exports import EXPORTS, PREDICTIONS
     from mmtok_cli.report.retention import EXPORTS as RETAINED
     from mmtok_cli.results.run_directory import newest_run
     from mmtok_cli.retention import RetentionRun
@@ -104,7 +104,12 @@ def compare(
             raise MMTokError("--device-map gives all GPUs to one process, and there are several", "omit it")
         progress = ConsoleProgress(quiet or not processes.is_writer)
         run = _run_of(context, settings, run_dir if not resume else run_dir or newest_run(RUNS), resume, progress)
-        formats = RETAINED if isinstance(run, RetentionRun) else EXPORTS
+        for path in files:
+            if path.suffix.lower() == PREDICTIONS and not run.settings.measures_quality:
+                raise MMTokError(
+                    f"--export {path} lists answers, which are not evaluated with these options", "omit it"
+                )
+        formats = RETAINED if isinstance(run, RetentionRun) else (*EXPORTS, PREDICTIONS)
         new_run = None if resume or (dry_run and run_dir is None) else run.directory
         outputs = outputs_of(
             [("--run-dir", new_run, ()), ("--plot", plot, PLOTS), *(("--export", path, formats) for path in files)]
@@ -191,7 +196,7 @@ def _measure(
     except NotWrittenError as error:
         print_error(error)
         return None, 1
-    parts = exports(comparison, files, run.directory, quiet) if comparison.results else []
+    parts = exports(comparison, files, [run.directory], quiet) if comparison.results else []
     if plot:
         parts.append(partial(save_plot, comparison, plot, quiet))
     done = attempt_all([*parts, partial(show, comparison, run.settings.parameters, as_json, quiet)])

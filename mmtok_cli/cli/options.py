@@ -25,7 +25,7 @@ ExportOption = Annotated[
     list[Path] | None,
     typer.Option(
         "--export",
-        help="Also write the results to a file (.json, .csv, .md, .html). Repeatable.",
+        help="Also write the results to a file (.json, .csv, .md, .html), or every prediction (.jsonl). Repeatable.",
         show_default=False,
         rich_help_panel=OUTPUT,
     ),

@@ -21,12 +21,12 @@ def report(
 
     [dim]mmtok report runs/monday runs/tuesday --export both.html[/dim]
     """
-    from mmtok_cli.cli.showing import exports, show
+    from mmtok_cli.cli.showing import exports, predictions_of, show
     from mmtok_cli.errors import MMTokError
     from mmtok_cli.outputs import Inputs, check_outputs, outputs_of
     from mmtok_cli.overlays import read_overlays
     from mmtok_cli.report.console import attempt_all
-    from mmtok_cli.report.exports import EXPORTS
+    from mmtok_cli.report.exports import EXPORTS, PREDICTIONS
     from mmtok_cli.results.merge import merge, same_kind
     from mmtok_cli.results.retention import is_search
     from mmtok_cli.results.run_directory import RunDirectory
@@ -37,8 +37,10 @@ def report(
     if any(map(is_search, runs)):
         _report_search(runs, files or [], as_json, quiet)
         return
-    comparisons = [summarise_run(RunDirectory.open(run)) for run in runs]
-    check_outputs(outputs_of(("--export", path, EXPORTS) for path in files or []), Inputs(runs=runs))
+    stores = [RunDirectory.open(run) for run in runs]
+    comparisons = [summarise_run(store) for store in stores]
+    formats = (*EXPORTS, PREDICTIONS)
+    check_outputs(outputs_of(("--export", path, formats) for path in files or []), Inputs(runs=runs))
     for run, comparison in zip(runs, comparisons, strict=True):
         if not comparison.results and not comparison.failures:
             raise MMTokError(f"{run} has no complete round", f"resume with: mmtok compare --run-dir {run} --resume")
@@ -50,8 +52,12 @@ def report(
         raise MMTokError(f"these runs differ in their model or samples: {kinds}", "report on them one after another")
     if any(path.suffix.lower() == ".html" for path in files or []):
         read_overlays(runs[0])  # those that cannot be read are refused before anything is written
+    if any(path.suffix.lower() == PREDICTIONS for path in files or []) and not predictions_of(stores):
+        raise MMTokError(
+            "no answers were evaluated in these runs, so there are no predictions", "export another format"
+        )
     merged = [merge(group) for group in groups]
-    parts = [part for one in merged for part in exports(one, files or [], runs[0], quiet)]
+    parts = [part for one in merged for part in exports(one, files or [], runs, quiet)]
     if not attempt_all([*parts, *(partial(show, one, [], as_json, quiet) for one in merged)]):
         raise typer.Exit(1)
 

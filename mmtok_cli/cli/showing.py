@@ -7,12 +7,15 @@ from functools import partial
 from pathlib import Path
 
 from mmtok_cli.errors import MMTokError
+from mmtok_cli.evaluation.per_sample import sample_predictions
 from mmtok_cli.overlays import read_overlays
 from mmtok_cli.report import checks, console, tables
 from mmtok_cli.report.text import printable, printable_record
 from mmtok_cli.report.units import plural
+from mmtok_cli.results.merge import label
 from mmtok_cli.results.profile import ProfileResult
-from mmtok_cli.results.schema import Comparison
+from mmtok_cli.results.run_directory import RunDirectory
+from mmtok_cli.results.schema import Comparison, SamplePrediction
 
 Part = Callable[[], object]
 
@@ -39,16 +42,32 @@ def show(comparison: Comparison, parameters: Sequence[str], as_json: bool, quiet
         notes.print(f"• {note}")
 
 
-def exports(comparison: Comparison, files: Iterable[Path], run: Path | None, quiet: bool) -> list[Part]:
-    """A part of the output for each file. run: the directory whose pictures a page shows."""
-    return [partial(_export, comparison, path, run, quiet) for path in files]
+def exports(comparison: Comparison, files: Iterable[Path], runs: Sequence[Path], quiet: bool) -> list[Part]:
+    """A part of the output for each file. runs: the directories of the comparison; a page shows pictures of the first.
+
+    Parts raise MMTokError for what cannot be written or read.
+    """
+    return [partial(_export, comparison, path, runs, quiet) for path in files]
 
 
-def _export(comparison: Comparison, path: Path, run: Path | None, quiet: bool) -> None:
-    from mmtok_cli.report.exports import write_export
+def _export(comparison: Comparison, path: Path, runs: Sequence[Path], quiet: bool) -> None:
+    from mmtok_cli.report.exports import PREDICTIONS, write_export, write_predictions
 
-    overlays = read_overlays(run) if run and path.suffix.lower() == ".html" else []
-    save(partial(write_export, comparison, path, overlays=overlays), path, quiet)
+    if path.suffix.lower() != PREDICTIONS:
+        overlays = read_overlays(runs[0]) if path.suffix.lower() == ".html" else []
+        save(partial(write_export, comparison, path, overlays=overlays), path, quiet)
+    elif predictions := predictions_of([RunDirectory.open(run) for run in runs]):
+        save(partial(write_predictions, predictions, path), path, quiet)
+    elif comparison.interrupted:
+        tell_not_written(path, quiet, "no answers were evaluated before the interruption")
+    else:
+        raise MMTokError(f"{path} could not be written: no answers were evaluated", "see the notes on what failed")
+
+
+def predictions_of(stores: Sequence[RunDirectory]) -> list[SamplePrediction]:
+    """The predictions of a run, or of several, which then name their run as the merged comparison does."""
+    names = [label(place) if len(stores) > 1 else None for place in range(len(stores))]
+    return [each for store, name in zip(stores, names, strict=True) for each in sample_predictions(store, name)]
 
 
 def save_plot(comparison: Comparison, path: Path, quiet: bool) -> None:

@@ -292,7 +292,13 @@ def _batch_record(
         sample = dataset.samples[number]
         labels.append(
             SampleLabel(
-                sample=number, images=sample.image_ids, answer=next(iter(sample.references), None), kind=sample.kind
+                sample=number,
+                images=sample.image_ids,
+                answer=next(iter(sample.references), None),
+                kind=sample.kind,
+                question=sample.question,
+                references=sample.references,
+                id=sample.id or None,
             ),
         )
     return PredictionBatch(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,9 +22,10 @@ from mmtok_cli.results.schema import json_text
 
 if TYPE_CHECKING:
     from mmtok_cli.report.page import OverlayGroup
-    from mmtok_cli.results.schema import Comparison, Record
+    from mmtok_cli.results.schema import Comparison, Record, SamplePrediction
 
 EXPORTS = (".json", ".csv", ".md", ".html")
+PREDICTIONS = ".jsonl"  # not of the comparison, but of each sample
 
 READING = (
     "Times are medians; speedups are baseline / method within a round, with a 95 % interval, and a question mark where "
@@ -52,6 +53,11 @@ def write_export(comparison: Comparison, path: Path, *, overlays: Sequence[Overl
     else:
         raise MMTokError(f"{path} does not end in {', '.join(EXPORTS[:-1])} or {EXPORTS[-1]}", "choose one of these")
     _write(path, text)
+
+
+def write_predictions(predictions: Iterable[SamplePrediction], path: Path) -> None:
+    """Write predictions as JSON lines. Raises MMTokError if the file cannot be written."""
+    _write(path, "".join(printable_json(json_text(prediction)) + "\n" for prediction in predictions))
 
 
 def write_json(result: Record, path: Path) -> None:

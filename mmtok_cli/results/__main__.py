@@ -5,8 +5,8 @@ import sys
 
 from mmtok_cli.results.profile import ProfileResult
 from mmtok_cli.results.retention import Retention
-from mmtok_cli.results.schema import Comparison
+from mmtok_cli.results.schema import Comparison, SamplePrediction
 
-sys.stdout.write(
-    json.dumps([kind.model_json_schema() for kind in (Comparison, ProfileResult, Retention)], indent=2) + "\n"
-)
+KINDS = (Comparison, ProfileResult, Retention, SamplePrediction)
+
+sys.stdout.write(json.dumps([kind.model_json_schema() for kind in KINDS], indent=2) + "\n")

@@ -214,12 +214,19 @@ class UnreadableSample(Record):
 
 
 class SampleLabel(Record):
-    """What the summary needs to know of a sample: the names of its images, its reference answer and its kind."""
+    """What the summary and the export of predictions need to know of a sample.
+
+    images: their names. answer: the first reference answer. references: all of them. id: its name within the data.
+    question, references and id are None in runs of versions that did not record them.
+    """
 
     sample: Number
     images: tuple[str, ...]
     answer: str | None
     kind: str | None
+    question: str | None = None
+    references: tuple[str, ...] | None = None
+    id: str | None = None
 
 
 class PredictionBatch(FileRecord):

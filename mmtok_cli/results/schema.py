@@ -2,7 +2,7 @@
 
 Every printed object names its `schema`. The number after the slash is raised when a key is removed or changes its
 meaning; keys may be added without that. `from_json(Comparison, text)` reads a result back, and
-`python -m mmtok_cli.results` prints the JSON Schema of a comparison and of a profile.
+`python -m mmtok_cli.results` prints the JSON Schemas of a comparison, of a profile and of a prediction.
 """
 
 from __future__ import annotations
@@ -376,6 +376,42 @@ class Schedule(Record):
     timed: int | None = None
     metric: str | None = None
     metric_title: str | None = None
+
+
+class SamplePrediction(Record):
+    """What one case answered to one sample: a line of `--export FILE.jsonl`.
+
+    run: label of the run, if several are reported together. sample: its number in the data, from 0. id: its name in the
+    data, if it has one. question, references (the reference answers) and id are null in runs of versions that did not
+    record them. batch_size: of the evaluation. baseline_prediction, baseline_score: of the unreduced model. kept,
+    total: vision tokens. score: of this answer, by the metric; null without reference answers. flip: "lost" if only the
+    unreduced model's answer is right, "gained" if only this one is, otherwise empty. kl, top1, same: closeness to the
+    unreduced model, as in a Fidelity, of this sample alone.
+    """
+
+    schema_: Literal["mmtok.predictions/1"] = Field(default="mmtok.predictions/1", alias="schema")
+    run: str | None
+    sample: int
+    id: str | None
+    images: tuple[str, ...]
+    kind: str | None
+    question: str | None
+    references: tuple[str, ...] | None
+    method: str
+    parameters: dict[str, Any]
+    budget: str | None
+    batch_size: int
+    again: bool
+    prediction: str
+    baseline_prediction: str
+    kept: int | None
+    total: int | None
+    score: float | None
+    baseline_score: float | None
+    flip: Literal["lost", "gained", ""]
+    kl: float
+    top1: float
+    same: bool
 
 
 class Comparison(Record):

@@ -32,19 +32,24 @@ STYLES, SHAPES = 8, 5  # colours of the style sheet, shapes of the template
 
 @dataclass(frozen=True)
 class Overlay:
-    """A picture of what one case kept, and what came of it."""
+    """A picture of what one case kept, and what it answered.
+
+    flip: "lost" or "gained" where the answer is wrong or right and that of the unreduced model is not.
+    """
 
     caption: str
     image: Image
     note: str = ""
+    flip: str = ""
 
 
 @dataclass(frozen=True)
 class OverlayGroup:
-    """One sample's overlays, side by side."""
+    """One sample's overlays, side by side, under its question. references: its reference answers, in one line."""
 
     title: str
     overlays: Sequence[Overlay]
+    references: str = ""
 
 
 def page_text(comparison: Comparison, overlays: Sequence[OverlayGroup] = ()) -> str:
@@ -89,13 +94,7 @@ def page_text(comparison: Comparison, overlays: Sequence[OverlayGroup] = ()) -> 
         answer_rows=_rows(comparison, answers),
         kinds=kinds,
         kind_rows=_rows(comparison, kinds),
-        overlays=[
-            (
-                printable(group.title),
-                [(printable(o.caption), printable(o.note), *_picture(o.image)) for o in group.overlays],
-            )
-            for group in overlays
-        ],
+        overlays=list(map(_overlays, overlays)),
         ceiling="" if missing(comparison.results[0]) else tables.ceiling(comparison.results[0]),
         notes=checks.notes(comparison, ceilings=False),
         environment=_environment(comparison),
@@ -165,6 +164,12 @@ def _environment(comparison: Comparison) -> list[tuple[str, str]]:
         ("platform", e.platform),
         ("git commit", commit),
     ]
+
+
+def _overlays(group: OverlayGroup) -> tuple[str, str, list[tuple[Any, ...]]]:
+    """A group's title and reference answers, and of each picture caption, note, flip, address, width and height."""
+    pictures = [(*map(printable, (o.caption, o.note, o.flip)), *_picture(o.image)) for o in group.overlays]
+    return printable(group.title), printable(group.references), pictures
 
 
 def _picture(image: Image) -> tuple[str, int, int]:
