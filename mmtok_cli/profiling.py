@@ -139,6 +139,7 @@ def profile(
         interrupted=remainder.interrupted,
         cases=results,
         stage_peaks={label: trace.peaks for label, trace in traces.items()},
+        memory=[trace.memory for trace in traces.values() if trace.memory],
         operators=[operator for trace in traces.values() for operator in trace.operators],
         trace=str(trace_dir),
         ceilings=ceilings,

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from mmtok_cli.profiling import Profiled
 
 SCALING_TOKENS = "576,1024,2304,4096,9216,16384"
-EXPORTS = (".json", ".csv", ".md")
 
 
 @with_options(ProfileSettings)
@@ -56,7 +55,7 @@ def profile(
         list[Path] | None,
         typer.Option(
             "--export",
-            help="Also write the results to a file (.json, .csv, .md). Repeatable.",
+            help="Also write the results to a file (.json, .csv, .md, .html). Repeatable.",
             show_default=False,
             rich_help_panel=OUTPUT,
         ),
@@ -76,6 +75,8 @@ def profile(
     from mmtok_cli.outputs import check_outputs, model_inputs, outputs_of
     from mmtok_cli.profiling import profile as measure
     from mmtok_cli.report.console import ConsoleProgress, attempt_all, print_error, print_json
+    from mmtok_cli.report.exports import EXPORTS
+    from mmtok_cli.report.profiles import profile_notes
     from mmtok_cli.timing.scaling import parse_tokens
 
     if not scaling and (plot or scaling_tokens is not None):
@@ -87,13 +88,14 @@ def profile(
     check_outputs(outputs, model_inputs(settings.model, *([image] if image else [])))
     data = "demo" if image is None else str(image)
     found = measure(settings, sample, data, trace_dir, ConsoleProgress(quiet), scaling_sizes=sizes)
-    parts = profile_exports(found.profile, exports or [], quiet)
+    notes = profile_notes(found.profile, settings, sizes, found.context_length)
+    parts = profile_exports(found.profile, exports or [], quiet, notes, top)
     if plot:
         parts.append(partial(save_scaling_plot, found.profile, plot, quiet))
     if as_json:
         parts.append(partial(print_json, found.profile))
     else:
-        parts.append(partial(_show, found, settings, sizes, top, quiet))
+        parts.append(partial(_show, found, notes, sizes, top, quiet))
     done = attempt_all(parts)
     for problem in found.problems:
         print_error(problem)
@@ -103,13 +105,13 @@ def profile(
         raise typer.Exit(1)
 
 
-def _show(found: Profiled, settings: ProfileSettings, sizes: Sequence[int], top: int, quiet: bool) -> None:
+def _show(found: Profiled, lines: Sequence[str], sizes: Sequence[int], top: int, quiet: bool) -> None:
     """Tables on standard output, notes on standard error."""
     from mmtok_cli.cli.showing import tell_written
     from mmtok_cli.report import console, tables
-    from mmtok_cli.report.profiles import ceiling_table, profile_notes, profile_tables, profiles_by_batch_size
+    from mmtok_cli.report.profiles import ceiling_table, profile_tables, profiles_by_batch_size
     from mmtok_cli.report.scaling import growth_table, scaling_table
-    from mmtok_cli.report.text import printable_record
+    from mmtok_cli.report.text import printable, printable_record
 
     result = printable_record(found.profile)
     out, notes = console.results_console(), console.notes_console(quiet)
@@ -127,8 +129,8 @@ def _show(found: Profiled, settings: ProfileSettings, sizes: Sequence[int], top:
     written = [trace.path for trace in found.traces if trace.path]
     for path in written:
         tell_written(path, quiet)
-    for note in profile_notes(result, settings, sizes, found.context_length):
-        notes.print(f"• {note}")
+    for note in lines:
+        notes.print(f"• {printable(note)}")
     if written:
         notes.print(f"• open the traces with `tensorboard --logdir {result.trace}`, tab PyTorch Profiler,")
         notes.print("  or open one of the files at https://ui.perfetto.dev")

@@ -100,20 +100,16 @@ def save_scaling_plot(profile: ProfileResult, path: Path, quiet: bool) -> None:
     save(partial(save_scaling, profile, path), path, quiet)
 
 
-def profile_exports(profile: ProfileResult, files: Iterable[Path], quiet: bool) -> list[Part]:
-    """A part of the output for each file: a profile as JSON, or its cases as CSV or Markdown."""
-    return [partial(_export_profile, profile, path, quiet) for path in files]
+def profile_exports(
+    profile: ProfileResult, files: Iterable[Path], quiet: bool, notes: Sequence[str] = (), top: int = 5
+) -> list[Part]:
+    """A part of the output for each file: a profile as JSON or as a page, or its cases as CSV or Markdown.
 
+    notes, top: what the page says of how to read it, and how many operators of each stage it lists.
+    """
+    from mmtok_cli.report.exports import write_profile
 
-def _export_profile(profile: ProfileResult, path: Path, quiet: bool) -> None:
-    from mmtok_cli.report.exports import write_export, write_json
-
-    if path.suffix.lower() == ".json":
-        save(partial(write_json, profile, path), path, quiet)
-    else:
-        fields = {"model", "rules", "environment", "schedule", "interrupted"}
-        cases = Comparison(**profile.model_dump(by_alias=True, include=fields), results=profile.cases)
-        save(partial(write_export, cases, path), path, quiet)
+    return [partial(save, partial(write_profile, profile, path, notes, top), path, quiet) for path in files]
 
 
 def save(write: Part, path: Path, quiet: bool, which: str = "") -> None:

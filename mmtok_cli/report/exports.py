@@ -22,6 +22,7 @@ from mmtok_cli.results.schema import json_text
 
 if TYPE_CHECKING:
     from mmtok_cli.report.page import OverlayGroup
+    from mmtok_cli.results.profile import ProfileResult
     from mmtok_cli.results.schema import Comparison, Record, SamplePrediction
 
 EXPORTS = (".json", ".csv", ".md", ".html")
@@ -60,9 +61,20 @@ def write_predictions(predictions: Iterable[SamplePrediction], path: Path) -> No
     _write(path, "".join(printable_json(json_text(prediction)) + "\n" for prediction in predictions))
 
 
-def write_json(result: Record, path: Path) -> None:
-    """Write a result as JSON. Raises MMTokError if the file cannot be written."""
-    _write(path, _json(result))
+def write_profile(profile: ProfileResult, path: Path, notes: Sequence[str] = (), top: int = 5) -> None:
+    """Write a profile as JSON or as a page, or its cases as CSV or Markdown. notes, top: of the page.
+
+    Raises MMTokError if the file cannot be written.
+    """
+    from mmtok_cli.report.page.profile import cases_of_profile, profile_page_text
+
+    kind = path.suffix.lower()
+    if kind == ".json":
+        _write(path, _json(profile))
+    elif kind == ".html":
+        _write(path, profile_page_text(profile, notes, top))
+    else:
+        write_export(cases_of_profile(profile), path)
 
 
 def _json(result: Record) -> str:

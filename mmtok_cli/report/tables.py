@@ -175,12 +175,22 @@ def inconclusive_notes(results: Sequence[CaseResult], stages: Sequence[str] = CO
 
 def ceiling(baseline: CaseResult) -> str:
     """The upper bound of the TTFT speedup of methods after the encoder, reached if prefill took no time."""
-    median = {stage: times.median for stage, times in baseline.seconds.items()}
-    before, prefill = median["prepare"] + median["encode"], median["prefill"]
+    before, prefill = _before_and_prefill(baseline)
     return (
         f"prepare and encode take {seconds(before)} of {seconds(before + prefill)} to the first token: "
-        f"methods after the encoder can reach a speedup (TTFT) of {(before + prefill) / before:.2f}x at most"
+        f"methods after the encoder can reach a speedup (TTFT) of {speedup_bound(baseline):.2f}x at most"
     )
+
+
+def speedup_bound(baseline: CaseResult) -> float:
+    """The speedup (TTFT) of a method after the encoder if neither selection nor prefill took any time."""
+    before, prefill = _before_and_prefill(baseline)
+    return (before + prefill) / before
+
+
+def _before_and_prefill(baseline: CaseResult) -> tuple[float, float]:
+    median = {stage: times.median for stage, times in baseline.seconds.items()}
+    return median["prepare"] + median["encode"], median["prefill"]
 
 
 def environment_line(model: str, environment: Environment) -> Text:

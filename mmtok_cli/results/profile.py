@@ -50,6 +50,28 @@ class Operator(Record):
     device_seconds: float
 
 
+class StageSpan(Record):
+    """When a stage ran, in seconds since the first stage began."""
+
+    stage: str
+    start: float
+    end: float
+
+
+class MemoryTimeline(Record):
+    """Bytes allocated while a case was traced, above those before its first allocation.
+
+    seconds: moments since the first stage began, in the traced run, which the profiler slows down. bytes: allocated
+    from that moment to the next. Of many moments some hundred are kept, the highest and the lowest level of each
+    interval among them. stages: in the order in which they began; some are within others.
+    """
+
+    case: str
+    seconds: list[float]
+    bytes: list[int]
+    stages: list[StageSpan]
+
+
 class ScalingPoint(OfCase):
     """One case at one number of vision tokens: the seconds of all runs and their medians.
 
@@ -84,9 +106,10 @@ class Growth(OfCase):
 class ProfileResult(Record):
     """What `mmtok profile --json` prints.
 
-    stage_peaks: bytes by case and stage, from the traces. ceilings: None where they were not measured, because the
-    profile was interrupted before or an error occurred. weights_read: bytes that are read for each decoded token.
-    scaling, growth, fixed: of --scaling, otherwise empty; fixed are the points at the smallest grid, one for each case.
+    stage_peaks: bytes by case and stage, from the traces. memory: bytes over time, from the same traces. ceilings: None
+    where they were not measured, because the profile was interrupted before or an error occurred. weights_read: bytes
+    that are read for each decoded token. scaling, growth, fixed: of --scaling, otherwise empty; fixed are the points at
+    the smallest grid, one for each case.
     """
 
     schema_: Literal["mmtok.profile/2"] = Field(default="mmtok.profile/2", alias="schema")
@@ -98,6 +121,7 @@ class ProfileResult(Record):
     interrupted: bool
     cases: list[CaseResult]
     stage_peaks: dict[str, dict[str, int]]
+    memory: list[MemoryTimeline] = Field(default=[])
     operators: list[Operator]
     trace: str
     ceilings: Ceilings | None

@@ -22,12 +22,16 @@ from mmtok_cli.data.samples import Sample
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.files import write_whole
 from mmtok_cli.models.base import VisionLanguageModel
-from mmtok_cli.results.profile import Operator
+from mmtok_cli.results.profile import MemoryTimeline, Operator, StageSpan
 from mmtok_cli.stages import CHECK, STAGES
 
 # TensorBoard's profiler plugin knows the category "Runtime"; torch writes these names for the same thing.
 RUNTIME_CATEGORIES = ("cuda_runtime", "cuda_driver")
 LONGEST_NAME = 60  # characters, of which each may take four bytes
+MOST_MOMENTS = 300  # of a timeline
+
+Span = tuple[str, float, float]  # a stage, and when it begins and ends, in microseconds
+Level = tuple[float, int]  # a moment in microseconds, and the bytes allocated from then on
 
 
 @dataclass(frozen=True)
@@ -35,12 +39,13 @@ class Trace:
     """A trace of one case.
 
     path: its file; None where that could not be written, which `problem` explains. peaks: bytes allocated at most
-    within a stage, above what was allocated at the start.
+    within a stage, above what was allocated at the start. memory: the same over time; None where nothing is recorded.
     """
 
     path: Path | None
     operators: list[Operator]
     peaks: dict[str, int]
+    memory: MemoryTimeline | None
     problem: MMTokError | None = None
 
 
@@ -60,14 +65,15 @@ def trace_case(
         for event in events["traceEvents"]
         if event.get("cat") == "user_annotation" and event["name"] in STAGES
     ]
-    operators, peaks = _operators(profiler, case), _peaks(events, spans, model.device)
+    levels = _levels(events, model.device)
+    operators, peaks, memory = _operators(profiler, case), _peaks(levels, spans), timeline(case.id.label, levels, spans)
     process = f"{socket.gethostname()}_{os.getpid()}"
     path = directory / _file_name(case) / f"{process}.{time.time_ns() // 1_000_000}.pt.trace.json"
     try:
         write_whole(path, lambda part: part.write_text(json.dumps(events), encoding="utf-8"))
     except MMTokError as error:
-        return Trace(None, operators, peaks, error)
-    return Trace(path, operators, peaks)
+        return Trace(None, operators, peaks, memory, error)
+    return Trace(path, operators, peaks, memory)
 
 
 def _file_name(case: Case) -> str:
@@ -113,18 +119,59 @@ def _operators(profiler: Any, case: Case) -> list[Operator]:
     return sorted(operators, key=lambda o: (STAGES.index(o.stage), -(o.device_seconds or o.cpu_seconds)))
 
 
-def _peaks(trace: dict[str, Any], spans: list[tuple[str, float, float]], device: torch.device) -> dict[str, int]:
+def _levels(trace: dict[str, Any], device: torch.device) -> list[Level]:
+    """Bytes allocated on the device after each allocation and release, above those before the first."""
     kind = torch.autograd.DeviceType.CUDA if device.type == "cuda" else torch.autograd.DeviceType.CPU
-    levels = sorted(
+    events = sorted(
         (event["ts"], event["args"]["Total Allocated"], event["args"]["Bytes"])
         for event in trace["traceEvents"]
         if event.get("name") == "[memory]" and event["args"]["Device Type"] == kind.value
     )
+    start = events[0][1] - events[0][2] if events else 0  # before the first allocation
+    return [(moment, total - start) for moment, total, _ in events]
+
+
+def _peaks(levels: Sequence[Level], spans: Sequence[Span]) -> dict[str, int]:
     if not levels:
         return {}
-    start = levels[0][1] - levels[0][2]  # before the first allocation
     peaks: dict[str, int] = defaultdict(int)
     for stage, begin, end in spans:
         if stage != "prepare":  # the processor's memory is NumPy's, which the profiler does not see
-            peaks[stage] = max(peaks[stage], *(total - start for ts, total, _ in levels if begin <= ts < end), 0)
+            peaks[stage] = max(peaks[stage], *(level for moment, level in levels if begin <= moment < end), 0)
     return dict(peaks)
+
+
+def timeline(case: str, levels: Sequence[Level], spans: Sequence[Span]) -> MemoryTimeline | None:
+    """The levels over time, at most `MOST_MOMENTS` of them, and the stages; None without either.
+
+    levels: moments in microseconds and bytes, in their order. Of the levels in each of equal intervals of time, the
+    highest, the lowest and the last are kept.
+    """
+    if not levels or not spans:
+        return None
+    origin = min(begin for _, begin, _ in spans)
+    kept = list(levels)
+    if len(levels) > MOST_MOMENTS:
+        first, last = levels[0][0], levels[-1][0]
+        width = (last - first) / (MOST_MOMENTS // 3) or 1.0
+        intervals: dict[int, list[Level]] = defaultdict(list)
+        for level in levels:
+            intervals[min(int((level[0] - first) / width), MOST_MOMENTS // 3 - 1)].append(level)
+        kept = [
+            each
+            for group in intervals.values()
+            for each in sorted({min(group, key=_bytes), max(group, key=_bytes), group[-1]})
+        ]
+    return MemoryTimeline(
+        case=case,
+        seconds=[(moment - origin) / 1e6 for moment, _ in kept],
+        bytes=[level for _, level in kept],
+        stages=[
+            StageSpan(stage=stage, start=(begin - origin) / 1e6, end=(end - origin) / 1e6)
+            for stage, begin, end in sorted(spans, key=lambda span: (span[1], -span[2]))
+        ],
+    )
+
+
+def _bytes(level: Level) -> int:
+    return level[1]

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import io
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 from PIL.Image import Image
 
 from mmtok_cli.report import checks, tables
 from mmtok_cli.report.cells import Column, missing, rows
-from mmtok_cli.report.columns import KEPT, is_scored, kind_columns, section_columns
+from mmtok_cli.report.columns import KEPT, kind_columns, section_columns
 from mmtok_cli.report.page import charts
+from mmtok_cli.report.page.environment import batch_sizes, environment_facts
 from mmtok_cli.report.page.facts import headline
+from mmtok_cli.report.page.render import render
 from mmtok_cli.report.text import printable, printable_record
 from mmtok_cli.report.units import plural
 
@@ -27,7 +25,6 @@ if TYPE_CHECKING:
     from mmtok_cli.results.schema import CaseResult, Comparison
 
 LONGEST_SIDE = 480  # pixels of an embedded picture: sharp at its widest on a screen of twice the density
-STYLES, SHAPES = 8, 5  # colours of the style sheet, shapes of the template
 
 
 @dataclass(frozen=True)
@@ -58,34 +55,21 @@ def page_text(comparison: Comparison, overlays: Sequence[OverlayGroup] = ()) -> 
     It loads nothing from elsewhere and allows no script and no style but its own.
     """
     comparison = printable_record(comparison)
-    style, script = (Markup(_resource(name)) for name in ("page.css", "page.js"))
-    plots = charts.tradeoff_plots(comparison)
     stacks, stack_scale = charts.stage_stacks(comparison)
     columns = section_columns(comparison, "cost")
     answers = _with_kept(section_columns(comparison, "quality"))
     kinds = _with_kept(kind_columns(comparison))
-    page = Environment(
-        loader=PackageLoader("mmtok_cli.report", "page"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return page.get_template("page.html.j2").render(
+    return render(
+        "comparison.html.j2",
         comparison=comparison,
-        style=style,
-        script=script,
-        style_hash=_hash(style),
-        script_hash=_hash(script),
+        model=comparison.model,
+        version=comparison.environment.mmtok,
+        kicker="Vision-token reduction compared",
         subtitle=_subtitle(comparison),
         facts=headline(comparison),
-        plots=plots,
+        plots=charts.tradeoff_plots(comparison),
         numbers=charts.method_numbers(comparison),
-        styles=STYLES,
-        shapes=SHAPES,
-        frame=charts.FRAME,
-        quality="right answers" if is_scored(comparison) else "top-1 agreement",
-        stages=charts.STACKED,
+        quality=charts.quality_title(comparison),
         stacks=stacks,
         stack_scale=stack_scale,
         columns=columns,
@@ -97,7 +81,7 @@ def page_text(comparison: Comparison, overlays: Sequence[OverlayGroup] = ()) -> 
         overlays=list(map(_overlays, overlays)),
         ceiling="" if missing(comparison.results[0]) else tables.ceiling(comparison.results[0]),
         notes=checks.notes(comparison, ceilings=False),
-        environment=_environment(comparison),
+        environment=environment_facts(comparison),
         command=shlex.join(comparison.environment.command),
     )
 
@@ -130,40 +114,13 @@ def _subtitle(comparison: Comparison) -> str:
         plural(len(methods), "method")
         + (f" at {'a budget' if len(budgets) == 1 else 'budgets'} of {', '.join(budgets)}" if budgets else ""),
         plural(schedule.samples, "sample"),
-        f"batch size {_sizes(comparison)}",
+        f"batch size {batch_sizes(comparison)}",
         f"{environment.processor} ({environment.device}, {environment.dtype})",
         tables.rules_text(comparison.rules) or f"{comparison.rules.track} track",
         tables.weights_text(environment.weights),
         "interrupted" if comparison.interrupted else "",
     ]
     return " · ".join(filter(None, said))
-
-
-def _sizes(comparison: Comparison) -> str:
-    sizes = comparison.schedule.batch_size
-    return " and ".join(map(str, sizes)) if isinstance(sizes, list) else str(sizes)
-
-
-def _environment(comparison: Comparison) -> list[tuple[str, str]]:
-    e, s = comparison.environment, comparison.schedule
-    timed = f" on {plural(s.timed, 'sample')}" if s.timed else ""
-    commit = f"{e.git_commit}{' (changed)' if e.git_dirty else ''}" if e.git_commit else "not from a checkout"
-    return [
-        ("processor", e.processor),
-        ("device", f"{e.device}, {plural(e.threads, 'thread')}"),
-        ("weights", f"{e.weights}, {e.dtype}, {e.attention} attention"),
-        (
-            "data",
-            f"{s.data}, {plural(s.samples, 'sample')}, batch size {_sizes(comparison)}, at most "
-            f"{plural(s.max_new_tokens, 'new token')}",
-        ),
-        *([("metric", f"{s.metric}: {s.metric_title}")] if s.metric else []),
-        ("schedule", f"{plural(s.rounds, 'round')}{timed}, {s.warmup} for warm-up, in random order, seed {s.seed}"),
-        ("rules", tables.rules_text(comparison.rules) or f"{comparison.rules.track} track"),
-        ("versions", f"mmtok {e.mmtok}, torch {e.torch}, transformers {e.transformers}, Python {e.python}"),
-        ("platform", e.platform),
-        ("git commit", commit),
-    ]
 
 
 def _overlays(group: OverlayGroup) -> tuple[str, str, list[tuple[Any, ...]]]:
@@ -179,12 +136,3 @@ def _picture(image: Image) -> tuple[str, int, int]:
     buffer = io.BytesIO()
     small.save(buffer, format="WEBP", quality=80)
     return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}", small.width, small.height
-
-
-def _resource(name: str) -> str:
-    return resources.files(__name__).joinpath(name).read_text(encoding="utf-8").strip()
-
-
-def _hash(text: str) -> str:
-    """The source expression by which a content security policy allows this very text."""
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

@@ -60,11 +60,15 @@ class Series:
 
 @dataclass(frozen=True)
 class Plot:
+    """title: above the drawing, if any."""
+
     x_title: str
+    y_title: str
     x: Scale
     y: Scale
     series: tuple[Series, ...]
-    full: Point | None
+    full: Point | None = None
+    title: str = ""
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,15 @@ def method_numbers(comparison: Comparison) -> dict[str, int]:
     }
 
 
+def quality_title(comparison: Comparison) -> str:
+    return "right answers" if is_scored(comparison) else "top-1 agreement"
+
+
+def label_width(label: str) -> float:
+    """How wide the label of a tick is, with some space around it, in the units of a plot's drawing."""
+    return 6.8 * len(label) + 10
+
+
 def tradeoff_plots(comparison: Comparison) -> list[Plot]:
     """Quality against tokens, prefill and time to the first token; none if nothing but the baseline was measured."""
     measured = [(case, score) for case in comparison.results if (score := plotted_score(case, comparison))]
@@ -132,7 +145,8 @@ def _plot(
     placed = [(case, score, x) for case, score in measured if (x := span(case))]
     tokens = span is _layer_average
     ends = [end for _, _, x in placed for end in (x.low, x.high)]
-    x_scale = logarithmic(ends, FRAME.left, FRAME.right, number if tokens else seconds, base=2 if tokens else 10)
+    label, base = (number, 2) if tokens else (seconds, 10)
+    x_scale = logarithmic(ends, FRAME.left, FRAME.right, label, base=base, room=label_width)
     words = "right" if is_scored(comparison) else "top-1 agreement"
 
     def point(case: CaseResult, score: PlottedScore, x: Span) -> Point:
@@ -155,7 +169,7 @@ def _plot(
         if mine:
             series.append(Series(i, name, tuple(point(*p) for p in mine)))
     full = next((point(*p) for p in placed if p[0] is baseline), None)
-    return Plot(x_title, x_scale, y, tuple(series), full)
+    return Plot(x_title, quality_title(comparison), x_scale, y, tuple(series), full)
 
 
 def _layer_average(case: CaseResult) -> Span | None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 FINE = (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 7, 8, 9)
 
@@ -29,15 +30,23 @@ def linear(low: float, high: float, start: float, end: float, label: Callable[[f
 
 
 def logarithmic(
-    values: Iterable[float], start: float, end: float, label: Callable[[float], str], *, base: int = 10, most: int = 7
+    values: Iterable[float],
+    start: float,
+    end: float,
+    label: Callable[[float], str],
+    *,
+    base: int = 10,
+    most: int = 7,
+    room: Callable[[str], float] = lambda label: 0,
 ) -> Scale:
     """A scale on which equal steps are equal ratios; a zero has its place one step below the smallest value.
 
-    Ticks are powers of two for base 2, else round multiples of powers of ten; at most `most` of them.
+    Ticks are powers of two for base 2, else round multiples of powers of ten; at most `most` of them, and none whose
+    label would touch another or be the same. room: how much of the axis a label takes.
     """
     seen = sorted(set(values))
     positive = [value for value in seen if value > 0] or [1.0]
-    lowest, highest = positive[0], max(positive[-1], positive[0] * 1.0001)
+    lowest, highest = positive[0], max(positive[-1], positive[0] * 1.1)
     margin = (highest / lowest) ** 0.05
     bottom, top = math.log(lowest / margin), math.log(highest * margin)
     with_zero = bool(seen) and seen[0] <= 0
@@ -48,21 +57,31 @@ def logarithmic(
             return start + (end - start) * 0.03
         return left + (math.log(value) - bottom) / (top - bottom) * (end - left)
 
-    ticks = _log_ticks(lowest / margin, highest * margin, base, most)
-    zero = ((place(0), label(0)),) if with_zero else ()
-    return Scale(place, (*zero, *((place(tick), label(tick)) for tick in ticks)))
+    zero = [0.0] if with_zero else []
+
+    def fit(found: Sequence[float]) -> bool:
+        labels = [label(tick) for tick in (*zero, *found)]
+        placed = [(place(tick), room(text) / 2) for tick, text in zip((*zero, *found), labels, strict=True)]
+        apart = all(abs(two - one) >= half + other for (one, half), (two, other) in pairwise(placed))
+        return len(found) <= most and len(set(labels)) == len(labels) and apart
+
+    ticks = [*zero, *_log_ticks(lowest / margin, highest * margin, base, fit)]
+    return Scale(place, tuple((place(tick), label(tick)) for tick in ticks))
 
 
-def _log_ticks(low: float, high: float, base: int, most: int) -> list[float]:
-    """Round values between low and high: the finest set that is small enough, or the coarsest thinned out."""
+def _log_ticks(low: float, high: float, base: int, fit: Callable[[Sequence[float]], bool]) -> Sequence[float]:
+    """Two or more round values between low and high: the finest set that fits, the coarsest thinned out until it does,
+    or, where there are no powers of the base or multiples of them, equal steps. None where nothing fits."""
     powers = range(math.floor(math.log(low, base)) - 1, math.ceil(math.log(high, base)) + 2)
     multiples = ((1.0,),) if base == 2 else (FINE, (1, 1.5, 2, 3, 4, 5, 6, 8), (1, 2, 3, 5), (1, 2, 5), (1,))
-    found: list[float] = []
+    sets: list[list[float]] = []
     for chosen in multiples:
-        found = [m * float(base) ** p for p in powers for m in chosen if low <= m * float(base) ** p <= high]
-        if len(found) <= most:
-            return found
-    return found[:: math.ceil(len(found) / most)]
+        sets.append([m * float(base) ** p for p in powers for m in chosen if low <= m * float(base) ** p <= high])
+    sets += [sets[-1][::step] for step in range(2, len(sets[-1]))]
+    for steps in (5, 3, 2, 1):
+        step = _round_step((high - low) / steps)
+        sets.append([i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)])
+    return next((found for found in sets if len(found) > 1 and fit(found)), [])
 
 
 def _round_step(rough: float) -> float:
