@@ -87,7 +87,7 @@ def profile(method: str = "mmtok", **changes: Any) -> ProfileResult:
         "growth": [
             Growth(
                 case=each.case,
-                stage="prefill",
+                stage=stage,
                 exponent=1.2,
                 low=1.1,
                 high=1.3,
@@ -95,6 +95,7 @@ def profile(method: str = "mmtok", **changes: Any) -> ProfileResult:
                 tokens=[576, 1024, 2304],
             )
             for each in cases
+            for stage in ("select", "prefill")
         ],
     }
     return ProfileResult(**fields | changes)

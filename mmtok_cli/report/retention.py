@@ -22,6 +22,8 @@ from mmtok_cli.report.units import duration, number, plural, ratio, share, share
 from mmtok_cli.results.schema import json_text
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from mmtok_cli.results.retention import Decision, Retention, Tried
     from mmtok_cli.results.schema import Speedup
 
@@ -288,9 +290,7 @@ def conditions(found: Retention) -> str:
 
 def save_curve(found: Retention, path: Path) -> None:
     """Plot the retention of each budget that was tried, with its interval, and the target."""
-    from matplotlib.figure import Figure
-
-    from mmtok_cli.report.plots import plain, save
+    from mmtok_cli.report.plots import drawing
 
     groups: dict[str, list[Tried]] = {}
     for decision, one in _rows(found):
@@ -299,8 +299,13 @@ def save_curve(found: Retention, path: Path) -> None:
             groups.setdefault(name, []).append(one)
     if not groups:
         raise MMTokError("there is nothing to plot: no budget was tried", "omit --plot")
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot()
+    with drawing(path, WIDTH, HEIGHT) as figure:
+        _draw_curve(figure.add_subplot(), found, groups)
+
+
+def _draw_curve(axes: Axes, found: Retention, groups: dict[str, list[Tried]]) -> None:
+    from mmtok_cli.report.plots import plain
+
     for place, (name, tried) in enumerate(groups.items()):
         tried.sort(key=lambda one: one.kept)
         kept, middle = [one.kept for one in tried], [100 * (one.retention or 0) for one in tried]
@@ -323,13 +328,11 @@ def save_curve(found: Retention, path: Path) -> None:
     lowest = min(one.low for tried in groups.values() for one in tried)
     axes.set_ylim(max(0.0, 100 * min(lowest, found.target) - 3), 106)
     axes.set(xlabel="vision tokens kept", ylabel=f"retention of {plain(found.measure)} [%]")
-    axes.set_title(
-        f"{plain(found.model)}, {plain(found.data)}; circles: smallest budget found", loc="left", fontsize=10
-    )
+    axes.set_title(f"{plain(found.model)}, {plain(found.data)}; circles: smallest budget found", loc="left")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small", loc="lower right")
-    save(figure, path)
+    axes.legend(loc="lower right")
 
 
+WIDTH, HEIGHT = 5.0, 3.2  # inches
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 LINES = ("-", "--", "-.", ":")

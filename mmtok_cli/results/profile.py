@@ -76,6 +76,7 @@ class ScalingPoint(OfCase):
     """One case at one number of vision tokens: the seconds of all runs and their medians.
 
     refused: why nothing was measured. peak: bytes of the largest run, None where the device does not report them.
+    select_interval, prefill_interval: 95 % intervals of the medians; None for fewer than six runs.
     """
 
     tokens: int
@@ -86,6 +87,8 @@ class ScalingPoint(OfCase):
     prefill_values: list[float] = Field(default_factory=list)
     peak: int | None = None
     refused: str | None = None
+    select_interval: tuple[float, float] | None = None
+    prefill_interval: tuple[float, float] | None = None
 
 
 class Growth(OfCase):

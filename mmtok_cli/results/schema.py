@@ -72,7 +72,7 @@ class Times(Record):
     """Seconds of one stage over all rounds.
 
     values: one per round, the median of its repetitions. repetitions: the raw values of each round, if cases were run
-    more than once in a round.
+    more than once in a round. low, high: bounds of a 95 % interval of the median; None for fewer than six rounds.
     """
 
     median: float
@@ -80,6 +80,8 @@ class Times(Record):
     p90: float
     values: list[float]
     repetitions: list[list[float]] = []
+    low: float | None = None
+    high: float | None = None
 
 
 class Speedup(Record):

@@ -24,6 +24,7 @@ from mmtok_cli.results.schema import CONFIDENCE
 from mmtok_cli.timing.clock import Clock
 from mmtok_cli.timing.memory import peak_memory
 from mmtok_cli.timing.partial import last_layer, missing_layers, of_whole_model
+from mmtok_cli.timing.statistics import seconds_interval
 
 PATIENCE = 10.0  # seconds for a case at one number of tokens; there are fewer runs where it would take longer
 FEWEST_RUNS = 3
@@ -247,6 +248,8 @@ def _point(case: Case, tokens: int, done: _Runs, refused: str | None) -> Scaling
         select_values=values["select"],
         prefill_values=values["prefill"],
         peak=done.peak,
+        select_interval=seconds_interval(values["select"]),
+        prefill_interval=seconds_interval(values["prefill"]),
     )
 
 

@@ -23,11 +23,27 @@ DRIFT_P = 0.01
 
 
 def summarise(values: Sequence[float], repetitions: Sequence[Sequence[float]] = ()) -> Times:
-    """Median, 10th and 90th percentile of raw seconds. The raw values are kept."""
+    """Median, 10th and 90th percentile of raw seconds, and the 95 % interval of the median from six rounds on. The raw
+    values are kept."""
     p10, median, p90 = np.percentile(values, [10, 50, 90]).tolist()
+    low, high = seconds_interval(values) or (None, None)
     return Times(
-        median=median, p10=p10, p90=p90, values=list(values), repetitions=[list(round_) for round_ in repetitions]
+        median=median,
+        p10=p10,
+        p90=p90,
+        values=list(values),
+        repetitions=[list(round_) for round_ in repetitions],
+        low=low,
+        high=high,
     )
+
+
+def seconds_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """The 95 % interval of the median of raw seconds; None for fewer than six."""
+    if len(values) < FEWEST:
+        return None
+    low, high = median_interval(np.asarray(values, float)).tolist()
+    return low, high
 
 
 def paired_speedup(baseline: Sequence[float], seconds: Sequence[float]) -> Speedup:

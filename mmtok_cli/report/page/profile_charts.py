@@ -137,12 +137,13 @@ def scaling_plots(profile: ProfileResult) -> list[Plot]:
         if not shown:
             continue
         x = logarithmic((p.tokens for p, _ in shown), frame.left, frame.right, number, base=2, room=label_width)
-        y = logarithmic((s for _, s in shown), frame.bottom, frame.top, seconds, room=lambda label: HEIGHT)
+        ends = [end for p, s in shown for end in (_interval(p, stage) or (s,))]
+        y = logarithmic([*ends, *(s for _, s in shown)], frame.bottom, frame.top, seconds, room=lambda label: HEIGHT)
         series = []
         for name, place in scaling_numbers(profile).items():
             mine = sorted(((p, s) for p, s in shown if str(p) == name), key=lambda pair: pair[0].tokens)
             if mine:
-                series.append(Series(place, name, tuple(_point(p, s, name, x, y) for p, s in mine)))
+                series.append(Series(place, name, tuple(_point(p, s, stage, x, y) for p, s in mine)))
         plots.append(Plot("vision tokens", f"seconds of {stage}", x, y, tuple(series), title=f"{stage}, median"))
     return plots
 
@@ -151,6 +152,12 @@ def _seconds(point: ScalingPoint, stage: str) -> float:
     return (point.select_seconds if stage == "select" else point.prefill_seconds) or 0.0
 
 
-def _point(point: ScalingPoint, value: float, name: str, x: Scale, y: Scale) -> Point:
-    right, up = x.place(point.tokens), y.place(value)
-    return Point(right, up, right, right, up, up, f"{name}, {point.tokens} tokens: {seconds(value)}")
+def _interval(point: ScalingPoint, stage: str) -> tuple[float, float] | None:
+    return point.select_interval if stage == "select" else point.prefill_interval
+
+
+def _point(point: ScalingPoint, value: float, stage: str, x: Scale, y: Scale) -> Point:
+    right, up, interval = x.place(point.tokens), y.place(value), _interval(point, stage)
+    bottom, top = (y.place(end) for end in interval or (value, value))
+    said = f" ({seconds(interval[0])}–{seconds(interval[1])})" if interval else ""
+    return Point(right, up, right, right, top, bottom, f"{point}, {point.tokens} tokens: {seconds(value)}{said}")
