@@ -24,10 +24,11 @@ from mmtok_cli.settings import ProfileSettings
 from mmtok_cli.timing.ceilings import achieved, measure_ceilings, weights_read
 from mmtok_cli.timing.clock import Clock
 from mmtok_cli.timing.flops import count_flops
+from mmtok_cli.timing.machine import Machine
 from mmtok_cli.timing.partial import last_layer, missing_layers, of_whole_model
 from mmtok_cli.timing.runner import run_case, run_round
 from mmtok_cli.timing.scaling import check_scaling, growth_of, measure_size, smallest_size
-from mmtok_cli.timing.summary import summarise_case
+from mmtok_cli.timing.summary import summarise_case, summarise_machine
 from mmtok_cli.timing.traces import Trace, trace_case
 from mmtok_cli.tokens import Selection
 
@@ -145,6 +146,7 @@ def profile(
         ceilings=ceilings,
         weights_read=read,
         achieved=achieved(results, read),
+        machine=summarise_machine(rounds),
     )
     if scaling_sizes:
         found = _with_scaling(model, cases, sample, scaling_sizes, found, progress, remainder)
@@ -193,13 +195,15 @@ def _time(
             run_case(model, case, [sample] * case.batch_size, settings.max_new_tokens)
             update(number + 1)
     batches = {size: [[sample] * size] for size in settings.batch_size}
+    machine = Machine()
 
     def time_round(number: int) -> list[TimedRun]:
         turns = [Turn(case, 0) for case in order[number]]
         runs = run_round(
             model, cases, batches, number, turns, max_new_tokens=settings.max_new_tokens, runs=settings.runs
         )
-        return sorted(runs, key=lambda run: run.case)
+        watched = [run.model_copy(update={"machine": machine.state()}) for run in runs]
+        return sorted(watched, key=lambda run: run.case)
 
     with progress.task("timing", len(order)) as update:
         rounds = [time_round(0)]

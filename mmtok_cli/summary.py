@@ -14,7 +14,7 @@ from mmtok_cli.results.progress import is_finished, require_flops, whole_rounds
 from mmtok_cli.results.records import TimedRun
 from mmtok_cli.results.run_directory import RunDirectory
 from mmtok_cli.results.schema import CaseResult, Comparison, FailedCase, Schedule
-from mmtok_cli.timing.summary import summarise_case
+from mmtok_cli.timing.summary import summarise_case, summarise_machine
 
 
 def summarise_run(store: RunDirectory) -> Comparison:
@@ -39,6 +39,7 @@ def summarise_run(store: RunDirectory) -> Comparison:
         unevaluated=unevaluated_cases(store),
         left_out=left_out(store),
         remarks=metric_remarks(store),
+        machine=summarise_machine([[run for (place, _), run in store.runs.items() if place == i] for i in rounds]),
     )
 
 

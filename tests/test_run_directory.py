@@ -35,7 +35,7 @@ CASES = ("full", "mmtok", "fastv")
 # Values of these fields are shown as they are, and any of their type is as good as another.
 FREE = re.compile(
     r"plan\.json: (model|data|data_digest|left_out|environment|cases\.\d+\.case\.(method|parameters|budget))\b"
-    r"|: (samples\.\d+\.kind|tokens|coverage|traceback|message|reason|round|groups)\b"
+    r"|: (samples\.\d+\.kind|tokens|machine|coverage|traceback|message|reason|round|groups)\b"
     r"|(failures/\d+|overlays/index)\.json: deleted"
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -17,10 +18,17 @@ from mmtok_cli.report.tables import (
     layer_notes,
     plain_table,
 )
-from mmtok_cli.report.units import duration, plural, seconds, share
+from mmtok_cli.report.units import cpus, duration, plural, seconds, share
 
 MOST_LEFT_OUT = 3  # lines on data that could not be used
 FEW_QUESTIONS = 200
+MOST_ROUNDS = 8  # that are listed
+
+# From here on, what others take of the machine disturbs a measurement; a quiet machine is far below.
+BUSY = 0.25  # CPUs
+BUSY_SHARE = 0.1  # of the CPUs that are needed
+STOLEN = 0.1  # CPUs
+SLOWER = 0.1  # of the frequency
 REMEDIES = {
     "out of memory": "lower --batch-size, or free memory",
     "refused": "change the case, or drop it",
@@ -29,7 +37,7 @@ REMEDIES = {
 
 if TYPE_CHECKING:
     from mmtok_cli.planning import Estimate
-    from mmtok_cli.results.schema import CaseResult, Comparison
+    from mmtok_cli.results.schema import CaseResult, Comparison, Environment, MachineUse
 
 
 def notes(comparison: Comparison, *, ceilings: bool = True) -> list[str]:
@@ -39,7 +47,9 @@ def notes(comparison: Comparison, *, ceilings: bool = True) -> list[str]:
     for part in parts:
         head = f"batch size {part.schedule.batch_size}: " if len(parts) > 1 else ""
         lines += [head + ceiling(result) for result in part.results if ceilings and result.case.is_baseline]
-        lines += [head + line for line in (*outlier_notes(part.results), *drift_notes(part.results))]
+        disturbed = (*outlier_notes(part.results, part.machine), *drift_notes(part.results))
+        lines += [head + line for line in disturbed]
+    lines += machine_notes(comparison.machine, comparison.environment)
     lines += [*failure_notes(comparison), *left_out_notes(comparison), *comparison.remarks]
     if comparison.results:
         lines += comparison_notes(comparison)
@@ -180,8 +190,8 @@ def position_notes(results: Sequence[CaseResult]) -> list[str]:
     ]
 
 
-def outlier_notes(results: Sequence[CaseResult]) -> list[str]:
-    """A warning if single rounds took much longer than the others."""
+def outlier_notes(results: Sequence[CaseResult], machine: MachineUse | None = None) -> list[str]:
+    """A warning if single rounds took much longer than the others, with what other processes did in them."""
     disturbed = {str(result): result for result in results if result.outliers}
     if not disturbed:
         return []
@@ -190,11 +200,58 @@ def outlier_notes(results: Sequence[CaseResult]) -> list[str]:
     worst = max(disturbed.values(), key=lambda result: max(result.seconds["ttft"].values))
     times = worst.seconds["ttft"]
     rounds = sorted({number for result in disturbed.values() for number in result.outliers})
+    listed = ", ".join(str(number + 1) for number in rounds[:MOST_ROUNDS])
+    more = f", … ({len(rounds)} in all)" if len(rounds) > MOST_ROUNDS else ""
     return [
-        f"outliers: {plural(len(rounds), 'round')} of {len(times.values)} took up to {seconds(max(times.values))} to "
-        f"the first token, with a median of {seconds(times.median)} ({', '.join(disturbed)}). Medians are hardly "
-        "affected; if there are many outliers, stop other processes on the machine, or use --runs 3"
+        f"outliers: {'round' if len(rounds) == 1 else 'rounds'} {listed}{more} of {len(times.values)} took up to "
+        f"{seconds(max(times.values))} to the first token, with a median of {seconds(times.median)} "
+        f"({', '.join(disturbed)}){_others_then(rounds, machine)}. Medians are hardly affected; to have fewer, close "
+        "other programs and run again, or raise --rounds"
     ]
+
+
+def _others_then(rounds: Sequence[int], machine: MachineUse | None) -> str:
+    """How busy other processes were in some rounds, if that was more than in the others."""
+    if machine is None or not all(number < len(machine.others_by_round) for number in rounds):
+        return ""
+    then = [machine.others_by_round[number] for number in rounds]
+    otherwise = [others for number, others in enumerate(machine.others_by_round) if number not in rounds]
+    if not otherwise or fmean(then) < fmean(otherwise) + BUSY:
+        return ""
+    return f"; other processes kept {cpus(fmean(then))} busy in them, {cpus(fmean(otherwise))} otherwise"
+
+
+def machine_notes(machine: MachineUse | None, environment: Environment) -> list[str]:
+    """What kept the processor from the measurement: other processes, a hypervisor, its frequency, too few threads."""
+    if machine is None:
+        return []
+    lines = []
+    on_cpu = environment.device == "cpu"
+    wanted = min(environment.threads, machine.cores) if on_cpu else 1
+    missing = machine.others + wanted - machine.cpus
+    if missing > max(BUSY, BUSY_SHARE * wanted):
+        lines.append(
+            f"other processes kept {cpus(machine.others)} of {machine.cpus} busy during the rounds, and mmtok uses "
+            f"{plural(wanted, 'thread')}: close other programs and run again, or raise --rounds"
+        )
+    if machine.stolen > STOLEN:
+        lines.append(
+            f"the hypervisor gave {cpus(machine.stolen)} of {machine.cpus} to other virtual machines during the "
+            "rounds: run at another time or on a machine of your own, or raise --rounds"
+        )
+    change = machine.frequency_drift
+    if change and machine.frequency and change.change <= -SLOWER:
+        lines.append(
+            f"the frequency of the CPUs fell by {-change.change:.0%} during the rounds, to a median of "
+            f"{machine.frequency / 1000:.2f} GHz, as heat or a power limit makes it: let the machine cool, connect its "
+            "power supply, and run again"
+        )
+    if on_cpu and environment.threads < machine.cores:
+        lines.append(
+            f"torch uses {plural(environment.threads, 'thread')} on {plural(machine.cores, 'core')}: unless that is "
+            f"intended, set OMP_NUM_THREADS={machine.cores} and run again"
+        )
+    return lines
 
 
 def drift_notes(results: Sequence[CaseResult]) -> list[str]:
@@ -208,9 +265,9 @@ def drift_notes(results: Sequence[CaseResult]) -> list[str]:
             f"drift: {result} became {abs(change):.0%} {'slower' if change > 0 else 'faster'} from the first round to "
             "the last. Speedups are paired within rounds and hardly affected; for reliable seconds, "
             + (
-                "let the machine cool and stop other processes"
+                "let the machine cool, close other programs and run again"
                 if change > 0
-                else "raise --warmup or stop other processes"
+                else "raise --warmup, or close other programs and run again"
             )
         )
     return lines

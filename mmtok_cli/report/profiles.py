@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mmtok_cli.report import tables
+from mmtok_cli.report.checks import drift_notes, machine_notes, outlier_notes
 from mmtok_cli.report.columns import COMPARED, KEPT, STAGES, layers_differ
 from mmtok_cli.report.units import count, number, seconds, share, size, spread
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from mmtok_cli.results.schema import CaseResult, Environment, Times
     from mmtok_cli.settings import ProfileSettings
 
+FAR_BELOW = 0.2  # share of the expected rate; virtual CPUs that share a core reach half of it
 SIDE_BY_SIDE = 2  # cases that fit beside each other with their spread
 ESTIMATED = ("prefill", "ttft", "decode", "total")  # if only some layers are run
 SPEEDUPS = ("prefill", "ttft", "total")
@@ -51,10 +53,12 @@ def profile_notes(
         notes = [
             tables.ceiling(baseline),
             *tables.layer_notes(part.cases),
+            *outlier_notes(part.cases, profile.machine),
+            *drift_notes(part.cases),
             *tables.inconclusive_notes(others, COMPARED if len(part.cases) <= SIDE_BY_SIDE else SPEEDUPS),
         ]
         lines += [head + note for note in notes]
-    lines += ceiling_notes(profile)
+    lines += [*machine_notes(profile.machine, profile.environment), *ceiling_notes(profile)]
     if sizes:
         lines += scaling_notes(profile, context_length)
     if profile.schedule.rounds < settings.rounds:
@@ -190,6 +194,19 @@ def ceiling_notes(profile: ProfileResult) -> list[str]:
         f"{size(c.copied)}, read and written",
         f"decode B/s: the {size(profile.weights_read)} of the language model's weights that every decoded token reads, "
         "without the KV cache. FLOPs of select are those of matrix products alone",
+        *_low_ceiling(c),
+    ]
+
+
+def _low_ceiling(ceilings: Ceilings) -> list[str]:
+    """A warning if the matrix product is far slower than the processor should be."""
+    expected, found = ceilings.expected_flops_per_second, ceilings.flops_per_second
+    if expected is None or found >= FAR_BELOW * expected:
+        return []
+    return [
+        f"the matrix product reached {count(found)} FLOP/s, {found / expected:.0%} of the {count(expected)} or so that "
+        "cores, frequency and instruction set let expect: another process, a limit on CPU time or too few cores hold "
+        "it back. Close other programs, check the limits of the container or job, and run again"
     ]
 
 

@@ -162,14 +162,14 @@ def inconclusive_notes(results: Sequence[CaseResult], stages: Sequence[str] = CO
     if not doubtful:
         return []
     if any(speedup.low is None for _, _, speedup in doubtful):
-        return ["? marks an inconclusive speedup: fewer than six rounds give no interval. Run more rounds"]
+        return ["? marks an inconclusive speedup: fewer than six rounds give no interval. Raise --rounds to 6 or more"]
     by_case: dict[str, list[str]] = defaultdict(list)
     for name, stage, _ in doubtful:
         by_case[name].append(SUMS.get(stage, stage))
     which = "; ".join(f"{name} ({', '.join(stages)})" for name, stages in by_case.items())
     return [
-        f"? marks an inconclusive speedup, one whose interval contains 1: {which}. Run more rounds, or stop other "
-        "processes on the machine"
+        f"? marks an inconclusive speedup, one whose interval contains 1: {which}. Raise --rounds, or close "
+        "other programs and run again"
     ]
 
 

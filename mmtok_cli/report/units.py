@@ -56,6 +56,11 @@ def count(value: float) -> str:
     return f"{_digits(value)}{suffixes[0]}"
 
 
+def cpus(value: float) -> str:
+    """A number of processors that are kept busy, on average: "1.7 CPUs"."""
+    return f"{value:.2g} CPUs"
+
+
 def number(value: float) -> str:
     """An integer where it is one, else one decimal."""
     return f"{value:.0f}" if value == int(value) else f"{value:.1f}"

@@ -55,6 +55,7 @@ def merge(comparisons: Sequence[Comparison]) -> Comparison:
             "unevaluated": [_named(case, name) for one, name in runs for case in one.unevaluated],
             "remarks": _remarks(comparisons, names),
             "run_directory": None,
+            "machine": None,
         }
     )
 

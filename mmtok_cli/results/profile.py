@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from mmtok_cli.results.schema import CaseResult, Environment, OfCase, Record, Schedule
+from mmtok_cli.results.schema import CaseResult, Environment, MachineUse, OfCase, Record, Schedule
 from mmtok_cli.rules import Rules
 
 DOMINATES = 4.0  # how many times its fixed cost a stage must take for its growth to be fitted
@@ -18,7 +18,8 @@ class Ceilings(Record):
 
     Medians over five repetitions, fewer on a slow device; their seconds are kept. rows: of the matrices. copied: bytes
     that were copied; each is read and written and counts twice. tf32: whether float32 products are rounded to TF32, as
-    those of the model are.
+    those of the model are. expected_flops_per_second: a rough estimate from cores, frequency and instruction set; None
+    where too little is known.
     """
 
     flops_per_second: float
@@ -29,6 +30,7 @@ class Ceilings(Record):
     copied: int
     matmul_seconds: list[float]
     copy_seconds: list[float]
+    expected_flops_per_second: float | None = None
 
 
 class Achieved(OfCase):
@@ -130,6 +132,7 @@ class ProfileResult(Record):
     ceilings: Ceilings | None
     weights_read: int
     achieved: list[Achieved]
+    machine: MachineUse | None = None
     scaling: list[ScalingPoint] = Field(default=[])
     growth: list[Growth] = Field(default=[])
     fixed: list[ScalingPoint] = Field(default=[])

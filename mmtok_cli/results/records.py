@@ -90,6 +90,22 @@ class GpuState(Record):
     joules: Measure | None = None
 
 
+class MachineState(Record):
+    """The CPUs from the end of the run before to the end of this one.
+
+    cpus: logical ones of the machine. cores: physical ones that this process may use. seconds: of the clock. others:
+    CPU seconds of other processes. stolen: CPU seconds that a hypervisor gave to others. frequency: megahertz; None
+    where it was not read.
+    """
+
+    cpus: Annotated[Number, Field(ge=1)]
+    cores: Annotated[Number, Field(ge=1)]
+    seconds: Seconds
+    others: Seconds
+    stolen: Seconds
+    frequency: Measure | None
+
+
 class TimedRun(FileRecord):
     """One case in one round: a number of repetitions on one batch of samples.
 
@@ -114,6 +130,7 @@ class TimedRun(FileRecord):
     reserved: Bytes | None
     host: Bytes
     gpu: GpuState | None = None
+    machine: MachineState | None = None
 
     @property
     def file_name(self) -> str:

@@ -145,6 +145,23 @@ class GpuUse(Record):
     joules: float | None
 
 
+class MachineUse(Record):
+    """The CPUs while the rounds were timed.
+
+    cpus: logical ones of the machine. cores: physical ones that the process may use. others: CPUs that other processes
+    kept busy, on average; others_by_round: the same in each round. stolen: share of the time of a CPU that a hypervisor
+    gave to others. frequency: median in megahertz; frequency_drift: its change over the run, if any.
+    """
+
+    cpus: int
+    cores: int
+    others: float
+    others_by_round: list[float]
+    stolen: float
+    frequency: float | None
+    frequency_drift: Drift | None = None
+
+
 class FlopCoverage(Record):
     """Which operators the FLOPs include.
 
@@ -421,7 +438,8 @@ class Comparison(Record):
 
     results: for each batch size the unreduced baseline, unless it failed, then the other cases. planned_rounds: minimum
     number of rounds. unevaluated: cases that were timed but could not be evaluated. left_out: one line for each part of
-    the data that could not be used. remarks: further lines about the results.
+    the data that could not be used. remarks: further lines about the results. machine: None where the system reports
+    nothing, and for several runs.
     """
 
     schema_: Literal["mmtok.compare/2"] = Field(default="mmtok.compare/2", alias="schema")
@@ -437,3 +455,4 @@ class Comparison(Record):
     unevaluated: list[FailedCase] = []
     left_out: list[str] = []
     remarks: list[str] = []
+    machine: MachineUse | None = None

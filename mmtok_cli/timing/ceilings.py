@@ -16,6 +16,7 @@ from mmtok_cli.models.room import free_memory
 from mmtok_cli.results.profile import Achieved, Ceilings
 from mmtok_cli.results.schema import CaseResult
 from mmtok_cli.timing.clock import Clock
+from mmtok_cli.timing.machine import expected_flops
 from mmtok_cli.timing.partial import missing_layers
 
 REPETITIONS = 5
@@ -47,6 +48,7 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
         copied=copied,
         matmul_seconds=products,
         copy_seconds=copies,
+        expected_flops_per_second=expected_flops(device, dtype),
     )
 
 

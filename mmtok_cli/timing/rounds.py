@@ -17,6 +17,7 @@ from mmtok_cli.results.records import CaseFailure, CountedFlops, TimingFailure
 from mmtok_cli.results.run_directory import NotWrittenError, RunDirectory
 from mmtok_cli.timing.flops import measure_flops
 from mmtok_cli.timing.gpu import Gpu
+from mmtok_cli.timing.machine import Machine
 from mmtok_cli.timing.runner import run_case, run_round
 
 QUICK = 2.0  # seconds; a shorter first run is mostly start-up
@@ -85,6 +86,7 @@ class Measurement:
         """Time round after round, skipping what is in the directory; yields the number of each complete round."""
         plan, store = self.store.plan, self.store
         seconds = sum(sum(run.repetitions["total"]) for run in store.runs.values())
+        machine = Machine()
         for number, turns in zip(count(), plan.rotation().turns(), strict=False):
             if number >= plan.rounds and seconds >= (plan.min_time or 0.0):
                 return
@@ -103,7 +105,7 @@ class Measurement:
                 attempt=self._attempt,
             ):
                 seconds += sum(run.repetitions["total"])
-                store.add_run(run.model_copy(update={"key": plan.cases[run.case].key}))
+                store.add_run(run.model_copy(update={"key": plan.cases[run.case].key, "machine": machine.state()}))
             yield number
 
     def _first_batch(self, case: Case) -> list[Sample]:

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, median
 
-from mmtok_cli.results.records import GpuState, TimedRun
-from mmtok_cli.results.schema import CaseId, CaseResult, FlopCoverage, GpuUse, Memory, Tokens
+from mmtok_cli.results.records import GpuState, MachineState, TimedRun
+from mmtok_cli.results.schema import CaseId, CaseResult, FlopCoverage, GpuUse, MachineUse, Memory, Tokens
 from mmtok_cli.timing.statistics import drift, outliers, paired_speedup, summarise
 
 
@@ -75,6 +75,29 @@ def summarise_states(states: Sequence[GpuState], samples: int) -> GpuUse | None:
         # The counter is too coarse for one short run, and right on average over many.
         joules=sum(joules) / len(joules) / samples if joules else None,
     )
+
+
+def summarise_machine(rounds: Sequence[Sequence[TimedRun]]) -> MachineUse | None:
+    """The CPUs over all rounds; None where their state was never read."""
+    by_round = [[run.machine for run in runs if run.machine] for runs in rounds]
+    states = [state for found in by_round for state in found]
+    if not states or not sum(state.seconds for state in states):
+        return None
+    frequencies = [state.frequency for state in states if state.frequency is not None]
+    return MachineUse(
+        cpus=states[-1].cpus,
+        cores=states[-1].cores,
+        others=_per_second(states, "others"),
+        others_by_round=[_per_second(found, "others") for found in by_round],
+        stolen=_per_second(states, "stolen"),
+        frequency=median(frequencies) if frequencies else None,
+        frequency_drift=drift(frequencies),
+    )
+
+
+def _per_second(states: Sequence[MachineState], name: str) -> float:
+    seconds = sum(state.seconds for state in states)
+    return sum(getattr(state, name) for state in states) / seconds if seconds else 0.0
 
 
 def _tokens(once: Sequence[TimedRun]) -> Tokens:
