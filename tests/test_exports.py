@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 from pathlib import Path
 
 import pytest
-from comparisons import case, comparison, unmeasured, usual
+from comparisons import HOSTILE_TEXTS, case, comparison, is_harmless, unmeasured, usual
 from rich.cells import cell_len
 
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.report.cells import Column
 from mmtok_cli.report.columns import COLUMNS
 from mmtok_cli.report.csv_export import CSV_COLUMNS, csv_documentation, csv_text
-from mmtok_cli.report.exports import EXPORTS, markdown_text, write_export
+from mmtok_cli.report.exports import EXPORTS, markdown_text, write_export, write_predictions
 from mmtok_cli.report.page import page_text
-from mmtok_cli.results.schema import CaseId, Comparison, FailedCase, Fidelity, Flips, Memory
+from mmtok_cli.results.schema import CaseId, Comparison, FailedCase, Fidelity, Flips, Memory, SamplePrediction
 
 
 def written(result: Comparison, path: Path) -> str:
@@ -140,6 +141,46 @@ def test_markdown_names_stay_text() -> None:
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert len({cell_len(line) for line in table}) == 1
     assert "\\<b\\>\\&amp;" in text
+
+
+def test_predictions_hold_any_text_as_strict_json(tmp_path: Path) -> None:
+    """On one line each, without characters that a terminal would follow, and unchanged when it is read."""
+    texts = [*HOSTILE_TEXTS.values(), "naïve 模型 😀", ""]
+    rows = [
+        SamplePrediction(
+            run=None,
+            sample=number,
+            id=None,
+            images=(text,),
+            kind=text,
+            question=text,
+            references=(text, text),
+            method=text or "mmtok",
+            parameters={"name": text},
+            budget="10%",
+            batch_size=1,
+            again=False,
+            prediction=text,
+            baseline_prediction=text,
+            kept=1,
+            total=2,
+            score=None,
+            baseline_score=None,
+            flip="",
+            kl=math.inf,
+            top1=1.0,
+            same=False,
+        )
+        for number, text in enumerate(texts)
+    ]
+    write_predictions(rows, tmp_path / "p.jsonl")
+    written = (tmp_path / "p.jsonl").read_text(encoding="utf-8")
+    assert is_harmless(written) and written.count("\n") == len(rows)
+    read = [json.loads(line) for line in written.splitlines()]
+    assert [each["prediction"] for each in read] == [each["references"][1] for each in read] == texts
+    assert {(each["kl"], each["schema"]) for each in read} == {("Infinity", "mmtok.predictions/1")}
+    write_predictions([], tmp_path / "none.jsonl")
+    assert (tmp_path / "none.jsonl").read_text() == ""
 
 
 def test_unknown_suffix_names_the_four(tmp_path: Path) -> None:

@@ -61,6 +61,7 @@ def timed(found: MachineState | None) -> TimedRun:
 def test_a_quiet_machine_is_not_mentioned() -> None:
     assert told(None) == told(use()) == told(use(others=4.0)) == []  # half of the CPUs are free for four threads
     assert told(use(stolen=0.05, frequency=None)) == []
+    assert told(use(), threads=2) == []  # as on processors of which half of the cores are slow ones
     quiet = comparison([case("full", 576, prefill=0.02), case("mmtok")]).model_copy(update={"machine": use()})
     quiet = quiet.model_copy(update={"environment": quiet.environment.model_copy(update={"threads": 4})})
     text = "\n".join(notes(quiet))

@@ -257,7 +257,7 @@ def hostile_everywhere(text: str) -> tuple[Comparison, list[OverlayGroup]]:
     fields = {"processor", "platform", "torch", "git_commit", "device"}
     environment = result.environment.model_copy(update=dict.fromkeys(fields, text) | {"command": ["mmtok", text]})
     update = {"schedule": schedule, "environment": environment, "failures": [failed], "unevaluated": [failed]}
-    pictures = [OverlayGroup(text, [Overlay(text, Image.new("RGB", (72, 48)), text)])]
+    pictures = [OverlayGroup(text, [Overlay(text, Image.new("RGB", (72, 48)), text, text)], text)]
     return result.model_copy(update=update | {"left_out": [text], "remarks": [text]}), pictures
 
 

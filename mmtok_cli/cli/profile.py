@@ -133,4 +133,5 @@ def _show(found: Profiled, lines: Sequence[str], sizes: Sequence[int], top: int,
         notes.print(f"• {printable(note)}")
     if written:
         notes.print(f"• open the traces with `tensorboard --logdir {result.trace}`, tab PyTorch Profiler,")
-        notes.print("  or open one of the files at https://ui.perfetto.dev")
+        notes.print("  or open one of the files at https://ui.perfetto.dev. Both need the internet;")
+        notes.print("  --export page.html does not")

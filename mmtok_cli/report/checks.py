@@ -246,7 +246,8 @@ def machine_notes(machine: MachineUse | None, environment: Environment) -> list[
             f"{machine.frequency / 1000:.2f} GHz, as heat or a power limit makes it: let the machine cool, connect its "
             "power supply, and run again"
         )
-    if on_cpu and environment.threads < machine.cores:
+    # By default torch leaves efficiency cores alone, which may be half of them.
+    if on_cpu and 2 * environment.threads < machine.cores:
         lines.append(
             f"torch uses {plural(environment.threads, 'thread')} on {plural(machine.cores, 'core')}: unless that is "
             f"intended, set OMP_NUM_THREADS={machine.cores} and run again"

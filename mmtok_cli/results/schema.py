@@ -405,7 +405,7 @@ class SamplePrediction(Record):
     record them. batch_size: of the evaluation. baseline_prediction, baseline_score: of the unreduced model. kept,
     total: vision tokens. score: of this answer, by the metric; null without reference answers. flip: "lost" if only the
     unreduced model's answer is right, "gained" if only this one is, otherwise empty. kl, top1, same: closeness to the
-    unreduced model, as in a Fidelity, of this sample alone.
+    unreduced model, as in a Fidelity, of this sample alone; a divergence that is not finite is a string.
     """
 
     schema_: Literal["mmtok.predictions/1"] = Field(default="mmtok.predictions/1", alias="schema")
