@@ -39,8 +39,13 @@ def summarise_run(store: RunDirectory) -> Comparison:
         unevaluated=unevaluated_cases(store),
         left_out=left_out(store),
         remarks=metric_remarks(store),
-        machine=summarise_machine([[run for (place, _), run in store.runs.items() if place == i] for i in rounds]),
+        machine=summarise_machine([_measured(store, i) for i in rounds]),
     )
+
+
+def _measured(store: RunDirectory, number: int) -> list[TimedRun]:
+    """The runs of one round, without those of cases that failed later."""
+    return [run for (i, case), run in store.runs.items() if i == number and case not in store.failures]
 
 
 def _results(store: RunDirectory, columns: list[list[TimedRun]]) -> list[CaseResult]:
