@@ -104,11 +104,7 @@ def compare(
             raise MMTokError("--device-map gives all GPUs to one process, and there are several", "omit it")
         progress = ConsoleProgress(quiet or not processes.is_writer)
         run = _run_of(context, settings, run_dir if not resume else run_dir or newest_run(RUNS), resume, progress)
-        for path in files:
-            if path.suffix.lower() == PREDICTIONS and not run.settings.measures_quality:
-                raise MMTokError(
-                    f"--export {path} lists answers, which are not evaluated with these options", "omit it"
-                )
+        _check_predictions(files, run.settings)
         formats = RETAINED if isinstance(run, RetentionRun) else (*EXPORTS, PREDICTIONS)
         new_run = None if resume or (dry_run and run_dir is None) else run.directory
         outputs = outputs_of(
@@ -145,6 +141,16 @@ def _run_of(
         kind: type[ComparisonRun | RetentionRun] = RetentionRun if is_search(directory) else ComparisonRun
         return kind.resumed(settings, given, directory, progress)
     return (RetentionRun if settings.retain else ComparisonRun)(settings, directory, progress)
+
+
+def _check_predictions(files: list[Path], settings: CompareSettings) -> None:
+    """Raises MMTokError for an export of predictions that are not made."""
+    from mmtok_cli.errors import MMTokError
+    from mmtok_cli.report.exports import PREDICTIONS
+
+    for path in files:
+        if path.suffix.lower() == PREDICTIONS and not settings.measures_quality:
+            raise MMTokError(f"--export {path} lists answers, which are not evaluated with these options", "omit it")
 
 
 def _check_fail_below(context: typer.Context, least: float | None, stage: str) -> None:
