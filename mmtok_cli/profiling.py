@@ -13,8 +13,9 @@ from mmtok_cli.configuration import cases_of, configured_model
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.environment import environment_of
 from mmtok_cli.errors import MMTokError, first_line
+from mmtok_cli.lengths import of_prompt_length
 from mmtok_cli.models.base import VisionLanguageModel
-from mmtok_cli.pipeline import Reduced, answer, reduce, require_room
+from mmtok_cli.pipeline import Reduced, answer, check_sample, reduce, require_room
 from mmtok_cli.progress import Progress
 from mmtok_cli.results.profile import ProfileResult, ScalingPoint
 from mmtok_cli.results.records import TimedRun
@@ -98,6 +99,9 @@ def profile(
     progress = progress or Progress()
     cases = cases_of(settings)
     model = configured_model(settings, progress, settings.layers)
+    if settings.prompt_tokens is not None:
+        sample = of_prompt_length(model, sample, settings.prompt_tokens)
+        check_sample(model, sample, **settings.timed_length)
     if scaling_sizes:
         check_scaling(model, cases, sample, scaling_sizes)
     for case in cases:
@@ -110,9 +114,9 @@ def profile(
     with progress.task("tracing", len(cases)) as update:
         for number, case in enumerate(cases, 1):
             samples = [sample] * case.batch_size
-            count = partial(count_flops, model, case, samples, settings.max_new_tokens)
+            count = partial(count_flops, model, case, samples, **settings.timed_length)
             flops.append(remainder.attempt(f"the FLOPs of {case.id.label}", count) or {})
-            run = partial(trace_case, model, case, samples, trace_dir, settings.max_new_tokens)
+            run = partial(trace_case, model, case, samples, trace_dir, **settings.timed_length)
             if trace := remainder.attempt(f"the trace of {case.id.label}", run):
                 traces[case.id.label] = trace
             update(number)
@@ -128,13 +132,15 @@ def profile(
         schedule=Schedule(
             data=data,
             seed=settings.seed,
-            max_new_tokens=settings.max_new_tokens,
+            max_new_tokens=settings.timed_length["max_new_tokens"],
             samples=1,
             batch_size=sizes[0] if len(sizes) == 1 else sizes,
             rounds=len(rounds),
             warmup=settings.warmup,
             order=order[: len(rounds)],
             runs=settings.runs,
+            new_tokens=settings.new_tokens,
+            prompt_tokens=settings.prompt_tokens,
         ),
         interrupted=remainder.interrupted,
         cases=results,
@@ -189,15 +195,13 @@ def _time(
     with progress.task("warming up", len(cases) * settings.warmup) as update:
         for number in range(len(cases) * settings.warmup):
             case = cases[number // settings.warmup]
-            run_case(model, case, [sample] * case.batch_size, settings.max_new_tokens)
+            run_case(model, case, [sample] * case.batch_size, **settings.timed_length)
             update(number + 1)
     batches = {size: [[sample] * size] for size in settings.batch_size}
 
     def time_round(number: int) -> list[TimedRun]:
         turns = [Turn(case, 0) for case in order[number]]
-        runs = run_round(
-            model, cases, batches, number, turns, max_new_tokens=settings.max_new_tokens, runs=settings.runs
-        )
+        runs = run_round(model, cases, batches, number, turns, runs=settings.runs, **settings.timed_length)
         return sorted(runs, key=lambda run: run.case)
 
     with progress.task("timing", len(order)) as update:

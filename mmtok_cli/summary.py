@@ -82,5 +82,7 @@ def _schedule(store: RunDirectory, rounds: list[int], columns: list[list[TimedRu
         planned_samples=plan.samples,
         timed=timed,
         metric=plan.metric,
+        new_tokens=plan.options.new_tokens,
+        prompt_tokens=plan.options.prompt_tokens,
         metric_title=METRICS[plan.metric].title if plan.metric else None,
     )

@@ -31,13 +31,14 @@ ALLOWED = {
     | {"cases", "comparison", "configuration", "data", "evaluation", "methods", "models", "pipeline", "results"}
     | {"retention", "settings", "timing"},
     "hooks": SHARED | {"methods"},
+    "lengths": {"data", "errors", "models"},
     "image_plan": SHARED | {"models", "methods", "hooks"},
     "pipeline": SHARED | {"models", "methods", "data", "decoding", "image_plan", "hooks"},
     # Plain data: neither what measures it nor what runs a model.
     "results": {"__version__", "results", "data", "settings", "budget", "errors", "files", "rules", "stages"},
     "cases": SHARED | {"pipeline", "models", "methods", "results", "data"},
     "timing": SHARED
-    | {"timing", "cases", "hooks", "pipeline", "decoding", "models", "methods", "results", "data", "files"},
+    | {"timing", "cases", "hooks", "pipeline", "decoding", "models", "methods", "results", "data", "files", "settings"},
     "evaluation": SHARED
     | {"evaluation", "cases", "image_plan", "pipeline", "decoding", "models", "methods", "results", "data"},
     "summary": {"evaluation", "timing", "results"},

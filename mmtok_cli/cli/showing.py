@@ -30,7 +30,8 @@ def show(comparison: Comparison, parameters: Sequence[str], as_json: bool, quiet
         data = "" if schedule.data == "demo" else f" of {schedule.data}"
         out.print(
             f"{part.model}: {plural(schedule.samples, 'sample')}{data}, "
-            f"batch size {schedule.batch_size}, seed {schedule.seed}" + (f"; {rules}" if rules else "")
+            f"batch size {schedule.batch_size}, seed {schedule.seed}"
+            + "".join(f"; {text}" for text in (tables.lengths_text(schedule), rules) if text)
         )
         for table in tables.comparison_tables(part):
             out.print(table)
@@ -92,9 +93,7 @@ def _export_profile(profile: ProfileResult, path: Path, quiet: bool) -> None:
     if path.suffix.lower() == ".json":
         save(partial(write_json, profile, path), path, quiet)
     else:
-        fields = {"model", "rules", "environment", "schedule", "interrupted"}
-        cases = Comparison(**profile.model_dump(by_alias=True, include=fields), results=profile.cases)
-        save(partial(write_export, cases, path), path, quiet)
+        save(partial(write_export, profile.comparison, path), path, quiet)
 
 
 def save(write: Part, path: Path, quiet: bool, which: str = "") -> None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 Value = str | float | None  # text, int or float; None: there is none
 Source = TypeVar("Source")
-TableName = Literal["speed", "quality", "yes-no", "cost"]
+TableName = Literal["speed", "throughput", "quality", "yes-no", "cost"]
 Section = Literal["cost", "quality"]
 
 

@@ -15,7 +15,7 @@ from mmtok_cli.report.cells import rows
 from mmtok_cli.report.checks import failure_notes, interruption_notes, unable_notes
 from mmtok_cli.report.columns import markdown_columns
 from mmtok_cli.report.csv_export import csv_text
-from mmtok_cli.report.tables import environment_line, rules_text
+from mmtok_cli.report.tables import environment_line, lengths_text, rules_text
 from mmtok_cli.report.text import printable_json, printable_record
 from mmtok_cli.report.units import plural
 from mmtok_cli.results.schema import json_text
@@ -29,7 +29,7 @@ EXPORTS = (".json", ".csv", ".md", ".html")
 READING = (
     "Times are medians; speedups are baseline / method within a round, with a 95 % interval, and a question mark where "
     "it contains 1 or is missing. kept: vision tokens of an image that reach the end of the language model. "
-    "TTFT: time to the first token."
+    "TTFT: time to the first token. TPOT: seconds of decoding per token after the first."
 )
 
 
@@ -98,7 +98,7 @@ def _conditions(comparison: Comparison) -> str:
         f"{plural(schedule.samples, 'sample')}, {plural(schedule.rounds, 'round')}, "
         f"batch size {sizes}, seed {schedule.seed}"
         + (f"; score: {schedule.metric_title}" if schedule.metric_title else "")
-        + (f"; {rules}" if rules else "")
+        + "".join(f"; {text}" for text in (lengths_text(schedule), rules) if text)
     )
 
 

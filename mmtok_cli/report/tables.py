@@ -17,12 +17,14 @@ from mmtok_cli.report.units import number, plural, seconds, size
 
 if TYPE_CHECKING:
     from mmtok_cli.budget import TokenCounts
+    from mmtok_cli.planning import Estimate
     from mmtok_cli.results.profile import Operator
     from mmtok_cli.results.records import TimedRun
-    from mmtok_cli.results.schema import CaseResult, Comparison, Environment, Speedup
+    from mmtok_cli.results.schema import CaseResult, Comparison, Environment, Schedule, Speedup
     from mmtok_cli.rules import Rules
 
 SUMS = {"ttft": "first token", "total": "total"}
+STAGE_TITLES = SUMS | {"tpot": "TPOT"}  # of stages that the tables call by another name
 
 
 def plain_table(title: str = "") -> Table:
@@ -65,6 +67,8 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
     tables = [speed_table(comparison)]
     if not comparison.results:
         return tables
+    if terminal_columns(comparison, "throughput"):
+        tables.append(throughput_table(comparison))
     if quality := terminal_columns(comparison, "quality"):
         metric = comparison.schedule.metric
         tables.append(case_table(f"Quality (metric: {metric})" if metric else "Quality", comparison, quality))
@@ -87,6 +91,12 @@ def speed_table(comparison: Comparison) -> Table:
         cells = [Text(failed.reason, style="red") if i == widest else "–" for i in range(len(columns))]
         table.add_row(failed.case.title, failed.case.budget or "–", *cells)
     return table
+
+
+def throughput_table(comparison: Comparison) -> Table:
+    """Methods x budgets: time per output token, tokens and samples per second."""
+    columns = terminal_columns(comparison, "throughput")
+    return case_table("Throughput", comparison, columns, tight=len(columns) > 4)
 
 
 def cost_and_fidelity_table(comparison: Comparison) -> Table:
@@ -138,6 +148,14 @@ def short_text(tokens: TokenCounts) -> str:
     return "fewer tokens than the budget: the others are padding, or there are no more" if tokens.short else ""
 
 
+def lengths_text(schedule: Schedule | Estimate) -> str:
+    """The lengths of prompts and answers in timed runs, if they were fixed."""
+    said = [] if schedule.prompt_tokens is None else [f"prompts of {schedule.prompt_tokens} text tokens"]
+    if schedule.new_tokens is not None:
+        said.append(f"exactly {plural(schedule.new_tokens, 'new token')}")
+    return "timed with " + ", ".join(said) if said else ""
+
+
 def weights_text(weights: str) -> str:
     """A warning for a model with random weights; empty for a trained one."""
     return "random weights: only time and memory are meaningful" if weights == "random" else ""
@@ -165,7 +183,7 @@ def inconclusive_notes(results: Sequence[CaseResult], stages: Sequence[str] = CO
         return ["? marks an inconclusive speedup: fewer than six rounds give no interval. Run more rounds"]
     by_case: dict[str, list[str]] = defaultdict(list)
     for name, stage, _ in doubtful:
-        by_case[name].append(SUMS.get(stage, stage))
+        by_case[name].append(STAGE_TITLES.get(stage, stage))
     which = "; ".join(f"{name} ({', '.join(stages)})" for name, stages in by_case.items())
     return [
         f"? marks an inconclusive speedup, one whose interval contains 1: {which}. Run more rounds, or stop other "

@@ -279,9 +279,11 @@ class CaseResult(OfCase):
 
     positions: whether kept tokens kept their positions. overhead: seconds of select / (encode + prefill), median.
     decode_tokens_per_second: (new tokens - 1) / seconds of decode, median; None where nothing was decoded after the
-    first token. short: number of samples that keep fewer tokens than the budget says, since they have no more that may
-    be kept: of those evaluated, otherwise of those timed. outliers: indices of the values of `ttft` that are far above
-    the others. drift: of `ttft`, if any.
+    first token. batch_decode_tokens_per_second: the same for all samples of a batch together, without the padding
+    behind shorter answers. samples_per_second: batch size / seconds of all stages, median. seconds, speedup: by stage,
+    and `tpot`: seconds of decode per token after the first, in the rounds that decoded any. short: number of samples
+    that keep fewer tokens than the budget says, since they have no more that may be kept: of those evaluated, otherwise
+    of those timed. outliers: indices of the values of `ttft` that are far above the others. drift: of `ttft`, if any.
     score: by the metric of the schedule: F1 for POPE, (accuracy + accuracy_plus) / 2 for MME, otherwise the mean over
     the samples. It and the fields below do not depend on the batch size; they are None if answers were not evaluated.
     retention_low, retention_high: bounds of a 95 % interval.
@@ -293,6 +295,8 @@ class CaseResult(OfCase):
     speedup: dict[str, Speedup]
     overhead: float
     decode_tokens_per_second: float | None = None
+    batch_decode_tokens_per_second: float | None = None
+    samples_per_second: float | None = None
     memory: Memory
     flops: dict[str, float]
     flop_coverage: FlopCoverage | None = None
@@ -357,8 +361,9 @@ class Schedule(Record):
     their parameters set one. samples: number of samples that were evaluated, of `planned_samples`. timed: number of
     samples that the rounds cycle through. data_digest: of names, questions and answers. batch_size: a list if there are
     several. rounds: completed rounds. runs: repetitions of each case within a round. min_time: minimum seconds of
-    timed runs. metric: name of the metric that judges the answers, None if they are not judged; metric_title: what it
-    is, in words.
+    timed runs. new_tokens, prompt_tokens: exact numbers of new tokens and of text tokens per prompt in timed runs, None
+    where they were not fixed; evaluated answers are not affected. metric: name of the metric that judges the answers,
+    None if they are not judged; metric_title: what it is, in words.
     """
 
     data: str
@@ -376,6 +381,8 @@ class Schedule(Record):
     timed: int | None = None
     metric: str | None = None
     metric_title: str | None = None
+    new_tokens: int | None = None
+    prompt_tokens: int | None = None
 
 
 class Comparison(Record):

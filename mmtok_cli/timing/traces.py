@@ -45,7 +45,13 @@ class Trace:
 
 
 def trace_case(
-    model: VisionLanguageModel, case: Case, samples: Sequence[Sample], directory: Path, max_new_tokens: int
+    model: VisionLanguageModel,
+    case: Case,
+    samples: Sequence[Sample],
+    directory: Path,
+    max_new_tokens: int,
+    *,
+    ignore_eos: bool = False,
 ) -> Trace:
     """Run a case once under the profiler, which slows it down: times of a trace are not results.
 
@@ -53,7 +59,7 @@ def trace_case(
     """
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (model.device.type == "cuda")
     with profile(activities=activities, profile_memory=True) as profiler:
-        case.answer(model, samples, max_new_tokens, record_function)
+        case.answer(model, samples, max_new_tokens, record_function, ignore_eos=ignore_eos)
     events = _export(profiler)
     spans = [
         (event["name"], event["ts"], event["ts"] + event["dur"])

@@ -158,6 +158,7 @@ def _environment(comparison: Comparison) -> list[tuple[str, str]]:
             f"{s.data}, {plural(s.samples, 'sample')}, batch size {_sizes(comparison)}, at most "
             f"{plural(s.max_new_tokens, 'new token')}",
         ),
+        *([("lengths", lengths)] if (lengths := tables.lengths_text(s)) else []),
         *([("metric", f"{s.metric}: {s.metric_title}")] if s.metric else []),
         ("schedule", f"{plural(s.rounds, 'round')}{timed}, {s.warmup} for warm-up, in random order, seed {s.seed}"),
         ("rules", tables.rules_text(comparison.rules) or f"{comparison.rules.track} track"),
