@@ -33,7 +33,8 @@ class TimedAnswers(Answers):
     texts: one for each sample.
     token_ids: [batch, steps], the new tokens, padded after the end of each answer.
     first_logits: [batch, vocabulary], those of the first new token.
-    kv_cache_bytes: keys and values of all layers after the last token.
+    kv_cache_bytes: keys and values of all layers after the last token; missing_kv_cache_bytes: the part of them that
+        belongs to layers that were not run.
     selections: what was kept of each image, in the order of the images: `selections[i].indices` [kept].
     reduced: the prompt that entered the language model; `reduced.tokens[i]` has `total`, `kept`, `text` and
         `layer_average` of sample i, and `short` where fewer tokens are kept than the budget says.

@@ -100,7 +100,8 @@ class Answers:
 
     texts: one for each sample. token_ids: [batch, steps], padded after the end of each answer. first_logits: [batch,
     vocabulary], those of the first new token. kv_cache_bytes: the keys and values of all layers after the last token.
-    selections: what was kept of each image after the last reduction.
+    selections: what was kept of each image after the last reduction. missing_kv_cache_bytes: the part of
+    `kv_cache_bytes` that belongs to layers that were not run.
     """
 
     texts: list[str]
@@ -109,6 +110,7 @@ class Answers:
     kv_cache_bytes: int
     selections: list[Selection]
     reduced: Reduced
+    missing_kv_cache_bytes: int
 
 
 @dataclass(frozen=True)
@@ -284,12 +286,13 @@ def answer_reduced(
         with stage("decode"):
             token_ids = decode(model, reduced.inputs, first_logits, cache, max_new_tokens, ignore_eos=ignore_eos)
     kv_cache = cache_bytes(cache, model.layer_count - model.loaded_layers)
+    missing_kv_cache = kv_cache - cache_bytes(cache)
     texts = [text.strip() for text in model.tokenizer.batch_decode(token_ids, skip_special_tokens=True)]
     selections = reduced.selections
     if cut:  # its indices count the tokens that entered the language model
         pairs = zip(reduced.selections, cut.selections, strict=True)
         selections = [Selection(entered.indices[left.indices], merged=left.merged) for entered, left in pairs]
-    return Answers(texts, token_ids, first_logits, kv_cache, selections, reduced)
+    return Answers(texts, token_ids, first_logits, kv_cache, selections, reduced, missing_kv_cache)
 
 
 def _positions(model: VisionLanguageModel, method: Method, rules: Rules) -> Positions:

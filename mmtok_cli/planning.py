@@ -200,6 +200,8 @@ def estimate(plan: Plan, runs: Sequence[float | CaseFailure], evaluated: Sequenc
     turns = plan.rotation()
     measured = sum(one * turns.turns_of(i) * plan.runs for i, one in enumerate(seconds) if one is not None)
     before = sum(one * (1 + plan.warmup) for one in seconds if one is not None)  # FLOPs are counted in a run as well
+    if plan.options.find_batch:  # batches of 1 and 2, or more of them on a GPU
+        before += sum(3 * one / case.case.batch_size for one, case in zip(seconds, plan.cases, strict=True) if one)
     after = _quality_seconds(plan, answering)
     return Estimate(
         model=plan.model,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -20,8 +20,9 @@ from mmtok_cli.progress import Progress
 from mmtok_cli.results.profile import ProfileResult, ScalingPoint
 from mmtok_cli.results.records import TimedRun
 from mmtok_cli.results.schedule import Turn, interleaved
-from mmtok_cli.results.schema import CaseResult, Schedule
+from mmtok_cli.results.schema import CaseResult, LargestBatch, Schedule
 from mmtok_cli.settings import ProfileSettings
+from mmtok_cli.timing.capacity import largest_batch
 from mmtok_cli.timing.ceilings import achieved, measure_ceilings, weights_read
 from mmtok_cli.timing.clock import Clock
 from mmtok_cli.timing.flops import count_flops
@@ -123,6 +124,8 @@ def profile(
     with progress.task("measuring ceilings"):
         ceilings = remainder.attempt("the ceilings", partial(measure_ceilings, model.device, model.dtype))
     results, read = _results(cases, rounds, flops), weights_read(model)
+    if settings.find_batch:
+        results = _with_largest_batch(model, cases, results, sample, settings, progress, remainder)
     sizes = list(settings.batch_size)
     found = ProfileResult(
         model=settings.model,
@@ -228,6 +231,30 @@ def _results(
         baseline = None if first[case.batch_size] == i else runs[first[case.batch_size]]
         results.append(summarise_case(case.id, runs[i], baseline, flops[i]))
     return results
+
+
+def _with_largest_batch(
+    model: VisionLanguageModel,
+    cases: Sequence[Case],
+    results: Sequence[CaseResult],
+    sample: Sample,
+    settings: ProfileSettings,
+    progress: Progress,
+    remainder: Remainder,
+) -> list[CaseResult]:
+    """The results with the largest batch that fits, found once for each method and budget."""
+    found: dict[Case, LargestBatch | None] = {}
+    with progress.task("finding the largest batch", len(cases)) as update:
+        for number, case in enumerate(cases, 1):
+            key = replace(case, batch_size=1)
+            if key not in found:
+                find = partial(largest_batch, model, key, sample, settings.timed_length)
+                found[key] = remainder.attempt(f"the largest batch of {case}", find)
+            update(number)
+    return [
+        result.model_copy(update={"largest_batch": found[replace(case, batch_size=1)]})
+        for case, result in zip(cases, results, strict=True)
+    ]
 
 
 def _with_scaling(

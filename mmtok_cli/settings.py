@@ -321,6 +321,11 @@ class CasesSettings(ReductionSettings, MethodsSettings, PartSettings, ModelSetti
         "padded with neutral words. Prompts that are evaluated are not padded.",
     )
 
+    find_batch: Annotated[bool, Option(("--find-batch",), MEASUREMENT)] = Field(
+        False,
+        description="Also find the largest batch of each case that fits into memory: computed on a CPU, run on a GPU.",
+    )
+
     @property
     def has_exact_lengths(self) -> bool:
         """Whether timed prompts or answers differ in length from those that are evaluated."""

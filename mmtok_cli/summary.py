@@ -54,6 +54,7 @@ def _results(store: RunDirectory, columns: list[list[TimedRun]]) -> list[CaseRes
         baseline = None if first == number or first in store.failures else columns[first]
         counted = store.counted[number]
         result = summarise_case(plan.cases[number].case, runs, baseline, counted.flops, counted.coverage)
+        result = result.model_copy(update={"largest_batch": counted.largest_batch})
         if number in summaries:
             result = result.model_copy(update=summaries[number].result_fields(is_baseline=first == number))
         results.append(result)

@@ -214,7 +214,7 @@ def test_a_run_with_lengths_is_resumed_with_them(tmp_path: Path) -> None:
     place = tmp_path / "run"
     common = ("compare", "--limit", 2, "--methods", "random", "--budget", 16, "--warmup", 0, "--no-quality")
     first = run_json(*common, *LENGTHS, "--rounds", 2, "--run-dir", place)
-    for file in (place / "runs").glob("00001-*.json"):
+    for file in (place / "rounds").glob("00001-*.json"):
         file.unlink()
     refused(run("compare", "--run-dir", place, "--resume", "--new-tokens", 6), "--new-tokens is 6 here and 5 in")
     refused(run("compare", "--run-dir", place, "--resume", "--prompt-tokens", 41), "--prompt-tokens")

@@ -14,6 +14,7 @@ from mmtok_cli.report.tables import (
     by_batch_size,
     ceiling,
     inconclusive_notes,
+    largest_batch_notes,
     layer_notes,
     lengths_text,
     plain_table,
@@ -98,6 +99,7 @@ def comparison_notes(comparison: Comparison) -> list[str]:
         *overhead_notes(methods),
         *short_notes(methods, comparison.schedule.samples),
         *layer_notes(methods),
+        *largest_batch_notes(comparison.results),
         *position_notes(methods),
     ]
     for part in by_batch_size(comparison):

@@ -17,6 +17,7 @@ from mmtok_cli.report.cells import (
     Value,
     flips_cell,
     kept_cell,
+    largest_batch_cell,
     retention_cell,
     speedup_cell,
 )
@@ -254,6 +255,21 @@ COLUMNS: tuple[CsvColumn[CaseResult], ...] = (
         show=rate,
         table="throughput",
         section="cost",
+    ),
+    Column(
+        "largest_batch",
+        "largest batch that fits into memory",
+        lambda case: case.largest_batch.size if case.largest_batch else None,
+        heading="largest batch",
+        cell=largest_batch_cell,
+        table="throughput",
+        section="cost",
+        narrow=True,
+    ),
+    CsvColumn(
+        "largest_batch_measured",
+        "whether the largest batch was run; otherwise it is computed",
+        lambda case: case.largest_batch.measured if case.largest_batch else None,
     ),
     *_stage("total", "all stages"),
     # Quality.

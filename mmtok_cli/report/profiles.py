@@ -56,7 +56,7 @@ def profile_notes(
             *tables.inconclusive_notes(others, COMPARED if len(part.cases) <= SIDE_BY_SIDE else SPEEDUPS),
         ]
         lines += [head + note for note in notes]
-    lines += ceiling_notes(profile)
+    lines += [*tables.largest_batch_notes(profile.cases), *ceiling_notes(profile)]
     if sizes:
         lines += scaling_notes(profile, context_length)
     if profile.schedule.rounds < settings.rounds:

@@ -133,6 +133,19 @@ def layer_notes(results: Sequence[CaseResult]) -> list[str]:
     ]
 
 
+def largest_batch_notes(results: Sequence[CaseResult]) -> list[str]:
+    """How the largest batches were found, if they were."""
+    found = [result.largest_batch for result in results if result.largest_batch]
+    if not found:
+        return []
+    free = size(min(each.free for each in found))
+    if all(each.measured for each in found):
+        return [f"largest batch: run on this device, with {free} free beside the weights; 3 % more may fit"]
+    return [
+        f"largest batch: computed (~) from the peak memory of batches of 1 and 2, with {free} free beside the weights"
+    ]
+
+
 def rules_text(rules: Rules, settings: Sequence[str] | None = None) -> str:
     """The rules in words where they differ from the defaults, and the parameters given by --set."""
     said = [] if rules.track == "released" else [f"{rules.track} track"]

@@ -23,6 +23,7 @@ from mmtok_cli.results.schema import (
     Environment,
     FailureReason,
     FlopCoverage,
+    LargestBatch,
     Measure,
     Number,
     OfCase,
@@ -145,12 +146,14 @@ class TimedRun(FileRecord):
 
 
 class CountedFlops(FileRecord):
-    """FLOPs per sample by stage, counted once for each case, and how many operators they cover."""
+    """What is measured once for each case: FLOPs per sample by stage, how many operators they cover, and the largest
+    batch, if it was to be found."""
 
     case: Number
     key: str
     flops: dict[str, Measure]
     coverage: FlopCoverage
+    largest_batch: LargestBatch | None = None
 
     @property
     def file_name(self) -> str:

@@ -126,6 +126,20 @@ class Memory(Record):
     reserved: int | None = None
 
 
+class LargestBatch(Record):
+    """The largest batch that fits into memory, with the prompt and the new tokens of the timed runs.
+
+    measured: whether it was run; otherwise it is computed. Sizes up to 3 % larger were not tried. free: bytes beside
+    the weights. fixed, per_sample: bytes of the peak, as a line through those of two small batches.
+    """
+
+    size: Number
+    measured: bool
+    free: Bytes
+    fixed: Bytes
+    per_sample: Bytes
+
+
 class GpuUse(Record):
     """The state of the GPU during the runs of a case, as its driver reports it; None for values it does not report.
 
@@ -297,6 +311,7 @@ class CaseResult(OfCase):
     decode_tokens_per_second: float | None = None
     batch_decode_tokens_per_second: float | None = None
     samples_per_second: float | None = None
+    largest_batch: LargestBatch | None = None
     memory: Memory
     flops: dict[str, float]
     flop_coverage: FlopCoverage | None = None

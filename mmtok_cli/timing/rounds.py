@@ -15,7 +15,9 @@ from mmtok_cli.errors import MMTokError
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.results.records import CaseFailure, CountedFlops, TimingFailure
 from mmtok_cli.results.run_directory import NotWrittenError, RunDirectory
+from mmtok_cli.results.schema import LargestBatch
 from mmtok_cli.settings import AnswerLength
+from mmtok_cli.timing.capacity import largest_batch
 from mmtok_cli.timing.flops import measure_flops
 from mmtok_cli.timing.gpu import Gpu
 from mmtok_cli.timing.runner import run_case, run_round
@@ -53,10 +55,21 @@ class Measurement:
         plan = self.store.plan
         if i not in self.store.counted:
             flops = measure_flops(self.model, self.cases[i], samples, **plan.options.timed_length)
+            fits = self._largest_batch(i, samples[0]) if plan.options.find_batch else None
             key = plan.cases[i].key
-            self.store.add_flops(CountedFlops(case=i, key=key, flops=flops.stages, coverage=flops.coverage))
+            self.store.add_flops(
+                CountedFlops(case=i, key=key, flops=flops.stages, coverage=flops.coverage, largest_batch=fits)
+            )
         for _ in range(plan.warmup):
             run_case(self.model, self.cases[i], samples, **plan.options.timed_length)
+
+    def _largest_batch(self, number: int, sample: Sample) -> LargestBatch | None:
+        """Found once for a method and budget, whatever the batch size."""
+        case = self.cases[number]
+        for other, counted in self.store.counted.items():
+            if replace(self.cases[other], batch_size=case.batch_size) == case:
+                return counted.largest_batch
+        return largest_batch(self.model, case, sample, self.store.plan.options.timed_length)
 
     def estimate(self, *, evaluated: bool = False) -> list[float | CaseFailure]:
         """Seconds of one run of each case, or why it failed. Raises MMTokError for a case that is refused.

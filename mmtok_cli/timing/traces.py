@@ -9,10 +9,10 @@ import socket
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -28,6 +28,8 @@ from mmtok_cli.stages import CHECK, STAGES
 # TensorBoard's profiler plugin knows the category "Runtime"; torch writes these names for the same thing.
 RUNTIME_CATEGORIES = ("cuda_runtime", "cuda_driver")
 LONGEST_NAME = 60  # characters, of which each may take four bytes
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -120,17 +122,30 @@ def _operators(profiler: Any, case: Case) -> list[Operator]:
 
 
 def _peaks(trace: dict[str, Any], spans: list[tuple[str, float, float]], device: torch.device) -> dict[str, int]:
+    levels = _levels(trace, device)
+    if not levels:
+        return {}
+    peaks: dict[str, int] = defaultdict(int)
+    for stage, begin, end in spans:
+        if stage != "prepare":  # the processor's memory is NumPy's, which the profiler does not see
+            peaks[stage] = max(peaks[stage], *(allocated for ts, allocated in levels if begin <= ts < end), 0)
+    return dict(peaks)
+
+
+def _levels(trace: dict[str, Any], device: torch.device) -> list[tuple[float, int]]:
+    """Moments of a trace, and the bytes allocated then above those before the first allocation."""
     kind = torch.autograd.DeviceType.CUDA if device.type == "cuda" else torch.autograd.DeviceType.CPU
     levels = sorted(
         (event["ts"], event["args"]["Total Allocated"], event["args"]["Bytes"])
         for event in trace["traceEvents"]
         if event.get("name") == "[memory]" and event["args"]["Device Type"] == kind.value
     )
-    if not levels:
-        return {}
-    start = levels[0][1] - levels[0][2]  # before the first allocation
-    peaks: dict[str, int] = defaultdict(int)
-    for stage, begin, end in spans:
-        if stage != "prepare":  # the processor's memory is NumPy's, which the profiler does not see
-            peaks[stage] = max(peaks[stage], *(total - start for ts, total, _ in levels if begin <= ts < end), 0)
-    return dict(peaks)
+    start = levels[0][1] - levels[0][2] if levels else 0
+    return [(ts, total - start) for ts, total, _ in levels]
+
+
+def allocated_peak(work: Callable[[], Result], device: torch.device) -> tuple[int, Result]:
+    """The most bytes that some work allocates, as the profiler sees it, and its result."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = work()
+    return max((allocated for _, allocated in _levels(_export(profiler), device)), default=0), result
