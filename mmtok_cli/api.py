@@ -136,12 +136,12 @@ def compare(model: str = "demo", *, run_dir: Path | str | None = None, **setting
     """
     from mmtok_cli.comparison import ComparisonRun
     from mmtok_cli.evaluation.processes import Processes
-    from mmtok_cli.settings import CompareSettings, require_one_length
+    from mmtok_cli.settings import CompareSettings, require_consistent
 
-    require_one_length(settings)
     chosen = CompareSettings.of(model=model, **settings)
     if chosen.retain:
         raise MMTokError("compare measures given budgets", "mmtok_cli.find_budgets finds those that keep the score")
+    require_consistent(chosen, settings)
     comparison, stopped = ComparisonRun(chosen, None if run_dir is None else Path(run_dir)).measure(Processes())
     if isinstance(stopped, MMTokError):
         raise stopped

@@ -283,7 +283,7 @@ def prepare_comparison(
     )
     dataset = with_metric(dataset, settings.metric)
     require_whole_batches(len(dataset.samples), settings.batch_size)
-    model = model or configured_model(settings, progress, settings.layers)
+    model = model or configured_model(settings, progress, settings.layers, compiled=settings.compile_model)
     for note in dataset.notes()[:MOST_NOTES]:
         progress.note(note)
     if settings.layers is not None and not settings.no_quality:

@@ -200,7 +200,8 @@ def check_budget(
     for sample in samples:
         try:
             for plan in plan_images(model, method, sample.images, budget, rules, grids, strict=True):
-                cuts_of(method, plan.total, plan.keep, model)
+                if cuts_of(method, plan.total, plan.keep, model):
+                    model.require_hooks()
         except UnmetBudgetError as error:
             unmet = unmet or error
         else:

@@ -99,7 +99,7 @@ def profile(
     """
     progress = progress or Progress()
     cases = cases_of(settings)
-    model = configured_model(settings, progress, settings.layers)
+    model = configured_model(settings, progress, settings.layers, compiled=settings.compile_model)
     if settings.prompt_tokens is not None:
         sample = of_prompt_length(model, sample, settings.prompt_tokens)
         check_sample(model, sample, **settings.timed_length)

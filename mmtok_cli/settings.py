@@ -191,6 +191,9 @@ class ModelSettings(Settings):
     device_map: Annotated[str | None, Option(panel=MODEL, metavar="auto")] = Field(
         None, description="auto: spread the model over all GPUs (needs accelerate)."
     )
+    quantization: Annotated[str | None, Option(panel=MODEL, metavar="int8|int4|bnb-8bit|bnb-4bit")] = Field(
+        None, description="Quantize the weights of linear layers, by torchao or bitsandbytes."
+    )
 
 
 class PartSettings(Settings):
@@ -321,6 +324,11 @@ class CasesSettings(ReductionSettings, MethodsSettings, PartSettings, ModelSetti
         "padded with neutral words. Prompts that are evaluated are not padded.",
     )
 
+    compile_model: Annotated[bool, Option(("--compile",), MODEL)] = Field(
+        False,
+        description="Compile the language model with torch.compile. Takes minutes before the first round, and excludes "
+        "--layers and methods inside the language model.",
+    )
     find_batch: Annotated[bool, Option(("--find-batch",), MEASUREMENT)] = Field(
         False,
         description="Also find the largest batch of each case that fits into memory: computed on a CPU, run on a GPU.",
@@ -454,11 +462,12 @@ class CompareSettings(CasesSettings):
         return not self.no_quality and self.layers is None
 
 
-def require_one_length(given: Collection[str]) -> None:
-    """Refuse a maximum beside an exact number of new tokens. given: names of the settings that were spelled out.
-
-    Raises MMTokError.
-    """
+def require_consistent(settings: CasesSettings, given: Collection[str]) -> None:
+    """Refuse settings that exclude each other. given: names of those that were spelled out. Raises MMTokError."""
+    if settings.compile_model and settings.layers is not None:
+        raise MMTokError("--compile runs whole models only", "leave out --compile or --layers")
+    if settings.compile_model and not settings.warmup:
+        raise MMTokError("--compile needs a warm-up: the first runs compile", "use --warmup 1 or more")
     if {"new_tokens", "max_new_tokens"} <= set(given):
         raise MMTokError(
             "--new-tokens and --max-new-tokens contradict each other",

@@ -85,7 +85,7 @@ def packages(paths: Iterable[Path]) -> set[str]:
 def test_what_is_imported_is_declared() -> None:
     """A package that comes along with another may be gone with that one's next release."""
     needed, extras = declared(PROJECT["dependencies"]), PROJECT["optional-dependencies"]
-    optional = declared([*extras["accelerate"], *extras["datasets"], *extras["gpu"]])
+    optional = declared([*extras["accelerate"], *extras["datasets"], *extras["gpu"], *extras["quantization"]])
     checks = PACKAGE / "methods" / "testing.py"  # those who use it test with pytest
     used = packages([path for path in PACKAGE.rglob("*.py") if path != checks])
     assert used <= needed | optional and needed - PROGRAMS <= used

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mmtok_cli.cli.options import OUTPUT, PLOTS, JsonOption, QuietOption, given_options, with_options
-from mmtok_cli.settings import MEASUREMENT, ProfileSettings, require_one_length
+from mmtok_cli.settings import MEASUREMENT, ProfileSettings, require_consistent
 
 if TYPE_CHECKING:
     from mmtok_cli.profiling import Profiled
@@ -79,7 +79,7 @@ def profile(
     from mmtok_cli.report.console import ConsoleProgress, attempt_all, print_error, print_json
     from mmtok_cli.timing.scaling import parse_tokens
 
-    require_one_length(given_options(context, ProfileSettings))
+    require_consistent(settings, given_options(context, ProfileSettings))
     if not scaling and (plot or scaling_tokens is not None):
         raise MMTokError(f"{'--plot' if plot else '--scaling-tokens'} requires --scaling", "add --scaling")
     sizes = parse_tokens(SCALING_TOKENS if scaling_tokens is None else scaling_tokens) if scaling else []

@@ -65,6 +65,10 @@ CONTEXT: tuple[CsvColumn[Comparison], ...] = (
     CsvColumn("device", "torch device", lambda c: c.environment.device, always=True),
     CsvColumn("dtype", "data type of the weights", lambda c: c.environment.dtype, always=True),
     CsvColumn("attention", "attention implementation", lambda c: c.environment.attention, always=True),
+    CsvColumn("quantization", "how the weights were quantized", lambda c: c.environment.quantization),
+    CsvColumn(
+        "compiled", "whether the language model was compiled", lambda c: True if c.environment.compiled else None
+    ),
     CsvColumn("weights", "pretrained or random", lambda c: c.environment.weights, always=True),
     CsvColumn(
         "layers_run",

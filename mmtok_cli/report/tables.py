@@ -214,6 +214,13 @@ def ceiling(baseline: CaseResult) -> str:
     )
 
 
+def settings_text(environment: Environment) -> str:
+    """Data type, quantization, attention kernel and whether the language model was compiled."""
+    e = environment
+    quantized = f" quantized to {e.quantization}" if e.quantization else ""
+    return f"{e.dtype}{quantized}, {e.attention} attention" + (", compiled" if e.compiled else "")
+
+
 def environment_line(model: str, environment: Environment) -> Text:
     """What the results were measured on: hardware, versions and settings."""
     e = environment
@@ -221,7 +228,7 @@ def environment_line(model: str, environment: Environment) -> Text:
     driver = f", driver {e.driver}" if e.driver else ""
     remarks = "".join(f"; {text}" for text in (weights_text(e.weights), part_text(e.layers)) if text)
     return Text(
-        f"{model} on {e.processor} ({e.device}, {e.dtype}, {e.attention} attention, {plural(e.threads, 'thread')}), "
+        f"{model} on {e.processor} ({e.device}, {settings_text(e)}, {plural(e.threads, 'thread')}), "
         f"torch {e.torch}, transformers {e.transformers}, mmtok {e.mmtok}{commit}{driver}{remarks}",
         style="dim",
     )

@@ -344,7 +344,8 @@ class FailedCase(OfCase):
 class Environment(Record):
     """Hardware, versions and settings of a measurement.
 
-    weights_digest: of the model's weights, from a few values of each. driver, cuda: versions, on an NVIDIA GPU. layers:
+    weights_digest: of the model's weights, from a few values of each. quantization: how they were quantized. compiled:
+    whether the language model was compiled. driver, cuda: versions, on an NVIDIA GPU. layers:
     decoder layers that were run, and those of the model, if only some were run; prefill, decode, KV cache and FLOPs are
     then estimates.
     """
@@ -366,6 +367,8 @@ class Environment(Record):
     driver: str | None = None
     cuda: str | None = None
     weights_digest: str | None = None
+    quantization: str | None = None
+    compiled: bool = False
     layers: tuple[int, int] | None = None
 
 

@@ -12,6 +12,7 @@ from mmtok_cli.data.samples import Sample
 from mmtok_cli.errors import is_out_of_memory
 from mmtok_cli.models import hf
 from mmtok_cli.models.base import VisionLanguageModel
+from mmtok_cli.models.quantization import stored_bytes
 from mmtok_cli.models.room import free_memory
 from mmtok_cli.pipeline import Answers
 from mmtok_cli.results.schema import LargestBatch
@@ -130,4 +131,4 @@ def _free(device: torch.device) -> int | None:
 def _missing_weights(model: VisionLanguageModel) -> int:
     """Bytes of the weights of the layers that are not run."""
     layer = hf.decoder_layers(hf.language_model(model.model))[-1]
-    return missing_layers(model) * sum(weight.nbytes for weight in layer.parameters())
+    return missing_layers(model) * sum(map(stored_bytes, layer.parameters()))

@@ -152,7 +152,7 @@ def _environment(comparison: Comparison) -> list[tuple[str, str]]:
     return [
         ("processor", e.processor),
         ("device", f"{e.device}, {plural(e.threads, 'thread')}"),
-        ("weights", f"{e.weights}, {e.dtype}, {e.attention} attention"),
+        ("weights", f"{e.weights}, {tables.settings_text(e)}"),
         (
             "data",
             f"{s.data}, {plural(s.samples, 'sample')}, batch size {_sizes(comparison)}, at most "
