@@ -33,7 +33,8 @@ class TimedAnswers(Answers):
     texts: one for each sample.
     token_ids: [batch, steps], the new tokens, padded after the end of each answer.
     first_logits: [batch, vocabulary], those of the first new token.
-    kv_cache_bytes: keys and values of all layers after the last token.
+    kv_cache_bytes: keys and values of all layers after the last token; missing_kv_cache_bytes: the part of them that
+        belongs to layers that were not run.
     selections: what was kept of each image, in the order of the images: `selections[i].indices` [kept].
     reduced: the prompt that entered the language model; `reduced.tokens[i]` has `total`, `kept`, `text` and
         `layer_average` of sample i, and `short` where fewer tokens are kept than the budget says.
@@ -135,11 +136,12 @@ def compare(model: str = "demo", *, run_dir: Path | str | None = None, **setting
     """
     from mmtok_cli.comparison import ComparisonRun
     from mmtok_cli.evaluation.processes import Processes
-    from mmtok_cli.settings import CompareSettings
+    from mmtok_cli.settings import CompareSettings, require_consistent
 
     chosen = CompareSettings.of(model=model, **settings)
     if chosen.retain:
         raise MMTokError("compare measures given budgets", "mmtok_cli.find_budgets finds those that keep the score")
+    require_consistent(chosen, settings)
     comparison, stopped = ComparisonRun(chosen, None if run_dir is None else Path(run_dir)).measure(Processes())
     if isinstance(stopped, MMTokError):
         raise stopped

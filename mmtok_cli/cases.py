@@ -60,11 +60,24 @@ class Case:
             raise MMTokError(f"{self}: {error.message}", error.hint) from error
 
     def answer(
-        self, model: VisionLanguageModel, samples: Sequence[Sample], max_new_tokens: int, stage: Stage
+        self,
+        model: VisionLanguageModel,
+        samples: Sequence[Sample],
+        max_new_tokens: int,
+        stage: Stage,
+        *,
+        ignore_eos: bool = False,
     ) -> Answers:
         """Answer one batch, with `stage` around each stage of the pipeline."""
         return answer(
-            model, self.method, samples, self.budget, rules=self.rules, max_new_tokens=max_new_tokens, stage=stage
+            model,
+            self.method,
+            samples,
+            self.budget,
+            rules=self.rules,
+            max_new_tokens=max_new_tokens,
+            ignore_eos=ignore_eos,
+            stage=stage,
         )
 
 

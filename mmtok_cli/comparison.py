@@ -21,6 +21,7 @@ from mmtok_cli.evaluation.metrics import with_metric
 from mmtok_cli.evaluation.predictions import evaluate
 from mmtok_cli.evaluation.processes import Processes
 from mmtok_cli.files import require_writable_directory
+from mmtok_cli.lengths import of_prompt_length
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.overlays import has_overlays, save_overlays
 from mmtok_cli.pipeline import check_sample
@@ -113,7 +114,9 @@ class ComparisonRun:
             require_same(read_plan(self.directory), plan)
         measurement = self._measurement(prepared, batches, RunDirectory(self.directory, plan))
         with self.progress.task("one run of each case"):
-            return estimate(plan, measurement.estimate())
+            runs = measurement.estimate()
+            differ = plan.quality and plan.options.has_exact_lengths
+            return estimate(plan, runs, measurement.estimate(evaluated=True) if differ else runs)
 
     def measure(self, processes: Processes) -> tuple[Comparison, Stop | None]:
         """Measure what is missing: times by this process, answers by all. To be called in the writer alone.
@@ -213,14 +216,22 @@ class ComparisonRun:
         """The plan, and the batches of each size that the rounds cycle through. Raises MMTokError for a budget that
         cannot be met."""
         model, cases, sizes = prepared.model, prepared.cases, self.settings.batch_size
-        readable = partial(check_sample, model, max_new_tokens=self.settings.max_new_tokens)
-        timed, left_out = timed_samples(prepared.dataset.samples, sizes, self.settings.rounds, readable)
+        as_timed = partial(self._as_timed, model)
+        timed, left_out = timed_samples(prepared.dataset.samples, sizes, self.settings.rounds, as_timed)
         for problem in left_out[:MOST_NOTES]:
             self.progress.note(problem)
         groups = in_batches(timed, sizes)
         for case in cases:
             case.check(model, (sample.open() for sample in timed))
         return make_plan(self.settings, cases, prepared.dataset, environment_of(model), len(timed)), groups
+
+    def _as_timed(self, model: VisionLanguageModel, sample: Sample) -> Sample:
+        """The sample at the length of timed prompts. Raises MMTokError for one that the model cannot read."""
+        settings = self.settings
+        if settings.prompt_tokens is not None:
+            sample = of_prompt_length(model, sample, settings.prompt_tokens)
+        check_sample(model, sample.open(), **settings.timed_length)
+        return sample
 
     def _measurement(self, prepared: Prepared, batches: Batches, store: RunDirectory) -> Measurement:
         return Measurement(prepared.model, prepared.cases, batches, store, open_gpu(prepared.model.device))
@@ -272,7 +283,7 @@ def prepare_comparison(
     )
     dataset = with_metric(dataset, settings.metric)
     require_whole_batches(len(dataset.samples), settings.batch_size)
-    model = model or configured_model(settings, progress, settings.layers)
+    model = model or configured_model(settings, progress, settings.layers, compiled=settings.compile_model)
     for note in dataset.notes()[:MOST_NOTES]:
         progress.note(note)
     if settings.layers is not None and not settings.no_quality:

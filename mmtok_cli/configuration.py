@@ -37,7 +37,9 @@ def configured_method(
     return make_method(name, **values | dict(parameters or {}))
 
 
-def configured_model(settings: ModelSettings, progress: Progress, layers: int | None = None) -> VisionLanguageModel:
+def configured_model(
+    settings: ModelSettings, progress: Progress, layers: int | None = None, *, compiled: bool = False
+) -> VisionLanguageModel:
     """Load the model of the settings. layers: only the first so many decoder layers."""
     with progress.task(f"loading {settings.model}"):
         return load_model(
@@ -48,6 +50,8 @@ def configured_model(settings: ModelSettings, progress: Progress, layers: int | 
             layers=layers,
             attention=settings.attention,
             device_map=settings.device_map,
+            quantization=settings.quantization,
+            compiled=compiled,
         )
 
 

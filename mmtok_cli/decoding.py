@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,23 +29,38 @@ def require_finite(model: VisionLanguageModel, logits: Tensor) -> None:
 
 
 def decode(
-    model: VisionLanguageModel, inputs: dict[str, Any], first_logits: Tensor, cache: Any, max_new_tokens: int
+    model: VisionLanguageModel,
+    inputs: dict[str, Any],
+    first_logits: Tensor,
+    cache: Any,
+    max_new_tokens: int,
+    *,
+    ignore_eos: bool = False,
 ) -> Tensor:
     """Greedy decoding from a filled KV cache until every answer has ended: [batch, new tokens].
 
     The first token comes from the prefill's logits; every other one takes a forward pass. Answers that have ended are
-    padded. Generates the same tokens as transformers' `generate`.
+    padded. Generates the same tokens as transformers' `generate`. ignore_eos: decode exactly `max_new_tokens` tokens
+    for each row, also after a token that ends an answer.
     """
     continuation = Continuation(model, inputs, cache)
     token = first_logits.argmax(-1)
     ends = torch.tensor(model.eos_token_ids, device=token.device)
     tokens = [token]
     ended = torch.isin(token, ends)
-    while len(tokens) < max_new_tokens and not bool(ended.all()):
-        token = torch.where(ended, model.tokenizer.pad_token_id, continuation.read(token).argmax(-1))
+    while len(tokens) < max_new_tokens and (ignore_eos or not bool(ended.all())):
+        token = continuation.read(token).argmax(-1)
+        if not ignore_eos:
+            token = torch.where(ended, model.tokenizer.pad_token_id, token)
+            ended = ended | torch.isin(token, ends)
         tokens.append(token)
-        ended = ended | torch.isin(token, ends)
     return torch.stack(tokens, dim=1)
+
+
+def answer_mask(token_ids: Tensor, eos_token_ids: Sequence[int]) -> Tensor:
+    """True for the tokens [batch, steps] of each answer up to the first that ends it; the rest is padding."""
+    ends = torch.isin(token_ids, torch.tensor(eos_token_ids, dtype=token_ids.dtype, device=token_ids.device))
+    return ends.cumsum(1) - ends.long() == 0
 
 
 class Continuation:

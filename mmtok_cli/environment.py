@@ -48,6 +48,8 @@ def environment_of(model: VisionLanguageModel) -> Environment:
         driver=gpu.driver() if gpu else None,
         cuda=torch.version.cuda if on_gpu else None,
         weights_digest=weights_digest(model.model),
+        quantization=model.quantization,
+        compiled=model.compiled,
         layers=(model.loaded_layers, model.layer_count) if model.loaded_layers < model.layer_count else None,
     )
 
@@ -56,12 +58,15 @@ def weights_digest(model: Any) -> str:
     """A digest of names, shapes and a few values of each weight: other weights of the same architecture differ."""
     import torch
 
+    from mmtok_cli.models.quantization import stored_tensors
+
     found = hashlib.sha256()
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            values = weight.flatten()[:: max(1, weight.numel() // DIGESTED)]
             found.update(f"{name} {tuple(weight.shape)}".encode())
-            found.update(values.to("cpu", torch.float32).numpy().tobytes())
+            for tensor in stored_tensors(weight):
+                values = tensor.flatten()[:: max(1, tensor.numel() // DIGESTED)]
+                found.update(values.to("cpu", torch.float32).numpy().tobytes())
     return found.hexdigest()[:16]
 
 

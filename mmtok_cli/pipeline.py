@@ -100,7 +100,8 @@ class Answers:
 
     texts: one for each sample. token_ids: [batch, steps], padded after the end of each answer. first_logits: [batch,
     vocabulary], those of the first new token. kv_cache_bytes: the keys and values of all layers after the last token.
-    selections: what was kept of each image after the last reduction.
+    selections: what was kept of each image after the last reduction. missing_kv_cache_bytes: the part of
+    `kv_cache_bytes` that belongs to layers that were not run.
     """
 
     texts: list[str]
@@ -109,6 +110,7 @@ class Answers:
     kv_cache_bytes: int
     selections: list[Selection]
     reduced: Reduced
+    missing_kv_cache_bytes: int
 
 
 @dataclass(frozen=True)
@@ -198,7 +200,8 @@ def check_budget(
     for sample in samples:
         try:
             for plan in plan_images(model, method, sample.images, budget, rules, grids, strict=True):
-                cuts_of(method, plan.total, plan.keep, model)
+                if cuts_of(method, plan.total, plan.keep, model):
+                    model.require_hooks()
         except UnmetBudgetError as error:
             unmet = unmet or error
         else:
@@ -207,20 +210,22 @@ def check_budget(
         raise unmet
 
 
-def check_sample(model: VisionLanguageModel, sample: Sample, max_new_tokens: int) -> None:
+def check_sample(model: VisionLanguageModel, sample: Sample, max_new_tokens: int, *, ignore_eos: bool = False) -> None:
     """Refuse a sample that the unreduced model cannot read. Raises MMTokError.
 
     Its image may have a shape that the model cannot see, its question too many markers, or the prompt may be too long.
     """
     tokens = model.tokenize([sample.question], [sample.images], [None] * len(sample.images))
-    require_room(model, tokens["input_ids"].shape[1], max_new_tokens)
+    require_room(model, tokens["input_ids"].shape[1], max_new_tokens, ignore_eos=ignore_eos)
 
 
-def require_room(model: VisionLanguageModel, length: int, max_new_tokens: int) -> None:
+def require_room(model: VisionLanguageModel, length: int, max_new_tokens: int, *, ignore_eos: bool = False) -> None:
     """Refuse a prompt of `length` tokens that does not fit into the context with its answer. Raises MMTokError."""
     if length + max_new_tokens > model.context_length:
         too_long, lower = "does not fit", "--budget"
-        if max_new_tokens:
+        if ignore_eos:
+            too_long, lower = f"and {max_new_tokens} new ones do not fit", "--prompt-tokens, --new-tokens or --budget"
+        elif max_new_tokens:
             too_long, lower = f"and an answer of up to {max_new_tokens} do not fit", "--budget or --max-new-tokens"
         raise MMTokError(
             f"the prompt of {length} tokens {too_long} into the {model.context_length} tokens that {model.name} "
@@ -251,36 +256,44 @@ def answer(
     *,
     rules: Rules = RELEASED,
     max_new_tokens: int = 32,
+    ignore_eos: bool = False,
     stage: Stage = unwatched,
 ) -> Answers:
     """Answer a batch of questions greedily from reduced images.
 
+    ignore_eos: every answer has exactly `max_new_tokens` tokens; those that end an answer do not.
     Raises MMTokError where a budget cannot be met or the prompt is longer than the model can read.
     """
     reduced = reduce(model, method, samples, budget, rules=rules, stage=stage)
-    return answer_reduced(model, reduced, max_new_tokens, stage)
+    return answer_reduced(model, reduced, max_new_tokens, stage, ignore_eos=ignore_eos)
 
 
 @torch.inference_mode()
 def answer_reduced(
-    model: VisionLanguageModel, reduced: Reduced, max_new_tokens: int, stage: Stage = unwatched
+    model: VisionLanguageModel,
+    reduced: Reduced,
+    max_new_tokens: int,
+    stage: Stage = unwatched,
+    *,
+    ignore_eos: bool = False,
 ) -> Answers:
     """Answer a reduced prompt greedily. Raises MMTokError where it is longer than the model can read."""
-    require_room(model, reduced.inputs["input_ids"].shape[1], max_new_tokens)
+    require_room(model, reduced.inputs["input_ids"].shape[1], max_new_tokens, ignore_eos=ignore_eos)
     with inside(model, reduced, stage=stage) as cut:
         with stage("prefill"):
             first_logits, cache = prefill(model, reduced.inputs)
         with stage(CHECK):
             require_finite(model, first_logits)
         with stage("decode"):
-            token_ids = decode(model, reduced.inputs, first_logits, cache, max_new_tokens)
+            token_ids = decode(model, reduced.inputs, first_logits, cache, max_new_tokens, ignore_eos=ignore_eos)
     kv_cache = cache_bytes(cache, model.layer_count - model.loaded_layers)
+    missing_kv_cache = kv_cache - cache_bytes(cache)
     texts = [text.strip() for text in model.tokenizer.batch_decode(token_ids, skip_special_tokens=True)]
     selections = reduced.selections
     if cut:  # its indices count the tokens that entered the language model
         pairs = zip(reduced.selections, cut.selections, strict=True)
         selections = [Selection(entered.indices[left.indices], merged=left.merged) for entered, left in pairs]
-    return Answers(texts, token_ids, first_logits, kv_cache, selections, reduced)
+    return Answers(texts, token_ids, first_logits, kv_cache, selections, reduced, missing_kv_cache)
 
 
 def _positions(model: VisionLanguageModel, method: Method, rules: Rules) -> Positions:

@@ -52,6 +52,8 @@ class Estimate(Record):
     order: list[list[int]]
     seconds: float
     quality_seconds: float = 0.0
+    new_tokens: int | None = None
+    prompt_tokens: int | None = None
 
 
 def require_whole_batches(samples: int, sizes: Sequence[int]) -> None:
@@ -65,30 +67,29 @@ def require_whole_batches(samples: int, sizes: Sequence[int]) -> None:
 
 
 def timed_samples(
-    samples: Sequence[Sample], sizes: Sequence[int], rounds: int | None, check: Callable[[Sample], None]
+    samples: Sequence[Sample], sizes: Sequence[int], rounds: int | None, prepare: Callable[[Sample], Sample]
 ) -> tuple[list[Sample], list[str]]:
     """The first samples that can be timed, as many as the rounds take, and why others before them cannot.
 
-    check: raises MMTokError for a sample that the model cannot read. Images are looked at and let go.
-    Raises MMTokError where there are too few samples for one batch of each size.
+    prepare: the sample as it is timed, padded for example; raises MMTokError for one that the model cannot read. Images
+    are looked at and let go. Raises MMTokError where there are too few samples for one batch of each size.
     """
     found: list[Sample] = []
-    problems = []
+    problems: list[tuple[int, MMTokError]] = []
     for number, sample in enumerate(samples, 1):
         if len(found) == (rounds or DEFAULT_ROUNDS) * max(sizes):
             break
         try:
-            check(sample.open())
+            found.append(prepare(sample))
         except MMTokError as error:
-            problems.append((number, error.message))
-        else:
-            found.append(sample)
+            problems.append((number, error))
     if len(found) < max(sizes):
+        first = problems[0][1]
         raise MMTokError(
-            f"only {len(found)} of {len(samples)} samples can be used: {problems[0][1]}",
-            "check the images and questions of the data",
+            f"only {len(found)} of {len(samples)} samples can be used: {first.message}",
+            first.hint if len(problems) == len(samples) else "check the images and questions of the data",
         )
-    return found, [f"sample {number} is left out: {problem}" for number, problem in problems]
+    return found, [f"sample {number} is left out: {problem.message}" for number, problem in problems]
 
 
 def in_batches(samples: Sequence[Sample], sizes: Sequence[int]) -> dict[int, list[list[Sample]]]:
@@ -138,6 +139,7 @@ def make_plan(
         "rules": asdict(settings.rules),
         "data": data_digest,
         **fixed.model_dump(include={"model", "max_new_tokens", "runs", "seed", "rounds", "layers", "device_map"}),
+        **fixed.model_dump(include={"new_tokens", "prompt_tokens"}, exclude_none=True),
     }
     return Plan(
         model=settings.model,
@@ -189,13 +191,18 @@ def _measured(plan: Plan) -> tuple[object, ...]:
     return [case.key for case in plan.cases], plan.samples, plan.timed, plan.metric, plan.order
 
 
-def estimate(plan: Plan, runs: Sequence[float | CaseFailure]) -> Estimate:
-    """How long a plan takes, given the seconds of one run of each case, or why it failed."""
-    seconds = [None if isinstance(one, CaseFailure) else one for one in runs]
+def estimate(plan: Plan, runs: Sequence[float | CaseFailure], evaluated: Sequence[float | CaseFailure]) -> Estimate:
+    """How long a plan takes, given the seconds of one run of each case, or why it failed.
+
+    evaluated: the same at the lengths of prompts and answers that are evaluated.
+    """
+    seconds, answering = ([None if isinstance(one, CaseFailure) else one for one in each] for each in (runs, evaluated))
     turns = plan.rotation()
     measured = sum(one * turns.turns_of(i) * plan.runs for i, one in enumerate(seconds) if one is not None)
     before = sum(one * (1 + plan.warmup) for one in seconds if one is not None)  # FLOPs are counted in a run as well
-    after = _quality_seconds(plan, seconds)
+    if plan.options.find_batch:  # batches of 1 and 2, or more of them on a GPU
+        before += sum(3 * one / case.case.batch_size for one, case in zip(seconds, plan.cases, strict=True) if one)
+    after = _quality_seconds(plan, answering)
     return Estimate(
         model=plan.model,
         environment=plan.environment,
@@ -214,6 +221,8 @@ def estimate(plan: Plan, runs: Sequence[float | CaseFailure]) -> Estimate:
         runs=plan.runs,
         warmup=plan.warmup,
         min_time=plan.min_time,
+        new_tokens=plan.options.new_tokens,
+        prompt_tokens=plan.options.prompt_tokens,
         order=plan.order[:SHOWN_ROUNDS],
         seconds=before + max(measured, plan.min_time or 0.0) + after,
         quality_seconds=after,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -13,14 +13,16 @@ from mmtok_cli.configuration import cases_of, configured_model
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.environment import environment_of
 from mmtok_cli.errors import MMTokError, first_line
+from mmtok_cli.lengths import of_prompt_length
 from mmtok_cli.models.base import VisionLanguageModel
-from mmtok_cli.pipeline import Reduced, answer, reduce, require_room
+from mmtok_cli.pipeline import Reduced, answer, check_sample, reduce, require_room
 from mmtok_cli.progress import Progress
 from mmtok_cli.results.profile import ProfileResult, ScalingPoint
 from mmtok_cli.results.records import TimedRun
 from mmtok_cli.results.schedule import Turn, interleaved
-from mmtok_cli.results.schema import CaseResult, Schedule
+from mmtok_cli.results.schema import CaseResult, LargestBatch, Schedule
 from mmtok_cli.settings import ProfileSettings
+from mmtok_cli.timing.capacity import largest_batch
 from mmtok_cli.timing.ceilings import achieved, measure_ceilings, weights_read
 from mmtok_cli.timing.clock import Clock
 from mmtok_cli.timing.flops import count_flops
@@ -98,7 +100,10 @@ def profile(
     """
     progress = progress or Progress()
     cases = cases_of(settings)
-    model = configured_model(settings, progress, settings.layers)
+    model = configured_model(settings, progress, settings.layers, compiled=settings.compile_model)
+    if settings.prompt_tokens is not None:
+        sample = of_prompt_length(model, sample, settings.prompt_tokens)
+        check_sample(model, sample, **settings.timed_length)
     if scaling_sizes:
         check_scaling(model, cases, sample, scaling_sizes)
     for case in cases:
@@ -111,15 +116,17 @@ def profile(
     with progress.task("tracing", len(cases)) as update:
         for number, case in enumerate(cases, 1):
             samples = [sample] * case.batch_size
-            count = partial(count_flops, model, case, samples, settings.max_new_tokens)
+            count = partial(count_flops, model, case, samples, **settings.timed_length)
             flops.append(remainder.attempt(f"the FLOPs of {case.id.label}", count) or {})
-            run = partial(trace_case, model, case, samples, trace_dir, settings.max_new_tokens)
+            run = partial(trace_case, model, case, samples, trace_dir, **settings.timed_length)
             if trace := remainder.attempt(f"the trace of {case.id.label}", run):
                 traces[case.id.label] = trace
             update(number)
     with progress.task("measuring ceilings"):
         ceilings = remainder.attempt("the ceilings", partial(measure_ceilings, model.device, model.dtype))
     results, read = _results(cases, rounds, flops), weights_read(model)
+    if settings.find_batch:
+        results = _with_largest_batch(model, cases, results, sample, settings, progress, remainder)
     sizes = list(settings.batch_size)
     found = ProfileResult(
         model=settings.model,
@@ -129,13 +136,15 @@ def profile(
         schedule=Schedule(
             data=data,
             seed=settings.seed,
-            max_new_tokens=settings.max_new_tokens,
+            max_new_tokens=settings.timed_length["max_new_tokens"],
             samples=1,
             batch_size=sizes[0] if len(sizes) == 1 else sizes,
             rounds=len(rounds),
             warmup=settings.warmup,
             order=order[: len(rounds)],
             runs=settings.runs,
+            new_tokens=settings.new_tokens,
+            prompt_tokens=settings.prompt_tokens,
         ),
         interrupted=remainder.interrupted,
         cases=results,
@@ -192,16 +201,14 @@ def _time(
     with progress.task("warming up", len(cases) * settings.warmup) as update:
         for number in range(len(cases) * settings.warmup):
             case = cases[number // settings.warmup]
-            run_case(model, case, [sample] * case.batch_size, settings.max_new_tokens)
+            run_case(model, case, [sample] * case.batch_size, **settings.timed_length)
             update(number + 1)
     batches = {size: [[sample] * size] for size in settings.batch_size}
     machine = Machine()
 
     def time_round(number: int) -> list[TimedRun]:
         turns = [Turn(case, 0) for case in order[number]]
-        runs = run_round(
-            model, cases, batches, number, turns, max_new_tokens=settings.max_new_tokens, runs=settings.runs
-        )
+        runs = run_round(model, cases, batches, number, turns, runs=settings.runs, **settings.timed_length)
         watched = [run.model_copy(update={"machine": machine.state()}) for run in runs]
         return sorted(watched, key=lambda run: run.case)
 
@@ -229,6 +236,30 @@ def _results(
         baseline = None if first[case.batch_size] == i else runs[first[case.batch_size]]
         results.append(summarise_case(case.id, runs[i], baseline, flops[i]))
     return results
+
+
+def _with_largest_batch(
+    model: VisionLanguageModel,
+    cases: Sequence[Case],
+    results: Sequence[CaseResult],
+    sample: Sample,
+    settings: ProfileSettings,
+    progress: Progress,
+    remainder: Remainder,
+) -> list[CaseResult]:
+    """The results with the largest batch that fits, found once for each method and budget."""
+    found: dict[Case, LargestBatch | None] = {}
+    with progress.task("finding the largest batch", len(cases)) as update:
+        for number, case in enumerate(cases, 1):
+            key = replace(case, batch_size=1)
+            if key not in found:
+                find = partial(largest_batch, model, key, sample, settings.timed_length)
+                found[key] = remainder.attempt(f"the largest batch of {case}", find)
+            update(number)
+    return [
+        result.model_copy(update={"largest_batch": found[replace(case, batch_size=1)]})
+        for case, result in zip(cases, results, strict=True)
+    ]
 
 
 def _with_scaling(

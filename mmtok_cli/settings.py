@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, cast
+from typing import Annotated, Any, Literal, Self, TypedDict, cast
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
@@ -29,6 +30,7 @@ MOST_ROUNDS = 100_000
 MOST_RUNS = 1000  # repetitions within a round, and untimed runs
 MOST_SAMPLES = 10_000_000
 MOST_NEW_TOKENS = 1_000_000
+MOST_PROMPT_TOKENS = 1_000_000
 LARGEST_BATCH = 10_000
 LONGEST = 7 * 24 * 3600  # seconds
 LARGEST_SEED = 2**63 - 1  # that of torch's generators
@@ -189,6 +191,9 @@ class ModelSettings(Settings):
     device_map: Annotated[str | None, Option(panel=MODEL, metavar="auto")] = Field(
         None, description="auto: spread the model over all GPUs (needs accelerate)."
     )
+    quantization: Annotated[str | None, Option(panel=MODEL, metavar="int8|int4|bnb-8bit|bnb-4bit")] = Field(
+        None, description="Quantize the weights of linear layers, by torchao or bitsandbytes."
+    )
 
 
 class PartSettings(Settings):
@@ -282,6 +287,13 @@ class MethodsSettings(Settings):
         return None if self.budget is None else [Budget.parse(text) for text in self.budget]
 
 
+class AnswerLength(TypedDict):
+    """Arguments of everything that decodes. ignore_eos: exactly `max_new_tokens` tokens, not at most."""
+
+    max_new_tokens: int
+    ignore_eos: bool
+
+
 class CasesSettings(ReductionSettings, MethodsSettings, PartSettings, ModelSettings):
     """Several methods at several budgets and batch sizes, and how they are timed."""
 
@@ -297,6 +309,41 @@ class CasesSettings(ReductionSettings, MethodsSettings, PartSettings, ModelSetti
     max_new_tokens: Annotated[int, Option(panel=MEASUREMENT)] = Field(
         16, ge=1, le=MOST_NEW_TOKENS, description="Maximum number of new tokens."
     )
+    new_tokens: Annotated[int | None, Option(panel=MEASUREMENT)] = Field(
+        None,
+        ge=1,
+        le=MOST_NEW_TOKENS,
+        description="Exact number of new tokens of timed runs: the end token is ignored. Replaces --max-new-tokens; "
+        "answers that are evaluated keep their length.",
+    )
+    prompt_tokens: Annotated[int | None, Option(panel=MEASUREMENT)] = Field(
+        None,
+        ge=1,
+        le=MOST_PROMPT_TOKENS,
+        description="Exact number of text tokens of each prompt in timed runs, chat template included: questions are "
+        "padded with neutral words. Prompts that are evaluated are not padded.",
+    )
+
+    compile_model: Annotated[bool, Option(("--compile",), MODEL)] = Field(
+        False,
+        description="Compile the language model with torch.compile. Takes minutes before the first round, and excludes "
+        "--layers and methods inside the language model.",
+    )
+    find_batch: Annotated[bool, Option(("--find-batch",), MEASUREMENT)] = Field(
+        False,
+        description="Also find the largest batch of each case that fits into memory: computed on a CPU, run on a GPU.",
+    )
+
+    @property
+    def has_exact_lengths(self) -> bool:
+        """Whether timed prompts or answers differ in length from those that are evaluated."""
+        return self.new_tokens is not None or self.prompt_tokens is not None
+
+    @property
+    def timed_length(self) -> AnswerLength:
+        """How many tokens a timed run decodes."""
+        exact = self.new_tokens is not None
+        return AnswerLength(max_new_tokens=self.new_tokens or self.max_new_tokens, ignore_eos=exact)
 
 
 class ProfileSettings(CasesSettings):
@@ -413,6 +460,19 @@ class CompareSettings(CasesSettings):
     def measures_quality(self) -> bool:
         """Whether answers are evaluated; those of a part of a model mean nothing."""
         return not self.no_quality and self.layers is None
+
+
+def require_consistent(settings: CasesSettings, given: Collection[str]) -> None:
+    """Refuse settings that exclude each other. given: names of those that were spelled out. Raises MMTokError."""
+    if settings.compile_model and settings.layers is not None:
+        raise MMTokError("--compile runs whole models only", "leave out --compile or --layers")
+    if settings.compile_model and not settings.warmup:
+        raise MMTokError("--compile needs a warm-up: the first runs compile", "use --warmup 1 or more")
+    if {"new_tokens", "max_new_tokens"} <= set(given):
+        raise MMTokError(
+            "--new-tokens and --max-new-tokens contradict each other",
+            "use --new-tokens for an exact number of new tokens, or --max-new-tokens for a maximum",
+        )
 
 
 def option_name(settings: type[Settings], field: str) -> str:

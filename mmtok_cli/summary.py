@@ -60,6 +60,7 @@ def _results(store: RunDirectory, columns: list[list[TimedRun]]) -> list[CaseRes
         baseline = None if first == number or first in store.failures else columns[first]
         counted = store.counted[number]
         result = summarise_case(plan.cases[number].case, runs, baseline, counted.flops, counted.coverage)
+        result = result.model_copy(update={"largest_batch": counted.largest_batch})
         if number in summaries:
             result = result.model_copy(update=summaries[number].result_fields(is_baseline=first == number))
         results.append(result)
@@ -88,5 +89,7 @@ def _schedule(store: RunDirectory, rounds: list[int], columns: list[list[TimedRu
         planned_samples=plan.samples,
         timed=timed,
         metric=plan.metric,
+        new_tokens=plan.options.new_tokens,
+        prompt_tokens=plan.options.prompt_tokens,
         metric_title=METRICS[plan.metric].title if plan.metric else None,
     )

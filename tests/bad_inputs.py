@@ -82,13 +82,18 @@ TOO_LARGE = {
     "--warmup": ("1000000000", HUGE),
     "--limit": ("1000000000000", HUGE),
     "--max-new-tokens": ("1000000000", "100000", HUGE),
+    "--new-tokens": ("1000000000", HUGE),
+    "--prompt-tokens": ("1000000000", "100000", HUGE),
     "--batch-size": ("1000000000", "999999", HUGE),
     "--layers": ("1000", HUGE),
     "--seed": (HUGE,),
     "--mark": ("100", HUGE),
     "--min-time": ("1e30", "1e9"),
 }
-AT_LEAST_ONE = ("--rounds", "--runs", "--limit", "--max-new-tokens", "--layers", "--batch-size", "--top")
+AT_LEAST_ONE = (
+    *("--rounds", "--runs", "--limit", "--max-new-tokens", "--layers", "--batch-size", "--top"),
+    *("--new-tokens", "--prompt-tokens"),
+)
 NO_CHOICES = ("", "nosuch", "\x1b[31m[red]", "a\nb")
 CHOICES = {
     "--device": ("tpu", "cuda:99", "cpu:x", "CPU", "cuda:-1", "meta"),
@@ -96,6 +101,7 @@ CHOICES = {
     "--weights": ("trained", "Random"),
     "--attention": ("flash", "flash_attention_2", "SDPA"),
     "--device-map": ("balanced", "auto", "cpu"),
+    "--quantization": ("INT8", "int4", "bnb", "fp8"),
     "--track": ("Released", "harmonized"),
     "--positions": ("drop",),
     "--budget-means": ("average",),
@@ -141,6 +147,7 @@ SAYS = {
     "--weights": "weights",
     "--attention": "attention",
     "--device-map": "device",
+    "--quantization": "quantization",
     "--track": "track",
     "--positions": "position",
     "--budget-means": "budget",
@@ -180,6 +187,16 @@ USAGE: dict[str, tuple[str, ...]] = {
     "an answer longer than the context": (*WORKING["compare"], "--max-new-tokens", "2048"),
     "an answer longer than the context, infer": (*WORKING["infer"], "--max-new-tokens", "2048"),
     "an answer longer than the context, profile": (*WORKING["profile"], "--max-new-tokens", "2048"),
+    "compiling a part of a model": ("compare", "--compile", "--layers", "1"),
+    "compiling without a warm-up": (*WORKING["profile"], "--compile"),
+    "compiling a method inside the language model": ("compare", "--compile", "--methods", "fastv", "--limit", "2"),
+    "bitsandbytes without stored weights": ("compare", "--weights", "random", "--quantization", "bnb-4bit"),
+    "a maximum and an exact number of new tokens": (*WORKING["compare"], "--new-tokens", "2"),
+    "the same, profile": (*WORKING["profile"], "--new-tokens", "2"),
+    "more new tokens than the context holds": ("compare", "--limit", "2", "--new-tokens", "2048"),
+    "the same with a padded prompt": ("profile", "--prompt-tokens", "1400", "--new-tokens", "100"),
+    "a prompt shorter than its question": (*WORKING["compare"], "--prompt-tokens", "5"),
+    "a prompt shorter than its question, profile": (*WORKING["profile"], "--prompt-tokens", "5"),
 }
 
 # --- Budgets, methods, parameters, questions -----------------------------------------------------------------------

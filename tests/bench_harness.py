@@ -35,7 +35,7 @@ from mmtok_cli.timing.rounds import Measurement
 VOCABULARY = 32_000
 SHARES = {"prepare": 0.1, "encode": 0.3, "select": 0.05, "prefill": 0.45, "decode": 0.1}
 REDUCED = Reduced(cast(Any, None), [], {}, [], "renumber", [TokenCounts(576, 64, 20, 64.0)])
-SAID = Answers(["red"], torch.zeros(1, 2), torch.zeros(1, VOCABULARY), 1, [], REDUCED)
+SAID = Answers(["red"], torch.ones(1, 2, dtype=torch.long), torch.zeros(1, VOCABULARY), 1, [], REDUCED, 0)
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Sleeper(Case):
 
     seconds: float = 0.1
 
-    def answer(self, model: Any, samples: Any, max_new_tokens: int, stage: Any) -> Answers:
+    def answer(self, model: Any, samples: Any, max_new_tokens: int, stage: Any, **options: Any) -> Answers:
         slept = time.perf_counter()
         for name in STAGES:
             with stage(name):

@@ -248,11 +248,11 @@ def test_interrupting_keeps_what_was_measured(
     """A real signal, in the middle of a round."""
     usual, answered = Case.answer, []
 
-    def answer(self: Case, *arguments: Any) -> Any:
+    def answer(self: Case, *arguments: Any, **options: Any) -> Any:
         answered.append(self)
         if len(answered) == 24:
             signal.raise_signal(signal.SIGINT)
-        return usual(self, *arguments)
+        return usual(self, *arguments, **options)
 
     monkeypatch.setattr(Case, "answer", answer)
     # A shell's background jobs ignore the signal, and so would what they start.

@@ -105,7 +105,8 @@ def test_markdown_columns_line_up(tmp_path: Path) -> None:
     assert len({tuple(i for i, letter in enumerate(line) if letter == "|") for line in table}) == 1
     heading, rule, full, first, *_ = rows_of(text)
     assert heading == (
-        "method, kept, avg, select, prefill, speedup (prefill), TTFT, speedup (TTFT), KV cache, score, retention"
+        "method, kept, avg, select, prefill, speedup (prefill), TTFT, speedup (TTFT), decode tok/s, KV cache, score, "
+        "retention"
     ).split(", ")
     assert rule[0].startswith(":") and all(cell.endswith(":") and set(cell[:-1]) == {"-"} for cell in rule[1:])
     assert full[:5] == ["full", "576/576", "576", "2 ms", "20 ms"] and full[5] == full[7] == full[-1] == "–"

@@ -31,13 +31,14 @@ ALLOWED = {
     | {"cases", "comparison", "configuration", "data", "evaluation", "methods", "models", "pipeline", "results"}
     | {"retention", "settings", "timing"},
     "hooks": SHARED | {"methods"},
+    "lengths": {"data", "errors", "models"},
     "image_plan": SHARED | {"models", "methods", "hooks"},
     "pipeline": SHARED | {"models", "methods", "data", "decoding", "image_plan", "hooks"},
     # Plain data: neither what measures it nor what runs a model.
     "results": {"__version__", "results", "data", "settings", "budget", "errors", "files", "rules", "stages"},
     "cases": SHARED | {"pipeline", "models", "methods", "results", "data"},
     "timing": SHARED
-    | {"timing", "cases", "hooks", "pipeline", "decoding", "models", "methods", "results", "data", "files"},
+    | {"timing", "cases", "hooks", "pipeline", "decoding", "models", "methods", "results", "data", "files", "settings"},
     "evaluation": SHARED
     | {"evaluation", "cases", "image_plan", "pipeline", "decoding", "models", "methods", "results", "data"},
     "summary": {"evaluation", "timing", "results"},
@@ -84,7 +85,7 @@ def packages(paths: Iterable[Path]) -> set[str]:
 def test_what_is_imported_is_declared() -> None:
     """A package that comes along with another may be gone with that one's next release."""
     needed, extras = declared(PROJECT["dependencies"]), PROJECT["optional-dependencies"]
-    optional = declared([*extras["accelerate"], *extras["datasets"], *extras["gpu"]])
+    optional = declared([*extras["accelerate"], *extras["datasets"], *extras["gpu"], *extras["quantization"]])
     checks = PACKAGE / "methods" / "testing.py"  # those who use it test with pytest
     used = packages([path for path in PACKAGE.rglob("*.py") if path != checks])
     assert used <= needed | optional and needed - PROGRAMS <= used

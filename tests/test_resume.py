@@ -178,11 +178,11 @@ def test_a_case_that_runs_out_of_memory_is_a_row(
     usual = Case.answer
     asked = Counter[str]()
 
-    def answer(self: Case, *arguments: Any) -> Any:
+    def answer(self: Case, *arguments: Any, **options: Any) -> Any:
         asked[self.name] += 1
         if self.name == "fastv" and asked["fastv"] > (0 if at == "warm-up" else 3):  # FLOPs take one
             raise error
-        return usual(self, *arguments)
+        return usual(self, *arguments, **options)
 
     monkeypatch.setattr(Case, "answer", answer)
     result = run(*command, "--run-dir", tmp_path / "run")
@@ -205,10 +205,10 @@ def test_a_baseline_that_runs_out_of_memory_leaves_the_others_without_speedups(
 ) -> None:
     usual = Case.answer
 
-    def answer(self: Case, *arguments: Any) -> Any:
+    def answer(self: Case, *arguments: Any, **options: Any) -> Any:
         if self.name == "full" and self.batch_size == 3:
             raise torch.OutOfMemoryError
-        return usual(self, *arguments)
+        return usual(self, *arguments, **options)
 
     monkeypatch.setattr(Case, "answer", answer)
     options = ("--batch-size", "1,3", "--plot", tmp_path / "plot.png")
@@ -221,7 +221,7 @@ def test_a_baseline_that_runs_out_of_memory_leaves_the_others_without_speedups(
     assert all(case["speedup"] == {} for case in large)
     assert [case["score"] for case in large] == [case["score"] for case in small[1:]]  # asked one by one instead
 
-    monkeypatch.setattr(Case, "answer", lambda *arguments: (_ for _ in ()).throw(MemoryError()))
+    monkeypatch.setattr(Case, "answer", lambda *arguments, **options: (_ for _ in ()).throw(MemoryError()))
     nothing = run(*command, "--run-dir", tmp_path / "nothing")
     assert nothing.exit_code == 1 and nothing.stdout.count("out of memory") == CASES
 
@@ -234,11 +234,11 @@ def test_a_sample_that_a_case_cannot_follow_ends_that_case_alone(
     usual = Case.answer
     asked = Counter[str]()
 
-    def answer(self: Case, *arguments: Any) -> Any:
+    def answer(self: Case, *arguments: Any, **options: Any) -> Any:
         asked[self.name] += 1
         if self.name == "random" and asked["random"] == 4:
             raise MMTokError("only 3 tokens are not padding")
-        return usual(self, *arguments)
+        return usual(self, *arguments, **options)
 
     monkeypatch.setattr(Case, "answer", answer)
     result = run_json(*command, "--run-dir", tmp_path / "run")

@@ -406,11 +406,11 @@ def failing(case: str, error: BaseException, calls: int, monkeypatch: pytest.Mon
     usual = Case.answer
     asked: list[str] = []
 
-    def answer(self: Case, *arguments: Any) -> Any:
+    def answer(self: Case, *arguments: Any, **options: Any) -> Any:
         asked.append(self.name)
         if self.name == case and asked.count(case) >= calls:
             raise error
-        return usual(self, *arguments)
+        return usual(self, *arguments, **options)
 
     monkeypatch.setattr(Case, "answer", answer)
 

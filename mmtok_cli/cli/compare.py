@@ -19,7 +19,7 @@ from mmtok_cli.cli.options import (
     is_given,
     with_options,
 )
-from mmtok_cli.settings import MEASUREMENT, CompareSettings
+from mmtok_cli.settings import MEASUREMENT, CompareSettings, require_consistent
 
 if TYPE_CHECKING:
     from mmtok_cli.comparison import ComparisonRun
@@ -93,6 +93,7 @@ def compare(
     from mmtok_cli.results.run_directory import newest_run
     from mmtok_cli.retention import RetentionRun
 
+    require_consistent(settings, given_options(context, CompareSettings))
     files = exports or []
     if settings.retain and dry_run:
         raise MMTokError("how long --retain takes depends on what it finds, so it has no --dry-run", "omit --dry-run")

@@ -63,6 +63,7 @@ def infer(
             "schema": "mmtok.infer/1",
             "model": settings.model,
             "weights": settings.weights,
+            "quantization": settings.quantization,
             "method": settings.method,
             "parameters": case.id.parameters,
             "budget": case.id.budget,

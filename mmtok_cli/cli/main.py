@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import sys
 import warnings
@@ -87,6 +88,8 @@ QUIET_LIBRARIES = {
     "KINETO_LOG_LEVEL": "99",  # torch's profiler
 }
 
+QUIET_LOGGERS = ("torchao", "bitsandbytes", "torch.utils._pytree")
+
 app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
@@ -121,6 +124,8 @@ def mmtok(
     # These variables are read when the libraries are imported, which happens later.
     for variable, value in QUIET_LIBRARIES.items():
         os.environ.setdefault(variable, value)
+    for name in QUIET_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
     os.environ["MPLBACKEND"] = "agg"  # plots are written to files; a notebook's backend is not installed here
     warnings.filterwarnings("ignore", category=FutureWarning)
 

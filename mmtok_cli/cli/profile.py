@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mmtok_cli.cli.options import OUTPUT, PLOTS, JsonOption, QuietOption, with_options
-from mmtok_cli.settings import MEASUREMENT, ProfileSettings
+from mmtok_cli.cli.options import OUTPUT, PLOTS, JsonOption, QuietOption, given_options, with_options
+from mmtok_cli.settings import MEASUREMENT, ProfileSettings, require_consistent
 
 if TYPE_CHECKING:
     from mmtok_cli.profiling import Profiled
@@ -20,6 +20,7 @@ SCALING_TOKENS = "576,1024,2304,4096,9216,16384"
 
 @with_options(ProfileSettings)
 def profile(
+    context: typer.Context,
     settings: ProfileSettings,
     image: Annotated[
         Path | None, typer.Argument(help="Image file. Default: a drawn scene.", show_default=False)
@@ -79,6 +80,7 @@ def profile(
     from mmtok_cli.report.profiles import profile_notes
     from mmtok_cli.timing.scaling import parse_tokens
 
+    require_consistent(settings, given_options(context, ProfileSettings))
     if not scaling and (plot or scaling_tokens is not None):
         raise MMTokError(f"{'--plot' if plot else '--scaling-tokens'} requires --scaling", "add --scaling")
     sizes = parse_tokens(SCALING_TOKENS if scaling_tokens is None else scaling_tokens) if scaling else []

@@ -33,7 +33,8 @@ def show(comparison: Comparison, parameters: Sequence[str], as_json: bool, quiet
         data = "" if schedule.data == "demo" else f" of {schedule.data}"
         out.print(
             f"{part.model}: {plural(schedule.samples, 'sample')}{data}, "
-            f"batch size {schedule.batch_size}, seed {schedule.seed}" + (f"; {rules}" if rules else "")
+            f"batch size {schedule.batch_size}, seed {schedule.seed}"
+            + "".join(f"; {text}" for text in (tables.lengths_text(schedule), rules) if text)
         )
         for table in tables.comparison_tables(part):
             out.print(table)

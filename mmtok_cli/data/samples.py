@@ -48,7 +48,8 @@ class Sample:
     image_ids: a stable name for each image, from which seeded methods draw. id: a stable name within the dataset.
     answer: the reference answer, if known. answers: several reference answers. choices: the texts of options A, B, …
     of a multiple-choice question, which are in the question as well. kind: the kind of question, for scores by kind.
-    place: where it was read, as in "asked.jsonl, line 3".
+    place: where it was read, as in "asked.jsonl, line 3". unpadded_question: the question as it was asked, if it was
+    padded to a given length.
     """
 
     images: Sequence[Image]
@@ -60,6 +61,7 @@ class Sample:
     answers: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
     place: str = ""
+    unpadded_question: str | None = None
 
     def open(self) -> Sample:
         """The sample with its images read into memory. Raises MMTokError for an image that cannot be read."""

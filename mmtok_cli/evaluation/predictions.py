@@ -18,7 +18,7 @@ from mmtok_cli.budget import Budget, TokenCounts
 from mmtok_cli.cases import Case, failure_of, release_memory
 from mmtok_cli.data.datasets import Dataset
 from mmtok_cli.data.samples import Sample, batches
-from mmtok_cli.decoding import Continuation, prefill, require_finite
+from mmtok_cli.decoding import Continuation, answer_mask, prefill, require_finite
 from mmtok_cli.errors import MethodFaultError, MMTokError
 from mmtok_cli.evaluation.metrics import score_of
 from mmtok_cli.evaluation.processes import Processes
@@ -276,12 +276,6 @@ def closeness_of(reference: Tensor, logits: Tensor, mask: Tensor) -> list[Closen
         Closeness(kl=kl, top1=top1, same=all_agree)
         for kl, top1, all_agree in zip(means.tolist(), shares.tolist(), same.tolist(), strict=True)
     ]
-
-
-def answer_mask(token_ids: Tensor, eos_token_ids: Sequence[int]) -> Tensor:
-    """True for the tokens [batch, steps] of each answer up to the first that ends it; the rest is padding."""
-    ends = torch.isin(token_ids, torch.tensor(eos_token_ids, dtype=token_ids.dtype, device=token_ids.device))
-    return ends.cumsum(1) - ends.long() == 0
 
 
 def _batch_record(

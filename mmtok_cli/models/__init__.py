@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmtok_cli.errors import MMTokError
-from mmtok_cli.models.devices import choose_device, choose_dtype, require_attention
+from mmtok_cli.models.devices import choose_device, choose_dtype, require_attention, require_compiler
 from mmtok_cli.models.families import family_class, require_family
 from mmtok_cli.models.sources import architecture, guiding_profile, profile_of, shortened, source_of
 
@@ -33,6 +33,8 @@ def load_model(
     layers: int | None = None,
     attention: str = "sdpa",
     device_map: str | None = None,
+    quantization: str | None = None,
+    compiled: bool = False,
 ) -> VisionLanguageModel:
     """Load a model with its processor, ready for inference.
 
@@ -41,7 +43,8 @@ def load_model(
     are stored in. weights: `random` builds the model's architecture without its weights; its answers are
     meaningless, but time and memory are as with trained weights. layers: load only the first so many decoder layers, to
     time a part of a model that does not fit. attention: sdpa, eager or flash_attention_2. device_map: `auto` spreads
-    the model over all GPUs.
+    the model over all GPUs. quantization: int8, int4, bnb-8bit or bnb-4bit (see models/quantization.py). compiled:
+    compile the language model with torch.compile, which takes minutes in the first runs.
 
     Raises MMTokError for a name, device, data type or kernel that does not exist here, a model family that is not
     supported, a model that does not fit, and weights that are missing or damaged.
@@ -52,7 +55,8 @@ def load_model(
     from mmtok_cli.models.checkpoint import check_directory, check_stored_weights
     from mmtok_cli.models.foreign_errors import COMPARE, errors_as
     from mmtok_cli.models.pretrained import load_pretrained
-    from mmtok_cli.models.room import free_on_gpus, laid_out, needs_of, require_room
+    from mmtok_cli.models.quantization import quantize, require_quantization
+    from mmtok_cli.models.room import free_on_gpus, laid_out, needs_of, needs_quantized, require_room
     from mmtok_cli.models.trial import try_processor
 
     where = choose_device(device)
@@ -63,6 +67,10 @@ def load_model(
             raise MMTokError(f"there is no {what} {given!r}", f"choose one of {', '.join(filter(None, known))}")
     if device_map:
         _require_gpus(where)
+    if quantization is not None:
+        require_quantization(quantization, where, weights, device_map)
+    if compiled:
+        require_compiler(where, device_map)
 
     source, profile = source_of(name, weights=weights == "pretrained"), profile_of(name)
     config = architecture(name, source)
@@ -78,20 +86,33 @@ def load_model(
     with errors_as(f"no model can be built as config.json of {name} says", hf.or_tested(COMPARE)):
         layout = laid_out(config, stored, attention)
         needs = needs_of(layout, stored, profile.vision_tokens if profile else VISION_TOKENS, attention)
+        if quantization is not None and weights == "pretrained":  # random weights are quantized when all are drawn
+            needs = needs_quantized(needs, layout, stored, quantization)
     gpus = free_on_gpus() if device_map else None
     require_room(name, needs, stored, where, gpus)
     if weights == "random":
         processor = _processor_without_download(name, source, family, config)
         model = _random(layout, where, gpus)
+        if quantization is not None:
+            quantize(model, quantization)
     else:
         processor = _processor(name, source, family)
         model = load_pretrained(
-            name, source, layers, dtype=kind, device=where, attention=attention, device_map=device_map
+            name,
+            source,
+            layers,
+            dtype=kind,
+            device=where,
+            attention=attention,
+            device_map=device_map,
+            quantization=quantization,
         )
     with errors_as(f"{name} cannot be used", hf.or_tested(COMPARE)):
         built = family(name, model.eval(), processor, **_text_tower(name))
-    built.weights, built.depth = weights, depth
+    built.weights, built.depth, built.quantization, built.compiled = weights, depth, quantization, compiled
     try_processor(built, own_template=not (profile and profile.location.startswith("package:")))
+    if compiled:
+        hf.compile_language_model(model)
     return built
 
 

@@ -85,6 +85,8 @@ class VisionLanguageModel(ABC):
     signals: ClassVar[tuple[str, ...]] = ()  # names of what `encode` can compute for methods
     weights: str = "pretrained"  # or "random"
     depth: int | None = None  # decoder layers of the whole model, if only the first ones were loaded
+    quantization: str | None = None  # how the weights are quantized, if they are
+    compiled: bool = False  # whether the language model is compiled
 
     def __init__(self, name: str, model: Any, processor: Any) -> None:
         self.name = name
@@ -380,12 +382,21 @@ class VisionLanguageModel(ABC):
         attention_mask: [batch, length], of the prompt that will be read. Raises MMTokError for an attention kernel
         that cannot run on shortened sequences.
         """
+        self.require_hooks()
+        return Inside(hf.language_model(self.model), attention_mask, images, positions, stage)
+
+    def require_hooks(self) -> None:
+        """Raises MMTokError where nothing can be done between the decoder layers."""
         if self.attention not in ("sdpa", "eager"):
             raise MMTokError(
                 f"methods inside the language model do not run under {self.attention!r} attention",
                 "load the model with sdpa attention",
             )
-        return Inside(hf.language_model(self.model), attention_mask, images, positions, stage)
+        if self.compiled:
+            raise MMTokError(
+                "methods inside the language model do not run in a compiled one",
+                "leave out --compile, or these methods",
+            )
 
     def image_starts(self, input_ids: Tensor, totals: Sequence[int]) -> list[tuple[int, int]]:
         """(row, column) of each image's first placeholder; each image has `totals` adjacent ones.

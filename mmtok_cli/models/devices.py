@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from mmtok_cli.errors import MMTokError, first_line
@@ -61,3 +64,17 @@ def require_attention(name: str, device: torch.device, dtype: torch.dtype | None
         )
     if dtype == torch.float32:
         raise MMTokError("flash_attention_2 does not run in float32", "use --dtype bfloat16, or --attention sdpa")
+
+
+def require_compiler(device: torch.device, device_map: str | None) -> None:
+    """Refuse --compile where torch.compile cannot run. Raises MMTokError."""
+    if device_map is not None:
+        raise MMTokError("--compile does not work with --device-map", "leave one of them out")
+    if device.type == "cpu":
+        compilers = (os.environ.get("CXX", "g++"), "clang++")
+        if not any(map(shutil.which, compilers)):
+            raise MMTokError("--compile needs a C++ compiler on a CPU", "install g++, or leave out --compile")
+    elif device.type != "cuda":
+        raise MMTokError(f"--compile runs on cpu and cuda, and the device is {device}", "leave out --compile")
+    elif find_spec("triton") is None:
+        raise MMTokError("--compile needs the package triton", "pip install triton")

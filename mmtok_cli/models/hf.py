@@ -234,17 +234,48 @@ class Loaded:
 
 
 def load_weights(
-    source: str, config: Any, *, dtype: torch.dtype | None, attention: str, device_map: str | None = None
+    source: str,
+    config: Any,
+    *,
+    dtype: torch.dtype | None,
+    attention: str,
+    device_map: str | None = None,
+    quantization: Mapping[str, Any] | None = None,
 ) -> Loaded:
-    """The model of a directory or hub id from safetensors files. Without a dtype, it has that of the stored weights."""
+    """The model of a directory or hub id from safetensors files. Without a dtype, it has that of the stored weights.
+
+    quantization: the arguments with which weights are quantized.
+    """
     return _loaded(
         public("AutoModelForImageTextToText"),
         source,
         config=config,
         dtype=dtype or "auto",
         attn_implementation=attention,
-        device_map=device_map,
+        **(quantization or {"device_map": device_map}),
     )
+
+
+def bitsandbytes_config(bits: int, dtype: torch.dtype) -> Any:
+    """How bitsandbytes quantizes to 8 or 4 bits. dtype: of the products with weights of 4 bits."""
+    if bits == 8:
+        return public("BitsAndBytesConfig")(load_in_8bit=True)
+    return public("BitsAndBytesConfig")(load_in_4bit=True, bnb_4bit_compute_dtype=dtype)
+
+
+def torchao_config(config: Any) -> Any:
+    """One of torchao's configurations, for `load_weights`."""
+    return public("TorchAoConfig")(config)
+
+
+def compile_language_model(model: Any) -> None:
+    """Compile the language model's forward pass, in place, for sequences of any length.
+
+    A further kind of input is compiled when it first occurs; too many of them are an error, not a run without
+    compilation.
+    """
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    language_model(model).compile(dynamic=True)
 
 
 def _loaded(kind: Any, source: str, **options: Any) -> Loaded:

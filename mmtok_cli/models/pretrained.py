@@ -13,6 +13,7 @@ from torch import nn
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.models import hf
 from mmtok_cli.models.foreign_errors import COMPARE, errors_as
+from mmtok_cli.models.quantization import loading_options, stored_tensors
 from mmtok_cli.models.sources import configuration, shortened
 
 NAMED = 3  # names of weights in a message
@@ -28,6 +29,7 @@ def load_pretrained(
     device: torch.device,
     attention: str,
     device_map: str | None,
+    quantization: str | None = None,
 ) -> Any:
     """The model with the weights of its files on the device. layers: only the first so many decoder layers.
 
@@ -36,10 +38,17 @@ def load_pretrained(
     config = configuration(source, name)
     if layers is not None:
         config = shortened(config, layers, name)
+    options = None
+    if quantization is not None:
+        if getattr(config, "quantization_config", None):
+            raise MMTokError(f"the weights of {name} are quantized already", "leave out --quantization")
+        options = loading_options(quantization, dtype or torch.bfloat16, device)
     with errors_as(f"the weights of {name} cannot be loaded", hf.or_tested(COMPARE)):
-        loaded = hf.load_weights(source, config, dtype=dtype, attention=attention, device_map=device_map)
+        loaded = hf.load_weights(
+            source, config, dtype=dtype, attention=attention, device_map=device_map, quantization=options
+        )
     require_same_weights(loaded, name, layers)
-    model = loaded.model if device_map else loaded.model.to(device)
+    model = loaded.model if device_map or quantization else loaded.model.to(device)
     require_finite(model, name)
     return model
 
@@ -71,7 +80,8 @@ def require_finite(model: nn.Module, name: str) -> None:
     with torch.no_grad():
         weights = {
             weight: tensor
-            for weight, tensor in chain(model.named_parameters(), model.named_buffers())
+            for weight, stored in chain(model.named_parameters(), model.named_buffers())
+            for tensor in stored_tensors(stored)
             if tensor.is_floating_point() and tensor.numel() and tensor.dtype not in ALWAYS_FINITE
         }
         # Torch cannot compare numbers of 8 bits; bfloat16 holds each of them exactly.

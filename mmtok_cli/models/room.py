@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil
@@ -11,6 +11,7 @@ import torch
 
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.models import hf
+from mmtok_cli.models.quantization import QUANTIZATIONS, quantized_bytes
 
 GIB = 2**30
 NARROW = (torch.bfloat16, torch.float16)
@@ -31,6 +32,7 @@ class Needs:
     cache: int
     layers: int
     vision_tokens: int
+    parameters: int
 
     @property
     def total(self) -> int:
@@ -60,14 +62,22 @@ def needs_of(model: Any, dtype: torch.dtype, vision_tokens: int, attention: str 
     states = 4 * text.hidden_size + 2 * text.num_attention_heads * head + 3 * text.intermediate_size
     matrix = text.num_attention_heads * tokens**2 * (width + 4) if attention == "eager" else 0
     layers = hf.decoder_layers(hf.language_model(model))
+    parameters = sum(p.numel() for p in model.parameters())
     return Needs(
-        weights=sum(p.numel() for p in model.parameters()) * width,
+        weights=parameters * width,
         layer=sum(p.numel() for p in layers[0].parameters()) * width,
         working=len(layers) * cache + tokens * states * width + matrix,
         cache=cache,
         layers=len(layers),
         vision_tokens=vision_tokens,
+        parameters=parameters,
     )
+
+
+def needs_quantized(needs: Needs, model: Any, dtype: torch.dtype, quantization: str) -> Needs:
+    """The same with weights that are quantized while they are loaded."""
+    layer = needs.layer * QUANTIZATIONS[quantization].bits // (8 * dtype.itemsize)
+    return replace(needs, weights=quantized_bytes(model, quantization), layer=layer)
 
 
 def require_room(
@@ -82,12 +92,12 @@ def require_room(
     if free is None or needs.total <= free:
         return
     kind = str(dtype).removeprefix("torch.")
-    parameters = needs.weights / dtype.itemsize
+    quantized = " (quantized)" if needs.weights < needs.parameters * dtype.itemsize else ""
     place = f"{len(others)} GPUs have" if others else f"{device} has"
     raise MMTokError(
-        f"{name} does not fit: its {parameters / 1e9:.2f} B weights take {needs.weights / GIB:.1f} GiB in {kind}, KV "
-        f"cache and activations for {needs.vision_tokens} vision tokens about {needs.working / GIB:.1f} GiB more, and "
-        f"{place} {free / GIB:.1f} GiB free",
+        f"{name} does not fit: its {needs.parameters / 1e9:.2f} B weights take {needs.weights / GIB:.1f} GiB in {kind}"
+        f"{quantized}, KV cache and activations for {needs.vision_tokens} vision tokens about "
+        f"{needs.working / GIB:.1f} GiB more, and {place} {free / GIB:.1f} GiB free",
         _what_would_fit(needs, dtype, free, device, spread=bool(others)),
     )
 

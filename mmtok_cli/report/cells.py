@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from mmtok_cli.report.units import number, ratio, share, shares
 from mmtok_cli.results.schema import CaseResult, FailedCase
+from mmtok_cli.settings import LARGEST_BATCH
 
 if TYPE_CHECKING:
     from mmtok_cli.results.schema import Comparison, Speedup
 
 Value = str | float | None  # text, int or float; None: there is none
 Source = TypeVar("Source")
-TableName = Literal["speed", "quality", "yes-no", "cost"]
+TableName = Literal["speed", "throughput", "quality", "yes-no", "cost"]
 Section = Literal["cost", "quality"]
 
 
@@ -104,6 +105,15 @@ def retention_cell(case: CaseResult) -> Cell:
     bounded = case.retention_low is not None and case.retention_high is not None
     interval = f"{shares(case.retention_low or 0)}–{shares(case.retention_high or 0)}" if bounded else ""
     return Cell(share(case.retention), case.retention, interval)
+
+
+def largest_batch_cell(case: CaseResult) -> Cell:
+    """ "37", or "~ 37" if it was computed; "≥ 10000" where larger ones are not considered."""
+    found = case.largest_batch
+    if found is None:
+        return Cell()
+    mark = "≥ " if found.size >= LARGEST_BATCH else "" if found.measured else "~ "
+    return Cell(f"{mark}{found.size}", found.size)
 
 
 def flips_cell(case: CaseResult) -> Cell:

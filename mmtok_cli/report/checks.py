@@ -15,7 +15,9 @@ from mmtok_cli.report.tables import (
     by_batch_size,
     ceiling,
     inconclusive_notes,
+    largest_batch_notes,
     layer_notes,
+    lengths_text,
     plain_table,
 )
 from mmtok_cli.report.units import cpus, duration, plural, seconds, share
@@ -100,18 +102,20 @@ def comparison_notes(comparison: Comparison) -> list[str]:
     methods = [result for result in others if not result.case.again]
     notes = [
         "times are medians over rounds, per batch; speedups are paired within rounds, with a 95 % interval",
-        "TTFT (time to first token): prepare, encode, select and prefill. KV cache and FLOPs are per sample",
+        "TTFT (time to first token): prepare, encode, select and prefill. TPOT (time per output token): decode, per "
+        "token after the first. KV cache and FLOPs are per sample",
     ]
     notes += [
         *overhead_notes(methods),
         *short_notes(methods, comparison.schedule.samples),
         *layer_notes(methods),
+        *largest_batch_notes(comparison.results),
         *position_notes(methods),
     ]
     for part in by_batch_size(comparison):
         head = f"batch size {part.schedule.batch_size}: " if part is not comparison else ""
         doubtful = [result for result in part.results if not result.case.is_baseline]
-        notes += [head + note for note in inconclusive_notes(doubtful, ("prefill", "ttft"))]
+        notes += [head + note for note in inconclusive_notes(doubtful, ("prefill", "ttft", "tpot"))]
     return [*notes, *quality_notes(comparison), *interruption_notes(comparison)]
 
 
@@ -341,6 +345,7 @@ def plan_lines(plan: Estimate) -> list[str]:
     if plan.rounds > len(plan.order):
         lines.append(f"… {plan.rounds} rounds in total")
     least = f", of which at least {seconds(plan.min_time)} timed" if plan.min_time else ""
+    lines += filter(None, [lengths_text(plan)])
     return [*lines, f"{plural(plan.samples, 'sample')}, seed {plan.seed}; about {duration(plan.seconds)}{least}"]
 
 
@@ -359,7 +364,9 @@ def shortfalls(comparison: Comparison, stage: str, least: float) -> list[str]:
             continue
         name = f"{result}, batch size {result.case.batch_size}"
         speedup = result.speedup.get(stage)
-        if speedup is None or speedup.low is None or speedup.high is None:
+        if stage == "tpot" and stage not in result.seconds:
+            lines.append(f"{name}: no token was decoded after the first, so there is no TPOT; use --new-tokens")
+        elif speedup is None or speedup.low is None or speedup.high is None:
             lines.append(f"{name}: the speedup ({stage}) has no interval, which requires six rounds and a baseline")
         elif speedup.low < least:
             lines.append(

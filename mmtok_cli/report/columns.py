@@ -17,10 +17,11 @@ from mmtok_cli.report.cells import (
     Value,
     flips_cell,
     kept_cell,
+    largest_batch_cell,
     retention_cell,
     speedup_cell,
 )
-from mmtok_cli.report.units import count, number, p_value, seconds, share, size
+from mmtok_cli.report.units import count, number, p_value, rate, seconds, share, size
 
 if TYPE_CHECKING:
     from mmtok_cli.results.schema import (
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     )
 
 STAGES = ("prepare", "encode", "select", "prefill", "ttft", "decode", "total")  # ttft and total are sums of stages
-COMPARED = tuple(stage for stage in STAGES if stage != "select")  # the baseline selects nothing
+COMPARED = (*(stage for stage in STAGES if stage != "select"), "tpot")  # the baseline selects nothing
 
 
 class LayerCounts(Protocol):
@@ -79,6 +80,10 @@ def _never(comparison: Comparison) -> bool:
 
 def _several_batch_sizes(comparison: Comparison) -> bool:
     return isinstance(comparison.schedule.batch_size, list)
+
+
+def _batched(comparison: Comparison) -> bool:
+    return any(case.case.batch_size > 1 for case in comparison.results)
 
 
 def _layer_average_differs(comparison: Comparison) -> bool:
@@ -136,15 +141,17 @@ def _paired(
     )
 
 
-def _stage(stage: str, words: str, heading: str = "") -> Iterator[CsvColumn[CaseResult]]:
-    """Seconds of a stage and its speedup; stages without a heading are in the CSV only."""
-    table: TableName | None = "speed" if heading else None
+def _stage(
+    stage: str, words: str, heading: str = "", place: TableName = "speed", *, always: bool = True
+) -> Iterator[CsvColumn[CaseResult]]:
+    """Seconds of a stage and its speedup; stages without a heading are in the CSV only. place: the terminal's table."""
+    table: TableName | None = place if heading else None
     section: Section | None = "cost" if heading else None
     yield Column(
         f"{stage}_median_s",
         f"{words}, median",
         _of_times(stage, lambda times: times.median),
-        always=bool(heading),
+        always=bool(heading) and always,
         heading=heading,
         show=seconds,
         table=table,
@@ -158,7 +165,7 @@ def _stage(stage: str, words: str, heading: str = "") -> Iterator[CsvColumn[Case
         f"speedup_{stage}_median",
         "baseline / method, paired within rounds, 95 % interval",
         _of_speedup(stage, lambda speedup: speedup.median),
-        always=bool(heading),
+        always=bool(heading) and always,
         heading=f"speedup ({heading})",
         cell=lambda case: speedup_cell(case.speedup.get(stage)),
         table=table,
@@ -218,14 +225,51 @@ COLUMNS: tuple[CsvColumn[CaseResult], ...] = (
     *_stage("prefill", "processing the prompt in the language model", "prefill"),
     *_stage("ttft", "time to first token: prepare, encode, select and prefill", "TTFT"),
     *_stage("decode", "generating all tokens after the first"),
+    *_stage("tpot", "time per output token: decode, per token after the first", "TPOT", "throughput", always=False),
     Column(
         "decode_tokens_per_s",
         "tokens decoded per second and sample after the first, median",
         lambda case: case.decode_tokens_per_second,
         heading="decode tok/s",
-        show=number,
+        show=rate,
+        table="throughput",
         section="cost",
-        in_markdown=_never,
+        narrow=True,
+    ),
+    Column(
+        "batch_decode_tokens_per_s",
+        "tokens decoded per second after the first by a whole batch, without padding, median",
+        lambda case: case.batch_decode_tokens_per_second,
+        heading="batch tok/s",
+        show=rate,
+        table="throughput",
+        section="cost",
+        shown=_batched,
+        narrow=True,
+    ),
+    Column(
+        "samples_per_s",
+        "samples per second, all stages, median",
+        lambda case: case.samples_per_second,
+        heading="samples/s",
+        show=rate,
+        table="throughput",
+        section="cost",
+    ),
+    Column(
+        "largest_batch",
+        "largest batch that fits into memory",
+        lambda case: case.largest_batch.size if case.largest_batch else None,
+        heading="largest batch",
+        cell=largest_batch_cell,
+        table="throughput",
+        section="cost",
+        narrow=True,
+    ),
+    CsvColumn(
+        "largest_batch_measured",
+        "whether the largest batch was run; otherwise it is computed",
+        lambda case: case.largest_batch.measured if case.largest_batch else None,
     ),
     *_stage("total", "all stages"),
     # Quality.

@@ -51,6 +51,12 @@ CONTEXT: tuple[CsvColumn[Comparison], ...] = (
     CsvColumn("rounds", "timed rounds over all cases", lambda c: c.schedule.rounds, always=True),
     CsvColumn("seed", "random seed", lambda c: c.schedule.seed, always=True),
     CsvColumn("max_new_tokens", "maximum number of new tokens", lambda c: c.schedule.max_new_tokens, always=True),
+    CsvColumn(
+        "exact_new_tokens", "new tokens of timed runs, if their number was fixed", lambda c: c.schedule.new_tokens
+    ),
+    CsvColumn(
+        "prompt_tokens", "text tokens of timed prompts, if their number was fixed", lambda c: c.schedule.prompt_tokens
+    ),
     CsvColumn("track", "rules: released or harmonised", lambda c: c.rules.track, always=True),
     CsvColumn(
         "budget_means", "what a budget counts: final or layer-average", lambda c: c.rules.budget_means, always=True
@@ -59,6 +65,10 @@ CONTEXT: tuple[CsvColumn[Comparison], ...] = (
     CsvColumn("device", "torch device", lambda c: c.environment.device, always=True),
     CsvColumn("dtype", "data type of the weights", lambda c: c.environment.dtype, always=True),
     CsvColumn("attention", "attention implementation", lambda c: c.environment.attention, always=True),
+    CsvColumn("quantization", "how the weights were quantized", lambda c: c.environment.quantization),
+    CsvColumn(
+        "compiled", "whether the language model was compiled", lambda c: True if c.environment.compiled else None
+    ),
     CsvColumn("weights", "pretrained or random", lambda c: c.environment.weights, always=True),
     CsvColumn(
         "layers_run",

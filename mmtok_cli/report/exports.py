@@ -15,7 +15,7 @@ from mmtok_cli.report.cells import rows
 from mmtok_cli.report.checks import failure_notes, interruption_notes, unable_notes
 from mmtok_cli.report.columns import markdown_columns
 from mmtok_cli.report.csv_export import csv_text
-from mmtok_cli.report.tables import environment_line, rules_text
+from mmtok_cli.report.tables import environment_line, lengths_text, rules_text
 from mmtok_cli.report.text import printable_json, printable_record
 from mmtok_cli.report.units import plural
 from mmtok_cli.results.schema import json_text
@@ -31,7 +31,7 @@ PREDICTIONS = ".jsonl"  # not of the comparison, but of each sample
 READING = (
     "Times are medians; speedups are baseline / method within a round, with a 95 % interval, and a question mark where "
     "it contains 1 or is missing. kept: vision tokens of an image that reach the end of the language model. "
-    "TTFT: time to the first token."
+    "TTFT: time to the first token. TPOT: seconds of decoding per token after the first."
 )
 
 
@@ -66,7 +66,7 @@ def write_profile(profile: ProfileResult, path: Path, notes: Sequence[str] = (),
 
     Raises MMTokError if the file cannot be written.
     """
-    from mmtok_cli.report.page.profile import cases_of_profile, profile_page_text
+    from mmtok_cli.report.page.profile import profile_page_text
 
     kind = path.suffix.lower()
     if kind == ".json":
@@ -74,7 +74,7 @@ def write_profile(profile: ProfileResult, path: Path, notes: Sequence[str] = (),
     elif kind == ".html":
         _write(path, profile_page_text(profile, notes, top))
     else:
-        write_export(cases_of_profile(profile), path)
+        write_export(profile.comparison, path)
 
 
 def _json(result: Record) -> str:
@@ -116,7 +116,7 @@ def _conditions(comparison: Comparison) -> str:
         f"{plural(schedule.samples, 'sample')}, {plural(schedule.rounds, 'round')}, "
         f"batch size {sizes}, seed {schedule.seed}"
         + (f"; score: {schedule.metric_title}" if schedule.metric_title else "")
-        + (f"; {rules}" if rules else "")
+        + "".join(f"; {text}" for text in (lengths_text(schedule), rules) if text)
     )
 
 

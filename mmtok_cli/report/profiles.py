@@ -27,9 +27,10 @@ MEMORY_STAGES = ("encode", "select", "prefill", "decode")
 
 def profile_tables(profile: ProfileResult) -> list[Table]:
     """Seconds, tokens, memory and operations: a column for each case, or a row where there are many."""
+    throughput = tables.throughput_table(profile.comparison)
     if len(profile.cases) <= SIDE_BY_SIDE:
-        return [_stage_table(profile), _cost_table(profile)]
-    return [_stages(profile), _speedups(profile), _tokens_and_memory(profile), _operations(profile)]
+        return [_stage_table(profile), throughput, _cost_table(profile)]
+    return [_stages(profile), _speedups(profile), throughput, _tokens_and_memory(profile), _operations(profile)]
 
 
 def profiles_by_batch_size(profile: ProfileResult) -> list[ProfileResult]:
@@ -46,7 +47,8 @@ def profile_notes(
     """How to read the tables. sizes: the numbers of vision tokens that scaling was to be measured at."""
     from mmtok_cli.report.scaling import scaling_notes
 
-    lines = list(filter(None, [tables.rules_text(settings.rules, settings.parameters)]))
+    rules = tables.rules_text(settings.rules, settings.parameters)
+    lines = list(filter(None, [rules, tables.lengths_text(profile.schedule)]))
     for part in profiles_by_batch_size(profile):
         baseline, *others = part.cases
         head = f"batch size {baseline.case.batch_size}: " if len(settings.batch_size) > 1 else ""
@@ -58,7 +60,8 @@ def profile_notes(
             *tables.inconclusive_notes(others, COMPARED if len(part.cases) <= SIDE_BY_SIDE else SPEEDUPS),
         ]
         lines += [head + note for note in notes]
-    lines += [*machine_notes(profile.machine, profile.environment), *ceiling_notes(profile)]
+    lines += [*tables.largest_batch_notes(profile.cases), *machine_notes(profile.machine, profile.environment)]
+    lines += ceiling_notes(profile)
     if sizes:
         lines += scaling_notes(profile, context_length)
     if profile.schedule.rounds < settings.rounds:

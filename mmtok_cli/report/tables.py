@@ -17,12 +17,14 @@ from mmtok_cli.report.units import number, plural, seconds, size
 
 if TYPE_CHECKING:
     from mmtok_cli.budget import TokenCounts
+    from mmtok_cli.planning import Estimate
     from mmtok_cli.results.profile import Operator
     from mmtok_cli.results.records import TimedRun
-    from mmtok_cli.results.schema import CaseResult, Comparison, Environment, Speedup
+    from mmtok_cli.results.schema import CaseResult, Comparison, Environment, Schedule, Speedup
     from mmtok_cli.rules import Rules
 
 SUMS = {"ttft": "first token", "total": "total"}
+STAGE_TITLES = SUMS | {"tpot": "TPOT"}  # of stages that the tables call by another name
 
 
 def plain_table(title: str = "") -> Table:
@@ -65,6 +67,8 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
     tables = [speed_table(comparison)]
     if not comparison.results:
         return tables
+    if terminal_columns(comparison, "throughput"):
+        tables.append(throughput_table(comparison))
     if quality := terminal_columns(comparison, "quality"):
         metric = comparison.schedule.metric
         tables.append(case_table(f"Quality (metric: {metric})" if metric else "Quality", comparison, quality))
@@ -87,6 +91,12 @@ def speed_table(comparison: Comparison) -> Table:
         cells = [Text(failed.reason, style="red") if i == widest else "–" for i in range(len(columns))]
         table.add_row(failed.case.title, failed.case.budget or "–", *cells)
     return table
+
+
+def throughput_table(comparison: Comparison) -> Table:
+    """Methods x budgets: time per output token, tokens and samples per second."""
+    columns = terminal_columns(comparison, "throughput")
+    return case_table("Throughput", comparison, columns, tight=len(columns) > 4)
 
 
 def cost_and_fidelity_table(comparison: Comparison) -> Table:
@@ -123,6 +133,19 @@ def layer_notes(results: Sequence[CaseResult]) -> list[str]:
     ]
 
 
+def largest_batch_notes(results: Sequence[CaseResult]) -> list[str]:
+    """How the largest batches were found, if they were."""
+    found = [result.largest_batch for result in results if result.largest_batch]
+    if not found:
+        return []
+    free = size(min(each.free for each in found))
+    if all(each.measured for each in found):
+        return [f"largest batch: run on this device, with {free} free beside the weights; 3 % more may fit"]
+    return [
+        f"largest batch: computed (~) from the peak memory of batches of 1 and 2, with {free} free beside the weights"
+    ]
+
+
 def rules_text(rules: Rules, settings: Sequence[str] | None = None) -> str:
     """The rules in words where they differ from the defaults, and the parameters given by --set."""
     said = [] if rules.track == "released" else [f"{rules.track} track"]
@@ -136,6 +159,14 @@ def rules_text(rules: Rules, settings: Sequence[str] | None = None) -> str:
 def short_text(tokens: TokenCounts) -> str:
     """Why fewer tokens are kept than the budget says, if so."""
     return "fewer tokens than the budget: the others are padding, or there are no more" if tokens.short else ""
+
+
+def lengths_text(schedule: Schedule | Estimate) -> str:
+    """The lengths of prompts and answers in timed runs, if they were fixed."""
+    said = [] if schedule.prompt_tokens is None else [f"prompts of {schedule.prompt_tokens} text tokens"]
+    if schedule.new_tokens is not None:
+        said.append(f"exactly {plural(schedule.new_tokens, 'new token')}")
+    return "timed with " + ", ".join(said) if said else ""
 
 
 def weights_text(weights: str) -> str:
@@ -165,7 +196,7 @@ def inconclusive_notes(results: Sequence[CaseResult], stages: Sequence[str] = CO
         return ["? marks an inconclusive speedup: fewer than six rounds give no interval. Raise --rounds to 6 or more"]
     by_case: dict[str, list[str]] = defaultdict(list)
     for name, stage, _ in doubtful:
-        by_case[name].append(SUMS.get(stage, stage))
+        by_case[name].append(STAGE_TITLES.get(stage, stage))
     which = "; ".join(f"{name} ({', '.join(stages)})" for name, stages in by_case.items())
     return [
         f"? marks an inconclusive speedup, one whose interval contains 1: {which}. Raise --rounds, or close "
@@ -193,6 +224,13 @@ def _before_and_prefill(baseline: CaseResult) -> tuple[float, float]:
     return median["prepare"] + median["encode"], median["prefill"]
 
 
+def settings_text(environment: Environment) -> str:
+    """Data type, quantization, attention kernel and whether the language model was compiled."""
+    e = environment
+    quantized = f" quantized to {e.quantization}" if e.quantization else ""
+    return f"{e.dtype}{quantized}, {e.attention} attention" + (", compiled" if e.compiled else "")
+
+
 def environment_line(model: str, environment: Environment) -> Text:
     """What the results were measured on: hardware, versions and settings."""
     e = environment
@@ -200,7 +238,7 @@ def environment_line(model: str, environment: Environment) -> Text:
     driver = f", driver {e.driver}" if e.driver else ""
     remarks = "".join(f"; {text}" for text in (weights_text(e.weights), part_text(e.layers)) if text)
     return Text(
-        f"{model} on {e.processor} ({e.device}, {e.dtype}, {e.attention} attention, {plural(e.threads, 'thread')}), "
+        f"{model} on {e.processor} ({e.device}, {settings_text(e)}, {plural(e.threads, 'thread')}), "
         f"torch {e.torch}, transformers {e.transformers}, mmtok {e.mmtok}{commit}{driver}{remarks}",
         style="dim",
     )

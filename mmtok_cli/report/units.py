@@ -66,6 +66,11 @@ def number(value: float) -> str:
     return f"{value:.0f}" if value == int(value) else f"{value:.1f}"
 
 
+def rate(value: float) -> str:
+    """A rate per second, to three digits."""
+    return _digits(value)
+
+
 def share(value: float | None) -> str:
     """A share in percent; a dash if there is none."""
     return "–" if value is None else f"{100 * value:.1f} %"

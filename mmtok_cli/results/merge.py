@@ -88,7 +88,9 @@ def _facts(comparison: Comparison) -> dict[str, Any]:
         "warmup": schedule.warmup,
         "minimum time": schedule.min_time,
         "batch size": schedule.batch_size,
-        "new tokens": schedule.max_new_tokens,
+        "maximum of new tokens": schedule.max_new_tokens,
+        "exact number of new tokens": schedule.new_tokens,
+        "exact number of prompt tokens": schedule.prompt_tokens,
         "samples evaluated": schedule.samples,
         "metric": schedule.metric,
     }

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from mmtok_cli.results.schema import CaseResult, Environment, MachineUse, OfCase, Record, Schedule
+from mmtok_cli.results.schema import CaseResult, Comparison, Environment, MachineUse, OfCase, Record, Schedule
 from mmtok_cli.rules import Rules
 
 DOMINATES = 4.0  # how many times its fixed cost a stage must take for its growth to be fitted
@@ -136,3 +136,15 @@ class ProfileResult(Record):
     scaling: list[ScalingPoint] = Field(default=[])
     growth: list[Growth] = Field(default=[])
     fixed: list[ScalingPoint] = Field(default=[])
+
+    @property
+    def comparison(self) -> Comparison:
+        """The cases alone, in the form that tables are made of."""
+        return Comparison(
+            model=self.model,
+            rules=self.rules,
+            environment=self.environment,
+            schedule=self.schedule,
+            interrupted=self.interrupted,
+            results=self.cases,
+        )

@@ -23,6 +23,7 @@ from mmtok_cli.results.schema import (
     Environment,
     FailureReason,
     FlopCoverage,
+    LargestBatch,
     Measure,
     Number,
     OfCase,
@@ -111,7 +112,8 @@ class TimedRun(FileRecord):
 
     case: its number in the plan. batch: the number of the batch among those of its size. samples: their names.
     seconds: by stage, the median of the repetitions, all of which are in `repetitions`. steps: tokens decoded for the
-    longest answer. Bytes are those of the batch.
+    longest answer. new_tokens: tokens of each answer, the one that ends it included; empty in records of versions that
+    did not count them. Bytes are those of the batch.
     """
 
     case: Number
@@ -131,6 +133,7 @@ class TimedRun(FileRecord):
     host: Bytes
     gpu: GpuState | None = None
     machine: MachineState | None = None
+    new_tokens: list[Number] = Field(default=[])
 
     @property
     def file_name(self) -> str:
@@ -152,16 +155,22 @@ class TimedRun(FileRecord):
             raise ValueError("the stages until the first token took no time")
         if not len(self.samples) == len(self.tokens) == len(self.answers) > 0:
             raise ValueError("samples, tokens and answers differ in number")
+        if self.new_tokens and not len(self.new_tokens) == len(self.samples) <= sum(self.new_tokens):
+            raise ValueError("the numbers of new tokens are not those of the samples")
+        if max(self.new_tokens, default=0) > self.steps:
+            raise ValueError("an answer has more tokens than were decoded")
         return self
 
 
 class CountedFlops(FileRecord):
-    """FLOPs per sample by stage, counted once for each case, and how many operators they cover."""
+    """What is measured once for each case: FLOPs per sample by stage, how many operators they cover, and the largest
+    batch, if it was to be found."""
 
     case: Number
     key: str
     flops: dict[str, Measure]
     coverage: FlopCoverage
+    largest_batch: LargestBatch | None = None
 
     @property
     def file_name(self) -> str:
@@ -400,7 +409,7 @@ def digest(value: Any) -> str:
 
 def sample_name(sample: Sample) -> str:
     """A name that identifies a sample within its dataset: its images and its question."""
-    return " ".join([*sample.image_ids, sample.question])
+    return " ".join([*sample.image_ids, sample.unpadded_question or sample.question])
 
 
 def digest_of_samples(samples: Sequence[Sample]) -> str:

@@ -128,6 +128,20 @@ class Memory(Record):
     reserved: int | None = None
 
 
+class LargestBatch(Record):
+    """The largest batch that fits into memory, with the prompt and the new tokens of the timed runs.
+
+    measured: whether it was run; otherwise it is computed. Sizes up to 3 % larger were not tried. free: bytes beside
+    the weights. fixed, per_sample: bytes of the peak, as a line through those of two small batches.
+    """
+
+    size: Number
+    measured: bool
+    free: Bytes
+    fixed: Bytes
+    per_sample: Bytes
+
+
 class GpuUse(Record):
     """The state of the GPU during the runs of a case, as its driver reports it; None for values it does not report.
 
@@ -298,9 +312,11 @@ class CaseResult(OfCase):
 
     positions: whether kept tokens kept their positions. overhead: seconds of select / (encode + prefill), median.
     decode_tokens_per_second: (new tokens - 1) / seconds of decode, median; None where nothing was decoded after the
-    first token. short: number of samples that keep fewer tokens than the budget says, since they have no more that may
-    be kept: of those evaluated, otherwise of those timed. outliers: indices of the values of `ttft` that are far above
-    the others. drift: of `ttft`, if any.
+    first token. batch_decode_tokens_per_second: the same for all samples of a batch together, without the padding
+    behind shorter answers. samples_per_second: batch size / seconds of all stages, median. seconds, speedup: by stage,
+    and `tpot`: seconds of decode per token after the first, in the rounds that decoded any. short: number of samples
+    that keep fewer tokens than the budget says, since they have no more that may be kept: of those evaluated, otherwise
+    of those timed. outliers: indices of the values of `ttft` that are far above the others. drift: of `ttft`, if any.
     score: by the metric of the schedule: F1 for POPE, (accuracy + accuracy_plus) / 2 for MME, otherwise the mean over
     the samples. It and the fields below do not depend on the batch size; they are None if answers were not evaluated.
     retention_low, retention_high: bounds of a 95 % interval.
@@ -312,6 +328,9 @@ class CaseResult(OfCase):
     speedup: dict[str, Speedup]
     overhead: float
     decode_tokens_per_second: float | None = None
+    batch_decode_tokens_per_second: float | None = None
+    samples_per_second: float | None = None
+    largest_batch: LargestBatch | None = None
     memory: Memory
     flops: dict[str, float]
     flop_coverage: FlopCoverage | None = None
@@ -344,7 +363,8 @@ class FailedCase(OfCase):
 class Environment(Record):
     """Hardware, versions and settings of a measurement.
 
-    weights_digest: of the model's weights, from a few values of each. driver, cuda: versions, on an NVIDIA GPU. layers:
+    weights_digest: of the model's weights, from a few values of each. quantization: how they were quantized. compiled:
+    whether the language model was compiled. driver, cuda: versions, on an NVIDIA GPU. layers:
     decoder layers that were run, and those of the model, if only some were run; prefill, decode, KV cache and FLOPs are
     then estimates.
     """
@@ -366,6 +386,8 @@ class Environment(Record):
     driver: str | None = None
     cuda: str | None = None
     weights_digest: str | None = None
+    quantization: str | None = None
+    compiled: bool = False
     layers: tuple[int, int] | None = None
 
 
@@ -376,8 +398,9 @@ class Schedule(Record):
     their parameters set one. samples: number of samples that were evaluated, of `planned_samples`. timed: number of
     samples that the rounds cycle through. data_digest: of names, questions and answers. batch_size: a list if there are
     several. rounds: completed rounds. runs: repetitions of each case within a round. min_time: minimum seconds of
-    timed runs. metric: name of the metric that judges the answers, None if they are not judged; metric_title: what it
-    is, in words.
+    timed runs. new_tokens, prompt_tokens: exact numbers of new tokens and of text tokens per prompt in timed runs, None
+    where they were not fixed; evaluated answers are not affected. metric: name of the metric that judges the answers,
+    None if they are not judged; metric_title: what it is, in words.
     """
 
     data: str
@@ -395,6 +418,8 @@ class Schedule(Record):
     timed: int | None = None
     metric: str | None = None
     metric_title: str | None = None
+    new_tokens: int | None = None
+    prompt_tokens: int | None = None
 
 
 class SamplePrediction(Record):

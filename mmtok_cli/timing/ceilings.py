@@ -12,6 +12,7 @@ import torch
 
 from mmtok_cli.models import hf
 from mmtok_cli.models.base import VisionLanguageModel
+from mmtok_cli.models.quantization import stored_bytes
 from mmtok_cli.models.room import free_memory
 from mmtok_cli.results.profile import Achieved, Ceilings
 from mmtok_cli.results.schema import CaseResult
@@ -67,8 +68,10 @@ def weights_read(model: VisionLanguageModel) -> int:
     head = hf.output_embedding(model.model).weight
     language_model = hf.language_model(model.model)
     last = hf.decoder_layers(language_model)[-1]
-    missing = missing_layers(model) * sum(weight.nbytes for weight in last.parameters())
-    return head.nbytes + missing + sum(w.nbytes for w in language_model.parameters() if w is not embedding)
+    missing = missing_layers(model) * sum(map(stored_bytes, last.parameters()))
+    return (
+        stored_bytes(head) + missing + sum(stored_bytes(w) for w in language_model.parameters() if w is not embedding)
+    )
 
 
 def _achieved(result: CaseResult, weights_read: int) -> Achieved:

@@ -46,13 +46,25 @@ class SeenOperators(TorchDispatchMode):
 
 
 def count_flops(
-    model: VisionLanguageModel, case: Case, samples: Sequence[Sample], max_new_tokens: int
+    model: VisionLanguageModel,
+    case: Case,
+    samples: Sequence[Sample],
+    max_new_tokens: int,
+    *,
+    ignore_eos: bool = False,
 ) -> dict[str, float]:
     """FLOPs per sample by stage, and their sum as `total`; see `measure_flops`."""
-    return measure_flops(model, case, samples, max_new_tokens).stages
+    return measure_flops(model, case, samples, max_new_tokens, ignore_eos=ignore_eos).stages
 
 
-def measure_flops(model: VisionLanguageModel, case: Case, samples: Sequence[Sample], max_new_tokens: int) -> Flops:
+def measure_flops(
+    model: VisionLanguageModel,
+    case: Case,
+    samples: Sequence[Sample],
+    max_new_tokens: int,
+    *,
+    ignore_eos: bool = False,
+) -> Flops:
     """FLOPs per sample by stage, their sum as `total`, and the operators that they cover.
 
     torch counts matrix products, convolutions and attention, two operations for each multiply-accumulate. Element-wise
@@ -61,7 +73,7 @@ def measure_flops(model: VisionLanguageModel, case: Case, samples: Sequence[Samp
     counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
     stages = Stages(counter.get_total_flops)
     with SeenOperators() as seen, counter, last_layer(model, counter.get_total_flops) as spans:
-        case.answer(model, samples, max_new_tokens, stages.stage)
+        case.answer(model, samples, max_new_tokens, stages.stage, ignore_eos=ignore_eos)
     counted, last = (dict.fromkeys(STAGES, 0.0) for _ in range(2))
     for flops, found in ((counted, stages.spans), (last, spans)):
         for name, start, end in found:

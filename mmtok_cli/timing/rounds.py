@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from typing import TypeVar
@@ -15,6 +15,9 @@ from mmtok_cli.errors import MMTokError
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.results.records import CaseFailure, CountedFlops, TimingFailure
 from mmtok_cli.results.run_directory import NotWrittenError, RunDirectory
+from mmtok_cli.results.schema import LargestBatch
+from mmtok_cli.settings import AnswerLength
+from mmtok_cli.timing.capacity import largest_batch
 from mmtok_cli.timing.flops import measure_flops
 from mmtok_cli.timing.gpu import Gpu
 from mmtok_cli.timing.machine import Machine
@@ -52,23 +55,45 @@ class Measurement:
     def _warm_up_case(self, i: int, samples: list[Sample]) -> None:
         plan = self.store.plan
         if i not in self.store.counted:
-            flops = measure_flops(self.model, self.cases[i], samples, plan.max_new_tokens)
+            flops = measure_flops(self.model, self.cases[i], samples, **plan.options.timed_length)
+            fits = self._largest_batch(i, samples[0]) if plan.options.find_batch else None
             key = plan.cases[i].key
-            self.store.add_flops(CountedFlops(case=i, key=key, flops=flops.stages, coverage=flops.coverage))
+            self.store.add_flops(
+                CountedFlops(case=i, key=key, flops=flops.stages, coverage=flops.coverage, largest_batch=fits)
+            )
         for _ in range(plan.warmup):
-            run_case(self.model, self.cases[i], samples, plan.max_new_tokens)
+            run_case(self.model, self.cases[i], samples, **plan.options.timed_length)
 
-    def estimate(self) -> list[float | CaseFailure]:
-        """Seconds of one run of each case, or why it failed. Raises MMTokError for a case that is refused."""
-        return [self._seconds_of(number, self._first_batch(case)) for number, case in enumerate(self.cases)]
+    def _largest_batch(self, number: int, sample: Sample) -> LargestBatch | None:
+        """Found once for a method and budget, whatever the batch size."""
+        case = self.cases[number]
+        for other, counted in self.store.counted.items():
+            if replace(self.cases[other], batch_size=case.batch_size) == case:
+                return counted.largest_batch
+        return largest_batch(self.model, case, sample, self.store.plan.options.timed_length)
 
-    def _seconds_of(self, number: int, samples: list[Sample]) -> float | CaseFailure:
+    def estimate(self, *, evaluated: bool = False) -> list[float | CaseFailure]:
+        """Seconds of one run of each case, or why it failed. Raises MMTokError for a case that is refused.
+
+        evaluated: of a run whose prompts and answers are as long as those that are evaluated.
+        """
+        options = self.store.plan.options
+        length = AnswerLength(max_new_tokens=options.max_new_tokens, ignore_eos=False)
+        found = []
+        for number, case in enumerate(self.cases):
+            samples = self._first_batch(case)
+            if evaluated:
+                samples = [replace(each, question=each.unpadded_question or each.question) for each in samples]
+            found.append(self._seconds_of(number, samples, length if evaluated else options.timed_length))
+        return found
+
+    def _seconds_of(self, number: int, samples: list[Sample], length: AnswerLength) -> float | CaseFailure:
         """Seconds of the first run, or of a second one where the first was so short that it was mostly start-up."""
         taken = 0.0
         for _ in range(2):
             start = time.perf_counter()
             try:
-                run_case(self.model, self.cases[number], samples, self.store.plan.max_new_tokens)
+                run_case(self.model, self.cases[number], samples, **length)
             except MMTokError:
                 raise
             except Exception as error:
@@ -99,7 +124,7 @@ class Measurement:
                 self.batches,
                 number,
                 left,
-                max_new_tokens=plan.max_new_tokens,
+                **plan.options.timed_length,
                 runs=plan.runs,
                 gpu=self.gpu,
                 attempt=self._attempt,

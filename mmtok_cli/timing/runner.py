@@ -8,6 +8,7 @@ from statistics import median
 
 from mmtok_cli.cases import Case
 from mmtok_cli.data.samples import Sample
+from mmtok_cli.decoding import answer_mask
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.pipeline import Answers
 from mmtok_cli.results.records import TimedRun, sample_name
@@ -28,6 +29,7 @@ def run_case(
     max_new_tokens: int,
     index: int = 0,
     *,
+    ignore_eos: bool = False,
     runs: int = 1,
     gpu: Gpu | None = None,
 ) -> TimedRun:
@@ -39,15 +41,20 @@ def run_case(
         with peak_memory(model.device) as peak:
             clock = Clock(model.device)
             with last_layer(model, clock.now) as spans:
-                answers = case.answer(model, samples, max_new_tokens, clock.stage)
+                answers = case.answer(model, samples, max_new_tokens, clock.stage, ignore_eos=ignore_eos)
             stages = of_whole_model(clock.stages(), clock.sums(spans), missing_layers(model))
             repetitions.append(with_sums(stages))
         peaks.append(peak)
     assert answers is not None
     after = gpu.joules() if gpu else None
     joules = None if before is None or after is None else (after - before) / runs
+    steps = answers.token_ids.shape[1]
+    ended = answer_mask(answers.token_ids, model.eos_token_ids).sum(1).tolist()
     return _record(index, samples, answers, repetitions, peaks).model_copy(
-        update={"gpu": gpu.state(joules) if gpu else None}
+        update={
+            "new_tokens": [steps] * len(samples) if ignore_eos else ended,
+            "gpu": gpu.state(joules) if gpu else None,
+        }
     )
 
 
@@ -59,6 +66,7 @@ def run_round(
     turns: Sequence[Turn],
     *,
     max_new_tokens: int,
+    ignore_eos: bool = False,
     runs: int = 1,
     gpu: Gpu | None = None,
     attempt: Attempt | None = None,
@@ -77,7 +85,17 @@ def run_round(
         batch = case.batch_size, turn.batch
         if batch not in opened:
             opened[batch] = [sample.open() for sample in batches[case.batch_size][turn.batch]]
-        work = partial(run_case, model, case, opened[batch], max_new_tokens, turn.case, runs=runs, gpu=gpu)
+        work = partial(
+            run_case,
+            model,
+            case,
+            opened[batch],
+            max_new_tokens,
+            turn.case,
+            ignore_eos=ignore_eos,
+            runs=runs,
+            gpu=gpu,
+        )
         run = attempt(turn.case, number, work) if attempt else work()
         if run is not None:
             yield run.model_copy(update={"round": number, "batch": turn.batch})

@@ -7,7 +7,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, median
 
 from mmtok_cli.results.records import GpuState, MachineState, TimedRun
-from mmtok_cli.results.schema import CaseId, CaseResult, FlopCoverage, GpuUse, MachineUse, Memory, Tokens
+from mmtok_cli.results.schema import (
+    CaseId,
+    CaseResult,
+    FlopCoverage,
+    GpuUse,
+    MachineUse,
+    Memory,
+    Speedup,
+    Times,
+    Tokens,
+)
 from mmtok_cli.timing.statistics import drift, outliers, paired_speedup, summarise
 
 
@@ -24,24 +34,25 @@ def summarise_case(
     flops: per sample, by stage.
     """
     once = _first_of_each_batch(runs)
-    seconds = {stage: [run.seconds[stage] for run in runs] for stage in runs[0].seconds}
-    repeated = any(len(run.repetitions["total"]) > 1 for run in runs)
+    before: Sequence[TimedRun | None] = baseline or [None] * len(runs)
+    pairs = list(zip(runs, before, strict=True))
+    decoded = [(run, base) for run, base in pairs if run.steps > 1]
+    seconds = {stage: _times(runs, stage) for stage in runs[0].seconds}
+    speedups = {stage: _speedup(pairs, stage) for stage in runs[0].seconds}
+    if decoded:
+        seconds["tpot"] = _times([run for run, _ in decoded], "tpot")
+        speedups["tpot"] = _speedup([(run, base) for run, base in decoded if base and base.steps > 1], "tpot")
     return CaseResult(
         case=case,
         positions=runs[0].positions,
         tokens=_tokens(once),
         short=sum(tokens.short for run in once for tokens in run.tokens),
-        seconds={
-            stage: summarise(values, [run.repetitions[stage] for run in runs] if repeated else ())
-            for stage, values in seconds.items()
-        },
-        speedup={
-            stage: paired_speedup(before, values)
-            for stage, values in seconds.items()
-            if (before := [run.seconds[stage] for run in baseline or ()]) and min(*before, *values) > 0
-        },
+        seconds=seconds,
+        speedup={stage: speedup for stage, speedup in speedups.items() if speedup},
         overhead=median(map(_overhead, runs)),
         decode_tokens_per_second=_decode_speed(runs),
+        batch_decode_tokens_per_second=_batch_decode_speed(runs),
+        samples_per_second=median(len(run.samples) / run.seconds["total"] for run in runs),
         memory=Memory(
             peak=_largest(run.peak for run in runs),
             kv_cache=int(fmean(run.kv_cache / len(run.samples) for run in once)),
@@ -51,9 +62,33 @@ def summarise_case(
         flops=dict(flops),
         flop_coverage=coverage,
         gpu=summarise_states([run.gpu for run in runs if run.gpu], case.batch_size),
-        outliers=outliers(seconds["ttft"]),
-        drift=drift(seconds["ttft"]),
+        outliers=outliers(seconds["ttft"].values),
+        drift=drift(seconds["ttft"].values),
     )
+
+
+def _times(runs: Sequence[TimedRun], stage: str) -> Times:
+    repeated = any(len(run.repetitions["total"]) > 1 for run in runs)
+    values = [_seconds_of(run, stage) for run in runs]
+    return summarise(values, [_repetitions_of(run, stage) for run in runs] if repeated else ())
+
+
+def _speedup(pairs: Sequence[tuple[TimedRun, TimedRun | None]], stage: str) -> Speedup | None:
+    """The speedup of a stage over runs of the same round; None without a baseline, or where a stage took no time."""
+    before = [_seconds_of(base, stage) for _, base in pairs if base]
+    after = [_seconds_of(run, stage) for run, base in pairs if base]
+    return paired_speedup(before, after) if before and min(*before, *after) > 0 else None
+
+
+def _seconds_of(run: TimedRun, stage: str) -> float:
+    """Seconds of a stage, or of decode per token after the first (`tpot`)."""
+    return run.seconds["decode"] / (run.steps - 1) if stage == "tpot" else run.seconds[stage]
+
+
+def _repetitions_of(run: TimedRun, stage: str) -> list[float]:
+    if stage == "tpot":
+        return [seconds / (run.steps - 1) for seconds in run.repetitions["decode"]]
+    return run.repetitions[stage]
 
 
 def summarise_states(states: Sequence[GpuState], samples: int) -> GpuUse | None:
@@ -128,4 +163,11 @@ def _overhead(run: TimedRun) -> float:
 def _decode_speed(runs: Sequence[TimedRun]) -> float | None:
     """Tokens per second of a sequence while decoding; the first token comes from prefill."""
     speeds = [(run.steps - 1) / run.seconds["decode"] for run in runs if run.steps > 1 and run.seconds["decode"] > 0]
+    return median(speeds) if speeds else None
+
+
+def _batch_decode_speed(runs: Sequence[TimedRun]) -> float | None:
+    """Tokens per second of all samples of a batch while decoding, without padding behind shorter answers."""
+    counts = [(sum(run.new_tokens) - len(run.samples), run.seconds["decode"]) for run in runs if run.new_tokens]
+    speeds = [tokens / seconds for tokens, seconds in counts if tokens > 0 and seconds > 0]
     return median(speeds) if speeds else None

@@ -9,10 +9,10 @@ import socket
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -33,6 +33,8 @@ MOST_MOMENTS = 300  # of a timeline
 Span = tuple[str, float, float]  # a stage, and when it begins and ends, in microseconds
 Level = tuple[float, int]  # a moment in microseconds, and the bytes allocated from then on
 
+Result = TypeVar("Result")
+
 
 @dataclass(frozen=True)
 class Trace:
@@ -50,7 +52,13 @@ class Trace:
 
 
 def trace_case(
-    model: VisionLanguageModel, case: Case, samples: Sequence[Sample], directory: Path, max_new_tokens: int
+    model: VisionLanguageModel,
+    case: Case,
+    samples: Sequence[Sample],
+    directory: Path,
+    max_new_tokens: int,
+    *,
+    ignore_eos: bool = False,
 ) -> Trace:
     """Run a case once under the profiler, which slows it down: times of a trace are not results.
 
@@ -58,7 +66,7 @@ def trace_case(
     """
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (model.device.type == "cuda")
     with profile(activities=activities, profile_memory=True) as profiler:
-        case.answer(model, samples, max_new_tokens, record_function)
+        case.answer(model, samples, max_new_tokens, record_function, ignore_eos=ignore_eos)
     events = _export(profiler)
     spans = [
         (event["name"], event["ts"], event["ts"] + event["dur"])
@@ -175,3 +183,10 @@ def timeline(case: str, levels: Sequence[Level], spans: Sequence[Span]) -> Memor
 
 def _bytes(level: Level) -> int:
     return level[1]
+
+
+def allocated_peak(work: Callable[[], Result], device: torch.device) -> tuple[int, Result]:
+    """The most bytes that some work allocates, as the profiler sees it, and its result."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = work()
+    return max((allocated for _, allocated in _levels(_export(profiler), device)), default=0), result

@@ -24,12 +24,13 @@ def environment_facts(comparison: Comparison) -> list[tuple[str, str]]:
     return [
         ("processor", e.processor),
         ("device", f"{e.device}, {plural(e.threads, 'thread')}"),
-        ("weights", f"{e.weights}, {e.dtype}, {e.attention} attention"),
+        ("weights", f"{e.weights}, {tables.settings_text(e)}"),
         (
             "data",
             f"{s.data}, {plural(s.samples, 'sample')}, batch size {batch_sizes(comparison)}, at most "
             f"{plural(s.max_new_tokens, 'new token')}",
         ),
+        *([("lengths", lengths)] if (lengths := tables.lengths_text(s)) else []),
         *([("metric", f"{s.metric}: {s.metric_title}")] if s.metric else []),
         ("schedule", f"{plural(s.rounds, 'round')}{timed}, {s.warmup} for warm-up, in random order, seed {s.seed}"),
         ("rules", tables.rules_text(comparison.rules) or f"{comparison.rules.track} track"),

@@ -29,7 +29,6 @@ from mmtok_cli.report.profiles import ceiling_table, profile_tables, profiles_by
 from mmtok_cli.report.scaling import growth_table, scaling_table
 from mmtok_cli.report.text import printable, printable_record
 from mmtok_cli.report.units import count, plural, seconds, share
-from mmtok_cli.results.schema import Comparison
 
 if TYPE_CHECKING:
     from mmtok_cli.results.profile import ProfileResult
@@ -59,7 +58,7 @@ def profile_page_text(profile: ProfileResult, notes: Sequence[str] = (), top: in
     It loads nothing from elsewhere. notes: how to read the tables. top: operators to list per stage.
     """
     profile = printable_record(profile)
-    comparison = cases_of_profile(profile)
+    comparison = profile.comparison
     stacks, stack_scale = charts.stage_stacks(comparison)
     operators = {case: [o for o in profile.operators if o.case == case] for case in _traced(profile)}
     sizes = sorted({point.tokens for point in profile.scaling})
@@ -86,12 +85,6 @@ def profile_page_text(profile: ProfileResult, notes: Sequence[str] = (), top: in
         environment=environment_facts(comparison),
         command=shlex.join(profile.environment.command),
     )
-
-
-def cases_of_profile(profile: ProfileResult) -> Comparison:
-    """The cases of a profile as a comparison, for what shows either."""
-    fields = {"model", "rules", "environment", "schedule", "interrupted"}
-    return Comparison(**profile.model_dump(by_alias=True, include=fields), results=profile.cases)
 
 
 def plain(table: Table) -> PlainTable:
