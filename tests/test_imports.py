@@ -33,6 +33,7 @@ ALLOWED = {
     "hooks": SHARED | {"methods"},
     "image_plan": SHARED | {"models", "methods", "hooks"},
     "pipeline": SHARED | {"models", "methods", "data", "decoding", "image_plan", "hooks"},
+    "conversation": SHARED | {"models", "methods", "data", "decoding", "image_plan", "pipeline"},
     # Plain data: neither what measures it nor what runs a model.
     "results": {"__version__", "results", "data", "settings", "budget", "errors", "files", "rules", "stages"},
     "cases": SHARED | {"pipeline", "models", "methods", "results", "data"},

@@ -41,14 +41,26 @@ class ClosedImages(Sequence[Image]):
 
 
 @dataclass(frozen=True)
+class Turn:
+    """A later question of a conversation, with its reference answers; see Sample."""
+
+    question: str
+    answer: str | None = None
+    answers: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+    kind: str | None = None
+
+
+@dataclass(frozen=True)
 class Sample:
-    """A question about one image or several.
+    """A question about one image or several, which may begin a conversation.
 
     images: PIL images. question: its `<image>` markers, if any, say where the images go.
     image_ids: a stable name for each image, from which seeded methods draw. id: a stable name within the dataset.
     answer: the reference answer, if known. answers: several reference answers. choices: the texts of options A, B, …
     of a multiple-choice question, which are in the question as well. kind: the kind of question, for scores by kind.
-    place: where it was read, as in "asked.jsonl, line 3".
+    place: where it was read, as in "asked.jsonl, line 3". later: the questions after the first one, where the sample is
+    a conversation.
     """
 
     images: Sequence[Image]
@@ -60,6 +72,7 @@ class Sample:
     answers: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
     place: str = ""
+    later: tuple[Turn, ...] = ()
 
     def open(self) -> Sample:
         """The sample with its images read into memory. Raises MMTokError for an image that cannot be read."""
@@ -69,6 +82,11 @@ class Sample:
     def references(self) -> tuple[str, ...]:
         """All reference answers; empty if none is known."""
         return self.answers or (() if self.answer is None else (self.answer,))
+
+    @property
+    def turns(self) -> tuple[Sample, ...]:
+        """A sample for each question of the conversation, the first one included."""
+        return (replace(self, later=()), *(replace(self, later=(), **vars(turn)) for turn in self.later))
 
 
 def sample_from_file(path: Path | str, question: str, *more: Path | str) -> Sample:
