@@ -205,6 +205,13 @@ def require_policy(method: Method, policy: TurnPolicy) -> None:
         )
 
 
+def check_conversation(model: VisionLanguageModel, sample: Sample) -> None:
+    """Refuse a conversation whose questions cannot follow each other. Raises MMTokError."""
+    questions = [turn.question for turn in sample.turns]
+    for number in range(1, len(questions)):
+        model.next_turn(questions[:number], questions[number], len(sample.images))
+
+
 def _without_end(said: Tensor, model: VisionLanguageModel) -> Tensor:
     """The tokens of an answer without the one that ended it, which the chat template writes itself."""
     ended = len(said) > 0 and int(said[-1]) in model.eos_token_ids

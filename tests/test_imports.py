@@ -38,10 +38,12 @@ ALLOWED = {
     "results": {"__version__", "results", "data", "settings", "budget", "errors", "files", "rules", "stages"},
     "cases": SHARED | {"pipeline", "models", "methods", "results", "data"},
     "timing": SHARED
-    | {"timing", "cases", "hooks", "pipeline", "decoding", "models", "methods", "results", "data", "files"},
+    | {"timing", "cases", "hooks", "conversation", "pipeline", "decoding", "models", "methods", "results", "data"}
+    | {"files"},
     "evaluation": SHARED
     | {"evaluation", "cases", "image_plan", "pipeline", "decoding", "models", "methods", "results", "data"},
-    "summary": {"evaluation", "timing", "results"},
+    "summary": {"evaluation", "timing", "results", "turns"},
+    "turns": {"evaluation", "timing", "results"},
     "report": SHARED | {"report", "results", "planning", "progress", "settings", "files", "profiles"},
     "demo": {"demo", "errors", "models"},
     "tokens": {"errors"},

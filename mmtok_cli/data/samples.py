@@ -122,6 +122,20 @@ def demo_samples(limit: int) -> list[Sample]:
     ]
 
 
+def demo_conversations(limit: int) -> list[Sample]:
+    """The first `limit` held-out scenes of the demo, each with questions about different objects."""
+    from mmtok_cli.demo.drawing import draw
+    from mmtok_cli.demo.questions import held_out_conversations
+
+    samples = []
+    for number, questions in enumerate(held_out_conversations(limit)):
+        first, *others = questions
+        later = tuple(Turn(question.text, question.answer, kind=question.kind) for question in others)
+        image, name = draw(first.scene), f"scene-{first.scene.seed}"
+        samples.append(Sample((image,), first.text, (name,), first.answer, first.kind, id=str(number), later=later))
+    return samples
+
+
 def batches(samples: Sequence[Item], size: int) -> Iterator[list[Item]]:
     """Consecutive groups of `size` items; the last may be smaller."""
     iterator = iter(samples)

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from mmtok_cli.rules import Positions, Rules
+from mmtok_cli.rules import Positions, Rules, TurnPolicy
 
 CONFIDENCE = 0.95  # of all intervals
 
@@ -311,6 +311,32 @@ class CaseResult(OfCase):
     fidelity: Fidelity | None = None
 
 
+class TurnResult(OfCase):
+    """One turn of all conversations with a case under a policy for later turns.
+
+    policy: None for the baseline. turn: from 1; None for all turns together, where seconds are those of a whole
+    conversation, and tokens and bytes those of its last turn. conversations: how many have this turn. tokens: means, of
+    the whole conversation up to the answer. seconds: by stage, one value for each conversation. speedup: paired within
+    conversations. kv_cache, encoder_outputs: bytes, means; the latter are kept in memory for later turns.
+    score: the mean over questions. retention: score / score of the baseline in the same turn, with bounds of a 95 %
+    interval. same: share of answers identical to the baseline's.
+    """
+
+    policy: TurnPolicy | None
+    turn: int | None
+    conversations: int
+    tokens: Tokens
+    seconds: dict[str, Times]
+    speedup: dict[str, Speedup]
+    kv_cache: float
+    encoder_outputs: float
+    score: float | None = None
+    retention: float | None = None
+    retention_low: float | None = None
+    retention_high: float | None = None
+    same: float | None = None
+
+
 class FailedCase(OfCase):
     """A case that failed and has no result, or, among `unevaluated`, no quality.
 
@@ -358,7 +384,7 @@ class Schedule(Record):
     samples that the rounds cycle through. data_digest: of names, questions and answers. batch_size: a list if there are
     several. rounds: completed rounds. runs: repetitions of each case within a round. min_time: minimum seconds of
     timed runs. metric: name of the metric that judges the answers, None if they are not judged; metric_title: what it
-    is, in words.
+    is, in words. conversations: number of them that were evaluated, of `planned_samples`; None without --turns.
     """
 
     data: str
@@ -376,13 +402,15 @@ class Schedule(Record):
     timed: int | None = None
     metric: str | None = None
     metric_title: str | None = None
+    conversations: int | None = None
 
 
 class Comparison(Record):
     """What `mmtok compare --json` prints.
 
     results: for each batch size the unreduced baseline, unless it failed, then the other cases. planned_rounds: minimum
-    number of rounds. unevaluated: cases that were timed but could not be evaluated. left_out: one line for each part of
+    number of rounds. unevaluated: cases that were timed but could not be evaluated. turns: for each case and policy its
+    turns, then all of them together; empty without --turns. left_out: one line for each part of
     the data that could not be used. remarks: further lines about the results.
     """
 
@@ -397,5 +425,6 @@ class Comparison(Record):
     planned_rounds: int | None = None
     run_directory: str | None = None
     unevaluated: list[FailedCase] = []
+    turns: list[TurnResult] = []
     left_out: list[str] = []
     remarks: list[str] = []
