@@ -21,6 +21,7 @@ from mmtok_cli.report.columns import KEPT, is_scored, kind_columns, section_colu
 from mmtok_cli.report.page import charts
 from mmtok_cli.report.page.facts import headline
 from mmtok_cli.report.text import printable, printable_record
+from mmtok_cli.report.turns import shown_columns
 from mmtok_cli.report.units import plural
 
 if TYPE_CHECKING:
@@ -89,6 +90,8 @@ def page_text(comparison: Comparison, overlays: Sequence[OverlayGroup] = ()) -> 
         answer_rows=_rows(comparison, answers),
         kinds=kinds,
         kind_rows=_rows(comparison, kinds),
+        turns=shown_columns(comparison),
+        turn_rows=_turn_rows(comparison),
         overlays=[
             (
                 printable(group.title),
@@ -119,6 +122,21 @@ def _rows(comparison: Comparison, columns: Sequence[Column]) -> list[dict[str, A
             "cells": row.cells,
         }
         for row in rows(comparison, columns)
+    ]
+
+
+def _turn_rows(comparison: Comparison) -> list[dict[str, Any]]:
+    """A row for each turn of conversations, with the key of its case in the plots."""
+    numbers, columns = charts.method_numbers(comparison), shown_columns(comparison)
+    return [
+        {
+            "method": str(result),
+            "number": None if result.case.is_baseline else numbers.get(charts.series_name(result, comparison)),
+            "baseline": result.case.is_baseline,
+            "missing": None,
+            "cells": [column.cell_of(result) for column in columns],
+        }
+        for result in comparison.turns
     ]
 
 
