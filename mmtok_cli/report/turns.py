@@ -13,9 +13,11 @@ from mmtok_cli.report.tables import narrow_text, plain_table
 from mmtok_cli.report.units import number, plural, seconds, share, size
 
 if TYPE_CHECKING:
+    from mmtok_cli.results.records import TurnRun
     from mmtok_cli.results.schema import Comparison, Speedup, TurnResult
 
 SHOWN_TURNS = 4  # in the terminal, which is narrow
+TURN_STAGES = {"select": "select", "prefill": "prefill", "ttft": "TTFT", "total": "total"}
 POLICIES = {
     "reuse": "reuse: tokens selected for the first question stay in the KV cache, and later questions are appended",
     "reselect": "reselect: tokens are selected anew for each question, and the conversation is prefilled again",
@@ -177,8 +179,26 @@ def _by_turn(title: str, comparison: Comparison, column: TurnColumn | None, besi
         cells = [column.cell_of(by_turn[turn]) if turn in by_turn else Cell() for turn in shown] if column else []
         cells += [each.cell_of(whole) for each in beside]
         style = "bold" if whole.case.is_baseline else ""
-        names = whole.case.title, str(KEPT.cell_of(whole)), whole.policy or "–"
+        names = str(whole), str(KEPT.cell_of(whole)), whole.policy or "–"  # kept does not show the budget of a union
         table.add_row(*names, *map(narrow_text, cells), style=style)
+    return table
+
+
+def conversation_table(name: str, turns: Sequence[TurnRun]) -> Table:
+    """Tokens, seconds and memory of each turn of one conversation. name: of its case."""
+    table = plain_table(name)
+    for heading in ("turn", "kept", "text", "new", *TURN_STAGES.values(), CACHE.heading):
+        table.add_column(heading, justify="right", no_wrap=True)
+    keeping = any(turn.encoder_outputs for turn in turns)
+    if keeping:
+        table.add_column(ENCODED.heading, justify="right")
+    for place, turn in enumerate(turns, 1):
+        table.add_row(
+            *(str(place), f"{turn.tokens.kept}/{turn.tokens.total}", str(turn.tokens.text), str(turn.steps)),
+            *(seconds(turn.seconds[stage]) for stage in TURN_STAGES),
+            size(turn.kv_cache),
+            *([size(turn.encoder_outputs)] if keeping else []),
+        )
     return table
 
 
