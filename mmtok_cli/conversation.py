@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -196,7 +196,11 @@ class Conversation:
 
 
 def require_policy(method: Method, policy: TurnPolicy) -> None:
-    """Raises MMTokError for a policy that does not suit the method."""
+    """Raises MMTokError for a policy that does not exist or does not suit the method."""
+    if policy not in get_args(TurnPolicy):
+        raise MMTokError(
+            f"{policy!r} is not a policy for later turns", f"choose among {', '.join(get_args(TurnPolicy))}"
+        )
     if policy == "union" and "inside the language model" in method.acts():
         raise MMTokError(
             f"--turns union does not suit {type(method).__name__}: it drops tokens inside the language model, anew for "

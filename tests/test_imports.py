@@ -28,8 +28,8 @@ ALLOWED = {
     "progress": {"errors"},
     "planning": {"cases", "data", "profiles", "results", "settings", "errors"},
     "api": SHARED
-    | {"cases", "comparison", "configuration", "data", "evaluation", "methods", "models", "pipeline", "results"}
-    | {"retention", "settings", "timing"},
+    | {"cases", "comparison", "configuration", "conversation", "data", "evaluation", "methods", "models", "pipeline"}
+    | {"results", "retention", "settings", "timing"},
     "hooks": SHARED | {"methods"},
     "image_plan": SHARED | {"models", "methods", "hooks"},
     "pipeline": SHARED | {"models", "methods", "data", "decoding", "image_plan", "hooks"},
