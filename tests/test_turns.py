@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from cli_helpers import refused, run, run_json, run_process
+from comparisons import HOSTILE_TEXTS, case, comparison, is_harmless
 from conftest import picture
 
 import mmtok_cli as mmtok
@@ -19,9 +20,10 @@ from mmtok_cli.data.samples import Sample
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.models.llava import Llava
+from mmtok_cli.report.exports import write_export
 from mmtok_cli.results.progress import is_finished
 from mmtok_cli.results.run_directory import RunDirectory
-from mmtok_cli.results.schema import Comparison, from_json, json_text
+from mmtok_cli.results.schema import CaseId, Comparison, TurnResult, from_json, json_text
 from mmtok_cli.rules import TurnPolicy
 from mmtok_cli.summary import summarise_run
 
@@ -314,3 +316,62 @@ def test_two_processes_share_the_conversations(command: tuple[Any, ...], tmp_pat
     run_json(*command, "--device", "cpu", "--run-dir", tmp_path / "one")
     assert answers_of(tmp_path / "two") == answers_of(tmp_path / "one")
     assert len(answers_of(tmp_path / "one")) == 3 * len(CASES)
+
+
+def test_scores_and_retention_are_those_of_each_turn(command: tuple[Any, ...], tmp_path: Path) -> None:
+    run_json(*command, "--run-dir", tmp_path / "run")
+    scores = {("full", None): [[1, 0.5, 1], [1, 0]], ("mmtok", "reuse"): [[1, 0, 1], [0.5, 1]]}
+    store = RunDirectory.open(tmp_path / "run")
+    for number, record in store.conversations.items():
+        runs = []
+        for each in record.runs:
+            name = store.plan.cases[each.case].case.method, each.policy
+            given = scores.get(name, scores["full", None])
+            turns = [
+                turn.model_copy(update={"score": given[number][place] if number < 2 else None, "answer": name[0]})
+                for place, turn in enumerate(each.turns)
+            ]
+            runs.append(each.model_copy(update={"turns": turns}))
+        store.conversations[number] = record.model_copy(update={"runs": runs})
+    found = {(t.case.method, t.policy, t.turn): t for t in summarise_run(store).turns}
+    assert [found["full", None, turn].score for turn in (1, 2, 3, None)] == [1, 0.25, 1, 0.7]
+    assert [found["mmtok", "reuse", turn].score for turn in (1, 2, 3, None)] == [0.75, 0.5, 1, 0.7]
+    assert [found["mmtok", "reuse", turn].retention for turn in (1, 2, 3, None)] == [0.75, 2, 1, 1]
+    whole = found["mmtok", "reuse", None]
+    assert whole.same == 0 and whole.retention_low is not None and whole.retention_high is not None
+    assert 0.5 < whole.retention_low < 1 < whole.retention_high < 2  # between those of the two conversations
+    assert found["full", None, None].retention is None and found["full", None, None].same is None
+    seconds = [
+        sum(turn.seconds["total"] for turn in store.conversations[n].by_case[1, "reuse"].turns) for n in range(3)
+    ]
+    assert whole.seconds["total"].values == pytest.approx(seconds)
+    base = [sum(turn.seconds["total"] for turn in store.conversations[n].by_case[0, None].turns) for n in range(3)]
+    ratios = sorted(a / b for a, b in zip(base, seconds, strict=True))
+    assert whole.speedup["total"].median == pytest.approx(ratios[1])
+
+
+@pytest.mark.parametrize("text", HOSTILE_TEXTS.values(), ids=HOSTILE_TEXTS)
+def test_names_in_turns_are_harmless_everywhere(text: str, tmp_path: Path) -> None:
+    usual = case("full", 576)
+    turns = [
+        TurnResult(
+            case=CaseId(method=text, parameters={}, budget="4", run=text),
+            policy="reuse",
+            turn=turn,
+            conversations=3,
+            tokens=usual.tokens,
+            seconds=usual.seconds | {"encode": usual.seconds["prefill"]},
+            speedup={},
+            kv_cache=10,
+            encoder_outputs=0,
+        )
+        for turn in (1, None)
+    ]
+    found = comparison([usual]).model_copy(update={"turns": turns})
+    for kind in ("csv", "md", "html"):
+        path = tmp_path / f"out.{kind}"
+        write_export(found, path)
+        written = path.read_text()
+        assert is_harmless(written) and (kind == "csv" or "<img src=x" not in written)
+    with (tmp_path / "out.csv").open() as file:
+        assert not any(value.startswith("=") for row in csv.DictReader(file) for value in row.values())
