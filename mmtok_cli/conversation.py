@@ -112,7 +112,7 @@ class Conversation:
             return self._read(reduced, (question,), stage)
         with stage("prepare"):
             between = self._model.next_turn(before.questions, question, len(self._sample.images))
-            said = _without_end(before.said, self._model)
+            said = _without_end(before.said, self._model).to(between.device)
             self._require_text(said)
         if self._policy == "reuse":
             return self._read_on(before, torch.cat([said[len(before.said) - 1 :], between]), question, stage)
@@ -224,12 +224,12 @@ def _without_end(said: Tensor, model: VisionLanguageModel) -> Tensor:
 
 def _stored_bytes(vision: Sequence[VisionTokens]) -> int:
     """Bytes of memory that the tensors of encoded images hold, each once, however many views there are of it."""
-    found: dict[int, int] = {}
+    found: dict[tuple[torch.device, int], int] = {}
 
     def add(value: Any) -> None:
         if isinstance(value, Tensor):
             storage = value.untyped_storage()
-            found[storage.data_ptr()] = storage.nbytes()
+            found[value.device, storage.data_ptr()] = storage.nbytes()
         elif isinstance(value, VisionTokens):
             for part in (value.projected, value.features, value.eligible, *value.signals.values(), *value.deepstack):
                 add(part)

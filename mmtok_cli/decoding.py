@@ -74,8 +74,8 @@ class Continuation:
         Their positions count on from the last one.
         """
         count = tokens.shape[1]
-        self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), count)], dim=1)
-        positions = self._position + torch.arange(1, count + 1, device=tokens.device)
+        self._mask = torch.cat([self._mask, self._mask.new_ones(len(self._mask), count)], dim=1)
+        positions = self._position + torch.arange(1, count + 1, device=self._position.device)
         self._position = positions[..., -1:]
         step = {"input_ids": tokens, "attention_mask": self._mask, "position_ids": positions}
         logits, self.cache = hf.forward(self.model.model, step, self.cache)
