@@ -6,8 +6,10 @@ import csv
 import json
 import subprocess
 import sys
+from collections import Counter
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from cli_helpers import refused, run, run_json, run_process
@@ -16,7 +18,7 @@ from conftest import picture
 
 import mmtok_cli as mmtok
 from mmtok_cli.conversation import Conversation
-from mmtok_cli.data.samples import Sample
+from mmtok_cli.data.samples import Sample, demo_conversations
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.models.llava import Llava
@@ -100,6 +102,8 @@ def test_answers_are_those_of_a_conversation(
 
 KILL = """
 import os, signal
+from collections import Counter
+from itertools import product
 from pathlib import Path
 usual, written = Path.replace, []
 def replace(self, target):
@@ -375,3 +379,17 @@ def test_names_in_turns_are_harmless_everywhere(text: str, tmp_path: Path) -> No
         assert is_harmless(written) and (kind != "html" or "<img src=x" not in written)
     with (tmp_path / "out.csv").open() as file:
         assert not any(value.startswith("=") for row in csv.DictReader(file) for value in row.values())
+
+
+def test_the_demo_shows_where_reuse_breaks() -> None:
+    """Tokens that were chosen for the first question do not show what later ones are about."""
+    model = mmtok.load_model("demo", device="cpu")
+    right: Counter[tuple[str, str]] = Counter()
+    for sample in demo_conversations(10):
+        for method, policy in product(("mmtok", "divprune"), get_args(TurnPolicy)):
+            questions = [turn.question for turn in sample.later]
+            turns = mmtok.converse(model, method, sample, questions, 4, policy=policy, max_new_tokens=2)
+            answers = [turn.answer for turn in sample.later]
+            right[method, policy] += sum(turn.text == answer for turn, answer in zip(turns[1:], answers, strict=True))
+    assert right["mmtok", "reuse"] + 3 <= right["mmtok", "reselect"]
+    assert right["divprune", "reuse"] == right["divprune", "reselect"] == right["divprune", "union"]
