@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, count
@@ -311,7 +311,9 @@ def prepare_comparison(
     """What every process needs. model: if it is loaded already. Raises MMTokError for what cannot be done, the cheapest
     checks first."""
     cases = cases_of(settings)
-    require_turns(settings, cases)
+    for case in cases:
+        for policy in settings.turns or ():
+            require_policy(case.method, policy)
     dataset = open_dataset(
         settings.data,
         image_root=settings.image_root,
@@ -332,17 +334,6 @@ def prepare_comparison(
     if settings.layers is not None and not settings.no_quality:
         progress.note("--layers runs a part of the model, so answers are not evaluated")
     return Prepared(model, cases, dataset)
-
-
-def require_turns(settings: CompareSettings, cases: Sequence[Case]) -> None:
-    """Raises MMTokError for conversations that cannot be held with these settings."""
-    if settings.encode_again and not settings.turns:
-        raise MMTokError("--encode-again requires --turns", "add --turns, as in --turns reselect")
-    if settings.turns and not settings.measures_quality:
-        raise MMTokError("--turns evaluates answers, which these options leave out", "omit --no-quality and --layers")
-    for case in cases:
-        for policy in settings.turns or ():
-            require_policy(case.method, policy)
 
 
 def require_same_settings(then: CompareSettings, now: CompareSettings, given: Collection[str], directory: Path) -> None:

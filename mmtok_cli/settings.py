@@ -438,6 +438,13 @@ class CompareSettings(CasesSettings):
             raise MMTokError(f"--retain needs the answers, which {option} does not evaluate", f"omit {option}")
         if self.retain and len(self.batch_size) > 1:
             raise MMTokError("--retain takes one batch size", "answers do not depend on it; give one")
+        if self.retain and self.turns:
+            raise MMTokError("--retain searches with single questions, not with --turns", "omit one of them")
+        if self.turns and not self.measures_quality:
+            option = "--no-quality" if self.no_quality else "--layers"
+            raise MMTokError(f"--turns needs the answers, which {option} does not evaluate", f"omit {option}")
+        if self.encode_again and not self.turns:
+            raise MMTokError("--encode-again requires --turns", "add --turns, as in --turns reselect")
         return self
 
     @property

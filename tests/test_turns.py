@@ -252,8 +252,10 @@ def test_the_plan_counts_conversations(command: tuple[Any, ...], monkeypatch: py
 
 def test_what_cannot_be_measured_is_refused(command: tuple[Any, ...], tiny_directory: Path, talks: Path) -> None:
     refused(run(*command, "--methods", "random:inside"), "union does not suit", "inside the language model")
-    refused(run(*command, "--no-quality"), "--turns evaluates answers")
-    refused(run(*command, "--layers", 3), "--turns evaluates answers")
+    refused(run(*command, "--no-quality"), "--turns needs the answers, which --no-quality")
+    refused(run(*command, "--layers", 3), "--turns needs the answers, which --layers")
+    retained = ("compare", "--data", talks, "--turns", "reuse", "--retain", "98%")
+    refused(run(*retained), "--retain searches with single questions")
     refused(run(*command[:-2], "--encode-again"), "--encode-again requires --turns")
     refused(run("compare", "--turns", "reuse", "--limit", 2), "demo:conversations")
     single = talks.with_name("single.jsonl")
