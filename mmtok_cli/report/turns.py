@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mmtok_cli.results.schema import Comparison, Speedup, TurnResult
 
 SHOWN_TURNS = 4  # in the terminal, which is narrow
+INTERVAL = len("1.44–1.48")
 TURN_STAGES = {"select": "select", "prefill": "prefill", "ttft": "TTFT", "total": "total"}
 POLICIES = {
     "reuse": "reuse: tokens selected for the first question stay in the KV cache, and later questions are appended",
@@ -150,7 +151,7 @@ def turn_tables(comparison: Comparison) -> list[Table]:
     if any(result.score is not None for result in comparison.turns):
         tables = [
             _by_turn(f"Score per turn ({held})", comparison, SCORE),
-            _by_turn("Retention per turn", comparison, RETENTION),
+            _by_turn("Retention per turn", comparison, replace(RETENTION, cell=_short_retention)),
         ]
     else:
         tables = [_by_turn(f"Answers identical to the unreduced model's, per turn ({held})", comparison, SAME)]
@@ -159,18 +160,27 @@ def turn_tables(comparison: Comparison) -> list[Table]:
     return [*tables, _by_turn("Whole conversations", comparison, None, beside=whole)]
 
 
+def _short_retention(result: TurnResult) -> Cell:
+    """Retention with an interval in whole percent, for narrow columns."""
+    cell, low, high = retention_cell(result), result.retention_low, result.retention_high
+    return cell if low is None or high is None else replace(cell, interval=f"{100 * low:.0f}–{100 * high:.0f}")
+
+
 def _by_turn(title: str, comparison: Comparison, column: TurnColumn | None, beside: Sequence[TurnColumn] = ()) -> Table:
     """A row for each case and policy: a column of each turn and of all together, then others of all together."""
     turns = [number for number in dict.fromkeys(result.turn for result in comparison.turns) if number is not None]
-    shown: list[int | None] = [*turns[:SHOWN_TURNS], None] if column else []
+    shown: list[int | None] = [*turns[: SHOWN_TURNS - len(beside)], None] if column else []
     table = plain_table(title)
+    table.padding = (0, 0 if beside else 1, 0, 0)
     table.add_column("method", no_wrap=True)
     for heading in (KEPT.heading, POLICY.heading):
         table.add_column(heading, justify="right", no_wrap=True)
     for turn in shown:
         table.add_column("all" if turn is None else f"turn {turn}", justify="right")
     for each in beside:
-        table.add_column(each.heading, justify="right")
+        table.add_column(
+            each.heading, justify="right", min_width=INTERVAL if each.heading.startswith("speedup") else None
+        )
     rows: dict[tuple[str, str | None], dict[int | None, TurnResult]] = {}
     for result in comparison.turns:
         rows.setdefault((str(result), result.policy), {})[result.turn] = result
