@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -18,8 +20,11 @@ from mmtok_cli.decoding import Continuation, decode, decode_after, prefill
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.methods import make_method
 from mmtok_cli.methods.base import Method
+from mmtok_cli.models import hf
 from mmtok_cli.models.base import VisionLanguageModel
+from mmtok_cli.models.families import family_class
 from mmtok_cli.pipeline import inside, reduce
+from mmtok_cli.profiles import known_profiles
 from mmtok_cli.rules import Positions, Rules
 from mmtok_cli.tokens import Selection, TextTokens, VisionTokens
 
@@ -301,3 +306,17 @@ def test_encoder_outputs_are_counted_once(tiny_sdpa: VisionLanguageModel) -> Non
     least = vision.projected.nbytes + vision.features.nbytes
     assert least <= turns[0].encoder_bytes <= 2 * least
     assert len({turn.encoder_bytes for turn in turns}) == 1
+
+
+@pytest.mark.parametrize("name", [name for name in known_profiles() if name != "demo"])
+def test_the_chat_templates_of_all_profiles_hold_conversations(name: str) -> None:
+    profile = known_profiles()[name]
+    config = hf.make_config(profile.family, copy.deepcopy(profile.architecture or {}))
+    family = family_class(profile.family)
+    model: Any = object.__new__(family)  # its weights do not matter, and would not fit
+    model.name, model.model = name, SimpleNamespace(config=config, device=torch.device("cpu"))
+    model.processor = family.stand_in_processor(config, profile.chat_template)
+    model.tokenizer = model.processor.tokenizer
+    appended = " ".join(map(str, model.next_turn(QUESTIONS[:2], QUESTIONS[2], 1).tolist()))
+    asked = [" ".join(map(str, model.tokenizer(text, add_special_tokens=False)["input_ids"])) for text in QUESTIONS]
+    assert [appended.count(ids) for ids in asked] == [0, 0, 1] and not appended.startswith(asked[2])
