@@ -13,6 +13,7 @@ load_model      a model by name, hub id or directory
 make_method     a reduction method, with the parameters that the model's profile sets for it
 load_sample     a question about one image or several; `Sample` is its class
 answer          answers to a batch of samples, with the tokens kept and the seconds of each stage
+converse        answers to several questions about the same images, one after another
 compare         methods measured side by side, as by `mmtok compare`: the results object
 select_tokens   MMTok's selection over plain tensors, without a model
 Budget, Rules   how many tokens an image keeps, and under which rules; MMTokError for all faults of the input
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from mmtok_cli.api import TimedAnswers as TimedAnswers
     from mmtok_cli.api import answer as answer
     from mmtok_cli.api import compare as compare
+    from mmtok_cli.api import converse as converse
     from mmtok_cli.api import find_budgets as find_budgets
     from mmtok_cli.api import load_sample as load_sample
     from mmtok_cli.api import make_method as make_method
@@ -49,6 +51,7 @@ _MODULES = {
     "TimedAnswers": "mmtok_cli.api",
     "answer": "mmtok_cli.api",
     "compare": "mmtok_cli.api",
+    "converse": "mmtok_cli.api",
     "find_budgets": "mmtok_cli.api",
     "load_model": "mmtok_cli.models",
     "load_sample": "mmtok_cli.api",
@@ -64,6 +67,7 @@ __all__ = [
     "__version__",
     "answer",
     "compare",
+    "converse",
     "find_budgets",
     "load_model",
     "load_sample",

@@ -12,6 +12,7 @@ from PIL.Image import Image
 from mmtok_cli import pipeline
 from mmtok_cli.budget import Budget
 from mmtok_cli.configuration import configured_method
+from mmtok_cli.conversation import Conversation, TurnAnswer
 from mmtok_cli.data.images import open_image
 from mmtok_cli.data.samples import Sample, require_question
 from mmtok_cli.errors import MMTokError
@@ -22,7 +23,7 @@ from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.pipeline import RELEASED, Answers
 from mmtok_cli.results.retention import Retention
 from mmtok_cli.results.schema import Comparison
-from mmtok_cli.rules import Rules
+from mmtok_cli.rules import Rules, TurnPolicy
 from mmtok_cli.timing.clock import Clock
 
 
@@ -40,6 +41,20 @@ class TimedAnswers(Answers):
         `layer_average` of sample i, and `short` where fewer tokens are kept than the budget says.
     seconds: by stage: prepare, encode, select, prefill and decode; `ttft` (time to the first token: all but decode)
         and `total`. One measurement without a warm-up, of the whole batch. The first call of a process is slower.
+    """
+
+    seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class TimedTurn(TurnAnswer):
+    """The answer to one question of a conversation.
+
+    text: the answer. token_ids: [new tokens].
+    tokens: `total`, `kept`, `text` and `layer_average` of the conversation up to this answer.
+    kv_cache_bytes: after this answer. encoder_bytes: encoder outputs kept in memory for later turns.
+    selections: what entered the language model of each image.
+    seconds: by stage; `ttft` (all but decode) and `total`. A stage that a turn does without is missing.
     """
 
     seconds: Mapping[str, float]
@@ -97,26 +112,67 @@ def answer(
     possible; see `reduced.tokens`. Raises MMTokError for a budget that none of the samples can meet and for a prompt
     that is longer than the context.
     """
+    batch = [samples] if isinstance(samples, Sample) else list(samples)
+    chosen, kept = _checked(model, method, batch, budget, rules)
+    clock = Clock(model.device)
+    answers = pipeline.answer(model, chosen, batch, kept, rules=rules, max_new_tokens=max_new_tokens, stage=clock.stage)
+    return TimedAnswers(
+        **{field.name: getattr(answers, field.name) for field in fields(answers)}, seconds=clock.seconds()
+    )
+
+
+def converse(
+    model: VisionLanguageModel,
+    method: Method | str,
+    sample: Sample,
+    questions: Sequence[str],
+    budget: Budget | int | str | None = None,
+    *,
+    policy: TurnPolicy = "reuse",
+    encode_again: bool = False,
+    rules: Rules = RELEASED,
+    max_new_tokens: int = 32,
+) -> list[TimedTurn]:
+    """Answer the question of a sample and then further ones about the same images, each after the answers before it.
+
+    questions: those after the sample's own. policy: what becomes of the vision tokens then: "reuse" keeps those
+    selected for the first question in the KV cache; "reselect" selects anew and reads the whole conversation again;
+    "union" adds the newly selected ones to those kept before. encode_again: encode the images again for each selection,
+    in place of keeping the encoder's outputs. Other arguments and errors as for `answer`.
+
+    Also raises MMTokError for a chat template to whose prompt no turn can be appended, and for "union" with a method
+    that acts inside the language model.
+    """
+    chosen, kept = _checked(model, method, [sample], budget, rules)
+    turns = []
+    with Conversation(
+        model, chosen, sample, kept, policy, rules=rules, max_new_tokens=max_new_tokens, encode_again=encode_again
+    ) as conversation:
+        for question in (sample.question, *questions):
+            require_question(question)
+            clock = Clock(model.device)
+            answered = conversation.ask(question, clock.stage)
+            values = {field.name: getattr(answered, field.name) for field in fields(answered)}
+            turns.append(TimedTurn(**values, seconds=clock.seconds()))
+    return turns
+
+
+def _checked(
+    model: VisionLanguageModel,
+    method: Method | str,
+    samples: Sequence[Sample],
+    budget: Budget | int | str | None,
+    rules: Rules,
+) -> tuple[Method, Budget | None]:
+    """The method, and the budget if it takes one. Raises MMTokError for a budget that none of the samples can meet."""
     chosen = make_method(method, model) if isinstance(method, str) else method
     if chosen.takes_budget and budget is None:
         raise MMTokError(f"{type(chosen).__name__} needs a budget", 'give the vision tokens to keep: 64, or "10%"')
     if budget is not None and not isinstance(budget, Budget):
         budget = Budget.parse(str(budget))
-    batch = [samples] if isinstance(samples, Sample) else list(samples)
-    pipeline.check_budget(model, chosen, batch, budget if chosen.takes_budget else None, rules)
-    clock = Clock(model.device)
-    answers = pipeline.answer(
-        model,
-        chosen,
-        batch,
-        budget if chosen.takes_budget else None,
-        rules=rules,
-        max_new_tokens=max_new_tokens,
-        stage=clock.stage,
-    )
-    return TimedAnswers(
-        **{field.name: getattr(answers, field.name) for field in fields(answers)}, seconds=clock.seconds()
-    )
+    kept = budget if chosen.takes_budget else None
+    pipeline.check_budget(model, chosen, samples, kept, rules)
+    return chosen, kept
 
 
 def compare(model: str = "demo", *, run_dir: Path | str | None = None, **settings: Any) -> Comparison:

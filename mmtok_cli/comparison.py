@@ -6,17 +6,19 @@ import contextlib
 import re
 import time
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, count
 from pathlib import Path
 
 from mmtok_cli.cases import Case
 from mmtok_cli.configuration import cases_of, configured_model
+from mmtok_cli.conversation import check_conversation, require_policy
 from mmtok_cli.data.datasets import Dataset, open_dataset
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.environment import environment_of
 from mmtok_cli.errors import MMTokError
+from mmtok_cli.evaluation.conversations import hold_conversations
 from mmtok_cli.evaluation.metrics import with_metric
 from mmtok_cli.evaluation.predictions import evaluate
 from mmtok_cli.evaluation.processes import Processes
@@ -30,13 +32,22 @@ from mmtok_cli.planning import (
     estimate,
     in_batches,
     make_plan,
+    require_conversations,
     require_same,
     require_whole_batches,
     timed_samples,
     with_absolute_paths,
 )
 from mmtok_cli.progress import Progress
-from mmtok_cli.results.progress import Remaining, is_finished, is_timed, left_to_evaluate, whole_rounds
+from mmtok_cli.results.progress import (
+    Remaining,
+    RemainingConversations,
+    is_finished,
+    is_timed,
+    left_to_converse,
+    left_to_evaluate,
+    whole_rounds,
+)
 from mmtok_cli.results.records import Plan
 from mmtok_cli.results.run_directory import PLAN, NotWrittenError, RunDirectory, read_plan, require_no_run
 from mmtok_cli.results.schema import Comparison
@@ -44,6 +55,7 @@ from mmtok_cli.settings import CompareSettings, column_names, option_name
 from mmtok_cli.summary import summarise_run
 from mmtok_cli.timing.gpu import open_gpu
 from mmtok_cli.timing.rounds import Measurement
+from mmtok_cli.timing.turns import run_conversation
 
 Stop = MMTokError | KeyboardInterrupt  # what ends a run early but not what was measured before
 
@@ -130,6 +142,8 @@ class ComparisonRun:
                 if is_finished(store) and not (self.overlays and not has_overlays(self.directory)):
                     self.progress.note(f"run {self.directory} is already complete")
                     processes.tell([None])
+                    if store.plan.options.turns:
+                        processes.tell([None])
                     return summarise_run(store), None
                 prepared = self._prepare()
                 plan, batches = self._plan(prepared)
@@ -159,6 +173,9 @@ class ComparisonRun:
         stopped = self._until_stopped(store, lambda: self._time(measurement))
         remaining = None if stopped else left_to_evaluate(store)
         stopped_too = self._until_stopped(store, lambda: self._evaluate(prepared, remaining, processes, store))
+        if not stopped_too and self.settings.turns:
+            talks = None if stopped else left_to_converse(store)
+            stopped_too = self._until_stopped(store, lambda: self._converse(prepared, talks, processes, store))
         stopped = stopped or stopped_too
         if not stopped and self.overlays:
             stopped = self._until_stopped(store, lambda: self._draw(prepared, store))
@@ -174,7 +191,10 @@ class ComparisonRun:
     def help(self, processes: Processes) -> None:
         """Evaluate, in a process other than the writer, the batches that the writer distributes."""
         with contextlib.suppress(KeyboardInterrupt):
-            self._evaluate(self._prepare(), None, processes, None)
+            prepared = self._prepare()
+            self._evaluate(prepared, None, processes, None)
+            if self.settings.turns:
+                self._converse(prepared, None, processes, None)
 
     def _until_stopped(self, store: RunDirectory, work: Callable[[], None]) -> Stop | None:
         """What stopped the work; None if it was done."""
@@ -266,6 +286,35 @@ class ComparisonRun:
                 done += more
                 update(done)
 
+    def _converse(
+        self,
+        prepared: Prepared,
+        remaining: RemainingConversations | None,
+        processes: Processes,
+        store: RunDirectory | None,
+    ) -> None:
+        settings, samples = self.settings, len(prepared.dataset.samples)
+        done = samples - (len(remaining.samples) if remaining else 0)
+        hold = partial(
+            run_conversation,
+            prepared.model,
+            max_new_tokens=settings.max_new_tokens,
+            encode_again=settings.encode_again,
+        )
+        with self.progress.task("conversations", samples, done) as update:
+            for more in hold_conversations(
+                prepared.model,
+                prepared.cases,
+                prepared.dataset,
+                remaining,
+                hold,
+                processes=processes,
+                store=store,
+                seed=settings.seed,
+            ):
+                done += more
+                update(done)
+
 
 def prepare_comparison(
     settings: CompareSettings, progress: Progress, model: VisionLanguageModel | None = None
@@ -273,6 +322,9 @@ def prepare_comparison(
     """What every process needs. model: if it is loaded already. Raises MMTokError for what cannot be done, the cheapest
     checks first."""
     cases = cases_of(settings)
+    for case in cases:
+        for policy in settings.turns or ():
+            require_policy(case.method, policy)
     dataset = open_dataset(
         settings.data,
         image_root=settings.image_root,
@@ -281,9 +333,13 @@ def prepare_comparison(
         columns=column_names(settings.columns),
         find_metric=settings.metric is None,
     )
+    if not settings.turns:  # only the first question of a conversation counts
+        dataset = replace(dataset, samples=[replace(s, later=()) if s.later else s for s in dataset.samples])
     dataset = with_metric(dataset, settings.metric)
     require_whole_batches(len(dataset.samples), settings.batch_size)
     model = model or configured_model(settings, progress, settings.layers, compiled=settings.compile_model)
+    if settings.turns:
+        require_conversations(dataset.samples, settings, partial(check_conversation, model))
     for note in dataset.notes()[:MOST_NOTES]:
         progress.note(note)
     if settings.layers is not None and not settings.no_quality:

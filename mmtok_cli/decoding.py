@@ -43,7 +43,12 @@ def decode(
     padded. Generates the same tokens as transformers' `generate`. ignore_eos: decode exactly `max_new_tokens` tokens
     for each row, also after a token that ends an answer.
     """
-    continuation = Continuation(model, inputs, cache)
+    return decode_after(Continuation(model, inputs, cache), first_logits, max_new_tokens)
+
+
+def decode_after(continuation: Continuation, first_logits: Tensor, max_new_tokens: int) -> Tensor:
+    """`decode` from a cache that may hold more than a prompt. The last new token is not read."""
+    model = continuation.model
     token = first_logits.argmax(-1)
     ends = torch.tensor(model.eos_token_ids, device=token.device)
     tokens = [token]
@@ -64,21 +69,37 @@ def answer_mask(token_ids: Tensor, eos_token_ids: Sequence[int]) -> Tensor:
 
 
 class Continuation:
-    """Reads tokens after a prompt that is in a KV cache, one at a time."""
+    """Reads tokens after a prompt that is in a KV cache: the new ones one at a time, further text in one piece.
+
+    cache: with everything that was read. length: tokens in it, padding included.
+    """
 
     def __init__(self, model: VisionLanguageModel, inputs: dict[str, Any], cache: Any) -> None:
-        self._model = model
-        self._cache = cache
+        self.model = model
+        self.cache = cache
         self._mask = inputs["attention_mask"]
         self._position = inputs["position_ids"][..., -1:]  # of one axis or of several
 
     def read(self, token: Tensor) -> Tensor:
         """Read a token of each row, [batch]: logits of the next one, [batch, vocabulary]."""
-        self._mask = torch.cat([self._mask, torch.ones_like(self._mask[:, :1])], dim=1)
-        self._position = self._position + 1
-        step = {"input_ids": token[:, None], "attention_mask": self._mask, "position_ids": self._position}
-        logits, self._cache = hf.forward(self._model.model, step, self._cache)
+        return self.read_text(token[:, None])
+
+    def read_text(self, tokens: Tensor) -> Tensor:
+        """Read several tokens of each row, [batch, tokens], in one forward pass: logits of the next one.
+
+        Their positions count on from the last one.
+        """
+        count = tokens.shape[1]
+        self._mask = torch.cat([self._mask, self._mask.new_ones(len(self._mask), count)], dim=1)
+        positions = self._position + torch.arange(1, count + 1, device=self._position.device)
+        self._position = positions[..., -1:]
+        step = {"input_ids": tokens, "attention_mask": self._mask, "position_ids": positions}
+        logits, self.cache = hf.forward(self.model.model, step, self.cache)
         return logits
+
+    @property
+    def length(self) -> int:
+        return self._mask.shape[1]
 
 
 def cache_bytes(cache: Any, missing_layers: int = 0) -> int:

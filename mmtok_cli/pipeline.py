@@ -173,11 +173,20 @@ def reduce_encoded(
     plans: Sequence[ImagePlan],
     rules: Rules = RELEASED,
     stage: Stage = unwatched,
+    earlier: Sequence[Selection] = (),
 ) -> Reduced:
-    """Keep the vision tokens that the method chooses of encoded images. plans: of each image, for this method."""
+    """Keep the vision tokens that the method chooses of encoded images. plans: of each image, for this method.
+
+    earlier: what is kept of each image in any case, beside the choice.
+    """
     prompt, positions = encoded.prompt, _positions(model, method, rules)
     images = _reduce_images(model, method, encoded, plans, rules, stage)
     with stage("select"):
+        if earlier:
+            images = [
+                replace(image, selection=before.united(image.selection, image.vision))
+                for image, before in zip(images, earlier, strict=True)
+            ]
         inputs = model.assemble(prompt, encoded.vision, [image.selection for image in images], positions)
         cuts = _cut_images(model, method, images, inputs)
     return Reduced(prompt, images, inputs, cuts, positions, _count_tokens(prompt, images, inputs, model.layer_count))

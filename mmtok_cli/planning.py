@@ -92,6 +92,27 @@ def timed_samples(
     return found, [f"sample {number} is left out: {problem.message}" for number, problem in problems]
 
 
+def require_conversations(
+    samples: Sequence[Sample], settings: CompareSettings, check: Callable[[Sample], None]
+) -> None:
+    """Raises MMTokError where no sample is a conversation that can be held. check: raises it for one that cannot."""
+    first: MMTokError | None = None
+    for sample in samples:
+        if sample.later:
+            try:
+                check(sample)
+            except MMTokError as error:
+                first = first or error
+            else:
+                return
+    raise first or MMTokError(
+        f"--turns needs several questions per image, and {settings.data} has one",
+        "use --data demo:conversations"
+        if settings.data == "demo"
+        else 'write them as "questions": [...], "answers": [...], one list for each image',
+    )
+
+
 def in_batches(samples: Sequence[Sample], sizes: Sequence[int]) -> dict[int, list[list[Sample]]]:
     """The samples in whole batches, by their size."""
     return {size: list(batches(samples[: len(samples) - len(samples) % size], size)) for size in sizes}
@@ -140,6 +161,7 @@ def make_plan(
         "data": data_digest,
         **fixed.model_dump(include={"model", "max_new_tokens", "runs", "seed", "rounds", "layers", "device_map"}),
         **fixed.model_dump(include={"new_tokens", "prompt_tokens"}, exclude_none=True),
+        **(fixed.model_dump(include={"turns", "encode_again"}) if fixed.turns else {}),
     }
     return Plan(
         model=settings.model,
@@ -161,6 +183,7 @@ def make_plan(
         timed=timed,
         quality=settings.measures_quality,
         metric=dataset.metric,
+        questions=sum(len(sample.turns) for sample in dataset.samples) if settings.turns else 0,
         left_out=dataset.notes(),
     )
 
@@ -230,12 +253,13 @@ def estimate(plan: Plan, runs: Sequence[float | CaseFailure], evaluated: Sequenc
 
 
 def _quality_seconds(plan: Plan, seconds: Sequence[float | None]) -> float:
-    """Every sample is read back to each case and then answered, which is two runs."""
+    """Every sample is read back to each case and then answered, which is two runs. A turn of a conversation is one."""
     if not plan.quality:
         return 0.0
+    talking = plan.questions * sum(seconds[case] or 0.0 for case, _ in plan.conversation_cases)
     size = max(planned.case.batch_size for planned in plan.cases)
     batches = -(-plan.samples // size)
-    return sum(
+    return talking + sum(
         2 * batches * one
         for planned, one in zip(plan.cases, seconds, strict=True)
         if one is not None and planned.case.batch_size == size and not planned.case.again

@@ -9,6 +9,7 @@ from mmtok_cli.errors import MMTokError
 
 Track = Literal["released", "harmonised"]
 Positions = Literal["keep", "renumber"]
+TurnPolicy = Literal["reuse", "reselect", "union"]  # see conversation.py
 BudgetMeaning = Literal["final", "layer-average"]
 
 

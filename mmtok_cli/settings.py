@@ -10,14 +10,14 @@ import shlex
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypedDict, cast
+from typing import Annotated, Any, Literal, Self, TypedDict, cast, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from mmtok_cli.budget import Budget, parse_budgets
 from mmtok_cli.errors import MMTokError
-from mmtok_cli.rules import BudgetMeaning, Positions, Rules, Track
+from mmtok_cli.rules import BudgetMeaning, Positions, Rules, Track, TurnPolicy
 
 MODEL = "Model"
 REDUCTION = "Reduction"
@@ -96,6 +96,21 @@ def _batch_sizes(value: Any) -> Any:
     return tuple(dict.fromkeys(map(int, sizes)))
 
 
+def _turn_policies(value: Any) -> Any:
+    policies = _split(value)
+    for policy in policies if isinstance(policies, tuple) else ():
+        _turn_policy(policy)
+    if policies == ():
+        _turn_policy("")
+    return policies
+
+
+def _turn_policy(value: str) -> str:
+    if value not in get_args(TurnPolicy):
+        raise MMTokError(f"--turns {value!r} is not a policy", f"choose among {', '.join(get_args(TurnPolicy))}")
+    return value
+
+
 def _budget(value: str) -> str:
     return str(Budget.parse(value))
 
@@ -148,6 +163,7 @@ def _group(value: str | None) -> str | None:
 Retained = Annotated[str | None, BeforeValidator(_share)]
 Methods = Annotated[tuple[str, ...], BeforeValidator(_methods)]
 Budgets = Annotated[tuple[str, ...], BeforeValidator(_budgets)]
+TurnPolicies = Annotated[tuple[TurnPolicy, ...], BeforeValidator(_turn_policies)]
 BatchSizes = Annotated[tuple[int, ...], BeforeValidator(_batch_sizes)]
 
 
@@ -257,6 +273,16 @@ class InferSettings(OneCaseSettings):
 
     max_new_tokens: Annotated[int, Option(panel=MEASUREMENT)] = Field(
         64, ge=1, le=MOST_NEW_TOKENS, description="Maximum number of new tokens."
+    )
+    turns: Annotated[str, AfterValidator(_turn_policy), Option(panel=REDUCTION, metavar="reuse|reselect|union")] = (
+        Field(
+            "reuse",
+            description="Vision tokens at each --turn. reuse: those selected for the first question, in the KV cache. "
+            "reselect: selected anew. union: the newly selected ones join those kept before.",
+        )
+    )
+    encode_again: Annotated[bool, Option(("--encode-again",), REDUCTION)] = Field(
+        False, description="Encode images again for each selection at a --turn, in place of keeping encoder outputs."
     )
 
 
@@ -399,10 +425,19 @@ class CompareSettings(CasesSettings):
     no_quality: Annotated[bool, Option(("--no-quality",), MEASUREMENT)] = Field(
         False, description="Measure only time and memory; do not evaluate answers."
     )
+    turns: Annotated[TurnPolicies | None, Option(panel=MEASUREMENT, metavar="reuse,reselect,union")] = Field(
+        None,
+        description="Also evaluate all questions of each conversation, for data with several questions per image. "
+        "reuse: later questions are appended to the KV cache. reselect: vision tokens are selected anew for each "
+        "question, and the conversation is prefilled again. union: the newly selected tokens join those kept before.",
+    )
+    encode_again: Annotated[bool, Option(("--encode-again",), MEASUREMENT)] = Field(
+        False, description="With --turns, encode images again for each selection, in place of keeping encoder outputs."
+    )
     data: Annotated[str, Option(panel=DATA)] = Field(
         "demo",
-        description="Dataset: demo, a .jsonl, .json, .csv or .tsv file, pope:FILE, vqav2:QUESTIONS,ANNOTATIONS, a "
-        "folder of images, hub:NAME or hub:NAME:SPLIT.",
+        description="Dataset: demo, demo:conversations, a .jsonl, .json, .csv or .tsv file, pope:FILE, "
+        "vqav2:QUESTIONS,ANNOTATIONS, a folder of images, hub:NAME or hub:NAME:SPLIT.",
     )
     image_root: Annotated[Path | None, Option(panel=DATA)] = Field(
         None, description="Directory of the image files. Default: that of the data file."
@@ -416,7 +451,8 @@ class CompareSettings(CasesSettings):
         "or relaxed (ChartQA). Default: that of the dataset.",
     )
     columns: Annotated[str | None, AfterValidator(_column_names), Option(panel=DATA, metavar="FIELD=NAME,…")] = Field(
-        None, description="Names that the data uses for image, question, answer, answers, choices, id and kind."
+        None,
+        description="Names that the data uses for image, question, questions, answer, answers, choices, id and kind.",
     )
 
     @property
@@ -449,6 +485,13 @@ class CompareSettings(CasesSettings):
             raise MMTokError(f"--retain needs the answers, which {option} does not evaluate", f"omit {option}")
         if self.retain and len(self.batch_size) > 1:
             raise MMTokError("--retain takes one batch size", "answers do not depend on it; give one")
+        if self.retain and self.turns:
+            raise MMTokError("--retain searches with single questions, not with --turns", "omit one of them")
+        if self.turns and not self.measures_quality:
+            option = "--no-quality" if self.no_quality else "--layers"
+            raise MMTokError(f"--turns needs the answers, which {option} does not evaluate", f"omit {option}")
+        if self.encode_again and not self.turns:
+            raise MMTokError("--encode-again requires --turns", "add --turns, as in --turns reselect")
         return self
 
     @property

@@ -15,6 +15,7 @@ from mmtok_cli.results.records import TimedRun
 from mmtok_cli.results.run_directory import RunDirectory
 from mmtok_cli.results.schema import CaseResult, Comparison, FailedCase, Schedule
 from mmtok_cli.timing.summary import summarise_case, summarise_machine
+from mmtok_cli.turns import failed_conversations, held_conversations, left_out_conversations, summarise_turns
 
 
 def summarise_run(store: RunDirectory) -> Comparison:
@@ -36,8 +37,9 @@ def summarise_run(store: RunDirectory) -> Comparison:
         ],
         planned_rounds=plan.rounds,
         run_directory=str(store.path),
-        unevaluated=unevaluated_cases(store),
-        left_out=left_out(store),
+        unevaluated=[*unevaluated_cases(store), *failed_conversations(store)],
+        turns=summarise_turns(store),
+        left_out=[*left_out(store), *left_out_conversations(store)],
         remarks=metric_remarks(store),
         machine=summarise_machine([_measured(store, i) for i in rounds]),
     )
@@ -92,4 +94,5 @@ def _schedule(store: RunDirectory, rounds: list[int], columns: list[list[TimedRu
         new_tokens=plan.options.new_tokens,
         prompt_tokens=plan.options.prompt_tokens,
         metric_title=METRICS[plan.metric].title if plan.metric else None,
+        conversations=len(held_conversations(store)) if plan.options.turns else None,
     )

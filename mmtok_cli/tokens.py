@@ -94,6 +94,39 @@ class Selection:
         order, gains = self.order[:count], self.gains
         return Selection(order.sort().values, order, None if gains is None else gains[:count])
 
+    def united(self, other: Selection, vision: VisionTokens) -> Selection:
+        """The tokens of this selection and of another one of the same image, each once.
+
+        Places of the image come in its order, then tokens without a place, then merged ones. A place that both keep
+        enters as it does here, a token without a place unless there is an equal one.
+        """
+        import torch
+
+        mine, theirs = (vision.projected[s.indices] if s.tokens is None else s.tokens for s in (self, other))
+        known = torch.isin(other.indices, self.indices)
+        if bool((other.indices < 0).any()):
+            equal = (theirs[:, None] == mine[None]).all(-1).any(1)
+            known = torch.where(other.indices < 0, equal, known)
+        if bool(known.all()):
+            return self
+        indices = torch.cat([self.indices, other.indices[~known]])
+        merged = torch.cat([self._is_merged, other._is_merged[~known]])
+        arrival = torch.arange(len(indices), device=indices.device)
+        last = torch.where(merged, 2 * GROUP, GROUP) + arrival
+        order = torch.where(merged | (indices < 0), last, indices).argsort(stable=True)
+        plain = self.tokens is None and other.tokens is None
+        return Selection(
+            indices[order],
+            tokens=None if plain else torch.cat([mine, theirs[~known].to(mine.dtype)])[order],
+            merged=merged[order] if bool(merged.any()) else None,
+        )
+
+    @property
+    def _is_merged(self) -> Tensor:
+        import torch
+
+        return torch.zeros_like(self.indices, dtype=torch.bool) if self.merged is None else self.merged
+
     @staticmethod
     def everything(vision: VisionTokens) -> Selection:
         import torch

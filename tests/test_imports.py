@@ -28,20 +28,23 @@ ALLOWED = {
     "progress": {"errors"},
     "planning": {"cases", "data", "profiles", "results", "settings", "errors"},
     "api": SHARED
-    | {"cases", "comparison", "configuration", "data", "evaluation", "methods", "models", "pipeline", "results"}
-    | {"retention", "settings", "timing"},
+    | {"cases", "comparison", "configuration", "conversation", "data", "evaluation", "methods", "models", "pipeline"}
+    | {"results", "retention", "settings", "timing"},
     "hooks": SHARED | {"methods"},
     "lengths": {"data", "errors", "models"},
     "image_plan": SHARED | {"models", "methods", "hooks"},
     "pipeline": SHARED | {"models", "methods", "data", "decoding", "image_plan", "hooks"},
+    "conversation": SHARED | {"models", "methods", "data", "decoding", "image_plan", "pipeline"},
     # Plain data: neither what measures it nor what runs a model.
     "results": {"__version__", "results", "data", "settings", "budget", "errors", "files", "rules", "stages"},
     "cases": SHARED | {"pipeline", "models", "methods", "results", "data"},
     "timing": SHARED
-    | {"timing", "cases", "hooks", "pipeline", "decoding", "models", "methods", "results", "data", "files", "settings"},
+    | {"timing", "cases", "hooks", "conversation", "pipeline", "decoding", "models", "methods", "results", "data"}
+    | {"files", "settings"},
     "evaluation": SHARED
     | {"evaluation", "cases", "image_plan", "pipeline", "decoding", "models", "methods", "results", "data"},
-    "summary": {"evaluation", "timing", "results"},
+    "summary": {"evaluation", "timing", "results", "turns"},
+    "turns": {"evaluation", "timing", "results"},
     "report": SHARED | {"report", "results", "planning", "progress", "settings", "files", "profiles"},
     "demo": {"demo", "errors", "models"},
     "tokens": {"errors"},

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -12,7 +13,10 @@ from mmtok_cli.cli.options import ImageArgument, JsonOption, QuestionArgument, Q
 from mmtok_cli.settings import MEASUREMENT, InferSettings
 
 if TYPE_CHECKING:
-    from mmtok_cli.results.records import TimedRun
+    from mmtok_cli.cases import Case
+    from mmtok_cli.data.samples import Sample
+    from mmtok_cli.results.records import TimedRun, TurnRun
+    from mmtok_cli.rules import TurnPolicy
 
 
 @with_options(InferSettings)
@@ -28,6 +32,14 @@ def infer(
             show_default=False,
         ),
     ] = None,
+    turn: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--turn",
+            help="A further question, asked after the answer to the one before. Repeatable; see --turns.",
+            show_default=False,
+        ),
+    ] = None,
     baseline: Annotated[
         bool, typer.Option("--baseline", help="Also show the answer without reduction.", rich_help_panel=MEASUREMENT)
     ] = False,
@@ -38,47 +50,130 @@ def infer(
 
     [dim]mmtok infer img.jpg "What color is the car?" --budget 64 --baseline[/dim]
     """
-    from rich.text import Text
-
     from mmtok_cli.configuration import configured_model, one_case
-    from mmtok_cli.data.samples import sample_from_file
-    from mmtok_cli.report.console import ConsoleProgress, print_json, results_console
-    from mmtok_cli.report.tables import answer_table, rules_text, short_text, weights_text
-    from mmtok_cli.report.text import printable, printable_lines
+    from mmtok_cli.conversation import check_conversation, require_policy
+    from mmtok_cli.data.samples import Turn, require_question, sample_from_file
+    from mmtok_cli.errors import MMTokError
+    from mmtok_cli.report.console import ConsoleProgress
     from mmtok_cli.timing.runner import run_case
+    from mmtok_cli.timing.turns import run_conversation
 
+    if not turn and (settings.turns != "reuse" or settings.encode_again):
+        option = "--encode-again" if settings.encode_again else "--turns"
+        raise MMTokError(f"{option} requires --turn", 'ask a further question, as in --turn "Is it red?"')
     progress = ConsoleProgress(quiet)
     case, full = one_case(settings)
     cases = [case, full] if baseline else [case]
-    sample = sample_from_file(image, question, *(more or ()))
+    policy = cast("TurnPolicy", settings.turns)
+    if turn:
+        require_policy(case.method, policy)
+    for further in turn or ():
+        require_question(further)
+    sample = replace(sample_from_file(image, question, *(more or ())), later=tuple(map(Turn, turn or ())))
     model = configured_model(settings, progress)
     case.check(model, [sample])
+    check_conversation(model, sample)
+    most, again = settings.max_new_tokens, settings.encode_again
     with progress.task("answering"):
-        for each in cases:  # the first run chooses kernels and allocates memory; it is not timed
-            run_case(model, each, [sample], settings.max_new_tokens)
-        runs = [run_case(model, each, [sample], settings.max_new_tokens) for each in cases]
+        # The first run chooses kernels and allocates memory; it is not timed.
+        if turn:
+            for _ in range(2):
+                talks = [run_conversation(model, case, policy, sample, most, encode_again=again)]
+                talks += [run_conversation(model, each, "reuse", sample, most) for each in cases[1:]]
+            _show_conversation(settings, cases, sample, talks, model.weights, as_json)
+            return
+        for each in cases:
+            run_case(model, each, [sample], most)
+        runs = [run_case(model, each, [sample], most) for each in cases]
+    _show(settings, cases, runs, model.weights, as_json)
+
+
+def _show(
+    settings: InferSettings, cases: Sequence[Case], runs: Sequence[TimedRun], weights: str, as_json: bool
+) -> None:
+    """The answer of each case, and what it took."""
+    from rich.text import Text
+
+    from mmtok_cli.report.console import print_json, results_console
+    from mmtok_cli.report.tables import answer_table, short_text
+    from mmtok_cli.report.text import printable, printable_lines
+
     if as_json:
         first, *rest = map(_as_json, runs)
-        head = {
-            "schema": "mmtok.infer/1",
-            "model": settings.model,
-            "weights": settings.weights,
-            "quantization": settings.quantization,
-            "method": settings.method,
-            "parameters": case.id.parameters,
-            "budget": case.id.budget,
-            "rules": asdict(settings.rules),
-        }
-        print_json(head | first | ({"baseline": rest[0]} if rest else {}))
+        print_json(_head(settings, cases[0]) | first | ({"baseline": rest[0]} if rest else {}))
         return
     out = results_console()
     for each, run in zip(cases, runs, strict=True):
-        name = f"{printable(each)}: " if baseline else ""
+        name = f"{printable(each)}: " if len(cases) > 1 else ""
         out.print(Text.assemble((name, "bold"), printable_lines(run.answers[0])))
     out.print(answer_table([printable(each) for each in cases], runs))
+    _show_remarks(settings, weights, short_text(runs[0].tokens[0]))
+
+
+def _show_conversation(
+    settings: InferSettings,
+    cases: Sequence[Case],
+    sample: Sample,
+    talks: Sequence[Sequence[TurnRun]],
+    weights: str,
+    as_json: bool,
+) -> None:
+    """Each question with the answer of each case, and what it took."""
+    from rich.text import Text
+
+    from mmtok_cli.report.console import print_json, results_console
+    from mmtok_cli.report.tables import short_text
+    from mmtok_cli.report.text import printable, printable_lines
+    from mmtok_cli.report.turns import conversation_table
+
+    questions = [turn.question for turn in sample.turns]
+    if as_json:
+        first, *rest = ([_turn_as_json(*pair) for pair in zip(questions, talk, strict=True)] for talk in talks)
+        head = _head(settings, cases[0]) | {"policy": settings.turns, "encode_again": settings.encode_again}
+        print_json(head | {"turns": first} | ({"baseline": {"turns": rest[0]}} if rest else {}))
+        return
+    out = results_console()
+    for number, question in enumerate(questions):
+        out.print(Text(printable_lines(question), style="italic"))
+        for each, talk in zip(cases, talks, strict=True):
+            name = f"{printable(each)}: " if len(cases) > 1 else ""
+            out.print(Text.assemble("  ", (name, "bold"), printable_lines(talk[number].answer)))
+    for each, talk in zip(cases, talks, strict=True):
+        out.print(conversation_table(printable(each), talk))
+    _show_remarks(settings, weights, short_text(talks[0][0].tokens))
+
+
+def _show_remarks(settings: InferSettings, weights: str, short: str) -> None:
+    from mmtok_cli.report.console import results_console
+    from mmtok_cli.report.tables import rules_text, weights_text
+
     rules = rules_text(settings.rules, settings.parameters)
-    for remark in filter(None, (short_text(runs[0].tokens[0]), rules, weights_text(model.weights))):
-        out.print(remark, style="dim", markup=False)
+    for remark in filter(None, (short, rules, weights_text(weights))):
+        results_console().print(remark, style="dim", markup=False)
+
+
+def _head(settings: InferSettings, case: Case) -> dict[str, Any]:
+    """What the JSON of an answer and of a conversation begins with."""
+    return {
+        "schema": "mmtok.infer/1",
+        "model": settings.model,
+        "weights": settings.weights,
+        "quantization": settings.quantization,
+        "method": settings.method,
+        "parameters": case.id.parameters,
+        "budget": case.id.budget,
+        "rules": asdict(settings.rules),
+    }
+
+
+def _turn_as_json(question: str, turn: TurnRun) -> dict[str, Any]:
+    return {
+        "question": question,
+        "answer": turn.answer,
+        "tokens": {**asdict(turn.tokens), "new": turn.steps},
+        "seconds": turn.seconds,
+        "memory": {"kv_cache": turn.kv_cache, "encoder_outputs": turn.encoder_outputs},
+    }
 
 
 def _as_json(run: TimedRun) -> dict[str, Any]:

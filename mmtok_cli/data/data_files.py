@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from functools import cache, partial
 from pathlib import Path
@@ -16,7 +16,18 @@ from mmtok_cli.data.base64_images import decoded, image_name, is_base64
 from mmtok_cli.data.images import open_image, require_file
 from mmtok_cli.data.json_files import HINT, Entries, document_entries, document_of, line_entries, read_json
 from mmtok_cli.data.layouts import Layout, MetricName, layout_of
-from mmtok_cli.data.rows import Columns, Row, fault_of, fields_of, make_sample, plain_text, require_names, shown_names
+from mmtok_cli.data.rows import (
+    Columns,
+    Row,
+    fault_of,
+    fields_of,
+    later_rows,
+    make_sample,
+    plain_text,
+    require_names,
+    shown_names,
+    turn_fields,
+)
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.data.tables import SUFFIXES, StoredImage, table_entries
 from mmtok_cli.data.vqav2 import is_vqav2, vqav2_entries
@@ -129,9 +140,10 @@ class DataFile:
                 try:
                     if isinstance(raw, MMTokError):
                         raise raw
-                    fields = self._fields(raw)
-                    usual.add(fields)
-                    if wanted and (sample := self._sample(raw, fields, number, f"{self.path}, {place}")):
+                    turns = turn_fields(self._fields(raw))
+                    for fields in turns:
+                        usual.add(fields)
+                    if wanted and (sample := self._sample(raw, turns, number, f"{self.path}, {place}")):
                         samples.append(sample)
                 except MMTokError as error:
                     if wanted:
@@ -156,10 +168,13 @@ class DataFile:
         columns = {**self._layout.columns, **self._columns}
         return fields_of(self._layout.convert(raw), columns)
 
-    def _sample(self, raw: Mapping[str, Any], fields: Mapping[str, Any], number: int, place: str) -> Sample | None:
-        """The sample of a row; None if one of its images does not exist."""
+    def _sample(
+        self, raw: Mapping[str, Any], turns: Sequence[Mapping[str, Any]], number: int, place: str
+    ) -> Sample | None:
+        """The sample of a row; None if one of its images does not exist. turns: the row's fields, one for each."""
+        fields = turns[0]
         try:
-            row = FileRow.model_validate(fields)
+            row, later = FileRow.model_validate(fields), later_rows(turns)
         except ValidationError as error:
             hint = (
                 f"its columns are {shown_names(raw)}: name the right one, as in --columns image=NAME"
@@ -168,7 +183,7 @@ class DataFile:
             )
             raise MMTokError(fault_of(error), hint) from error
         readers, names = zip(*(self._source(image, place) for image in row.image), strict=True)
-        sample = make_sample(row, readers, names, self._question, number, place)
+        sample = make_sample(row, readers, names, self._question, number, place, later)
         files = [self._root / image for image in row.image if isinstance(image, str) and not is_base64(image)]
         absent = [file for file in files if not self._exists(file)]
         if absent:

@@ -14,13 +14,13 @@ from mmtok_cli.data.layouts import POPE, VQAV2, Layout, MetricName
 from mmtok_cli.data.names import parse_name
 from mmtok_cli.data.pictures import SUFFIXES, is_pattern, pictures
 from mmtok_cli.data.rows import Columns, require_columns
-from mmtok_cli.data.samples import Sample, demo_samples
+from mmtok_cli.data.samples import Sample, demo_conversations, demo_samples
 from mmtok_cli.errors import MMTokError, first_line
 
-DEMO_QUESTIONS = 1200
+DEMO_QUESTIONS, DEMO_CONVERSATIONS = 1200, 400
 KINDS = (
-    "demo, a .jsonl, .json, .csv or .tsv file, pope:FILE, vqav2:QUESTIONS,ANNOTATIONS, a folder of images, "
-    "hub:NAME or hub:NAME:SPLIT"
+    "demo, demo:conversations, a .jsonl, .json, .csv or .tsv file, pope:FILE, vqav2:QUESTIONS,ANNOTATIONS, a folder of "
+    "images, hub:NAME or hub:NAME:SPLIT"
 )
 
 
@@ -84,7 +84,7 @@ def _opened(
 ) -> Dataset:
     name = parse_name(text)
     if name.kind == "demo":
-        return _demo(limit, question, columns)
+        return _demo(name.selectors, limit, question, columns)
     if name.kind == "hub":
         rows = HubRows(name, question=question, columns=columns)
         samples = _take(rows.samples(), limit)
@@ -124,7 +124,10 @@ def _take(samples: Iterable[Sample], limit: int | None) -> tuple[Sample, ...]:
     return tuple(islice(samples, limit))
 
 
-def _demo(limit: int | None, question: str | None, columns: Columns) -> Dataset:
+def _demo(selectors: Sequence[str], limit: int | None, question: str | None, columns: Columns) -> Dataset:
     if question is not None or columns:
         raise MMTokError("the demo questions are fixed", "leave --question and --columns out")
+    if selectors:
+        conversations = demo_conversations(min(limit or DEMO_CONVERSATIONS, DEMO_CONVERSATIONS))
+        return Dataset("demo:conversations", conversations, "exact")
     return Dataset("demo", demo_samples(min(limit or DEMO_QUESTIONS, DEMO_QUESTIONS)), "exact")

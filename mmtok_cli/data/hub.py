@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from mmtok_cli.data.data_files import UsualMetric
 from mmtok_cli.data.images import open_image
 from mmtok_cli.data.layouts import MetricName
 from mmtok_cli.data.names import DataName
-from mmtok_cli.data.rows import Columns, Row, fault_of, fields_of, make_sample
+from mmtok_cli.data.rows import Columns, Row, fault_of, fields_of, later_rows, make_sample, turn_fields
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.errors import MMTokError
 
@@ -42,10 +43,11 @@ class HubRows:
         found, hint = False, "check the columns"
         for number, raw in enumerate(self._table):
             try:
-                row = Row.model_validate(fields_of(raw | {column: None}, self._columns))
+                turns = turn_fields(fields_of(raw | {column: None}, self._columns))
+                row, later = Row.model_validate(turns[0]), later_rows(turns)
                 reader = partial(_read, self._images, number, column, self.name)
                 names = [_image_name(self._images[number][column], number)]
-                sample = make_sample(row, [reader], names, self._question, number, f"{self.name}, row {number}")
+                sample = make_sample(row, [reader], names, self._question, number, f"{self.name}, row {number}", later)
             except (MMTokError, ValidationError) as error:
                 fault = fault_of(error) if isinstance(error, ValidationError) else error.message
                 self.problems.append(f"{self.name}, row {number}: {fault}")
@@ -61,13 +63,16 @@ class HubRows:
 
         It does not depend on how many samples are taken. None where no answer is known.
         """
-        names = {field: self._columns.get(field, field) for field in ("answer", "answers", "choices")}
+        fields = ("question", "questions", "answer", "answers", "choices")
+        names = {field: self._columns.get(field, field) for field in fields}
         there = {field: name for field, name in names.items() if name in self._table.column_names}
         usual = UsualMetric()
         for number, raw in enumerate(self._table.select_columns(list(there.values())) if there else ()):
             if number >= ROWS_FOR_METRIC and usual.name:
                 break
-            usual.add({field: raw[name] for field, name in there.items()})
+            with suppress(MMTokError):  # of a row that cannot be used
+                for turn in turn_fields({field: raw[name] for field, name in there.items() if raw[name] is not None}):
+                    usual.add(turn)
         return usual.name
 
 

@@ -89,13 +89,18 @@ def _is_container(document: Any) -> bool:
     """Whether an object holds samples or annotations, and is not a sample itself."""
     if not isinstance(document, dict) or "image" in document:
         return False
-    return any(isinstance(document.get(name), list) for name in (*LISTS, "annotations"))
+    return any(_is_list_of_rows(document.get(name)) for name in (*LISTS, "annotations"))
+
+
+def _is_list_of_rows(value: Any) -> bool:
+    """Whether a value is a list of anything but texts, which are the questions of a conversation."""
+    return isinstance(value, list) and not (value and all(isinstance(each, str) for each in value))
 
 
 def _list_in(document: Any) -> list[Any] | None:
     if not isinstance(document, dict):
         return None
-    return next((document[name] for name in LISTS if isinstance(document.get(name), list)), None)
+    return next((document[name] for name in LISTS if _is_list_of_rows(document.get(name))), None)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:

@@ -34,16 +34,24 @@ def layout_of(raw: Fields) -> Layout:
     return next((layout for layout in LAYOUTS if layout.needs <= raw.keys()), USUAL)
 
 
-def _first_turn(raw: Fields) -> Fields:
-    """The first question and answer of a conversation."""
+def _questions_and_answers(raw: Fields) -> Fields:
+    """The turns of a conversation: `questions` and `answers`, or `question` and `answer` where there is only one."""
     turns = raw["conversations"]
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
         raise MMTokError("conversations: it is not a list of turns")
 
-    def first(role: str) -> Any:
-        return next((turn.get("value") for turn in turns if turn.get("from") == role), None)
-
-    return {**raw, "question": first("human"), "answer": first("gpt")}
+    questions: list[Any] = []
+    answers: list[Any] = []
+    for turn in turns:
+        if turn.get("from") == "human":
+            questions.append(turn.get("value"))
+            answers.append(None)
+        elif turn.get("from") == "gpt" and answers and answers[-1] is None:
+            answers[-1] = turn.get("value")
+    if len(questions) > 1:
+        others = {name: value for name, value in raw.items() if name not in ("question", "answer")}
+        return {**others, "questions": questions, "answers": answers}
+    return {**raw, "question": next(iter(questions), None), "answer": next(iter(answers), None)}
 
 
 def _with_options(raw: Fields) -> Fields:
@@ -79,7 +87,7 @@ VQAV2 = Layout(frozenset({"question_id", "image_id", "question", "image"}), {"id
 LAYOUTS = (
     POPE,
     # LLaVA's conversations and questions.
-    Layout(frozenset({"conversations"}), metric="exact", convert=_first_turn),
+    Layout(frozenset({"conversations"}), metric="exact", convert=_questions_and_answers),
     Layout(frozenset({"image", "text", "question_id"}), {"question": "text", "id": "question_id"}),
     Layout(  # ChartQA
         frozenset({"imgname", "query", "label"}),

@@ -12,11 +12,12 @@ from typing import Any
 from PIL.Image import Image
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
-from mmtok_cli.data.samples import ClosedImages, Sample, require_question
+from mmtok_cli.data.samples import ClosedImages, Sample, Turn, require_question
 from mmtok_cli.errors import MMTokError
 
 ANNOTATORS = 3  # from this number on, reference answers are those of annotators
-FIELDS = ("image", "question", "answer", "answers", "choices", "id", "kind")
+FIELDS = ("image", "question", "questions", "answer", "answers", "choices", "id", "kind")
+PER_TURN = ("answer", "answers", "choices", "kind")  # lists of them go with a list of questions
 Columns = Mapping[str, str]  # field -> its name in the dataset, where the two differ
 GAP = "{question}"
 MOST_NAMES, LONGEST_SHOWN = 12, 60  # names and characters in a message
@@ -125,6 +126,39 @@ def fields_of(raw: Mapping[str, Any], columns: Columns) -> dict[str, Any]:
     return {field: value for field, value in named.items() if value is not None}
 
 
+def turn_fields(fields: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The fields of each turn of a conversation, which has `questions` and no `question`; of another row, its own.
+
+    Answers, choices and kinds are lists with one item for each question; an answer may be a list of references. A text
+    under `kind` holds for all. Raises MMTokError for lists that do not fit.
+    """
+    questions = fields.get("questions")
+    shared = {name: value for name, value in fields.items() if name != "questions"}
+    if questions is None or "question" in fields:
+        return [shared]
+    if not isinstance(questions, list | tuple) or not questions:
+        raise MMTokError("questions: it is not a list of questions")
+    turns: list[dict[str, Any]] = [shared | {"question": question} for question in questions]
+    for name in PER_TURN:
+        values = fields.get(name)
+        if values is None or (name == "kind" and isinstance(values, str)):
+            continue
+        if not isinstance(values, list | tuple) or len(values) != len(questions):
+            raise MMTokError(f"{name}: it is not a list with one item for each of the {len(questions)} questions")
+        for turn, value in zip(turns, values, strict=True):
+            turn[name] = value
+    for turn in turns:
+        of_turn = turn.pop("answers", None)
+        if of_turn is not None:
+            turn["answers" if isinstance(of_turn, list | tuple) else "answer"] = of_turn
+    return [{name: value for name, value in turn.items() if value is not None} for turn in turns]
+
+
+def later_rows(turns: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """The turns after the first one. Raises ValidationError for fields that are not valid."""
+    return [Row.model_validate({k: v for k, v in turn.items() if k not in ("image", "id")}) for turn in turns[1:]]
+
+
 def require_names(raw: Mapping[str, Any], names: Iterable[str]) -> None:
     """Raises MMTokError for the first of some names that a row does not have."""
     for name in names:
@@ -157,20 +191,30 @@ def make_sample(
     question: str | None,
     number: int,
     place: str = "",
+    later: Sequence[Row] = (),
 ) -> Sample:
-    """A sample whose images are read later. Raises MMTokError if there is no question."""
-    several = len(row.answers) > 1
+    """A sample whose images are read later. later: of the turns after the first one. Raises MMTokError if there is no
+    question."""
     return Sample(
         images=ClosedImages(tuple(readers)),
-        question=_asked(question, _with_choices(row.question, row.choices)),
         image_ids=tuple(image_ids),
-        answer=row.answers[0] if row.answers and not several else row.answer,
-        kind=row.kind,
         id=row.id or str(number),
-        answers=row.answers if several else (),
-        choices=row.choices,
         place=place,
+        later=tuple(Turn(**_turn(each, question)) for each in later),
+        **_turn(row, question),
     )
+
+
+def _turn(row: Row, question: str | None) -> dict[str, Any]:
+    """The fields that a sample and a turn have in common. question: the user's, as in `_asked`."""
+    several = len(row.answers) > 1
+    return {
+        "question": _asked(question, _with_choices(row.question, row.choices)),
+        "answer": row.answers[0] if row.answers and not several else row.answer,
+        "answers": row.answers if several else (),
+        "choices": row.choices,
+        "kind": row.kind,
+    }
 
 
 def require_columns(columns: Columns) -> None:

@@ -41,15 +41,26 @@ class ClosedImages(Sequence[Image]):
 
 
 @dataclass(frozen=True)
+class Turn:
+    """A later question of a conversation, with its reference answers; see Sample."""
+
+    question: str
+    answer: str | None = None
+    answers: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+    kind: str | None = None
+
+
+@dataclass(frozen=True)
 class Sample:
-    """A question about one image or several.
+    """A question about one image or several, which may begin a conversation.
 
     images: PIL images. question: its `<image>` markers, if any, say where the images go.
     image_ids: a stable name for each image, from which seeded methods draw. id: a stable name within the dataset.
     answer: the reference answer, if known. answers: several reference answers. choices: the texts of options A, B, …
     of a multiple-choice question, which are in the question as well. kind: the kind of question, for scores by kind.
     place: where it was read, as in "asked.jsonl, line 3". unpadded_question: the question as it was asked, if it was
-    padded to a given length.
+    padded to a given length. later: the questions after the first one, where the sample is a conversation.
     """
 
     images: Sequence[Image]
@@ -62,6 +73,7 @@ class Sample:
     choices: tuple[str, ...] = ()
     place: str = ""
     unpadded_question: str | None = None
+    later: tuple[Turn, ...] = ()
 
     def open(self) -> Sample:
         """The sample with its images read into memory. Raises MMTokError for an image that cannot be read."""
@@ -71,6 +83,11 @@ class Sample:
     def references(self) -> tuple[str, ...]:
         """All reference answers; empty if none is known."""
         return self.answers or (() if self.answer is None else (self.answer,))
+
+    @property
+    def turns(self) -> tuple[Sample, ...]:
+        """A sample for each question of the conversation, the first one included."""
+        return (replace(self, later=()), *(replace(self, later=(), **vars(turn)) for turn in self.later))
 
 
 def sample_from_file(path: Path | str, question: str, *more: Path | str) -> Sample:
@@ -104,6 +121,20 @@ def demo_samples(limit: int) -> list[Sample]:
         Sample((pictures[q.scene.seed],), q.text, (f"scene-{q.scene.seed}",), q.answer, q.kind, id=str(number))
         for number, q in enumerate(questions)
     ]
+
+
+def demo_conversations(limit: int) -> list[Sample]:
+    """The first `limit` held-out scenes of the demo, each with questions about different objects."""
+    from mmtok_cli.demo.drawing import draw
+    from mmtok_cli.demo.questions import held_out_conversations
+
+    samples = []
+    for number, questions in enumerate(held_out_conversations(limit)):
+        first, *others = questions
+        later = tuple(Turn(question.text, question.answer, kind=question.kind) for question in others)
+        image, name = draw(first.scene), f"scene-{first.scene.seed}"
+        samples.append(Sample((image,), first.text, (name,), first.answer, first.kind, id=str(number), later=later))
+    return samples
 
 
 def batches(samples: Sequence[Item], size: int) -> Iterator[list[Item]]:

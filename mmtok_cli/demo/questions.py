@@ -96,6 +96,41 @@ def held_out(count: int = 1200, seed: int = 0) -> list[Question]:
     return list(itertools.islice(_endless(seed), count))
 
 
+def held_out_conversations(count: int, seed: int = 0) -> list[list[Question]]:
+    """The questions about each of `count` held-out scenes: a colour, a shape and a digit, of three different objects.
+
+    Every other scene is dense. The kinds take turns in being the first, so that each turn has as many of each.
+    """
+    conversations = []
+    for index in range(count):
+        density: Density = "dense" if index % 2 else "sparse"
+        for attempt in itertools.count():
+            scene = make_scene((seed * 1_000_003 + index) * 1000 + attempt, "eval", density)
+            if triples := _different_objects(scene):
+                break
+        by_shape, by_colour, with_digit = _choose(triples, generator("eval", scene.seed, purpose=3))
+        asked: list[tuple[Kind, Asked]] = [
+            ("colour", ({"shape": by_shape.shape}, by_shape.colour, "")),
+            ("shape", ({"colour": by_colour.colour}, by_colour.shape, "")),
+            ("digit", ({"colour": with_digit.colour, "shape": with_digit.shape}, str(with_digit.digit), "")),
+        ]
+        first = index % len(asked)
+        conversations.append(
+            [
+                Question(scene, kind, PHRASES[kind][0].format(**values), answer, CHOICES[kind], variant, density)
+                for kind, (values, answer, variant) in asked[first:] + asked[:first]
+            ]
+        )
+    return conversations
+
+
+def _different_objects(scene: Scene) -> list[tuple[SceneObject, SceneObject, SceneObject]]:
+    """Three different objects: one that its shape alone identifies, one that its colour does, and one with a digit."""
+    digits = [item for item in scene.objects if item.digit is not None]
+    triples = itertools.product(unique(scene, "shape"), unique(scene, "colour"), digits)
+    return [triple for triple in triples if len({item.pair for item in triple}) == len(triple)]
+
+
 def _endless(seed: int) -> Iterator[Question]:
     for block in itertools.count():
         scenes = [_askable_scene(seed, block * len(_SLOTS) + i) for i in range(len(_SLOTS))]

@@ -63,10 +63,19 @@ def with_metric(dataset: Dataset, name: str | None) -> Dataset:
     metric = name or dataset.metric
     if metric is None:
         return dataset
-    answered = {number: sample for number, sample in enumerate(dataset.samples, 1) if sample.references}
+    answered = {
+        number: sample
+        for number, sample in enumerate(dataset.samples, 1)
+        if any(turn.references for turn in sample.turns)
+    }
     if name and not answered:
         raise MMTokError(f"--metric {name} needs reference answers, and {dataset.name} has none", "omit --metric")
-    faults = {number: fault for number, sample in answered.items() if (fault := METRICS[metric].fault(sample))}
+    faults = {
+        number: fault
+        for number, sample in answered.items()
+        for turn in sample.turns
+        if turn.references and (fault := METRICS[metric].fault(turn))
+    }
     problems = [f"{answered[number].place or f'sample {number}'}: {fault}" for number, fault in faults.items()]
     if answered and len(faults) == len(answered):
         raise MMTokError(f"{problems[0]} (metric: {metric})", f"choose another with --metric: {', '.join(METRICS)}")

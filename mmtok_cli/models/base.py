@@ -37,6 +37,7 @@ Grid = tuple[int, int]  # rows, columns
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the image
 LONGEST_TOKEN = 64  # characters; longer ones, such as runs of spaces, are rare
 IMAGE_MARKER = "<image>"  # marks the place of an image in a question
+STAND_IN = "answer"  # for the answers of a conversation whose text is rendered before they are known
 
 
 @dataclass(frozen=True)
@@ -251,6 +252,42 @@ class VisionLanguageModel(ABC):
 
         Raises MMTokError for a question that does not suit the images, and for a chat template that fails.
         """
+        return self._rendered([self._user_message(question, images)], images)
+
+    def next_turn(self, earlier: Sequence[str], question: str, images: int) -> Tensor:
+        """The tokens between an answer of a conversation and the next one, [tokens].
+
+        They are those of the text by which two renderings of the chat template differ: what ends the answer, the next
+        question, and what begins the next answer. earlier: the questions before, of which the first is about `images`
+        images. Raises MMTokError for an unsuitable question, and for a template that renders earlier turns differently
+        once others follow them.
+        """
+        if IMAGE_MARKER in question:
+            raise MMTokError(
+                f"a later question of a conversation has an {IMAGE_MARKER} marker", "put images into the first question"
+            )
+        first, *later = earlier
+        messages = [self._user_message(first, images)]
+        for each in (*later, question):
+            messages += [_message("assistant", STAND_IN), self._user_message(each, 0)]
+        before, whole = self._rendered(messages[:-2], images), self._rendered(messages, images)
+        rest = whole.removeprefix(before).lstrip()
+        if not whole.startswith(before) or not rest.startswith(STAND_IN):
+            raise MMTokError(
+                f"the chat template of {self.name} changes earlier turns of a conversation when others follow, so that "
+                "no turn can be appended to them",
+                "use a template that renders each message by itself",
+            )
+        ids, answered = (self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (rest, STAND_IN))
+        if ids[: len(answered)] != answered:
+            raise MMTokError(
+                f"the chat template of {self.name} joins an answer and what follows it to one token",
+                "use a template that separates messages",
+            )
+        return torch.tensor(ids[len(answered) :], dtype=torch.long, device=self.device)
+
+    def _user_message(self, question: str, images: int) -> dict[str, Any]:
+        """A message of the chat template. Raises MMTokError for a question that does not suit the images."""
         if len(question) > self.context_length * LONGEST_TOKEN:  # a tokenizer would take minutes and gigabytes
             raise MMTokError(
                 f"the question of {len(question):,} characters does not fit into the {self.context_length} tokens "
@@ -268,11 +305,12 @@ class VisionLanguageModel(ABC):
                 raise MMTokError(
                     f"the question contains {token}, which stands for an image", "remove it from the question"
                 )
-        content = [] if markers else [{"type": "image"} for _ in range(images)]
-        content.append({"type": "text", "text": question.replace(IMAGE_MARKER, self.image_text)})
-        conversation = [{"role": "user", "content": content}]
+        return _message("user", question.replace(IMAGE_MARKER, self.image_text), 0 if markers else images)
+
+    def _rendered(self, messages: list[dict[str, Any]], images: int) -> str:
+        """The prompt of a conversation. Raises MMTokError for a chat template that fails, or drops an image."""
         with errors_as(f"the chat template of {self.name} fails", COMPARE):
-            text: str = self.processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+            text: str = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         marks = text.count(self.processor.image_token)
         if marks != images:
             raise MMTokError(
@@ -406,6 +444,11 @@ class VisionLanguageModel(ABC):
         found = (input_ids == self.image_token_id).nonzero().tolist()
         starts = accumulate(totals, initial=0)
         return [tuple(found[start]) if n else (-1, -1) for start, n in zip(starts, totals, strict=False)]
+
+
+def _message(role: str, text: str, images: int = 0) -> dict[str, Any]:
+    """A message of a chat template, its images before its text."""
+    return {"role": role, "content": [*({"type": "image"} for _ in range(images)), {"type": "text", "text": text}]}
 
 
 def cells(grid: Grid, area: Box) -> tuple[Box, ...]:

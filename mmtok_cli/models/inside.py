@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.models import hf
 from mmtok_cli.models.attention_rows import attention_rows, rotary_response
-from mmtok_cli.models.sequences import CutImage, ImageTokens, LayerSequence, Row, as_mask, causal_mask, gather_slots
+from mmtok_cli.models.sequences import CutImage, ImageTokens, LayerSequence, Row, causal_mask, gather_slots, step_mask
 from mmtok_cli.rules import Positions
 from mmtok_cli.tokens import Cut, LayerTokens, Selection
 
@@ -31,7 +31,8 @@ class Inside:
     It serves forward passes, greedy decoding, sampling and beams of one prompt, padded on the left, without gradients.
     Every forward pass with an empty cache is a prefill and chooses tokens; without a cache, so does every step, from
     the attention of the last generated token. Kept tokens stay at their positions (`keep`), or each shorter sequence is
-    renumbered and decoding continues from its end (`renumber`). On exit the hooks are removed. A cache that was filled
+    renumbered and decoding continues from its end (`renumber`). Further text, such as the next question of a
+    conversation, may be read after the prompt in one piece. On exit the hooks are removed. A cache that was filled
     in this context must be decoded in it.
 
     selections: after a prefill, for each image which of the tokens that entered went through the last layer.
@@ -64,6 +65,7 @@ class Inside:
         self._read_layers = {cut.reads for image in images for cut in image.cuts}
         self._handles: list[Any] = []
         self._prefilled = 0  # tokens of the last prefill's rows, padding included
+        self._cached = 0  # tokens in the cache after the last forward pass
         self._reached: LayerSequence | None = None  # at the layer that a prefill has come to
         self._behind: dict[int, LayerSequence] = {}  # after the cut before each layer
         self._read: dict[int | None, Tensor] = {}  # what the layers that are read from were called with
@@ -122,9 +124,9 @@ class Inside:
             self._behind.clear()
             self._prefilled = width
             self._reached = self._start(call)
-        elif 0 < self._prefilled <= cached and width == 1:
+        elif 0 < self._prefilled <= cached and (width == 1 or cached == self._cached):
             self._reached = None
-            self._generated = cached + 1 - self._prefilled
+            self._generated = cached + width - self._prefilled
             self._step.clear()
         else:
             raise MMTokError(
@@ -133,6 +135,7 @@ class Inside:
                 "prompt in one piece and decode token by token",
                 "leave prefill_chunk_size, assistant models and caches of other prompts out",
             )
+        self._cached = cached + width
 
     def _start(self, call: hf.LayerCall) -> LayerSequence:
         """The sequence before any cut. Beams repeat rows; without a cache, generated tokens follow the prompt."""
@@ -299,10 +302,8 @@ class Inside:
             return {}
         if behind not in self._step:
             sequence = self._behind[behind]
-            mask, position_ids, rotary = None, call.position_ids, call.rotary
-            if sequence.live is not None:
-                visible = pad(sequence.live, (0, self._generated), value=True)[:, None, None]
-                mask = as_mask(visible, sequence.mask_dtype)
+            position_ids, rotary = call.position_ids, call.rotary
+            mask = step_mask(sequence, call.hidden.shape[1], self._generated, call.hidden.device)
             if self._positions == "renumber" and position_ids is not None:
                 position_ids = position_ids - sequence.removed[:, None]
                 rotary = hf.rotary_embedding(self._model, call.hidden, position_ids)

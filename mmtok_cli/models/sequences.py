@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from mmtok_cli.models.hf import Rotary
 from mmtok_cli.stages import Stage
@@ -100,6 +101,20 @@ def causal_mask(width: int, live: Tensor | None, dtype: torch.dtype, device: tor
     if live is not None:
         visible = (visible & live[:, None, None]) | torch.eye(width, dtype=torch.bool, device=device)
     return as_mask(visible, dtype)
+
+
+def step_mask(sequence: LayerSequence, step: int, after: int, device: torch.device) -> Tensor | None:
+    """The attention mask [batch or 1, 1, step, width + after] of `step` tokens that are read after a sequence.
+
+    after: tokens since the sequence was shortened, those of the step included. None where a single token sees all.
+    """
+    if step == 1 and sequence.live is None:
+        return None
+    total = sequence.width + after
+    visible = torch.ones(1, 1, step, total, dtype=torch.bool, device=device).tril(total - step)
+    if sequence.live is not None:
+        visible = visible & pad(sequence.live, (0, after), value=True)[:, None, None]
+    return as_mask(visible, sequence.mask_dtype)
 
 
 def as_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:

@@ -20,6 +20,7 @@ from mmtok_cli.report.tables import (
     lengths_text,
     plain_table,
 )
+from mmtok_cli.report.turns import turn_notes
 from mmtok_cli.report.units import cpus, duration, plural, seconds, share
 
 MOST_LEFT_OUT = 3  # lines on data that could not be used
@@ -55,6 +56,7 @@ def notes(comparison: Comparison, *, ceilings: bool = True) -> list[str]:
     lines += [*failure_notes(comparison), *left_out_notes(comparison), *comparison.remarks]
     if comparison.results:
         lines += comparison_notes(comparison)
+    lines += turn_notes(comparison)
     return [*lines, *flop_notes(comparison.results), *gpu_notes(comparison)]
 
 
@@ -164,6 +166,8 @@ def interruption_notes(comparison: Comparison) -> list[str]:
     if not comparison.interrupted:
         return []
     schedule, planned = comparison.schedule, comparison.planned_rounds
+    if schedule.planned_samples and 0 < (schedule.conversations or 0) < schedule.planned_samples:
+        return [f"interrupted: {schedule.conversations} of {schedule.planned_samples} conversations were evaluated"]
     if planned and schedule.rounds >= planned and schedule.planned_samples:
         asked = schedule.samples if any(result.fidelity for result in comparison.results) else 0
         return [f"interrupted: {asked} of {schedule.planned_samples} samples were evaluated"]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mmtok_cli.report.cells import CsvColumn, Source, Value
 from mmtok_cli.report.columns import COLUMNS
 from mmtok_cli.report.text import printable_record
+from mmtok_cli.report.turns import TURN_COLUMNS
 
 if TYPE_CHECKING:
     from mmtok_cli.results.schema import CaseId, Comparison, FailedCase
@@ -82,6 +83,7 @@ CONTEXT: tuple[CsvColumn[Comparison], ...] = (
 
 CSV_COLUMNS: tuple[CsvColumn[Any], ...] = (
     *IDENTITY,
+    *(column for column in TURN_COLUMNS if column.name not in {other.name for other in COLUMNS}),
     *(column for column in COLUMNS if column.name),
     *FAILURE,
     *CONTEXT,
@@ -89,7 +91,8 @@ CSV_COLUMNS: tuple[CsvColumn[Any], ...] = (
 
 
 def csv_text(comparison: Comparison) -> str:
-    """One row for each case, failed ones last. Columns without a value in any case are left out.
+    """One row for each case, failed ones last, then one for each turn of conversations. Columns without a value in any
+    row are left out.
 
     Raw values and scores by kind of question are in the JSON only. A text that a spreadsheet would take for a formula
     begins with an apostrophe.
@@ -101,6 +104,7 @@ def csv_text(comparison: Comparison) -> str:
         for case in comparison.results
     ]
     rows += [_values(IDENTITY, failed.case) | _values(FAILURE, failed) | context for failed in comparison.failures]
+    rows += [_values(IDENTITY, result.case) | _values(TURN_COLUMNS, result) | context for result in comparison.turns]
     names = [column.name for column in CSV_COLUMNS if column.always or _has_values(column.name, rows)]
     out = io.StringIO()
     writer = csv.DictWriter(out, names, extrasaction="ignore", lineterminator="\n")

@@ -17,6 +17,7 @@ from mmtok_cli.report.columns import markdown_columns
 from mmtok_cli.report.csv_export import csv_text
 from mmtok_cli.report.tables import environment_line, lengths_text, rules_text
 from mmtok_cli.report.text import printable_json, printable_record
+from mmtok_cli.report.turns import shown_columns, turn_notes
 from mmtok_cli.report.units import plural
 from mmtok_cli.results.schema import json_text
 
@@ -93,18 +94,30 @@ def markdown_text(comparison: Comparison) -> str:
     for row in rows(comparison, columns):
         name = escaped(row.title) + (f" ({escaped(row.missing)})" if row.missing else "")
         table.append([name, *(escaped(str(cell)) for cell in row.cells)])
-    widths = [max(4, *map(cell_len, column)) for column in zip(*table, strict=True)]
-    rule = [":" + "-" * (widths[0] - 1), *("-" * (width - 1) + ":" for width in widths[1:])]
-    lines = ["| " + " | ".join(map(_padded, row, widths, rule)) + " |" for row in (table[0], rule, *table[1:])]
+    lines = _table_lines(table)
+    if comparison.turns:
+        shown = shown_columns(comparison)
+        turns = [["method", *(column.heading for column in shown)]]
+        for result in comparison.turns:
+            turns.append([escaped(str(result)), *(escaped(str(column.cell_of(result))) for column in shown)])
+        lines += ["", "Turns of conversations:", "", *_table_lines(turns)]
     notes = [
         *unable_notes(comparison.results),
         *interruption_notes(comparison),
         *failure_notes(comparison),
+        *turn_notes(comparison),
         *comparison.left_out,
         *comparison.remarks,
     ]
     said = [_conditions(comparison), READING, *notes]
     return "\n".join([*lines, "", "\n\n".join(map(_paragraph, said)), ""])
+
+
+def _table_lines(table: Sequence[Sequence[str]]) -> list[str]:
+    """A table in Markdown, its columns aligned. table: rows, the headings first."""
+    widths = [max(4, *map(cell_len, column)) for column in zip(*table, strict=True)]
+    rule = [":" + "-" * (widths[0] - 1), *("-" * (width - 1) + ":" for width in widths[1:])]
+    return ["| " + " | ".join(map(_padded, row, widths, rule)) + " |" for row in (table[0], rule, *table[1:])]
 
 
 def _conditions(comparison: Comparison) -> str:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from string import ascii_uppercase
 from typing import Any, TypeVar
 
-from mmtok_cli.results.schema import CaseResult, Comparison, FailedCase
+from mmtok_cli.results.schema import CaseResult, Comparison, FailedCase, TurnResult
 
-NamedCase = TypeVar("NamedCase", CaseResult, FailedCase)
+NamedCase = TypeVar("NamedCase", CaseResult, FailedCase, TurnResult)
 
 UNSHOWN = ("command", "git_commit", "git_dirty")  # the commit is shown abbreviated, with a mark for changes
 
@@ -53,6 +53,7 @@ def merge(comparisons: Sequence[Comparison]) -> Comparison:
             "results": [_named(case, name) for one, name in runs for case in one.results],
             "failures": [_named(case, name) for one, name in runs for case in one.failures],
             "unevaluated": [_named(case, name) for one, name in runs for case in one.unevaluated],
+            "turns": [_named(turn, name) for one, name in runs for turn in one.turns],
             "remarks": _remarks(comparisons, names),
             "run_directory": None,
             "machine": None,

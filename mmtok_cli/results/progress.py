@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from itertools import islice
 
 from mmtok_cli.errors import MMTokError
-from mmtok_cli.results.records import CaseFailure, PredictionBatch
+from mmtok_cli.results.records import CaseFailure, ConversationFailure, PredictionBatch
 from mmtok_cli.results.run_directory import RunDirectory
+from mmtok_cli.rules import TurnPolicy
+
+ConversationCase = tuple[int, TurnPolicy | None]  # number in the plan, policy
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,15 @@ class Remaining:
     batch_size: int
     cases: list[int]
     batches: list[int]
+    key: str = ""
+
+
+@dataclass(frozen=True)
+class RemainingConversations:
+    """What is left of the conversations. cases: numbers in the plan and policies. samples: their numbers."""
+
+    cases: list[ConversationCase]
+    samples: list[int]
     key: str = ""
 
 
@@ -61,7 +73,7 @@ def is_timed(store: RunDirectory) -> bool:
 
 def is_finished(store: RunDirectory) -> bool:
     """Whether nothing is left to be timed or evaluated."""
-    return is_timed(store) and is_evaluated(store)
+    return is_timed(store) and is_evaluated(store) and left_to_converse(store) is None
 
 
 def is_evaluated(store: RunDirectory) -> bool:
@@ -118,4 +130,28 @@ def evaluation_failures(store: RunDirectory) -> dict[int, CaseFailure]:
     for _, batch in sorted(store.predictions.items()):
         for failure in batch.failures:
             found.setdefault(failure.case, failure)
+    return found
+
+
+def left_to_converse(store: RunDirectory) -> RemainingConversations | None:
+    """The conversations of the plan that are not in the directory; None where there are none, or no baseline."""
+    cases = conversing_cases(store)
+    left = [number for number in range(store.plan.samples) if number not in store.conversations]
+    return RemainingConversations(cases, left, store.key) if cases and left else None
+
+
+def conversing_cases(store: RunDirectory) -> list[ConversationCase]:
+    """The cases that can be compared in conversations, the baseline first; none without a baseline."""
+    planned, failed = store.plan.conversation_cases, conversation_failures(store)
+    if not planned or planned[0] in failed or planned[0][0] in store.failures:
+        return []
+    return [each for each in planned if each not in failed and each[0] not in store.failures]
+
+
+def conversation_failures(store: RunDirectory) -> dict[ConversationCase, ConversationFailure]:
+    """The first failure of each case that failed in a conversation, by its number and policy."""
+    found: dict[ConversationCase, ConversationFailure] = {}
+    for _, record in sorted(store.conversations.items()):
+        for failure in record.failures:
+            found.setdefault((failure.case, failure.policy), failure)
     return found

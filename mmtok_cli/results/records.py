@@ -31,7 +31,7 @@ from mmtok_cli.results.schema import (
     Seconds,
     Share,
 )
-from mmtok_cli.rules import Positions, Rules
+from mmtok_cli.rules import Positions, Rules, TurnPolicy
 from mmtok_cli.settings import CompareSettings
 from mmtok_cli.stages import STAGES
 
@@ -299,6 +299,76 @@ class PredictionBatch(FileRecord):
         return {prediction.sample for prediction in self.predictions if prediction.case == case}
 
 
+class TurnRun(Record):
+    """One question of a conversation and its answer.
+
+    score: None where there is no reference answer. seconds: by stage, zero for stages that the turn does without.
+    tokens: of the whole conversation up to the answer. steps: new tokens. kv_cache: bytes after the answer.
+    encoder_outputs: bytes that are kept in memory for later turns.
+    """
+
+    answer: str
+    score: Share | None
+    seconds: dict[str, Seconds]
+    tokens: Tokens
+    steps: Number
+    kv_cache: Bytes
+    encoder_outputs: Bytes
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> Self:
+        _require_stages(self.seconds, *SUMS)
+        _require_sums(self.seconds)
+        return self
+
+
+class ConversationRun(Record):
+    """A conversation with one case under one policy; None for the baseline, which has no choice."""
+
+    case: Number
+    policy: TurnPolicy | None
+    turns: list[TurnRun] = Field(min_length=1)
+
+
+class ConversationFailure(CaseFailure):
+    """A case that failed under a policy, and has no part in later conversations."""
+
+    policy: TurnPolicy | None
+
+
+class ConversationRecord(FileRecord):
+    """A conversation with all cases, in the order in which they ran.
+
+    conversation: the number of its sample. key: a digest of the plan's cases. images: their names. problem: why the
+    conversation is left out of every case, if it is.
+    """
+
+    conversation: Number
+    key: str
+    images: tuple[str, ...]
+    runs: list[ConversationRun] = Field(default=[])
+    problem: str | None = None
+    failures: list[ConversationFailure] = Field(default=[])
+
+    @property
+    def file_name(self) -> str:
+        return f"{self.conversation:06d}.json"
+
+    @property
+    def by_case(self) -> dict[tuple[int, TurnPolicy | None], ConversationRun]:
+        return {(run.case, run.policy): run for run in self.runs}
+
+    @model_validator(mode="after")
+    def _agrees_on_turns(self) -> Self:
+        if len(self.by_case) < len(self.runs):
+            raise ValueError("a case has several runs under one policy")
+        if len({tuple(turn.score is None for turn in run.turns) for run in self.runs}) > 1:
+            raise ValueError("the cases differ in their turns, or in which of them have scores")
+        if self.problem is not None and self.runs:
+            raise ValueError("a conversation that is left out has runs")
+        return self
+
+
 class PlannedCase(OfCase):
     """A case with a digest of its description and of everything else that its figures depend on."""
 
@@ -311,7 +381,8 @@ class Plan(Record):
     options: those of the command line that define what is measured. data_digest: a digest of the samples.
     order: the cases of the planned rounds, in the order in which they run. samples: how many are evaluated; timed: how
     many of them the rounds cycle through, all if None. quality: whether answers are evaluated besides being timed.
-    metric: how answers are scored. left_out: a line for each part of the data that could not be used.
+    metric: how answers are scored. questions: of all conversations, 0 if only first questions are evaluated.
+    left_out: a line for each part of the data that could not be used.
     """
 
     schema_: Literal["mmtok.plan/2"] = Field(default="mmtok.plan/2", alias="schema")
@@ -334,6 +405,7 @@ class Plan(Record):
     timed: Annotated[Number, Field(ge=1)] | None = None
     quality: bool = True
     metric: MetricName | None = None
+    questions: Number = 0
     left_out: list[str] = Field(default=[])
 
     @model_validator(mode="after")
@@ -372,6 +444,19 @@ class Plan(Record):
         sizes = tuple(planned.case.batch_size for planned in self.cases)
         batches = {size: (self.timed or self.samples) // size for size in sizes}
         return Rotation(sizes, batches, self.rounds, self.seed, self.every_round)
+
+    @property
+    def conversation_cases(self) -> list[tuple[int, TurnPolicy | None]]:
+        """The cases that conversations are held with, each under every policy: the baseline first, which has none.
+
+        They are those of the smallest batch size, since conversations are held one at a time. Empty without --turns.
+        """
+        if not self.options.turns:
+            return []
+        size = min(planned.case.batch_size for planned in self.cases)
+        mine = [(number, each.case) for number, each in enumerate(self.cases) if each.case.batch_size == size]
+        reduced = [number for number, case in mine if case.method != "full"]
+        return [(mine[0][0], None), *((number, policy) for number in reduced for policy in self.options.turns)]
 
     def baseline_of(self, case: int) -> int:
         """The unreduced case of the same batch size: the first that has this size."""
@@ -417,7 +502,12 @@ def digest_of_samples(samples: Sequence[Sample]) -> str:
 
     The content of the images is not read.
     """
-    return digest([[s.image_ids, s.question, s.answer, s.answers, s.kind, _file_sizes(s)] for s in samples])
+    return digest(
+        [
+            [s.image_ids, s.question, s.answer, s.answers, s.kind, _file_sizes(s), *([s.later] if s.later else [])]
+            for s in samples
+        ]
+    )
 
 
 def _file_sizes(sample: Sample) -> list[int | None]:

@@ -17,12 +17,21 @@ from pydantic_core import from_json as parse_json
 from mmtok_cli import __version__
 from mmtok_cli.errors import MMTokError, first_line
 from mmtok_cli.files import remove_temporary_files, write_whole
-from mmtok_cli.results.records import CountedFlops, FileRecord, Plan, PredictionBatch, TimedRun, TimingFailure, digest
+from mmtok_cli.results.records import (
+    ConversationRecord,
+    CountedFlops,
+    FileRecord,
+    Plan,
+    PredictionBatch,
+    TimedRun,
+    TimingFailure,
+    digest,
+)
 from mmtok_cli.results.schema import Record, from_json, json_text
 
 PLAN = "plan.json"
 LOCK = "lock"
-FOLDERS = ("rounds", "cases", "failures", "predictions", "overlays")
+FOLDERS = ("rounds", "cases", "failures", "predictions", "conversations", "overlays")
 RESULT = "comparison.json"
 SEARCH = "search.json"  # of a search for budgets
 SEARCH_STEPS, SEARCH_TIMING, SEARCH_RESULT = "search", "timing", "retention.json"
@@ -102,8 +111,9 @@ class RunDirectory(RecordDirectory):
     """The results of a run, in memory and on disk.
 
     Files: `plan.json`, `rounds/ROUND-CASE.json` for each case in each round, `cases/CASE.json` for the FLOPs of a case,
-    `failures/CASE.json`, and `predictions/BATCH.json` for the predictions of all cases for one batch of samples. A file
-    is complete or missing, however the process ends. `lock` is locked by the process that measures.
+    `failures/CASE.json`, `predictions/BATCH.json` for the predictions of all cases for one batch of samples, and
+    `conversations/SAMPLE.json` for a conversation with all cases. A file is complete or missing, however the process
+    ends. `lock` is locked by the process that measures.
     """
 
     def __init__(self, path: Path, plan: Plan) -> None:
@@ -113,6 +123,7 @@ class RunDirectory(RecordDirectory):
         self.counted: dict[int, CountedFlops] = {}
         self.failures: dict[int, TimingFailure] = {}
         self.predictions: dict[int, PredictionBatch] = {}
+        self.conversations: dict[int, ConversationRecord] = {}
         self.key = digest([case.key for case in plan.cases])
 
     @classmethod
@@ -160,6 +171,8 @@ class RunDirectory(RecordDirectory):
             directory.failures[failure.case] = failure
         for batch in records_in(path / "predictions", PredictionBatch, directory._check_predictions):
             directory.predictions[batch.batch] = batch
+        for record in records_in(path / "conversations", ConversationRecord, directory._check_conversation):
+            directory.conversations[record.conversation] = record
         return directory
 
     def add_run(self, run: TimedRun) -> None:
@@ -182,9 +195,14 @@ class RunDirectory(RecordDirectory):
         self.predictions[batch.batch] = batch
         self._write(f"predictions/{batch.file_name}", batch)
 
+    def add_conversation(self, record: ConversationRecord) -> None:
+        """Save a conversation with all cases. Raises NotWrittenError where it cannot be written."""
+        self.conversations[record.conversation] = record
+        self._write(f"conversations/{record.file_name}", record)
+
     def _remove_if_empty(self, created: Sequence[Path]) -> None:
         """Remove a run that was refused before anything was measured."""
-        if not (self.runs or self.counted or self.failures or self.predictions):
+        if not (self.runs or self.counted or self.failures or self.predictions or self.conversations):
             self._remove_new(PLAN, created)
 
     def _check_key(self, record: TimedRun | CountedFlops | TimingFailure) -> None:
@@ -211,6 +229,16 @@ class RunDirectory(RecordDirectory):
         if not {each.case for each in batch.predictions} | {each.case for each in batch.failures} <= cases:
             raise ValueError("it has predictions of cases that the plan does not have at this batch size")
         if self.plan.metric is None and any(prediction.score is not None for prediction in batch.predictions):
+            raise ValueError("it has scores, and the plan has no metric")
+
+    def _check_conversation(self, record: ConversationRecord) -> None:
+        if record.key != self.key or record.conversation >= self.plan.samples:
+            raise ValueError(f"it does not belong to the run of its {PLAN}")
+        if not {*record.by_case, *((each.case, each.policy) for each in record.failures)} <= set(
+            self.plan.conversation_cases
+        ):
+            raise ValueError("it has cases or policies that the plan does not have")
+        if self.plan.metric is None and any(turn.score is not None for run in record.runs for turn in run.turns):
             raise ValueError("it has scores, and the plan has no metric")
 
 

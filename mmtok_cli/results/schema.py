@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from mmtok_cli.rules import Positions, Rules
+from mmtok_cli.rules import Positions, Rules, TurnPolicy
 
 CONFIDENCE = 0.95  # of all intervals
 
@@ -349,6 +349,32 @@ class CaseResult(OfCase):
     fidelity: Fidelity | None = None
 
 
+class TurnResult(OfCase):
+    """One turn of all conversations with a case under a policy for later turns.
+
+    policy: None for the baseline. turn: from 1; None for all turns together, where seconds are those of a whole
+    conversation, and tokens and bytes those of its last turn. conversations: how many have this turn. tokens: means, of
+    the whole conversation up to the answer. seconds: by stage, one value for each conversation. speedup: paired within
+    conversations. kv_cache, encoder_outputs: bytes, means; the latter are kept in memory for later turns.
+    score: the mean over questions. retention: score / score of the baseline in the same turn, with bounds of a 95 %
+    interval. same: share of answers identical to the baseline's.
+    """
+
+    policy: TurnPolicy | None
+    turn: int | None
+    conversations: int
+    tokens: Tokens
+    seconds: dict[str, Times]
+    speedup: dict[str, Speedup]
+    kv_cache: float
+    encoder_outputs: float
+    score: float | None = None
+    retention: float | None = None
+    retention_low: float | None = None
+    retention_high: float | None = None
+    same: float | None = None
+
+
 class FailedCase(OfCase):
     """A case that failed and has no result, or, among `unevaluated`, no quality.
 
@@ -400,7 +426,8 @@ class Schedule(Record):
     several. rounds: completed rounds. runs: repetitions of each case within a round. min_time: minimum seconds of
     timed runs. new_tokens, prompt_tokens: exact numbers of new tokens and of text tokens per prompt in timed runs, None
     where they were not fixed; evaluated answers are not affected. metric: name of the metric that judges the answers,
-    None if they are not judged; metric_title: what it is, in words.
+    None if they are not judged; metric_title: what it is, in words. conversations: number of them that were evaluated,
+    of `planned_samples`; None without --turns.
     """
 
     data: str
@@ -420,6 +447,7 @@ class Schedule(Record):
     metric_title: str | None = None
     new_tokens: int | None = None
     prompt_tokens: int | None = None
+    conversations: int | None = None
 
 
 class SamplePrediction(Record):
@@ -462,9 +490,10 @@ class Comparison(Record):
     """What `mmtok compare --json` prints.
 
     results: for each batch size the unreduced baseline, unless it failed, then the other cases. planned_rounds: minimum
-    number of rounds. unevaluated: cases that were timed but could not be evaluated. left_out: one line for each part of
-    the data that could not be used. remarks: further lines about the results. machine: None where the system reports
-    nothing, and for several runs.
+    number of rounds. unevaluated: cases that were timed but could not be evaluated. turns: for each case and policy its
+    turns, then all of them together; empty without --turns. left_out: one line for each part of the data that could not
+    be used. remarks: further lines about the results. machine: None where the system reports nothing, and for several
+    runs.
     """
 
     schema_: Literal["mmtok.compare/2"] = Field(default="mmtok.compare/2", alias="schema")
@@ -478,6 +507,7 @@ class Comparison(Record):
     planned_rounds: int | None = None
     run_directory: str | None = None
     unevaluated: list[FailedCase] = []
+    turns: list[TurnResult] = []
     left_out: list[str] = []
     remarks: list[str] = []
     machine: MachineUse | None = None

@@ -19,6 +19,7 @@ from mmtok_cli.report.page.environment import batch_sizes, environment_facts
 from mmtok_cli.report.page.facts import headline
 from mmtok_cli.report.page.render import render
 from mmtok_cli.report.text import printable, printable_record
+from mmtok_cli.report.turns import shown_columns
 from mmtok_cli.report.units import plural
 
 if TYPE_CHECKING:
@@ -79,6 +80,8 @@ def page_text(comparison: Comparison, overlays: Sequence[OverlayGroup] = ()) -> 
         kinds=kinds,
         kind_rows=_rows(comparison, kinds),
         overlays=list(map(_overlays, overlays)),
+        turns=shown_columns(comparison),
+        turn_rows=_turn_rows(comparison),
         ceiling="" if missing(comparison.results[0]) else tables.ceiling(comparison.results[0]),
         notes=checks.notes(comparison, ceilings=False),
         environment=environment_facts(comparison),
@@ -102,6 +105,21 @@ def _rows(comparison: Comparison, columns: Sequence[Column]) -> list[dict[str, A
             "cells": row.cells,
         }
         for row in rows(comparison, columns)
+    ]
+
+
+def _turn_rows(comparison: Comparison) -> list[dict[str, Any]]:
+    """A row for each turn of conversations, with the key of its case in the plots."""
+    numbers, columns = charts.method_numbers(comparison), shown_columns(comparison)
+    return [
+        {
+            "method": str(result),
+            "number": None if result.case.is_baseline else numbers.get(charts.series_name(result, comparison)),
+            "baseline": result.case.is_baseline,
+            "missing": None,
+            "cells": [column.cell_of(result) for column in columns],
+        }
+        for result in comparison.turns
     ]
 
 

@@ -12,7 +12,7 @@ from mmtok_cli.report.page.scores import PlottedScore, plotted_score
 from mmtok_cli.report.units import number, seconds, share
 
 if TYPE_CHECKING:
-    from mmtok_cli.results.schema import CaseResult, Comparison, FailedCase
+    from mmtok_cli.results.schema import CaseResult, Comparison, OfCase
 
 STACKED = ("prepare", "encode", "select", "prefill", "decode")
 
@@ -97,7 +97,7 @@ class Span:
     high: float
 
 
-def series_name(case: CaseResult | FailedCase, comparison: Comparison) -> str:
+def series_name(case: OfCase, comparison: Comparison) -> str:
     """What a case's method is called; the batch size belongs to it where there are several."""
     several = isinstance(comparison.schedule.batch_size, list)
     return f"{case.case.title}, batch size {case.case.batch_size}" if several else case.case.title
