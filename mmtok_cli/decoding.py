@@ -43,10 +43,12 @@ def decode(
     padded. Generates the same tokens as transformers' `generate`. ignore_eos: decode exactly `max_new_tokens` tokens
     for each row, also after a token that ends an answer.
     """
-    return decode_after(Continuation(model, inputs, cache), first_logits, max_new_tokens)
+    return decode_after(Continuation(model, inputs, cache), first_logits, max_new_tokens, ignore_eos=ignore_eos)
 
 
-def decode_after(continuation: Continuation, first_logits: Tensor, max_new_tokens: int) -> Tensor:
+def decode_after(
+    continuation: Continuation, first_logits: Tensor, max_new_tokens: int, *, ignore_eos: bool = False
+) -> Tensor:
     """`decode` from a cache that may hold more than a prompt. The last new token is not read."""
     model = continuation.model
     token = first_logits.argmax(-1)
