@@ -37,8 +37,10 @@ def configured_method(
     return make_method(name, **values | dict(parameters or {}))
 
 
-def configured_model(settings: ModelSettings, progress: Progress, layers: int | None = None) -> VisionLanguageModel:
-    """Load the model of the settings. layers: only the first so many decoder layers."""
+def configured_model(
+    settings: ModelSettings, progress: Progress, layers: int | None = None, vision_tokens: Sequence[int] = ()
+) -> VisionLanguageModel:
+    """Load the model of the settings. layers, vision_tokens: see `load_model`."""
     with progress.task(f"loading {settings.model}"):
         return load_model(
             settings.model,
@@ -48,6 +50,7 @@ def configured_model(settings: ModelSettings, progress: Progress, layers: int | 
             layers=layers,
             attention=settings.attention,
             device_map=settings.device_map,
+            vision_tokens=vision_tokens,
         )
 
 

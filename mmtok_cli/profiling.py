@@ -13,6 +13,7 @@ from mmtok_cli.configuration import cases_of, configured_model
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.environment import environment_of
 from mmtok_cli.errors import MMTokError, first_line
+from mmtok_cli.fallback import Plan, plan_profile
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.pipeline import Reduced, answer, reduce, require_room
 from mmtok_cli.progress import Progress
@@ -38,9 +39,13 @@ SELECTION_STAGES = ("prepare", "encode", "select", "prefill")
 
 @dataclass(frozen=True)
 class Profiled:
-    """A profile with its traces, what its notes need to know of the model, and the errors that left parts of it out."""
+    """A profile with its traces, what its notes need to know of the model, and the errors that left parts of it out.
+
+    planned_rounds: those that it would have without an interruption or an error.
+    """
 
     profile: ProfileResult
+    planned_rounds: int
     traces: list[Trace]
     context_length: int
     problems: list[MMTokError]
@@ -97,14 +102,17 @@ def profile(
     """
     progress = progress or Progress()
     cases = cases_of(settings)
-    model = configured_model(settings, progress, settings.layers)
+    plan = plan_profile(settings, cases, sample, progress)
+    settings = plan.settings
+    model = configured_model(settings, progress, settings.layers, plan.vision_tokens)
     if scaling_sizes:
         check_scaling(model, cases, sample, scaling_sizes)
     for case in cases:
         case.check(model, [sample])
-    order = interleaved(len(cases), settings.rounds, settings.seed)
+    order = interleaved(len(cases), plan.rounds, settings.seed)
     remainder = Remainder()
-    rounds = _time(model, cases, sample, order, settings, progress, remainder)
+    rounds = _time(model, cases, sample, order, plan, progress, remainder)
+    planned_rounds = plan.rounds if remainder.interrupted or remainder.problems else len(rounds)
     flops: list[dict[str, float]] = []
     traces: dict[str, Trace] = {}
     with progress.task("tracing", len(cases)) as update:
@@ -124,7 +132,7 @@ def profile(
         model=settings.model,
         parameters=model.parameter_count,
         rules=settings.rules,
-        environment=environment_of(model),
+        environment=environment_of(model).model_copy(update={"fallback": plan.fallback}),
         schedule=Schedule(
             data=data,
             seed=settings.seed,
@@ -132,9 +140,10 @@ def profile(
             samples=1,
             batch_size=sizes[0] if len(sizes) == 1 else sizes,
             rounds=len(rounds),
-            warmup=settings.warmup,
+            warmup=plan.warmup,
             order=order[: len(rounds)],
             runs=settings.runs,
+            image_size=sample.images[0].size,
         ),
         interrupted=remainder.interrupted,
         cases=results,
@@ -148,7 +157,7 @@ def profile(
     if scaling_sizes:
         found = _with_scaling(model, cases, sample, scaling_sizes, found, progress, remainder)
     problems = [*remainder.problems, *(trace.problem for trace in traces.values() if trace.problem)]
-    return Profiled(found, list(traces.values()), model.context_length, problems)
+    return Profiled(found, planned_rounds, list(traces.values()), model.context_length, problems)
 
 
 def time_selection(model: VisionLanguageModel, case: Case, sample: Sample) -> Selected:
@@ -180,15 +189,16 @@ def _time(
     cases: Sequence[Case],
     sample: Sample,
     order: Sequence[Sequence[int]],
-    settings: ProfileSettings,
+    plan: Plan,
     progress: Progress,
     remainder: Remainder,
 ) -> list[list[TimedRun]]:
     """The complete rounds, each with its runs in the order of cases. A round that fails or is interrupted ends them,
     unless it is the first, whose errors are raised."""
-    with progress.task("warming up", len(cases) * settings.warmup) as update:
-        for number in range(len(cases) * settings.warmup):
-            case = cases[number // settings.warmup]
+    settings = plan.settings
+    with progress.task("warming up", len(cases) * plan.warmup) as update:
+        for number in range(len(cases) * plan.warmup):
+            case = cases[number // plan.warmup]
             run_case(model, case, [sample] * case.batch_size, settings.max_new_tokens)
             update(number + 1)
     batches = {size: [[sample] * size] for size in settings.batch_size}
@@ -204,6 +214,8 @@ def _time(
         rounds = [time_round(0)]
         update(1)
         for number in range(1, len(order)):
+            if plan.is_over(number):
+                break
             runs = remainder.attempt(f"round {number + 1} of {len(order)}", partial(time_round, number))
             if runs is None:
                 release_memory(model.device)

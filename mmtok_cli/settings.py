@@ -32,6 +32,12 @@ MOST_NEW_TOKENS = 1_000_000
 LARGEST_BATCH = 10_000
 LONGEST = 7 * 24 * 3600  # seconds
 LARGEST_SEED = 2**63 - 1  # that of torch's generators
+LARGEST_SIDE = 10_000  # pixels of an image
+
+# Of `mmtok profile`, where nothing else is asked for.
+PROFILE_ROUNDS = 20
+PROFILE_WARMUP = 3
+USUAL_IMAGE = "1024x768"  # that people give to a model with crops or with images of any size
 
 USUAL_LIMIT = 80  # samples of a comparison
 SEARCH_LIMIT = 2000  # and of a search for budgets, which stops as soon as it can
@@ -112,6 +118,22 @@ def _share(value: Any) -> Any:
             f"give {LEAST_RETAINED:g}% to {MOST_RETAINED:g}%, as in --retain 98%",
         )
     return f"{found:.6g}%"
+
+
+def _image_size(value: str | None) -> str | None:
+    return value if value is None else "x".join(map(str, image_size(value)))
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """Width and height in pixels, from "1280x960". Raises MMTokError for anything else."""
+    found = re.fullmatch(r"\s*([0-9]{1,6})\s*[xX×]\s*([0-9]{1,6})\s*", text)
+    size = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not all(1 <= side <= LARGEST_SIDE for side in size):
+        raise MMTokError(
+            f"--image-size {text!r} is not a width and a height in pixels, each 1 to {LARGEST_SIDE}",
+            "as in --image-size 1280x960",
+        )
+    return size
 
 
 def _column_names(value: str | None) -> str | None:
@@ -291,9 +313,6 @@ class CasesSettings(ReductionSettings, MethodsSettings, PartSettings, ModelSetti
     runs: Annotated[int, Option(panel=MEASUREMENT)] = Field(
         1, ge=1, le=MOST_RUNS, description="Repetitions of each case within a round; their median is used."
     )
-    warmup: Annotated[int, Option(panel=MEASUREMENT)] = Field(
-        1, ge=0, le=MOST_RUNS, description="Untimed runs of each case."
-    )
     max_new_tokens: Annotated[int, Option(panel=MEASUREMENT)] = Field(
         16, ge=1, le=MOST_NEW_TOKENS, description="Maximum number of new tokens."
     )
@@ -305,11 +324,40 @@ class ProfileSettings(CasesSettings):
     budget: Annotated[Budgets | None, Option(("--budget", "-b"), REDUCTION)] = Field(
         ("64",), description="Budgets, separated by commas: 64,16 or 10%,5%."
     )
-    rounds: Annotated[int, Option(panel=MEASUREMENT)] = Field(
-        20, ge=1, le=MOST_ROUNDS, description="Timed rounds; each runs all cases once, in random order."
+    weights: Annotated[str, Option(panel=MODEL, metavar="auto|pretrained|random")] = Field(
+        "auto",
+        description="random: the real architecture with random weights; only time and memory are meaningful. auto: "
+        "random if there are no weights here.",
     )
-    warmup: Annotated[int, Option(panel=MEASUREMENT)] = Field(
-        3, ge=0, le=MOST_RUNS, description="Untimed runs of each case."
+    strict: Annotated[bool, Option(("--strict",), MODEL)] = Field(
+        False,
+        description="Refuse a model without weights, or one that does not fit. Otherwise random weights, bfloat16 or "
+        "fewer layers are measured, which the results say.",
+    )
+    max_time: Annotated[float, Option(panel=MEASUREMENT, metavar="SECONDS")] = Field(
+        300.0,
+        ge=1,
+        le=LONGEST,
+        allow_inf_nan=False,
+        description="If the model cannot be measured as it is: as many layers and rounds as fit into about this time.",
+    )
+    rounds: Annotated[int | None, Option(panel=MEASUREMENT)] = Field(
+        None,
+        ge=1,
+        le=MOST_ROUNDS,
+        description="Timed rounds; each runs all cases once, in random order. Default: "
+        f"{PROFILE_ROUNDS}, fewer where --max-time applies.",
+    )
+    warmup: Annotated[int | None, Option(panel=MEASUREMENT)] = Field(
+        None,
+        ge=0,
+        le=MOST_RUNS,
+        description=f"Untimed runs of each case. Default: {PROFILE_WARMUP}, 1 where --max-time applies.",
+    )
+    image_size: Annotated[str | None, AfterValidator(_image_size), Option(panel=DATA, metavar="WIDTHxHEIGHT")] = Field(
+        None,
+        description="Size in pixels that the image is resized to. Default: a file keeps its own; the drawn scene is "
+        f"{USUAL_IMAGE}, with the demo model that of its training.",
     )
 
 
@@ -329,6 +377,9 @@ class CompareSettings(CasesSettings):
     )
     by: Annotated[str | None, AfterValidator(_group), Option(panel=REDUCTION, metavar="kind")] = Field(
         None, description="kind: find the budget of --retain for each kind of question."
+    )
+    warmup: Annotated[int, Option(panel=MEASUREMENT)] = Field(
+        1, ge=0, le=MOST_RUNS, description="Untimed runs of each case."
     )
     limit: Annotated[int | None, Option(panel=MEASUREMENT)] = Field(
         None,

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TypeVar, overload
 
-from PIL.Image import Image
+from PIL.Image import Image, Resampling
 
 from mmtok_cli.data.images import open_image
 from mmtok_cli.errors import MMTokError
@@ -102,6 +102,11 @@ def demo_samples(limit: int) -> list[Sample]:
         Sample((pictures[q.scene.seed],), q.text, (f"scene-{q.scene.seed}",), q.answer, q.kind, id=str(number))
         for number, q in enumerate(questions)
     ]
+
+
+def resized(sample: Sample, size: tuple[int, int]) -> Sample:
+    """The sample with its images resized to a width and a height in pixels."""
+    return replace(sample, images=tuple(image.resize(size, Resampling.BICUBIC) for image in sample.images))
 
 
 def batches(samples: Sequence[Item], size: int) -> Iterator[list[Item]]:

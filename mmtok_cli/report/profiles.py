@@ -10,7 +10,7 @@ from rich.text import Text
 
 from mmtok_cli.report import tables
 from mmtok_cli.report.columns import COMPARED, KEPT, STAGES, layers_differ
-from mmtok_cli.report.units import count, number, seconds, share, size, spread
+from mmtok_cli.report.units import count, number, picture_size, plural, seconds, share, size, spread
 
 if TYPE_CHECKING:
     from mmtok_cli.results.profile import Ceilings, ProfileResult
@@ -30,6 +30,20 @@ def profile_tables(profile: ProfileResult) -> list[Table]:
     return [_stages(profile), _speedups(profile), _tokens_and_memory(profile), _operations(profile)]
 
 
+def head_lines(profile: ProfileResult) -> list[str]:
+    """What was measured, if not the model as it is, and on which image."""
+    schedule, fallback = profile.schedule, profile.environment.fallback
+    lines = [f"{profile.model}: {fallback}"] if fallback else []
+    if schedule.image_size:
+        data = "a drawn scene" if schedule.data == "demo" else schedule.data
+        sizes = schedule.batch_size if isinstance(schedule.batch_size, list) else [schedule.batch_size]
+        lines.append(
+            f"{profile.model}: {data}, {picture_size(schedule.image_size)} pixels, "
+            f"batch size {', '.join(map(str, sizes))}, {plural(schedule.rounds, 'round')}"
+        )
+    return lines
+
+
 def profiles_by_batch_size(profile: ProfileResult) -> list[ProfileResult]:
     """The profile with the cases of one batch size at a time."""
     sizes = dict.fromkeys(result.case.batch_size for result in profile.cases)
@@ -39,7 +53,7 @@ def profiles_by_batch_size(profile: ProfileResult) -> list[ProfileResult]:
 
 
 def profile_notes(
-    profile: ProfileResult, settings: ProfileSettings, sizes: Sequence[int], context_length: int
+    profile: ProfileResult, settings: ProfileSettings, planned_rounds: int, sizes: Sequence[int], context_length: int
 ) -> list[str]:
     """How to read the tables. sizes: the numbers of vision tokens that scaling was to be measured at."""
     from mmtok_cli.report.scaling import scaling_notes
@@ -57,8 +71,8 @@ def profile_notes(
     lines += ceiling_notes(profile)
     if sizes:
         lines += scaling_notes(profile, context_length)
-    if profile.schedule.rounds < settings.rounds:
-        lines.append(f"interrupted: {profile.schedule.rounds} of {settings.rounds} rounds were timed")
+    if profile.schedule.rounds < planned_rounds:
+        lines.append(f"interrupted: {profile.schedule.rounds} of {planned_rounds} rounds were timed")
     elif profile.interrupted and not sizes:
         lines.append("interrupted: not all traces and ceilings were measured")
     if sizes and profile.interrupted:

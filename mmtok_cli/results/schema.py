@@ -327,7 +327,7 @@ class Environment(Record):
 
     weights_digest: of the model's weights, from a few values of each. driver, cuda: versions, on an NVIDIA GPU. layers:
     decoder layers that were run, and those of the model, if only some were run; prefill, decode, KV cache and FLOPs are
-    then estimates.
+    then estimates. fallback: what `mmtok profile` measured in place of the model as it is, and why.
     """
 
     mmtok: str
@@ -348,6 +348,7 @@ class Environment(Record):
     cuda: str | None = None
     weights_digest: str | None = None
     layers: tuple[int, int] | None = None
+    fallback: str | None = None
 
 
 class Schedule(Record):
@@ -358,7 +359,7 @@ class Schedule(Record):
     samples that the rounds cycle through. data_digest: of names, questions and answers. batch_size: a list if there are
     several. rounds: completed rounds. runs: repetitions of each case within a round. min_time: minimum seconds of
     timed runs. metric: name of the metric that judges the answers, None if they are not judged; metric_title: what it
-    is, in words.
+    is, in words. image_size: width and height in pixels of the one image of a profile.
     """
 
     data: str
@@ -376,6 +377,7 @@ class Schedule(Record):
     timed: int | None = None
     metric: str | None = None
     metric_title: str | None = None
+    image_size: tuple[int, int] | None = None
 
 
 class Comparison(Record):
