@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ class TimedAnswers(Answers):
         and `total`. One measurement without a warm-up, of the whole batch. The first call of a process is slower.
     """
 
-    seconds: Mapping[str, float]
+    seconds: Mapping[str, float] = field(kw_only=True)
 
 
 def make_method(
@@ -113,9 +113,7 @@ def answer(
         max_new_tokens=max_new_tokens,
         stage=clock.stage,
     )
-    return TimedAnswers(
-        **{field.name: getattr(answers, field.name) for field in fields(answers)}, seconds=clock.seconds()
-    )
+    return TimedAnswers(**{each.name: getattr(answers, each.name) for each in fields(answers)}, seconds=clock.seconds())
 
 
 def compare(model: str = "demo", *, run_dir: Path | str | None = None, **settings: Any) -> Comparison:

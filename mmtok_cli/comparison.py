@@ -12,7 +12,7 @@ from itertools import chain, count
 from pathlib import Path
 
 from mmtok_cli.cases import Case
-from mmtok_cli.configuration import cases_of, configured_model
+from mmtok_cli.configuration import cases_of, configured_model, with_writer
 from mmtok_cli.data.datasets import Dataset, open_dataset
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.environment import environment_of
@@ -273,6 +273,7 @@ def prepare_comparison(
     dataset = with_metric(dataset, settings.metric)
     require_whole_batches(len(dataset.samples), settings.batch_size)
     model = model or configured_model(settings, progress, settings.layers)
+    cases = with_writer(cases, settings, progress)
     for note in dataset.notes()[:MOST_NOTES]:
         progress.note(note)
     if settings.layers is not None and not settings.no_quality:

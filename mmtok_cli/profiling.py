@@ -9,32 +9,33 @@ from pathlib import Path
 from typing import TypeVar
 
 from mmtok_cli.cases import Case, release_memory
-from mmtok_cli.configuration import cases_of, configured_model
+from mmtok_cli.configuration import cases_of, configured_model, with_writer
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.environment import environment_of
 from mmtok_cli.errors import MMTokError, first_line
 from mmtok_cli.fallback import Plan, plan_profile
 from mmtok_cli.models.base import VisionLanguageModel
-from mmtok_cli.pipeline import Reduced, answer, reduce, require_room
+from mmtok_cli.pipeline import Reduced, require_room
 from mmtok_cli.progress import Progress
 from mmtok_cli.results.profile import ProfileResult, ScalingPoint
 from mmtok_cli.results.records import TimedRun
 from mmtok_cli.results.schedule import Turn, interleaved
-from mmtok_cli.results.schema import CaseResult, Schedule
+from mmtok_cli.results.schema import CaseResult, Schedule, cases_without_draft
 from mmtok_cli.settings import ProfileSettings
+from mmtok_cli.stages import DRAFT, unwatched
 from mmtok_cli.timing.ceilings import achieved, measure_ceilings, weights_read
 from mmtok_cli.timing.clock import Clock
 from mmtok_cli.timing.flops import count_flops
 from mmtok_cli.timing.partial import last_layer, missing_layers, of_whole_model
 from mmtok_cli.timing.runner import run_case, run_round
 from mmtok_cli.timing.scaling import check_scaling, growth_of, measure_size, smallest_size
-from mmtok_cli.timing.summary import summarise_case
+from mmtok_cli.timing.summary import summarise_case, with_slowdown
 from mmtok_cli.timing.traces import Trace, trace_case
 from mmtok_cli.tokens import Selection
 
 Result = TypeVar("Result")
 
-SELECTION_STAGES = ("prepare", "encode", "select", "prefill")
+SELECTION_STAGES = (DRAFT, "prepare", "encode", "select", "prefill")
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,9 @@ def profile(
     cannot be run.
     """
     progress = progress or Progress()
-    cases = cases_of(settings)
+    if scaling_sizes and settings.draft:
+        raise MMTokError("--scaling does not measure drafts", "omit --draft")
+    cases = with_writer(cases_of(settings), settings, progress)
     plan = plan_profile(settings, cases, sample, progress)
     settings = plan.settings
     model = configured_model(settings, progress, settings.layers, plan.vision_tokens)
@@ -165,20 +168,18 @@ def time_selection(model: VisionLanguageModel, case: Case, sample: Sample) -> Se
 
     What a method drops inside the language model is known only when the prompt has been read, so it is read then.
     """
-    first = reduce(model, case.method, [sample], case.budget, rules=case.rules)
+    first = case.reduce(model, [sample])
     require_room(model, first.inputs["input_ids"].shape[1], max_new_tokens=0)
     cuts_inside = bool(first.cuts)
     if cuts_inside:
-        answer(model, case.method, [sample], case.budget, rules=case.rules, max_new_tokens=1)
+        case.answer(model, [sample], 1, unwatched)
     clock = Clock(model.device)
     with last_layer(model, clock.now) as spans:
         if cuts_inside:
-            answers = answer(
-                model, case.method, [sample], case.budget, rules=case.rules, max_new_tokens=1, stage=clock.stage
-            )
+            answers = case.answer(model, [sample], 1, clock.stage)
             reduced, selection = answers.reduced, answers.selections[0]
         else:
-            reduced = reduce(model, case.method, [sample], case.budget, rules=case.rules, stage=clock.stage)
+            reduced = case.reduce(model, [sample], clock.stage)
             selection = reduced.selections[0]
     stages = of_whole_model(clock.stages(), clock.sums(spans), missing_layers(model))
     return Selected(reduced, selection, {stage: s for stage, s in stages.items() if stage in SELECTION_STAGES})
@@ -231,10 +232,13 @@ def _results(
     """One result for each case; its baseline is the first case of the same batch size."""
     runs = [[each[i] for each in rounds] for i in range(len(cases))]
     first = {case.batch_size: i for i, case in reversed(list(enumerate(cases)))}
+    without_draft = cases_without_draft([case.id for case in cases])
     results = []
     for i, case in enumerate(cases):
         baseline = None if first[case.batch_size] == i else runs[first[case.batch_size]]
-        results.append(summarise_case(case.id, runs[i], baseline, flops[i]))
+        result = summarise_case(case.id, runs[i], baseline, flops[i])
+        plain = without_draft.get(i)
+        results.append(result if plain is None else with_slowdown(result, runs[i], runs[plain]))
     return results
 
 

@@ -32,6 +32,7 @@ MOST_NEW_TOKENS = 1_000_000
 LARGEST_BATCH = 10_000
 LONGEST = 7 * 24 * 3600  # seconds
 LARGEST_SEED = 2**63 - 1  # that of torch's generators
+TEXT_DRAFT = "text:"  # begins a draft that is given as a text
 LARGEST_SIDE = 10_000  # pixels of an image
 
 # Of `mmtok profile`, where nothing else is asked for.
@@ -118,6 +119,17 @@ def _share(value: Any) -> Any:
             f"give {LEAST_RETAINED:g}% to {MOST_RETAINED:g}%, as in --retain 98%",
         )
     return f"{found:.6g}%"
+
+
+def _draft(value: str | None) -> str | None:
+    if value is not None and not value.removeprefix(TEXT_DRAFT).strip():
+        raise MMTokError("--draft names no draft", "as in --draft self, --draft qwen2.5-vl-3b or --draft text:red")
+    if value is not None:
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise MMTokError("--draft is not valid UTF-8", "enter it again") from error
+    return value
 
 
 def _image_size(value: str | None) -> str | None:
@@ -240,6 +252,17 @@ class ReductionSettings(Settings):
     ] = Field((), description="Parameter of a method, as in fastv.layer=3 (see `mmtok methods NAME`). Repeatable.")
     seed: Annotated[int, Option(panel=REDUCTION)] = Field(
         0, ge=0, le=LARGEST_SEED, description="Seed of methods that draw at random, and of the order of cases."
+    )
+
+    draft: Annotated[str | None, AfterValidator(_draft), Option(panel=REDUCTION, metavar="self|MODEL|text:TEXT")] = (
+        Field(
+            None,
+            description="First answer whose words a method covers beside those of the question: the model's own with "
+            "the same method and budget, that of another model, or a text. Its time is a stage of its own.",
+        )
+    )
+    draft_tokens: Annotated[int, Option(panel=REDUCTION)] = Field(
+        16, ge=1, le=MOST_NEW_TOKENS, description="Maximum number of tokens of a draft."
     )
 
     @property

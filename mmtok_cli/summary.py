@@ -14,7 +14,7 @@ from mmtok_cli.results.progress import is_finished, require_flops, whole_rounds
 from mmtok_cli.results.records import TimedRun
 from mmtok_cli.results.run_directory import RunDirectory
 from mmtok_cli.results.schema import CaseResult, Comparison, FailedCase, Schedule
-from mmtok_cli.timing.summary import summarise_case
+from mmtok_cli.timing.summary import summarise_case, with_slowdown
 
 
 def summarise_run(store: RunDirectory) -> Comparison:
@@ -56,6 +56,8 @@ def _results(store: RunDirectory, columns: list[list[TimedRun]]) -> list[CaseRes
         result = summarise_case(plan.cases[number].case, runs, baseline, counted.flops, counted.coverage)
         if number in summaries:
             result = result.model_copy(update=summaries[number].result_fields(is_baseline=first == number))
+        if (plain := plan.without_draft.get(number)) is not None and plain not in store.failures:
+            result = with_slowdown(result, runs, columns[plain])
         results.append(result)
     return results
 

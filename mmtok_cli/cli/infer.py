@@ -40,7 +40,7 @@ def infer(
     """
     from rich.text import Text
 
-    from mmtok_cli.configuration import configured_model, one_case
+    from mmtok_cli.configuration import configured_model, one_case, with_writer
     from mmtok_cli.data.samples import sample_from_file
     from mmtok_cli.report.console import ConsoleProgress, print_json, results_console
     from mmtok_cli.report.tables import answer_table, rules_text, short_text, weights_text
@@ -52,6 +52,7 @@ def infer(
     cases = [case, full] if baseline else [case]
     sample = sample_from_file(image, question, *(more or ()))
     model = configured_model(settings, progress)
+    cases = with_writer(cases, settings, progress)
     case.check(model, [sample])
     with progress.task("answering"):
         for each in cases:  # the first run chooses kernels and allocates memory; it is not timed
@@ -74,6 +75,8 @@ def infer(
     for each, run in zip(cases, runs, strict=True):
         name = f"{printable(each)}: " if baseline else ""
         out.print(Text.assemble((name, "bold"), printable_lines(run.answers[0])))
+        if run.drafts:
+            out.print(Text.assemble(("draft: ", "bold"), printable_lines(run.drafts[0])), style="dim")
     out.print(answer_table([printable(each) for each in cases], runs))
     rules = rules_text(settings.rules, settings.parameters)
     for remark in filter(None, (short_text(runs[0].tokens[0]), rules, weights_text(model.weights))):
@@ -84,6 +87,7 @@ def _as_json(run: TimedRun) -> dict[str, Any]:
     tokens = run.tokens[0]
     return {
         "answer": run.answers[0],
+        **({"draft": run.drafts[0]} if run.drafts else {}),
         "tokens": {**asdict(tokens), "new": run.steps},
         "positions": run.positions,
         "seconds": run.seconds,

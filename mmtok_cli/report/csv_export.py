@@ -31,6 +31,7 @@ IDENTITY: tuple[CsvColumn[CaseId], ...] = (
     CsvColumn(
         "budget", "vision tokens to keep, as given; empty for methods without one", lambda c: c.budget, always=True
     ),
+    CsvColumn("draft", "first answer that the method reads: self, a model or a text", lambda case: case.draft),
     CsvColumn("batch_size", "samples in a batch", lambda case: case.batch_size, always=True),
 )
 

@@ -12,7 +12,7 @@ from rich.cells import cell_len
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.files import write_whole
 from mmtok_cli.report.cells import rows
-from mmtok_cli.report.checks import failure_notes, interruption_notes, unable_notes
+from mmtok_cli.report.checks import draft_notes, failure_notes, interruption_notes, unable_notes
 from mmtok_cli.report.columns import markdown_columns
 from mmtok_cli.report.csv_export import csv_text
 from mmtok_cli.report.tables import environment_line, rules_text
@@ -82,6 +82,7 @@ def markdown_text(comparison: Comparison) -> str:
     rule = [":" + "-" * (widths[0] - 1), *("-" * (width - 1) + ":" for width in widths[1:])]
     lines = ["| " + " | ".join(map(_padded, row, widths, rule)) + " |" for row in (table[0], rule, *table[1:])]
     notes = [
+        *draft_notes(comparison.results),
         *unable_notes(comparison.results),
         *interruption_notes(comparison),
         *failure_notes(comparison),

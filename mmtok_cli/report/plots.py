@@ -49,7 +49,7 @@ def save_tradeoff(comparison: Comparison, path: Path) -> None:
     scored = baseline.score is not None
     methods: dict[str, list[CaseResult]] = defaultdict(list)
     for result in results:
-        methods[result.case.method].append(result)
+        methods[result.case.title].append(result)
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     by_tokens, by_time = figure.subplots(1, 2, sharey=True)

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mmtok_cli.report import tables
-from mmtok_cli.report.columns import COMPARED, KEPT, STAGES, layers_differ
+from mmtok_cli.report.columns import COMPARED, KEPT, STAGES, layers_differ, stages_of
 from mmtok_cli.report.units import count, number, picture_size, plural, seconds, share, size, spread
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ def profile_notes(
     profile: ProfileResult, settings: ProfileSettings, planned_rounds: int, sizes: Sequence[int], context_length: int
 ) -> list[str]:
     """How to read the tables. sizes: the numbers of vision tokens that scaling was to be measured at."""
+    from mmtok_cli.report.checks import draft_notes
     from mmtok_cli.report.scaling import scaling_notes
 
     lines = list(filter(None, [tables.rules_text(settings.rules, settings.parameters)]))
@@ -64,6 +65,7 @@ def profile_notes(
         head = f"batch size {baseline.case.batch_size}: " if len(settings.batch_size) > 1 else ""
         notes = [
             tables.ceiling(baseline),
+            *draft_notes(part.cases),
             *tables.layer_notes(part.cases),
             *tables.inconclusive_notes(others, COMPARED if len(part.cases) <= SIDE_BY_SIDE else SPEEDUPS),
         ]
@@ -96,16 +98,16 @@ def _stage_table(profile: ProfileResult) -> Table:
     for case in others:
         table.add_column(case.case.label, justify="right", no_wrap=True)
         table.add_column("speedup of stage", justify="right")
-    for stage in STAGES:
-        times = baseline.seconds[stage]
+    for stage in stages_of(case.seconds for case in profile.cases):
+        times = baseline.seconds.get(stage)
         row: list[str | Text] = [
             _stage_name(stage, profile.environment),
             _spread(times),
-            share(times.median / baseline.seconds["total"].median),
+            share(times.median / baseline.seconds["total"].median) if times else "–",
         ]
         for case in others:
             gain = case.speedup.get(stage) if stage in COMPARED else None
-            row += [_spread(case.seconds[stage]), tables.speedup_text(gain)]
+            row += [_spread(case.seconds.get(stage)), tables.speedup_text(gain)]
         table.add_row(*row, style="bold" if stage in tables.SUMS else "")
     return table
 
@@ -135,11 +137,16 @@ def _cost_table(profile: ProfileResult) -> Table:
 
 
 def _stages(profile: ProfileResult) -> Table:
-    headings = [_stage_name(stage, profile.environment) for stage in STAGES]
+    stages = stages_of(case.seconds for case in profile.cases)
+    headings = [_stage_name(stage, profile.environment) for stage in stages]
     table = _table("Seconds per stage: medians", headings)
     for case in profile.cases:
-        table.add_row(case.case.label, *(seconds(case.seconds[stage].median) for stage in STAGES))
+        table.add_row(case.case.label, *(_median(case, stage) for stage in stages))
     return table
+
+
+def _median(case: CaseResult, stage: str) -> str:
+    return seconds(case.seconds[stage].median) if stage in case.seconds else "–"
 
 
 def _speedups(profile: ProfileResult) -> Table:
@@ -222,5 +229,5 @@ def _table(title: str, headings: Sequence[str]) -> Table:
     return table
 
 
-def _spread(times: Times) -> str:
-    return spread(times.median, times.p10, times.p90)
+def _spread(times: Times | None) -> str:
+    return "–" if times is None else spread(times.median, times.p10, times.p90)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, median
 
 from mmtok_cli.results.records import GpuState, TimedRun
-from mmtok_cli.results.schema import CaseId, CaseResult, FlopCoverage, GpuUse, Memory, Tokens
+from mmtok_cli.results.schema import CaseId, CaseResult, DraftEffect, FlopCoverage, GpuUse, Memory, Tokens
 from mmtok_cli.timing.statistics import drift, outliers, paired_speedup, summarise
 
 
@@ -38,7 +38,7 @@ def summarise_case(
         speedup={
             stage: paired_speedup(before, values)
             for stage, values in seconds.items()
-            if (before := [run.seconds[stage] for run in baseline or ()]) and min(*before, *values) > 0
+            if (before := [run.seconds.get(stage, 0.0) for run in baseline or ()]) and min(*before, *values) > 0
         },
         overhead=median(map(_overhead, runs)),
         decode_tokens_per_second=_decode_speed(runs),
@@ -53,6 +53,18 @@ def summarise_case(
         gpu=summarise_states([run.gpu for run in runs if run.gpu], case.batch_size),
         outliers=outliers(seconds["ttft"]),
         drift=drift(seconds["ttft"]),
+    )
+
+
+def with_slowdown(result: CaseResult, drafted: Sequence[TimedRun], plain: Sequence[TimedRun]) -> CaseResult:
+    """The result of a case with a draft, compared with the runs of the same one without, in the same rounds."""
+    by_round = {run.round: run.seconds["ttft"] for run in plain}
+    pairs = [(run.seconds["ttft"], by_round[run.round]) for run in drafted if run.round in by_round]
+    if not pairs:
+        return result
+    slowdown = paired_speedup(*zip(*pairs, strict=True))
+    return result.model_copy(
+        update={"draft": (result.draft or DraftEffect()).model_copy(update={"slowdown": slowdown})}
     )
 
 
