@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ class TimedAnswers(Answers):
         and `total`. One measurement without a warm-up, of the whole batch. The first call of a process is slower.
     """
 
-    seconds: Mapping[str, float]
+    seconds: Mapping[str, float] = field(kw_only=True)
 
 
 @dataclass(frozen=True)

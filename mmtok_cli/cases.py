@@ -12,21 +12,23 @@ import torch
 
 from mmtok_cli.budget import Budget
 from mmtok_cli.data.samples import Sample
+from mmtok_cli.drafts import Draft
 from mmtok_cli.errors import MethodFaultError, MMTokError, first_line, is_out_of_memory
 from mmtok_cli.methods.base import Method
 from mmtok_cli.models.base import VisionLanguageModel
-from mmtok_cli.pipeline import RELEASED, Answers, answer, check_budget
+from mmtok_cli.pipeline import RELEASED, Answers, Reduced, answer, check_budget, reduce
 from mmtok_cli.results.records import parameters_of
 from mmtok_cli.results.schema import CaseId
 from mmtok_cli.rules import Rules
-from mmtok_cli.stages import Stage
+from mmtok_cli.stages import DRAFT, Stage, unwatched
 
 
 @dataclass(frozen=True)
 class Case:
     """A method at a budget and a batch size, under the rules of the comparison.
 
-    name: what the user called the method. again: a second measurement of the baseline, which shows the noise.
+    name: what the user called the method. again: a second measurement of the baseline, which shows the noise. draft:
+    the first answer that the method reads as well.
     """
 
     name: str
@@ -35,9 +37,11 @@ class Case:
     rules: Rules = RELEASED
     batch_size: int = 1
     again: bool = False
+    draft: Draft | None = None
 
     def __str__(self) -> str:
-        return self.name if self.budget is None else f"{self.name} @ {self.budget}"
+        name = f"{self.name} + draft" if self.draft else self.name
+        return name if self.budget is None else f"{name} @ {self.budget}"
 
     @property
     def id(self) -> CaseId:
@@ -48,6 +52,8 @@ class Case:
             budget=None if self.budget is None else str(self.budget),
             batch_size=self.batch_size,
             again=self.again,
+            draft=self.draft.source if self.draft else None,
+            draft_tokens=self.draft.tokens if self.draft else None,
         )
 
     def check(self, model: VisionLanguageModel, samples: Iterable[Sample]) -> None:
@@ -58,6 +64,18 @@ class Case:
             raise
         except MMTokError as error:
             raise MMTokError(f"{self}: {error.message}", error.hint) from error
+
+    def drafts(self, model: VisionLanguageModel, samples: Sequence[Sample], stage: Stage = unwatched) -> list[str]:
+        """The draft of each sample, written in a stage of its own; nothing for a case without."""
+        if self.draft is None:
+            return []
+        with stage(DRAFT):
+            return self.draft.write(model, self.method, samples, self.budget, self.rules)
+
+    def reduce(self, model: VisionLanguageModel, samples: Sequence[Sample], stage: Stage = unwatched) -> Reduced:
+        """Reduce one batch, with `stage` around each stage of the pipeline."""
+        drafts = self.drafts(model, samples, stage)
+        return reduce(model, self.method, samples, self.budget, rules=self.rules, stage=stage, drafts=drafts)
 
     def answer(
         self,
@@ -78,6 +96,7 @@ class Case:
             max_new_tokens=max_new_tokens,
             ignore_eos=ignore_eos,
             stage=stage,
+            drafts=self.drafts(model, samples, stage),
         )
 
 

@@ -12,7 +12,7 @@ from itertools import chain, count
 from pathlib import Path
 
 from mmtok_cli.cases import Case
-from mmtok_cli.configuration import cases_of, configured_model
+from mmtok_cli.configuration import cases_of, configured_model, with_writer
 from mmtok_cli.conversation import check_conversation, require_policy
 from mmtok_cli.data.datasets import Dataset, open_dataset
 from mmtok_cli.data.samples import Sample
@@ -340,6 +340,7 @@ def prepare_comparison(
     model = model or configured_model(settings, progress, settings.layers, compiled=settings.compile_model)
     if settings.turns:
         require_conversations(dataset.samples, settings, partial(check_conversation, model))
+    cases = with_writer(cases, settings, progress)
     for note in dataset.notes()[:MOST_NOTES]:
         progress.note(note)
     if settings.layers is not None and not settings.no_quality:

@@ -8,6 +8,7 @@ from typing import Any
 
 from mmtok_cli.budget import Budget
 from mmtok_cli.cases import Case
+from mmtok_cli.drafts import SELF, Draft
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.methods import accepted, make_method, method_class
 from mmtok_cli.methods.base import Method
@@ -15,7 +16,7 @@ from mmtok_cli.methods.settings import profile_parameters, read_settings
 from mmtok_cli.models import guiding_profile, load_model
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.progress import Progress
-from mmtok_cli.settings import CasesSettings, ModelSettings, OneCaseSettings
+from mmtok_cli.settings import CasesSettings, ModelSettings, OneCaseSettings, PartSettings, ReductionSettings
 
 USUAL_BUDGETS = ("192", "128", "64")  # of a model whose profile names none
 
@@ -38,9 +39,14 @@ def configured_method(
 
 
 def configured_model(
-    settings: ModelSettings, progress: Progress, layers: int | None = None, *, compiled: bool = False
+    settings: ModelSettings,
+    progress: Progress,
+    layers: int | None = None,
+    vision_tokens: Sequence[int] = (),
+    *,
+    compiled: bool = False,
 ) -> VisionLanguageModel:
-    """Load the model of the settings. layers: only the first so many decoder layers."""
+    """Load the model of the settings. layers, vision_tokens: see `load_model`."""
     with progress.task(f"loading {settings.model}"):
         return load_model(
             settings.model,
@@ -52,6 +58,7 @@ def configured_model(
             device_map=settings.device_map,
             quantization=settings.quantization,
             compiled=compiled,
+            vision_tokens=vision_tokens,
         )
 
 
@@ -77,7 +84,7 @@ def make_cases(
     budgets: Sequence[Budget] | None,
     settings: OneCaseSettings | CasesSettings,
 ) -> list[Case]:
-    """The baseline, then every method at its own budget or at every budget.
+    """The baseline, then every method at its own budget or at every budget; without and with a draft if one is set.
 
     methods: names, each with a budget of its own or None. budgets: None stands for those of the model's profile.
     Raises MMTokError for an unknown method, and for a budget of one that takes none.
@@ -87,13 +94,46 @@ def make_cases(
         kind = method_class(name)
         if own and not kind.takes_budget:  # refused before anything slow happens, as are unknown ones
             raise MMTokError(f"{name} takes no budget, and it has one in {name}@{own}", f"name it {name}")
-    rules, parameters = settings.rules, read_settings(settings.parameters, names)
+    rules, parameters, draft = settings.rules, read_settings(settings.parameters, names), draft_of(settings)
     if budgets is None:
         profile = guiding_profile(settings.model)
         budgets = [Budget.parse(text) for text in (profile.budgets if profile else USUAL_BUDGETS)]
     cases = []
     for name, own in (("full", None), *methods):
         method = configured_method(name, settings.model, parameters.get(name), seed=settings.seed)
-        tried = [own] if own else budgets
-        cases += [Case(name, method, budget if method.takes_budget else None, rules) for budget in tried]
+        for budget in [own] if own else budgets:
+            case = Case(name, method, budget if method.takes_budget else None, rules)
+            cases += [case, replace(case, draft=draft)] if draft and can_use_draft(method) else [case]
+    if draft and not any(case.draft for case in cases):
+        raise MMTokError(
+            f"{' and '.join(names)} cannot use a draft",
+            "methods that read the question between encoder and language model can, such as mmtok, mmtok:text and "
+            "cdpruner",
+        )
     return list(dict.fromkeys(cases))
+
+
+def draft_of(settings: ReductionSettings) -> Draft | None:
+    """The draft that the settings ask for. Raises MMTokError for one that a part of a model cannot write."""
+    if settings.draft is None:
+        return None
+    if settings.draft == SELF and isinstance(settings, PartSettings) and settings.layers is not None:
+        raise MMTokError(
+            "a part of a model cannot write a draft", "omit --layers, or name another model or a text with --draft"
+        )
+    return Draft(settings.draft, settings.draft_tokens)
+
+
+def can_use_draft(method: Method) -> bool:
+    """Whether a method covers words between encoder and language model."""
+    return method.reads_question and "between" in method.acts()
+
+
+def with_writer(cases: Sequence[Case], settings: CasesSettings | OneCaseSettings, progress: Progress) -> list[Case]:
+    """The cases with the model that writes the drafts loaded, if it is another."""
+    name = next((case.draft.writer for case in cases if case.draft and case.draft.writer), None)
+    if name is None:
+        return list(cases)
+    with progress.task(f"loading {name}"):
+        writer = load_model(name, device=settings.device, attention=settings.attention, device_map=settings.device_map)
+    return [replace(case, draft=replace(case.draft, model=writer)) if case.draft else case for case in cases]

@@ -2,7 +2,8 @@
 
 import difflib
 import re
-from collections.abc import Iterable
+import shlex
+from collections.abc import Iterable, Mapping
 
 
 class MMTokError(Exception):
@@ -12,6 +13,22 @@ class MMTokError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+
+
+class UnloadableError(MMTokError):
+    """A model has no weights here or does not fit as it was asked for.
+
+    advice: what can be done. options: those of the command line with which it can be loaded, by name; empty if there
+    are none. The hint names a complete command: `mmtok profile` measures what it can of any model.
+    """
+
+    def __init__(self, message: str, advice: str, model: str = "", options: Mapping[str, str] | None = None) -> None:
+        self.options = options or {}
+        self.model = model
+        self.advice = advice
+        super().__init__(
+            message, f"{advice}: {shlex.join(('mmtok', 'profile', '--model', model))}" if model else advice
+        )
 
 
 class MethodFaultError(MMTokError):

@@ -180,13 +180,12 @@ def _drawn(model: VisionLanguageModel, case: Case, sample: Sample) -> tuple[Imag
 
 def _draw(model: VisionLanguageModel, case: Case, sample: Sample) -> Image:
     from mmtok_cli.panels import draw, lay_out
-    from mmtok_cli.pipeline import answer, reduce
+    from mmtok_cli.stages import unwatched
 
-    run = partial(reduce, model, case.method, [sample], case.budget, rules=case.rules)
-    reduced = run()
+    reduced = case.reduce(model, [sample])
     selections = reduced.selections
     if reduced.cuts:  # what is dropped inside the language model is known only when the prompt has been read
-        said = answer(model, case.method, [sample], case.budget, rules=case.rules, max_new_tokens=1)
+        said = case.answer(model, [sample], 1, unwatched)
         reduced, selections = said.reduced, said.selections
     shown = lay_out(model, reduced, selections[0])
     drawn = draw(sample.images[0], shown)

@@ -101,7 +101,7 @@ class Answers:
     texts: one for each sample. token_ids: [batch, steps], padded after the end of each answer. first_logits: [batch,
     vocabulary], those of the first new token. kv_cache_bytes: the keys and values of all layers after the last token.
     selections: what was kept of each image after the last reduction. missing_kv_cache_bytes: the part of
-    `kv_cache_bytes` that belongs to layers that were not run.
+    `kv_cache_bytes` that belongs to layers that were not run. drafts: first answers that the method read.
     """
 
     texts: list[str]
@@ -111,6 +111,7 @@ class Answers:
     selections: list[Selection]
     reduced: Reduced
     missing_kv_cache_bytes: int
+    drafts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -132,12 +133,14 @@ def reduce(
     rules: Rules = RELEASED,
     stage: Stage = unwatched,
     grids: Sequence[Grid] | None = None,
+    drafts: Sequence[str] = (),
 ) -> Reduced:
     """Encode the samples' images and keep the vision tokens that the method chooses before the language model.
 
     budget: may be None for methods that take none. An image that cannot meet it, because it has fewer tokens or fewer
     that are not padding, is reduced as far as possible. grids: one for each image, in place of the model's own choice;
-    a budget is then one of the grid's tokens. Tokens that the method drops inside the language model are dropped by the
+    a budget is then one of the grid's tokens. drafts: one for each sample, which methods read behind the question; the
+    model does not. Tokens that the method drops inside the language model are dropped by the
     forward pass within `inside`. Raises MMTokError where the method cannot be followed, and MethodFaultError where it
     does not do what a method must.
     """
@@ -145,6 +148,12 @@ def reduce(
     with stage("prepare"):
         plans = plan_images(model, method, images_of(samples), budget, rules, grids)
         prompt = prepare(model, samples, plans)
+        if drafts:
+            pairs = zip(prompt.questions, drafts, strict=True)
+            prompt = replace(
+                prompt,
+                questions=tuple(f"{question} {draft}".strip() if draft else question for question, draft in pairs),
+            )
     with stage("encode"):
         vision = model.encode(prompt, method.signals_among(model.signals), stage=stage)
     return reduce_encoded(model, method, Encoded(prompt, vision), plans, rules, stage)
@@ -267,14 +276,15 @@ def answer(
     max_new_tokens: int = 32,
     ignore_eos: bool = False,
     stage: Stage = unwatched,
+    drafts: Sequence[str] = (),
 ) -> Answers:
-    """Answer a batch of questions greedily from reduced images.
+    """Answer a batch of questions greedily from reduced images. drafts: see `reduce`.
 
     ignore_eos: every answer has exactly `max_new_tokens` tokens; those that end an answer do not.
     Raises MMTokError where a budget cannot be met or the prompt is longer than the model can read.
     """
-    reduced = reduce(model, method, samples, budget, rules=rules, stage=stage)
-    return answer_reduced(model, reduced, max_new_tokens, stage, ignore_eos=ignore_eos)
+    reduced = reduce(model, method, samples, budget, rules=rules, stage=stage, drafts=drafts)
+    return replace(answer_reduced(model, reduced, max_new_tokens, stage, ignore_eos=ignore_eos), drafts=tuple(drafts))
 
 
 @torch.inference_mode()

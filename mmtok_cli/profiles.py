@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from functools import lru_cache
 from pathlib import Path
@@ -54,12 +55,33 @@ class Profile(BaseModel):
 
     def is_here(self) -> bool:
         """Whether the weights can be loaded without a download."""
-        if self.location.startswith("package:"):
-            return True
-        from huggingface_hub import try_to_load_from_cache
+        return self.location.startswith("package:") or is_cached(self.location)
 
-        names = ("model.safetensors", "model.safetensors.index.json")
-        return any(isinstance(try_to_load_from_cache(self.location, name), str) for name in names)
+
+def is_cached(hub_id: str) -> bool:
+    """Whether the weights of a model are in the local cache, all files of them."""
+    from huggingface_hub import try_to_load_from_cache
+
+    def path(file: str) -> str | None:
+        found = try_to_load_from_cache(hub_id, file)
+        return found if isinstance(found, str) else None
+
+    if path("model.safetensors"):
+        return True
+    index = path("model.safetensors.index.json")
+    if index is None:
+        return False
+    try:
+        shards = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, LookupError, AttributeError, TypeError):
+        return True  # a damaged index is an error of loading
+    return all(isinstance(shard, str) and path(shard) for shard in shards)
+
+
+def is_demo(model: str) -> bool:
+    """Whether the name of a model stands for the one that comes with mmtok."""
+    profile = known_profiles().get(model)
+    return profile is not None and profile.location.startswith("package:")
 
 
 def known_profiles() -> dict[str, Profile]:

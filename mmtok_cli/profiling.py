@@ -9,19 +9,21 @@ from pathlib import Path
 from typing import TypeVar
 
 from mmtok_cli.cases import Case, release_memory
-from mmtok_cli.configuration import cases_of, configured_model
+from mmtok_cli.configuration import cases_of, configured_model, with_writer
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.environment import environment_of
 from mmtok_cli.errors import MMTokError, first_line
+from mmtok_cli.fallback import Plan, plan_profile
 from mmtok_cli.lengths import of_prompt_length
 from mmtok_cli.models.base import VisionLanguageModel
-from mmtok_cli.pipeline import Reduced, answer, check_sample, reduce, require_room
+from mmtok_cli.pipeline import Reduced, check_sample, require_room
 from mmtok_cli.progress import Progress
 from mmtok_cli.results.profile import ProfileResult, ScalingPoint
 from mmtok_cli.results.records import TimedRun
 from mmtok_cli.results.schedule import Turn, interleaved
-from mmtok_cli.results.schema import CaseResult, LargestBatch, Schedule
+from mmtok_cli.results.schema import CaseResult, LargestBatch, Schedule, cases_without_draft
 from mmtok_cli.settings import ProfileSettings
+from mmtok_cli.stages import DRAFT, unwatched
 from mmtok_cli.timing.capacity import largest_batch
 from mmtok_cli.timing.ceilings import achieved, measure_ceilings, weights_read
 from mmtok_cli.timing.clock import Clock
@@ -30,20 +32,24 @@ from mmtok_cli.timing.machine import Machine
 from mmtok_cli.timing.partial import last_layer, missing_layers, of_whole_model
 from mmtok_cli.timing.runner import run_case, run_round
 from mmtok_cli.timing.scaling import check_scaling, growth_of, measure_size, smallest_size
-from mmtok_cli.timing.summary import summarise_case, summarise_machine
+from mmtok_cli.timing.summary import summarise_case, summarise_machine, with_slowdown
 from mmtok_cli.timing.traces import Trace, trace_case
 from mmtok_cli.tokens import Selection
 
 Result = TypeVar("Result")
 
-SELECTION_STAGES = ("prepare", "encode", "select", "prefill")
+SELECTION_STAGES = (DRAFT, "prepare", "encode", "select", "prefill")
 
 
 @dataclass(frozen=True)
 class Profiled:
-    """A profile with its traces, what its notes need to know of the model, and the errors that left parts of it out."""
+    """A profile with its traces, what its notes need to know of the model, and the errors that left parts of it out.
+
+    planned_rounds: those that it would have without an interruption or an error.
+    """
 
     profile: ProfileResult
+    planned_rounds: int
     traces: list[Trace]
     context_length: int
     problems: list[MMTokError]
@@ -99,8 +105,12 @@ def profile(
     cannot be run.
     """
     progress = progress or Progress()
-    cases = cases_of(settings)
-    model = configured_model(settings, progress, settings.layers, compiled=settings.compile_model)
+    if scaling_sizes and settings.draft:
+        raise MMTokError("--scaling does not measure drafts", "omit --draft")
+    cases = with_writer(cases_of(settings), settings, progress)
+    plan = plan_profile(settings, cases, sample, progress)
+    settings = plan.settings
+    model = configured_model(settings, progress, settings.layers, plan.vision_tokens, compiled=settings.compile_model)
     if settings.prompt_tokens is not None:
         sample = of_prompt_length(model, sample, settings.prompt_tokens)
         check_sample(model, sample, **settings.timed_length)
@@ -108,9 +118,10 @@ def profile(
         check_scaling(model, cases, sample, scaling_sizes)
     for case in cases:
         case.check(model, [sample])
-    order = interleaved(len(cases), settings.rounds, settings.seed)
+    order = interleaved(len(cases), plan.rounds, settings.seed)
     remainder = Remainder()
-    rounds = _time(model, cases, sample, order, settings, progress, remainder)
+    rounds = _time(model, cases, sample, order, plan, progress, remainder)
+    planned_rounds = plan.rounds if remainder.interrupted or remainder.problems else len(rounds)
     flops: list[dict[str, float]] = []
     traces: dict[str, Trace] = {}
     with progress.task("tracing", len(cases)) as update:
@@ -132,7 +143,7 @@ def profile(
         model=settings.model,
         parameters=model.parameter_count,
         rules=settings.rules,
-        environment=environment_of(model),
+        environment=environment_of(model).model_copy(update={"fallback": plan.fallback}),
         schedule=Schedule(
             data=data,
             seed=settings.seed,
@@ -140,11 +151,12 @@ def profile(
             samples=1,
             batch_size=sizes[0] if len(sizes) == 1 else sizes,
             rounds=len(rounds),
-            warmup=settings.warmup,
+            warmup=plan.warmup,
             order=order[: len(rounds)],
             runs=settings.runs,
             new_tokens=settings.new_tokens,
             prompt_tokens=settings.prompt_tokens,
+            image_size=sample.images[0].size,
         ),
         interrupted=remainder.interrupted,
         cases=results,
@@ -160,7 +172,7 @@ def profile(
     if scaling_sizes:
         found = _with_scaling(model, cases, sample, scaling_sizes, found, progress, remainder)
     problems = [*remainder.problems, *(trace.problem for trace in traces.values() if trace.problem)]
-    return Profiled(found, list(traces.values()), model.context_length, problems)
+    return Profiled(found, planned_rounds, list(traces.values()), model.context_length, problems)
 
 
 def time_selection(model: VisionLanguageModel, case: Case, sample: Sample) -> Selected:
@@ -168,20 +180,18 @@ def time_selection(model: VisionLanguageModel, case: Case, sample: Sample) -> Se
 
     What a method drops inside the language model is known only when the prompt has been read, so it is read then.
     """
-    first = reduce(model, case.method, [sample], case.budget, rules=case.rules)
+    first = case.reduce(model, [sample])
     require_room(model, first.inputs["input_ids"].shape[1], max_new_tokens=0)
     cuts_inside = bool(first.cuts)
     if cuts_inside:
-        answer(model, case.method, [sample], case.budget, rules=case.rules, max_new_tokens=1)
+        case.answer(model, [sample], 1, unwatched)
     clock = Clock(model.device)
     with last_layer(model, clock.now) as spans:
         if cuts_inside:
-            answers = answer(
-                model, case.method, [sample], case.budget, rules=case.rules, max_new_tokens=1, stage=clock.stage
-            )
+            answers = case.answer(model, [sample], 1, clock.stage)
             reduced, selection = answers.reduced, answers.selections[0]
         else:
-            reduced = reduce(model, case.method, [sample], case.budget, rules=case.rules, stage=clock.stage)
+            reduced = case.reduce(model, [sample], clock.stage)
             selection = reduced.selections[0]
     stages = of_whole_model(clock.stages(), clock.sums(spans), missing_layers(model))
     return Selected(reduced, selection, {stage: s for stage, s in stages.items() if stage in SELECTION_STAGES})
@@ -192,15 +202,16 @@ def _time(
     cases: Sequence[Case],
     sample: Sample,
     order: Sequence[Sequence[int]],
-    settings: ProfileSettings,
+    plan: Plan,
     progress: Progress,
     remainder: Remainder,
 ) -> list[list[TimedRun]]:
     """The complete rounds, each with its runs in the order of cases. A round that fails or is interrupted ends them,
     unless it is the first, whose errors are raised."""
-    with progress.task("warming up", len(cases) * settings.warmup) as update:
-        for number in range(len(cases) * settings.warmup):
-            case = cases[number // settings.warmup]
+    settings = plan.settings
+    with progress.task("warming up", len(cases) * plan.warmup) as update:
+        for number in range(len(cases) * plan.warmup):
+            case = cases[number // plan.warmup]
             run_case(model, case, [sample] * case.batch_size, **settings.timed_length)
             update(number + 1)
     batches = {size: [[sample] * size] for size in settings.batch_size}
@@ -216,6 +227,8 @@ def _time(
         rounds = [time_round(0)]
         update(1)
         for number in range(1, len(order)):
+            if plan.is_over(number):
+                break
             runs = remainder.attempt(f"round {number + 1} of {len(order)}", partial(time_round, number))
             if runs is None:
                 release_memory(model.device)
@@ -231,10 +244,13 @@ def _results(
     """One result for each case; its baseline is the first case of the same batch size."""
     runs = [[each[i] for each in rounds] for i in range(len(cases))]
     first = {case.batch_size: i for i, case in reversed(list(enumerate(cases)))}
+    without_draft = cases_without_draft([case.id for case in cases])
     results = []
     for i, case in enumerate(cases):
         baseline = None if first[case.batch_size] == i else runs[first[case.batch_size]]
-        results.append(summarise_case(case.id, runs[i], baseline, flops[i]))
+        result = summarise_case(case.id, runs[i], baseline, flops[i])
+        plain = without_draft.get(i)
+        results.append(result if plain is None else with_slowdown(result, runs[i], runs[plain]))
     return results
 
 

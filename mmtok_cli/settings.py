@@ -34,6 +34,13 @@ MOST_PROMPT_TOKENS = 1_000_000
 LARGEST_BATCH = 10_000
 LONGEST = 7 * 24 * 3600  # seconds
 LARGEST_SEED = 2**63 - 1  # that of torch's generators
+TEXT_DRAFT = "text:"  # begins a draft that is given as a text
+LARGEST_SIDE = 10_000  # pixels of an image
+
+# Of `mmtok profile`, where nothing else is asked for.
+PROFILE_ROUNDS = 20
+PROFILE_WARMUP = 3
+USUAL_IMAGE = "1024x768"  # that people give to a model with crops or with images of any size
 
 USUAL_LIMIT = 80  # samples of a comparison
 SEARCH_LIMIT = 2000  # and of a search for budgets, which stops as soon as it can
@@ -129,6 +136,33 @@ def _share(value: Any) -> Any:
             f"give {LEAST_RETAINED:g}% to {MOST_RETAINED:g}%, as in --retain 98%",
         )
     return f"{found:.6g}%"
+
+
+def _draft(value: str | None) -> str | None:
+    if value is not None and not value.removeprefix(TEXT_DRAFT).strip():
+        raise MMTokError("--draft names no draft", "as in --draft self, --draft qwen2.5-vl-3b or --draft text:red")
+    if value is not None:
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise MMTokError("--draft is not valid UTF-8", "enter it again") from error
+    return value
+
+
+def _image_size(value: str | None) -> str | None:
+    return value if value is None else "x".join(map(str, image_size(value)))
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """Width and height in pixels, from "1280x960". Raises MMTokError for anything else."""
+    found = re.fullmatch(r"\s*([0-9]{1,6})\s*[xX×]\s*([0-9]{1,6})\s*", text)
+    size = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not all(1 <= side <= LARGEST_SIDE for side in size):
+        raise MMTokError(
+            f"--image-size {text!r} is not a width and a height in pixels, each 1 to {LARGEST_SIDE}",
+            "as in --image-size 1280x960",
+        )
+    return size
 
 
 def _column_names(value: str | None) -> str | None:
@@ -241,6 +275,17 @@ class ReductionSettings(Settings):
         0, ge=0, le=LARGEST_SEED, description="Seed of methods that draw at random, and of the order of cases."
     )
 
+    draft: Annotated[str | None, AfterValidator(_draft), Option(panel=REDUCTION, metavar="self|MODEL|text:TEXT")] = (
+        Field(
+            None,
+            description="First answer whose words a method covers beside those of the question: the model's own with "
+            "the same method and budget, that of another model, or a text. Its time is a stage of its own.",
+        )
+    )
+    draft_tokens: Annotated[int, Option(panel=REDUCTION)] = Field(
+        16, ge=1, le=MOST_NEW_TOKENS, description="Maximum number of tokens of a draft."
+    )
+
     @property
     def rules(self) -> Rules:
         """Raises MMTokError for a track or a policy that does not exist."""
@@ -329,9 +374,6 @@ class CasesSettings(ReductionSettings, MethodsSettings, PartSettings, ModelSetti
     runs: Annotated[int, Option(panel=MEASUREMENT)] = Field(
         1, ge=1, le=MOST_RUNS, description="Repetitions of each case within a round; their median is used."
     )
-    warmup: Annotated[int, Option(panel=MEASUREMENT)] = Field(
-        1, ge=0, le=MOST_RUNS, description="Untimed runs of each case."
-    )
     max_new_tokens: Annotated[int, Option(panel=MEASUREMENT)] = Field(
         16, ge=1, le=MOST_NEW_TOKENS, description="Maximum number of new tokens."
     )
@@ -378,11 +420,40 @@ class ProfileSettings(CasesSettings):
     budget: Annotated[Budgets | None, Option(("--budget", "-b"), REDUCTION)] = Field(
         ("64",), description="Budgets, separated by commas: 64,16 or 10%,5%."
     )
-    rounds: Annotated[int, Option(panel=MEASUREMENT)] = Field(
-        20, ge=1, le=MOST_ROUNDS, description="Timed rounds; each runs all cases once, in random order."
+    weights: Annotated[str, Option(panel=MODEL, metavar="auto|pretrained|random")] = Field(
+        "auto",
+        description="random: the real architecture with random weights; only time and memory are meaningful. auto: "
+        "random if there are no weights here.",
     )
-    warmup: Annotated[int, Option(panel=MEASUREMENT)] = Field(
-        3, ge=0, le=MOST_RUNS, description="Untimed runs of each case."
+    strict: Annotated[bool, Option(("--strict",), MODEL)] = Field(
+        False,
+        description="Refuse a model without weights, or one that does not fit. Otherwise random weights, bfloat16 or "
+        "fewer layers are measured, which the results say.",
+    )
+    max_time: Annotated[float, Option(panel=MEASUREMENT, metavar="SECONDS")] = Field(
+        300.0,
+        ge=1,
+        le=LONGEST,
+        allow_inf_nan=False,
+        description="If the model cannot be measured as it is: as many layers and rounds as fit into about this time.",
+    )
+    rounds: Annotated[int | None, Option(panel=MEASUREMENT)] = Field(
+        None,
+        ge=1,
+        le=MOST_ROUNDS,
+        description="Timed rounds; each runs all cases once, in random order. Default: "
+        f"{PROFILE_ROUNDS}, fewer where --max-time applies.",
+    )
+    warmup: Annotated[int | None, Option(panel=MEASUREMENT)] = Field(
+        None,
+        ge=0,
+        le=MOST_RUNS,
+        description=f"Untimed runs of each case. Default: {PROFILE_WARMUP}, 1 where --max-time applies.",
+    )
+    image_size: Annotated[str | None, AfterValidator(_image_size), Option(panel=DATA, metavar="WIDTHxHEIGHT")] = Field(
+        None,
+        description="Size in pixels that the image is resized to. Default: a file keeps its own; the drawn scene is "
+        f"{USUAL_IMAGE}, with the demo model that of its training.",
     )
 
 
@@ -402,6 +473,9 @@ class CompareSettings(CasesSettings):
     )
     by: Annotated[str | None, AfterValidator(_group), Option(panel=REDUCTION, metavar="kind")] = Field(
         None, description="kind: find the budget of --retain for each kind of question."
+    )
+    warmup: Annotated[int, Option(panel=MEASUREMENT)] = Field(
+        1, ge=0, le=MOST_RUNS, description="Untimed runs of each case."
     )
     limit: Annotated[int | None, Option(panel=MEASUREMENT)] = Field(
         None,
@@ -487,6 +561,9 @@ class CompareSettings(CasesSettings):
             raise MMTokError("--retain takes one batch size", "answers do not depend on it; give one")
         if self.retain and self.turns:
             raise MMTokError("--retain searches with single questions, not with --turns", "omit one of them")
+        for option, value in (("--retain", self.retain), ("--turns", self.turns)):
+            if self.draft and value:
+                raise MMTokError(f"--draft is measured with single questions, not with {option}", "omit one of them")
         if self.turns and not self.measures_quality:
             option = "--no-quality" if self.no_quality else "--layers"
             raise MMTokError(f"--turns needs the answers, which {option} does not evaluate", f"omit {option}")
@@ -505,11 +582,11 @@ class CompareSettings(CasesSettings):
         return not self.no_quality and self.layers is None
 
 
-def require_consistent(settings: CasesSettings, given: Collection[str]) -> None:
+def require_consistent(settings: CompareSettings | ProfileSettings, given: Collection[str]) -> None:
     """Refuse settings that exclude each other. given: names of those that were spelled out. Raises MMTokError."""
     if settings.compile_model and settings.layers is not None:
         raise MMTokError("--compile runs whole models only", "leave out --compile or --layers")
-    if settings.compile_model and not settings.warmup:
+    if settings.compile_model and settings.warmup == 0:
         raise MMTokError("--compile needs a warm-up: the first runs compile", "use --warmup 1 or more")
     if {"new_tokens", "max_new_tokens"} <= set(given):
         raise MMTokError(

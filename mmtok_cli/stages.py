@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 STAGES = ("prepare", "encode", "select", "prefill", "decode")
+DRAFT = "draft"  # before all others, where a method reads a first answer as well
 CHECK = "check"  # checks of what a method returned; within other stages, and counted in none
 
 Stage = Callable[[str], AbstractContextManager[Any]]

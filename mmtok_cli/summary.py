@@ -14,7 +14,7 @@ from mmtok_cli.results.progress import is_finished, require_flops, whole_rounds
 from mmtok_cli.results.records import TimedRun
 from mmtok_cli.results.run_directory import RunDirectory
 from mmtok_cli.results.schema import CaseResult, Comparison, FailedCase, Schedule
-from mmtok_cli.timing.summary import summarise_case, summarise_machine
+from mmtok_cli.timing.summary import summarise_case, summarise_machine, with_slowdown
 from mmtok_cli.turns import failed_conversations, held_conversations, left_out_conversations, summarise_turns
 
 
@@ -65,6 +65,8 @@ def _results(store: RunDirectory, columns: list[list[TimedRun]]) -> list[CaseRes
         result = result.model_copy(update={"largest_batch": counted.largest_batch})
         if number in summaries:
             result = result.model_copy(update=summaries[number].result_fields(is_baseline=first == number))
+        if (plain := plan.without_draft.get(number)) is not None and plain not in store.failures:
+            result = with_slowdown(result, runs, columns[plain])
         results.append(result)
     return results
 

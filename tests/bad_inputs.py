@@ -89,10 +89,12 @@ TOO_LARGE = {
     "--seed": (HUGE,),
     "--mark": ("100", HUGE),
     "--min-time": ("1e30", "1e9"),
+    "--draft-tokens": ("1000000000", HUGE),
+    "--max-time": ("1e30", "1e9", "0"),
 }
 AT_LEAST_ONE = (
     *("--rounds", "--runs", "--limit", "--max-new-tokens", "--layers", "--batch-size", "--top"),
-    *("--new-tokens", "--prompt-tokens"),
+    *("--new-tokens", "--prompt-tokens", "--draft-tokens"),
 )
 NO_CHOICES = ("", "nosuch", "\x1b[31m[red]", "a\nb")
 CHOICES = {
@@ -107,6 +109,8 @@ CHOICES = {
     "--positions": ("drop",),
     "--budget-means": ("average",),
     "--fail-below-stage": ("prefil", "select "),
+    "--draft": ("text:", "text: ", " ", "nobody"),
+    "--image-size": ("640", "640x", "0x20", "20x0", "99999x20", "axb", "-5x5", "5x5x5", "1e3x5"),
     "--scaling-tokens": ("5", "0", "-4", "576,", "1" * 30, "a,b", "577"),
     "--columns": ("x", "=", "image=", "=x", "nosuch=a", "question=nosuch", "question=a,question=b"),
 }
@@ -149,6 +153,7 @@ SAYS = {
     "--attention": "attention",
     "--device-map": "device",
     "--quantization": "quantization",
+    "--draft": "",
     "--track": "track",
     "--positions": "position",
     "--budget-means": "budget",

@@ -23,7 +23,9 @@ ALLOWED = {
     "models": SHARED | {"models", "profiles"},
     "data": {"errors", "data", "demo"},
     "decoding": {"models", "errors"},
-    "configuration": {"methods", "models", "settings", "cases", "budget", "errors", "progress"},
+    "configuration": {"methods", "models", "settings", "cases", "drafts", "budget", "errors", "progress"},
+    "fallback": SHARED
+    | {"cases", "configuration", "data", "image_plan", "models", "profiles", "progress", "settings", "timing"},
     "settings": {"budget", "errors", "rules"},
     "progress": {"errors"},
     "planning": {"cases", "data", "profiles", "results", "settings", "errors"},
@@ -37,7 +39,8 @@ ALLOWED = {
     "conversation": SHARED | {"models", "methods", "data", "decoding", "image_plan", "pipeline"},
     # Plain data: neither what measures it nor what runs a model.
     "results": {"__version__", "results", "data", "settings", "budget", "errors", "files", "rules", "stages"},
-    "cases": SHARED | {"pipeline", "models", "methods", "results", "data"},
+    "drafts": SHARED | {"pipeline", "models", "methods", "data"},
+    "cases": SHARED | {"drafts", "pipeline", "models", "methods", "results", "data"},
     "timing": SHARED
     | {"timing", "cases", "hooks", "conversation", "pipeline", "decoding", "models", "methods", "results", "data"}
     | {"files", "settings"},

@@ -13,7 +13,7 @@ from transformers import AutoConfig
 
 from mmtok_cli.budget import Budget
 from mmtok_cli.data.samples import Sample
-from mmtok_cli.errors import MMTokError
+from mmtok_cli.errors import MMTokError, UnloadableError
 from mmtok_cli.methods import make_method
 from mmtok_cli.models import load_model, room
 from mmtok_cli.models.llava import Llava
@@ -146,32 +146,36 @@ def test_stand_in_cuts_images_as_llava_next_does() -> None:
 def test_models_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "free_memory", lambda device: 20 * 2**30)
     with pytest.raises(
-        MMTokError, match=r"7\.06 B weights take 26\.3 GiB in float32, KV cache and .* 0\.8 GiB"
+        UnloadableError, match=r"7\.06 B weights take 26\.3 GiB in float32, KV cache and .* 0\.8 GiB"
     ) as error:
         load_model("llava-1.5-7b", device="cpu", dtype="float32")
     assert "cpu has 20.0 GiB free" in error.value.message
-    assert "--dtype bfloat16, which takes 13.6 GiB" in error.value.hint
-    with pytest.raises(MMTokError, match=r"13\.35 B weights take 49\.7 GiB") as error:
+    assert "in bfloat16 it takes 13.6 GiB" in error.value.hint
+    with pytest.raises(UnloadableError, match=r"13\.35 B weights take 49\.7 GiB") as error:
         load_model("llava-next-13b", device="cpu", weights="random")
-    layers = int(error.value.hint.partition("--layers ")[2])
-    assert f"time {layers} of its 40 decoder layers" in error.value.hint
+    assert error.value.hint.endswith("mmtok profile --model llava-next-13b")
+    layers = int(error.value.options["--layers"])
+    assert error.value.options == {"--dtype": "bfloat16", "--layers": str(layers)}
+    assert f"{layers} of its 40 decoder layers fit" in error.value.hint
     monkeypatch.undo()
-    config = shortened(architecture("llava-next-13b", ""), layers, "llava-next-13b")
-    within = needs_of(laid_out(config, torch.float32), torch.float32, 2340)
-    beyond = needs_of(laid_out(architecture("llava-next-13b", ""), torch.float32), torch.float32, 2340)
-    assert within.total <= 20 * 2**30 < within.total + beyond.layer + beyond.cache
+    layout = laid_out(architecture("llava-next-13b", ""), torch.bfloat16)
+    whole = needs_of(layout, torch.bfloat16, (2340,))
+    assert whole.of_layers(layers).total <= 18 * 2**30 < whole.of_layers(layers + 1).total
 
 
 def test_needs_count_every_byte_of_weights_and_cache(tiny_sdpa: Llava, samples: list[Sample]) -> None:
-    needs = needs_of(tiny_sdpa.model, torch.float32, 36)
+    needs = needs_of(tiny_sdpa.model, torch.float32, (36,))
     assert needs.weights == sum(p.nbytes for p in tiny_sdpa.model.parameters())
     said = answer(tiny_sdpa, make_method("full"), samples[:1], None, max_new_tokens=1)
     tokens = said.reduced.inputs["input_ids"].shape[1]
     assert needs.layers * needs.cache / (36 + room.TEXT_TOKENS) == said.kv_cache_bytes / tokens
     assert needs.layers_within(needs.total) == needs.layers == 4
     assert needs.layers_within(needs.total - 1) == 3 and needs.layers_within(0) == 0
-    eager = needs_of(tiny_sdpa.model, torch.float32, 36, "eager")
+    eager = needs_of(tiny_sdpa.model, torch.float32, (36,), "eager")
     assert eager.working - needs.working == 4 * 164**2 * 8
+    two, part = needs_of(tiny_sdpa.model, torch.float32, (36, 36)), needs.of_layers(1)
+    assert (two.weights, two.working) == (needs.weights, 2 * needs.working)
+    assert (part.total, part.layers) == (needs.total - 3 * (needs.layer + needs.cache), 1)
 
 
 @pytest.mark.parametrize("family", ["llava-1.5-7b", "llava-next-7b", "qwen2.5-vl-7b", "qwen3-vl-2b"])

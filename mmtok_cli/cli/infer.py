@@ -50,7 +50,7 @@ def infer(
 
     [dim]mmtok infer img.jpg "What color is the car?" --budget 64 --baseline[/dim]
     """
-    from mmtok_cli.configuration import configured_model, one_case
+    from mmtok_cli.configuration import configured_model, one_case, with_writer
     from mmtok_cli.conversation import check_conversation, require_policy
     from mmtok_cli.data.samples import Turn, require_question, sample_from_file
     from mmtok_cli.errors import MMTokError
@@ -61,6 +61,8 @@ def infer(
     if not turn and (settings.turns != "reuse" or settings.encode_again):
         option = "--encode-again" if settings.encode_again else "--turns"
         raise MMTokError(f"{option} requires --turn", 'ask a further question, as in --turn "Is it red?"')
+    if turn and settings.draft:
+        raise MMTokError("--draft is measured with single questions, not with --turn", "omit one of them")
     progress = ConsoleProgress(quiet)
     case, full = one_case(settings)
     cases = [case, full] if baseline else [case]
@@ -71,6 +73,7 @@ def infer(
         require_question(further)
     sample = replace(sample_from_file(image, question, *(more or ())), later=tuple(map(Turn, turn or ())))
     model = configured_model(settings, progress)
+    cases = with_writer(cases, settings, progress)
     case.check(model, [sample])
     check_conversation(model, sample)
     most, again = settings.max_new_tokens, settings.encode_again
@@ -106,6 +109,8 @@ def _show(
     for each, run in zip(cases, runs, strict=True):
         name = f"{printable(each)}: " if len(cases) > 1 else ""
         out.print(Text.assemble((name, "bold"), printable_lines(run.answers[0])))
+        if run.drafts:
+            out.print(Text.assemble(("draft: ", "bold"), printable_lines(run.drafts[0])), style="dim")
     out.print(answer_table([printable(each) for each in cases], runs))
     _show_remarks(settings, weights, short_text(runs[0].tokens[0]))
 
@@ -180,6 +185,7 @@ def _as_json(run: TimedRun) -> dict[str, Any]:
     tokens = run.tokens[0]
     return {
         "answer": run.answers[0],
+        **({"draft": run.drafts[0]} if run.drafts else {}),
         "tokens": {**asdict(tokens), "new": run.steps},
         "positions": run.positions,
         "seconds": run.seconds,

@@ -15,10 +15,14 @@ from typer.core import TyperGroup
 
 from mmtok_cli import __version__
 from mmtok_cli.cli import compare, infer, methods, models, profile, prune, report
-from mmtok_cli.errors import MMTokError, first_line, is_out_of_memory
+from mmtok_cli.cli.commands import with_complete_command
+from mmtok_cli.errors import MMTokError, UnloadableError, first_line, is_out_of_memory
 
 # What Typer raises for a command line that it cannot read; the class has no public name.
 UsageError = cast(type[Exception], typer.BadParameter.__base__)
+
+
+ARGUMENTS = "mmtok_cli.arguments"  # of the command line, kept in the context of the command
 
 
 class Commands(TyperGroup):
@@ -27,8 +31,11 @@ class Commands(TyperGroup):
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         if not args:
             return super().make_context(info_name, args, parent, **extra)  # prints the help
+        given = tuple(args)  # parsing takes them out of the list
         try:
-            return super().make_context(info_name, args, parent, **extra)
+            context = super().make_context(info_name, args, parent, **extra)
+            context.meta[ARGUMENTS] = given
+            return context
         except UsageError as error:
             _refuse(_usage_error(error))
         except OSError as error:  # of printing the help
@@ -39,6 +46,8 @@ class Commands(TyperGroup):
             return super().invoke(ctx)
         except UsageError as error:
             _refuse(_usage_error(error))
+        except UnloadableError as error:
+            _refuse(with_complete_command(error, ctx.meta[ARGUMENTS]))
         except MMTokError as error:
             _refuse(error)
         except OSError as error:

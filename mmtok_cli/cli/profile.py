@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mmtok_cli.cli.options import OUTPUT, PLOTS, JsonOption, QuietOption, given_options, with_options
-from mmtok_cli.settings import MEASUREMENT, ProfileSettings, require_consistent
+from mmtok_cli.settings import MEASUREMENT, USUAL_IMAGE, ProfileSettings, image_size, require_consistent
 
 if TYPE_CHECKING:
     from mmtok_cli.profiling import Profiled
@@ -66,14 +66,15 @@ def profile(
 ) -> None:
     """Time every stage with and without reduction, and write torch profiler traces of both.
 
-    Timing and tracing happen in separate runs, because a profiler adds overhead.
+    Timing and tracing happen in separate runs, because a profiler adds overhead. Where the weights are missing or the model does not fit, its true architecture is measured with random weights, in bfloat16 or with fewer decoder layers, within --max-time; the results say so.
 
     [dim]mmtok profile --methods mmtok,divprune --budget 64 --scaling --plot scaling.png[/dim]
-    """
+    """  # noqa: E501 (a paragraph is one line, so that help wraps it)
     from mmtok_cli.cli.showing import profile_exports, save_scaling_plot
-    from mmtok_cli.data.samples import demo_samples, sample_from_file
+    from mmtok_cli.data.samples import demo_samples, resized, sample_from_file
     from mmtok_cli.errors import MMTokError
     from mmtok_cli.outputs import check_outputs, model_inputs, outputs_of
+    from mmtok_cli.profiles import is_demo
     from mmtok_cli.profiling import profile as measure
     from mmtok_cli.report.console import ConsoleProgress, attempt_all, print_error, print_json
     from mmtok_cli.report.exports import EXPORTS
@@ -85,12 +86,15 @@ def profile(
         raise MMTokError(f"{'--plot' if plot else '--scaling-tokens'} requires --scaling", "add --scaling")
     sizes = parse_tokens(SCALING_TOKENS if scaling_tokens is None else scaling_tokens) if scaling else []
     sample = demo_samples(1)[0] if image is None else sample_from_file(image, question)
+    size = settings.image_size or (USUAL_IMAGE if image is None and not is_demo(settings.model) else None)
+    if size:
+        sample = resized(sample, image_size(size))
     files = [("--export", path, EXPORTS) for path in exports or []]
     outputs = outputs_of([("--trace-dir", trace_dir, ()), ("--plot", plot, PLOTS), *files])
     check_outputs(outputs, model_inputs(settings.model, *([image] if image else [])))
     data = "demo" if image is None else str(image)
     found = measure(settings, sample, data, trace_dir, ConsoleProgress(quiet), scaling_sizes=sizes)
-    notes = profile_notes(found.profile, settings, sizes, found.context_length)
+    notes = profile_notes(found.profile, settings, found.planned_rounds, sizes, found.context_length)
     parts = profile_exports(found.profile, exports or [], quiet, notes, top)
     if plot:
         parts.append(partial(save_scaling_plot, found.profile, plot, quiet))
@@ -111,12 +115,14 @@ def _show(found: Profiled, lines: Sequence[str], sizes: Sequence[int], top: int,
     """Tables on standard output, notes on standard error."""
     from mmtok_cli.cli.showing import tell_written
     from mmtok_cli.report import console, tables
-    from mmtok_cli.report.profiles import ceiling_table, profile_tables, profiles_by_batch_size
+    from mmtok_cli.report.profiles import ceiling_table, head_lines, profile_tables, profiles_by_batch_size
     from mmtok_cli.report.scaling import growth_table, scaling_table
     from mmtok_cli.report.text import printable, printable_record
 
     result = printable_record(found.profile)
     out, notes = console.results_console(), console.notes_console(quiet)
+    for line in head_lines(result):
+        out.print(line, markup=False, highlight=False)
     for part in profiles_by_batch_size(result):
         for table in profile_tables(part):
             out.print(table)

@@ -57,7 +57,7 @@ def prune(
 
     [dim]mmtok prune img.jpg "What color is the car?" --budget 64 --output kept.png[/dim]
     """
-    from mmtok_cli.configuration import configured_model, one_case
+    from mmtok_cli.configuration import configured_model, one_case, with_writer
     from mmtok_cli.data.samples import sample_from_file
     from mmtok_cli.outputs import check_outputs, model_inputs, outputs_of
     from mmtok_cli.panels import lay_out
@@ -69,6 +69,7 @@ def prune(
     check_outputs(outputs, model_inputs(settings.model, image))
     sample = sample_from_file(image, question)
     model = configured_model(settings, ConsoleProgress(quiet), settings.layers)
+    (case,) = with_writer([case], settings, ConsoleProgress(quiet))
     case.check(model, [sample])
     selected = time_selection(model, case, sample)
     gains = _gains(selected, settings.method) if gain_curve else None

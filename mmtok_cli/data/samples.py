@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TypeVar, overload
 
-from PIL.Image import Image
+from PIL.Image import Image, Resampling
 
 from mmtok_cli.data.images import open_image
 from mmtok_cli.errors import MMTokError
@@ -135,6 +135,11 @@ def demo_conversations(limit: int) -> list[Sample]:
         image, name = draw(first.scene), f"scene-{first.scene.seed}"
         samples.append(Sample((image,), first.text, (name,), first.answer, first.kind, id=str(number), later=later))
     return samples
+
+
+def resized(sample: Sample, size: tuple[int, int]) -> Sample:
+    """The sample with its images resized to a width and a height in pixels."""
+    return replace(sample, images=tuple(image.resize(size, Resampling.BICUBIC) for image in sample.images))
 
 
 def batches(samples: Sequence[Item], size: int) -> Iterator[list[Item]]:

@@ -218,7 +218,8 @@ def _answers_of(
     answers, token_ids = reference.answers, reference.answers.token_ids
     if isinstance(case.method, Full):
         return answers.texts, [Closeness(kl=0.0, top1=1.0, same=True)] * len(samples), answers.reduced.tokens
-    logits, tokens = forced_logits(model, case.method, samples, case.budget, token_ids, rules=case.rules)
+    drafts = case.drafts(model, samples)
+    logits, tokens = forced_logits(model, case.method, samples, case.budget, token_ids, rules=case.rules, drafts=drafts)
     closeness = closeness_of(reference.logits, logits, reference.mask)
     if all(close.same for close in closeness):
         return answers.texts, closeness, tokens
@@ -244,6 +245,7 @@ def forced_logits(
     token_ids: Tensor,
     *,
     rules: Rules = RELEASED,
+    drafts: Sequence[str] = (),
 ) -> tuple[Tensor, list[TokenCounts]]:
     """Logits of each token of a given answer, [batch, steps, vocabulary], after the reduced prompt and the ones before;
     and the token counts of each sample.
@@ -251,7 +253,7 @@ def forced_logits(
     token_ids: [batch, steps]. They are read one by one through the cache, as in decoding, so that this also works for
     methods inside the language model.
     """
-    reduced = reduce(model, method, samples, budget, rules=rules)
+    reduced = reduce(model, method, samples, budget, rules=rules, drafts=drafts)
     with inside(model, reduced):
         first, cache = prefill(model, reduced.inputs)
         require_finite(model, first)

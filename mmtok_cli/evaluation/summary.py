@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from mmtok_cli.evaluation.metrics import is_yes, paired_accuracy, paired_shares,
 from mmtok_cli.results.progress import evaluated_batches, evaluated_cases, evaluation_failures
 from mmtok_cli.results.records import Prediction, SampleLabel
 from mmtok_cli.results.run_directory import RunDirectory
-from mmtok_cli.results.schema import CONFIDENCE, FailedCase, Fidelity, Flips, PairedAccuracy, Score, YesNo
+from mmtok_cli.results.schema import CONFIDENCE, DraftEffect, FailedCase, Fidelity, Flips, PairedAccuracy, Score, YesNo
 
 RIGHT = 0.5  # from this score on, an answer counts as right where it must be either right or wrong
 RESAMPLES = 4000
@@ -41,7 +42,7 @@ class EvaluationSummary:
     samples: how many have a reference answer. score: F1 for POPE, (accuracy + accuracy_plus) / 2 for MME, else the
     mean. by_kind: mean score and number of samples by kind of question. retention and flips are relative to the
     baseline and None for the baseline itself; they and the scores are None without reference answers. short: how many
-    samples keep fewer tokens than the budget says.
+    samples keep fewer tokens than the budget says. draft: what the case's draft is worth.
     """
 
     samples: int
@@ -53,6 +54,7 @@ class EvaluationSummary:
     flips: Flips | None
     fidelity: Fidelity
     short: int = 0
+    draft: DraftEffect | None = None
 
     def result_fields(self, *, is_baseline: bool) -> dict[str, Any]:
         """The fields of a CaseResult that describe the quality of the answers."""
@@ -68,6 +70,7 @@ class EvaluationSummary:
             "yes_no": self.yes_no,
             "paired": self.paired,
             "fidelity": None if is_baseline else self.fidelity,
+            "draft": self.draft,
         }
 
     def _counts(self) -> Score | None:
@@ -95,6 +98,7 @@ def summarise_evaluation(store: RunDirectory) -> dict[int, EvaluationSummary]:
         baseline=cases[0],
         metric=plan.metric,
         seed=plan.seed,
+        without_draft=plan.without_draft,
     )
     summaries: dict[int, EvaluationSummary] = {}
     for number, planned in enumerate(plan.cases):
@@ -112,10 +116,12 @@ def summarise_predictions(
     baseline: int,
     metric: MetricName | None,
     seed: int,
+    without_draft: Mapping[int, int] = MappingProxyType({}),
 ) -> dict[int, EvaluationSummary]:
     """The summary of each case, by its number. Every case must have predictions for the same samples.
 
-    labels: by the number of the sample. baseline: number of the case that the others are compared with.
+    labels: by the number of the sample. baseline: number of the case that the others are compared with. without_draft:
+    the same case without its draft, by the number of the one with it.
     """
     table: dict[int, dict[int, Prediction]] = defaultdict(dict)
     for prediction in predictions:
@@ -123,7 +129,15 @@ def summarise_predictions(
     base = table.get(baseline, {})
     scored = [labels[sample] for sample, prediction in sorted(base.items()) if prediction.score is not None]
     return {
-        case: _summary_of(mine, base, scored, metric, seed, is_baseline=case == baseline)
+        case: _summary_of(
+            mine,
+            base,
+            scored,
+            metric,
+            seed,
+            is_baseline=case == baseline,
+            plain=table.get(without_draft.get(case, -1)),
+        )
         for case, mine in sorted(table.items())
     }
 
@@ -136,8 +150,10 @@ def _summary_of(
     seed: int,
     *,
     is_baseline: bool,
+    plain: Mapping[int, Prediction] | None = None,
 ) -> EvaluationSummary:
-    """The summary of one case. predictions, baseline: by sample. scored: the samples with a reference answer."""
+    """The summary of one case. predictions, baseline: by sample. scored: the samples with a reference answer. plain:
+    the predictions of the same case without its draft."""
     fidelity = _fidelity(predictions.values())
     short = sum(prediction.tokens.short for prediction in predictions.values() if prediction.tokens)
     if not scored:
@@ -172,7 +188,27 @@ def _summary_of(
         flips=None if is_baseline else count_flips(_right(base), _right(scores)),
         fidelity=fidelity,
         short=short,
+        draft=None if plain is None else _draft_effect(plain, mine, scored, clusters, metric, seed),
     )
+
+
+def _draft_effect(
+    plain: Mapping[int, Prediction],
+    drafted: Sequence[Prediction],
+    scored: Sequence[SampleLabel],
+    clusters: Sequence[str],
+    metric: MetricName | None,
+    seed: int,
+) -> DraftEffect:
+    """What a draft changes, in the mean score. plain: predictions of the case without it. drafted: of the samples."""
+    before, after = _scores([plain[label.sample] for label in scored]), _scores(drafted)
+    flips = count_flips(_right(before), _right(after))
+    counted = DraftEffect(gained=flips.wrong_right, lost=flips.right_wrong)
+    if metric in ("yes-no", "mme"):  # whose score is not a mean over samples
+        return counted
+    found = mean_difference(before, after, clusters, seed=seed)
+    bounds = {"low": found.low and 100 * found.low, "high": found.high and 100 * found.high}
+    return counted.model_copy(update={"points": 100 * found.value, **bounds})
 
 
 def unevaluated_cases(store: RunDirectory) -> list[FailedCase]:
@@ -215,6 +251,16 @@ def mean_retention(
     """
     columns = _by_cluster([baseline, found], clusters)
     return _retention(columns, lambda base, mine: _divide(mine, base), seed)
+
+
+def mean_difference(
+    before: Sequence[float], after: Sequence[float], clusters: Sequence[str], *, seed: int
+) -> Retention:
+    """Mean score - mean score before, of the same samples in the same order; the interval as in `mean_retention`."""
+    columns = _by_cluster([before, after, np.ones(len(before))], clusters)
+    found = _retention(columns, lambda old, new, count: (new - old) / count, seed)
+    assert found is not None  # a difference is finite
+    return found
 
 
 def f1_retention(

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmtok_cli.errors import MMTokError
-from mmtok_cli.models.devices import choose_device, choose_dtype, require_attention, require_compiler
+from mmtok_cli.models.devices import choose_device, choose_dtype, narrower, require_attention, require_compiler
 from mmtok_cli.models.families import family_class, require_family
-from mmtok_cli.models.sources import architecture, guiding_profile, profile_of, shortened, source_of
+from mmtok_cli.models.sources import (
+    architecture,
+    guiding_profile,
+    missing_weights,
+    profile_of,
+    shortened,
+    source_of,
+)
 
 if TYPE_CHECKING:
     import torch
 
     from mmtok_cli.models.base import VisionLanguageModel
 
-__all__ = ["guiding_profile", "load_model", "profile_of"]
+__all__ = ["guiding_profile", "load_model", "outline", "profile_of"]
 
 WEIGHTS = ("pretrained", "random")
 DEVICE_MAPS = ("auto",)
@@ -35,6 +42,7 @@ def load_model(
     device_map: str | None = None,
     quantization: str | None = None,
     compiled: bool = False,
+    vision_tokens: Sequence[int] = (),
 ) -> VisionLanguageModel:
     """Load a model with its processor, ready for inference.
 
@@ -44,7 +52,8 @@ def load_model(
     meaningless, but time and memory are as with trained weights. layers: load only the first so many decoder layers, to
     time a part of a model that does not fit. attention: sdpa, eager or flash_attention_2. device_map: `auto` spreads
     the model over all GPUs. quantization: int8, int4, bnb-8bit or bnb-4bit (see models/quantization.py). compiled:
-    compile the language model with torch.compile, which takes minutes in the first runs.
+    compile the language model with torch.compile, which takes minutes in the first runs. vision_tokens: of each prompt
+    of a batch, for the estimate of memory; by default those of one image of usual size.
 
     Raises MMTokError for a name, device, data type or kernel that does not exist here, a model family that is not
     supported, a model that does not fit, and weights that are missing or damaged.
@@ -52,11 +61,10 @@ def load_model(
     import torch
 
     from mmtok_cli.models import hf
-    from mmtok_cli.models.checkpoint import check_directory, check_stored_weights
     from mmtok_cli.models.foreign_errors import COMPARE, errors_as
     from mmtok_cli.models.pretrained import load_pretrained
     from mmtok_cli.models.quantization import quantize, require_quantization
-    from mmtok_cli.models.room import free_on_gpus, laid_out, needs_of, needs_quantized, require_room
+    from mmtok_cli.models.room import free_on_gpus, laid_out, needs_of, needs_quantized, refusal
     from mmtok_cli.models.trial import try_processor
 
     where = choose_device(device)
@@ -72,24 +80,22 @@ def load_model(
     if compiled:
         require_compiler(where, device_map)
 
-    source, profile = source_of(name, weights=weights == "pretrained"), profile_of(name)
-    config = architecture(name, source)
-    require_family(config.model_type, name)
-    if Path(source).is_dir():
-        check_directory(Path(source), name)
-        if weights == "pretrained":
-            check_stored_weights(Path(source), name)
+    source, profile = source_of(name), profile_of(name)
+    config = _checked_architecture(name, source, weights)
+    missing = missing_weights(name, source) if weights == "pretrained" else None
     family, depth = family_class(config.model_type), config.text_config.num_hidden_layers
     if layers is not None:
         config = shortened(config, layers, name)
     stored = kind or (torch.bfloat16 if weights == "random" else torch.float16)
     with errors_as(f"no model can be built as config.json of {name} says", hf.or_tested(COMPARE)):
         layout = laid_out(config, stored, attention)
-        needs = needs_of(layout, stored, profile.vision_tokens if profile else VISION_TOKENS, attention)
+        tokens = vision_tokens or (profile.vision_tokens if profile else VISION_TOKENS,)
+        needs = {each: needs_of(layout, each, tokens, attention) for each in narrower(stored)}
         if quantization is not None and weights == "pretrained":  # random weights are quantized when all are drawn
-            needs = needs_quantized(needs, layout, stored, quantization)
+            needs = {each: needs_quantized(need, layout, each, quantization) for each, need in needs.items()}
     gpus = free_on_gpus() if device_map else None
-    require_room(name, needs, stored, where, gpus)
+    if refused := refusal(name, needs, missing, where, gpus):
+        raise refused
     if weights == "random":
         processor = _processor_without_download(name, source, family, config)
         model = _random(layout, where, gpus)
@@ -114,6 +120,39 @@ def load_model(
     if compiled:
         hf.compile_language_model(model)
     return built
+
+
+def outline(name: str, *, device: str, attention: str) -> VisionLanguageModel:
+    """A model that says how it would cut up images, without memory for its weights and without any download.
+
+    Raises MMTokError for what `load_model` refuses, apart from the memory and the weights.
+    """
+    from mmtok_cli.models import hf
+    from mmtok_cli.models.foreign_errors import COMPARE, errors_as
+    from mmtok_cli.models.room import laid_out
+
+    require_attention(attention, choose_device(device), None)
+    source = source_of(name)
+    config = _checked_architecture(name, source, "random")
+    with errors_as(f"no model can be built as config.json of {name} says", hf.or_tested(COMPARE)):
+        layout = laid_out(config, None, attention)
+    family = family_class(config.model_type)
+    processor = _processor_without_download(name, source, family, config)
+    with errors_as(f"{name} cannot be used", hf.or_tested(COMPARE)):
+        return family(name, layout.eval(), processor)
+
+
+def _checked_architecture(name: str, source: str, weights: str) -> Any:
+    """The configuration of a supported model whose files, if they are in a directory, are not damaged."""
+    from mmtok_cli.models.checkpoint import check_directory, check_stored_weights
+
+    config = architecture(name, source)
+    require_family(config.model_type, name)
+    if Path(source).is_dir():
+        check_directory(Path(source), name)
+        if weights == "pretrained" and missing_weights(name, source) is None:
+            check_stored_weights(Path(source), name)
+    return config
 
 
 def _require_gpus(device: torch.device) -> None:

@@ -47,6 +47,13 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype | None:
     return getattr(torch, name)
 
 
+def narrower(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    """A data type, and a narrower one in which a model could be loaded instead."""
+    import torch
+
+    return (dtype,) if dtype.itemsize <= torch.bfloat16.itemsize else (dtype, torch.bfloat16)
+
+
 def require_attention(name: str, device: torch.device, dtype: torch.dtype | None) -> None:
     """Refuse an attention kernel that does not exist, or not here. Raises MMTokError."""
     import torch

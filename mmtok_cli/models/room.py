@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil
 import torch
 
-from mmtok_cli.errors import MMTokError
+from mmtok_cli.errors import UnloadableError
 from mmtok_cli.models import hf
 from mmtok_cli.models.quantization import QUANTIZATIONS, quantized_bytes
 
@@ -20,10 +20,10 @@ TEXT_TOKENS = 128  # of a prompt, besides its vision tokens
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes that a model takes to read one unreduced prompt.
+    """Bytes that a model takes to read a batch of unreduced prompts.
 
     weights: all of them; layer: those of one decoder layer. working: an estimate of the KV cache of all layers and of
-    what one layer holds at a time, for an image of so many vision tokens; cache: the KV cache of one layer alone.
+    what one layer holds at a time; cache: the KV cache of one layer alone. vision_tokens: of the whole batch.
     """
 
     weights: int
@@ -38,6 +38,16 @@ class Needs:
     def total(self) -> int:
         return self.weights + self.working
 
+    def of_layers(self, layers: int) -> Needs:
+        """What the model needs with only its first decoder layers."""
+        fewer = self.layers - layers
+        return replace(
+            self,
+            weights=self.weights - fewer * self.layer,
+            working=self.working - fewer * self.cache,
+            layers=layers,
+        )
+
     def layers_within(self, free: int) -> int:
         """How many decoder layers would fit."""
         fixed = self.total - self.layers * (self.layer + self.cache)
@@ -49,18 +59,20 @@ def laid_out(config: Any, dtype: torch.dtype | None, attention: str = "sdpa") ->
     return hf.empty_model(config, dtype, attention)
 
 
-def needs_of(model: Any, dtype: torch.dtype, vision_tokens: int, attention: str = "sdpa") -> Needs:
-    """What a laid-out model needs in a data type for one image of so many vision tokens.
+def needs_of(model: Any, dtype: torch.dtype, vision_tokens: Sequence[int], attention: str = "sdpa") -> Needs:
+    """What a laid-out model needs in a data type for a batch of prompts with so many vision tokens.
 
     A decoder layer holds at once: its input and output, queries, keys and values, two states of the MLP's width and,
     with eager attention, the attention matrix, once more in float32.
     """
     text, width = model.config.text_config, dtype.itemsize
-    tokens = vision_tokens + TEXT_TOKENS
+    lengths = [count + TEXT_TOKENS for count in vision_tokens]
+    tokens = sum(lengths)
     head = hf.head_width(text)
     cache = 2 * text.num_key_value_heads * head * tokens * width
     states = 4 * text.hidden_size + 2 * text.num_attention_heads * head + 3 * text.intermediate_size
-    matrix = text.num_attention_heads * tokens**2 * (width + 4) if attention == "eager" else 0
+    pairs = len(lengths) * max(lengths) ** 2
+    matrix = text.num_attention_heads * pairs * (width + 4) if attention == "eager" else 0
     layers = hf.decoder_layers(hf.language_model(model))
     parameters = sum(p.numel() for p in model.parameters())
     return Needs(
@@ -69,7 +81,7 @@ def needs_of(model: Any, dtype: torch.dtype, vision_tokens: int, attention: str 
         working=len(layers) * cache + tokens * states * width + matrix,
         cache=cache,
         layers=len(layers),
-        vision_tokens=vision_tokens,
+        vision_tokens=sum(vision_tokens),
         parameters=parameters,
     )
 
@@ -80,41 +92,66 @@ def needs_quantized(needs: Needs, model: Any, dtype: torch.dtype, quantization: 
     return replace(needs, weights=quantized_bytes(model, quantization), layer=layer)
 
 
-def require_room(
-    name: str, needs: Needs, dtype: torch.dtype, device: torch.device, others: Mapping[int, int] | None = None
-) -> None:
-    """Refuse a model that does not fit into the device's free memory.
+def widest_fit(needs: Mapping[torch.dtype, Needs], free: int) -> tuple[torch.dtype, int]:
+    """The first of the data types in which the whole model fits, and the number of its decoder layers; otherwise the
+    last of them, and how many layers fit into most of the memory. needs: by data type, the widest first."""
+    for dtype, need in needs.items():
+        if need.total <= free:
+            return dtype, need.layers
+    dtype, need = list(needs.items())[-1]
+    return dtype, need.layers_within(free * 9 // 10)
 
-    others: free bytes of all GPUs, where the model may be spread over them. Raises MMTokError with the numbers, and
-    with what would fit.
+
+def refusal(
+    name: str,
+    needs: Mapping[torch.dtype, Needs],
+    missing: str | None,
+    device: torch.device,
+    others: Mapping[int, int] | None = None,
+) -> UnloadableError | None:
+    """Why a model cannot be loaded: it does not fit into the device's free memory, or its weights are missing.
+
+    needs: in the data type that was asked for, and in narrower ones that could be. missing: why there are no weights.
+    others: free bytes of all GPUs, where the model may be spread over them. The hint says what could be loaded.
     """
+    wanted, need = next(iter(needs.items()))
     free = sum(others.values()) if others else free_memory(device)
-    if free is None or needs.total <= free:
-        return
-    kind = str(dtype).removeprefix("torch.")
-    quantized = " (quantized)" if needs.weights < needs.parameters * dtype.itemsize else ""
+    fits = free is None or need.total <= free
+    if fits and missing is None:
+        return None
     place = f"{len(others)} GPUs have" if others else f"{device} has"
-    raise MMTokError(
-        f"{name} does not fit: its {needs.parameters / 1e9:.2f} B weights take {needs.weights / GIB:.1f} GiB in {kind}"
-        f"{quantized}, KV cache and activations for {needs.vision_tokens} vision tokens about "
-        f"{needs.working / GIB:.1f} GiB more, and {place} {free / GIB:.1f} GiB free",
-        _what_would_fit(needs, dtype, free, device, spread=bool(others)),
+    quantized = " (quantized)" if need.weights < need.parameters * wanted.itemsize else ""
+    too_large = (
+        ""
+        if fits or free is None
+        else f"{name} does not fit: its {need.parameters / 1e9:.2f} B weights take {need.weights / GIB:.1f} GiB in "
+        f"{dtype_name(wanted)}{quantized}, KV cache and activations for {need.vision_tokens} vision tokens about "
+        f"{need.working / GIB:.1f} GiB more, and {place} {free / GIB:.1f} GiB free"
     )
+    message = "; ".join(filter(None, (too_large, missing)))
+    options = {} if missing is None else {"--weights": "random"}
+    advice = [] if missing is None else ["time and memory can be measured with random weights"]
+    if free is not None and not fits:
+        gpus = {} if others else free_on_gpus()
+        dtype, layers = widest_fit(needs, free)
+        if device.type == "cuda" and len(gpus) > 1 and need.total <= sum(gpus.values()):
+            options["--device-map"] = "auto"
+            advice.append(f"it can be spread over {len(gpus)} GPUs")
+        elif not layers:
+            return UnloadableError(message, "choose a smaller model (`mmtok models`), or a device with more memory")
+        else:
+            if dtype != wanted:
+                options["--dtype"] = dtype_name(dtype)
+                advice.append(f"in {dtype_name(dtype)} it takes {needs[dtype].total / GIB:.1f} GiB")
+            if layers < needs[dtype].layers:
+                options["--layers"] = str(layers)
+                advice.append(f"{layers} of its {needs[dtype].layers} decoder layers fit, and the rest is estimated")
+    return UnloadableError(message, "; ".join(advice), name, options)
 
 
-def _what_would_fit(needs: Needs, dtype: torch.dtype, free: int, device: torch.device, *, spread: bool) -> str:
-    narrow = needs.total * 2 // dtype.itemsize
-    if dtype not in NARROW and narrow <= free:
-        return f"use --dtype bfloat16, which takes {narrow / GIB:.1f} GiB in all"
-    ways = []
-    gpus = {} if spread else free_on_gpus()
-    if device.type == "cuda" and len(gpus) > 1 and needs.total <= sum(gpus.values()):
-        ways.append(f"spread it over {len(gpus)} GPUs by --device-map auto")
-    if layers := needs.layers_within(free):
-        ways.append(
-            f"time {layers} of its {needs.layers} decoder layers and estimate the rest: mmtok profile --layers {layers}"
-        )
-    return "; or ".join(ways) or "choose a smaller model (`mmtok models`), or a device with more memory"
+def dtype_name(dtype: torch.dtype) -> str:
+    """What users call a data type."""
+    return str(dtype).removeprefix("torch.")
 
 
 def free_memory(device: torch.device) -> int | None:
@@ -127,3 +164,8 @@ def free_memory(device: torch.device) -> int | None:
 def free_on_gpus() -> dict[int, int]:
     """Free bytes of each GPU."""
     return {i: torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())}
+
+
+def free_for(device: torch.device, device_map: str | None) -> int | None:
+    """Bytes that a model can still take, on the device or spread over all GPUs, None where the device does not say."""
+    return sum(free_on_gpus().values()) if device_map else free_memory(device)

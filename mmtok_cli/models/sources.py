@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from mmtok_cli.errors import MMTokError, suggestion
-from mmtok_cli.profiles import Profile, known_profiles
+from mmtok_cli.profiles import Profile, is_cached, known_profiles
+
+HUB_SECONDS = 10  # that the hub may take to answer
 
 
 def profile_of(name: str) -> Profile | None:
@@ -24,13 +26,13 @@ def guiding_profile(name: str, family: str | None = None) -> Profile | None:
     known = profile_of(name)
     if known:
         return known
-    family = family or configuration(source_of(name, weights=False), name).model_type
+    family = family or configuration(source_of(name), name).model_type
     related = (p for p in known_profiles().values() if p.family == family and not p.location.startswith("package:"))
     return next(related, None)
 
 
-def source_of(name: str, *, weights: bool = True) -> str:
-    """The directory or hub id that `name` stands for; a directory must hold a model; weights: with weights."""
+def source_of(name: str) -> str:
+    """The directory or hub id that `name` stands for; a directory must hold a model, if only its configuration."""
     profile = known_profiles().get(name)
     if profile:
         return profile.source
@@ -40,7 +42,7 @@ def source_of(name: str, *, weights: bool = True) -> str:
         path = Path(name).expanduser()
         found = path.exists()
         if path.is_dir():
-            _require_model_files(path, name, weights=weights)
+            _require_model_files(path, name)
             return str(path)
     # The name is too long or has a null byte, permission is denied, or it begins with ~ and an unknown user.
     except (OSError, RuntimeError, ValueError) as error:
@@ -55,7 +57,7 @@ def source_of(name: str, *, weights: bool = True) -> str:
     return name
 
 
-def _require_model_files(directory: Path, name: str, *, weights: bool) -> None:
+def _require_model_files(directory: Path, name: str) -> None:
     for path in directory.iterdir():  # opening a pipe would wait for its writer, and a device may never end
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise MMTokError(f"{path.name} of {name} is a device, a pipe or a socket, not a file", "remove it")
@@ -63,11 +65,30 @@ def _require_model_files(directory: Path, name: str, *, weights: bool) -> None:
         raise MMTokError(
             f"{name} is not a model directory: config.json is missing", "name a directory in the hub's format"
         )
-    if weights and not any(directory.glob("*.safetensors")):
-        raise MMTokError(
-            f"{name} has no weights: there is no .safetensors file in it",
-            "copy the weights there too; other formats, such as .bin, are not read",
-        )
+
+
+def missing_weights(name: str, source: str) -> str | None:
+    """Why there are no weights to load: none in the directory, or neither in the local cache nor within reach.
+
+    Whether they are whole and undamaged is not looked at.
+    """
+    if Path(source).is_dir():
+        found = any(Path(source).glob("*.safetensors"))
+        return None if found else f"{name} has no weights: there is no .safetensors file in it"
+    if is_cached(source) or _is_within_reach(source):
+        return None
+    return f"{name} has no weights here: they are not in the local cache, and cannot be fetched from the hub"
+
+
+def _is_within_reach(hub_id: str) -> bool:
+    """Whether the hub answers with a file of a model. Loading a model asks again and again, for minutes."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    try:
+        get_hf_file_metadata(hf_hub_url(hub_id, "config.json"), timeout=HUB_SECONDS)
+    except Exception:  # of the network, of the hub, or offline mode: their releases have various classes for them
+        return False
+    return True
 
 
 def configuration(source: str, name: str) -> Any:
@@ -84,8 +105,8 @@ def configuration(source: str, name: str) -> Any:
         except OSError as error:
             raise MMTokError(
                 f"{name} is not in the local cache and could not be fetched from the hub",
-                "check the spelling and the network, download it elsewhere and name its directory, or time a known "
-                "model with --weights random",
+                "check the spelling and the network, download it elsewhere and name its directory, or measure a model "
+                "that is known by name: mmtok profile --model qwen2.5-vl-7b",
             ) from error
 
 

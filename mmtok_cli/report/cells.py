@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
-from mmtok_cli.report.units import number, ratio, share, shares
+from mmtok_cli.report.units import number, points, ratio, share, shares
 from mmtok_cli.results.schema import CaseResult, FailedCase
 from mmtok_cli.settings import LARGEST_BATCH
 
@@ -114,6 +114,16 @@ def largest_batch_cell(case: CaseResult) -> Cell:
         return Cell()
     mark = "≥ " if found.size >= LARGEST_BATCH else "" if found.measured else "~ "
     return Cell(f"{mark}{found.size}", found.size)
+
+
+def draft_cell(case: CaseResult) -> Cell:
+    """ "+0.6 (-1.2 to 2.4)": points won by a draft."""
+    draft = case.draft
+    if draft is None or draft.points is None:
+        return Cell()
+    bounded = draft.low is not None and draft.high is not None
+    interval = f"{points(draft.low or 0)} to {points(draft.high or 0)}" if bounded else ""
+    return Cell(points(draft.points), draft.points, interval)
 
 
 def flips_cell(case: CaseResult) -> Cell:

@@ -21,7 +21,7 @@ from mmtok_cli.report.tables import (
     plain_table,
 )
 from mmtok_cli.report.turns import turn_notes
-from mmtok_cli.report.units import cpus, duration, plural, seconds, share
+from mmtok_cli.report.units import cpus, duration, plural, points, ratio, seconds, share
 
 MOST_LEFT_OUT = 3  # lines on data that could not be used
 FEW_QUESTIONS = 200
@@ -104,10 +104,12 @@ def comparison_notes(comparison: Comparison) -> list[str]:
     methods = [result for result in others if not result.case.again]
     notes = [
         "times are medians over rounds, per batch; speedups are paired within rounds, with a 95 % interval",
-        "TTFT (time to first token): prepare, encode, select and prefill. TPOT (time per output token): decode, per "
-        "token after the first. KV cache and FLOPs are per sample",
+        f"TTFT (time to first token): {'draft, ' * any(result.case.draft for result in others)}prepare, encode, select "
+        "and prefill. TPOT (time per output token): decode, per token after the first. KV cache and FLOPs are per "
+        "sample",
     ]
     notes += [
+        *draft_notes(methods),
         *overhead_notes(methods),
         *short_notes(methods, comparison.schedule.samples),
         *layer_notes(methods),
@@ -175,11 +177,34 @@ def interruption_notes(comparison: Comparison) -> list[str]:
     return [f"interrupted: {schedule.rounds}{of} rounds were completed"]
 
 
+def draft_notes(results: Sequence[CaseResult]) -> list[str]:
+    """What each draft is worth and what it costs, compared with the same case without it."""
+    lines = []
+    for result in results:
+        draft, said = result.draft, []
+        if draft is None:
+            continue
+        if draft.points is not None:
+            interval = (
+                f" ({points(draft.low)} to {points(draft.high)})"
+                if draft.low is not None and draft.high is not None
+                else ""
+            )
+            said.append(f"{points(draft.points)} points{interval}")
+        if draft.gained is not None:
+            said.append(f"{draft.gained} gained, {draft.lost} lost")
+        if draft.slowdown:
+            said.append(f"time to first token {ratio(draft.slowdown.median)}x")
+        without = result.case.without_draft
+        lines.append(f"{result}: with the draft ({result.case.draft}), compared with {without}: {', '.join(said)}")
+    return lines
+
+
 def overhead_notes(results: Sequence[CaseResult]) -> list[str]:
     """The overhead of each method, at the budget where it is largest."""
     largest: dict[str, float] = {}
     for result in results:
-        method = result.case.method
+        method = result.case.title
         largest[method] = max(result.overhead, largest.get(method, 0.0))
     shares = ", ".join(f"{method} {share(value)}" for method, value in largest.items())
     return [f"selection overhead, as a share of encode and prefill: {shares}"] if shares else []

@@ -6,7 +6,7 @@ the entries is that of the columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mmtok_cli.report.cells import (
@@ -15,6 +15,7 @@ from mmtok_cli.report.cells import (
     Section,
     TableName,
     Value,
+    draft_cell,
     flips_cell,
     kept_cell,
     largest_batch_cell,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from mmtok_cli.results.schema import (
         CaseResult,
         Comparison,
+        DraftEffect,
         Fidelity,
         Flips,
         GpuUse,
@@ -39,6 +41,12 @@ if TYPE_CHECKING:
 
 STAGES = ("prepare", "encode", "select", "prefill", "ttft", "decode", "total")  # ttft and total are sums of stages
 COMPARED = (*(stage for stage in STAGES if stage != "select"), "tpot")  # the baseline selects nothing
+DRAFT = "draft"  # before them, in cases that have one
+
+
+def stages_of(seconds: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
+    """The stages of several cases, each given by its seconds."""
+    return (DRAFT, *STAGES) if any(DRAFT in stages for stages in seconds) else STAGES
 
 
 class LayerCounts(Protocol):
@@ -113,6 +121,10 @@ def _of_flips(value: Callable[[Flips], float]) -> Callable[[CaseResult], Value]:
     return lambda case: value(case.flips) if case.flips else None
 
 
+def _of_draft(value: Callable[[DraftEffect], float | None]) -> Callable[[CaseResult], Value]:
+    return lambda case: value(case.draft) if case.draft else None
+
+
 def _of_gpu(value: Callable[[GpuUse], float | None]) -> Callable[[CaseResult], Value]:
     return lambda case: value(case.gpu) if case.gpu else None
 
@@ -151,7 +163,7 @@ def _stage(
         f"{stage}_median_s",
         f"{words}, median",
         _of_times(stage, lambda times: times.median),
-        always=bool(heading) and always,
+        always=bool(heading) and always and stage != DRAFT,
         heading=heading,
         show=seconds,
         table=table,
@@ -218,6 +230,7 @@ COLUMNS: tuple[CsvColumn[CaseResult], ...] = (
         "new_tokens", "tokens decoded, of the longest answer of a batch", lambda case: case.tokens.new, always=True
     ),
     # Seconds and speedups, stage by stage.
+    *_stage(DRAFT, "writing a first answer that the method reads", "draft"),
     *_stage("prepare", "image processing and tokenisation"),
     *_stage("encode", "vision encoder and projector"),
     *_stage("select", "selecting tokens and assembling the shorter prompt", "select"),
@@ -339,6 +352,23 @@ COLUMNS: tuple[CsvColumn[CaseResult], ...] = (
         section="quality",
         shown=is_scored,
         in_markdown=_never,
+    ),
+    Column(
+        "draft_points",
+        "score with the draft - score without it, in points, 95 % interval",
+        _of_draft(lambda draft: draft.points),
+        heading="by draft",
+        cell=draft_cell,
+        section="quality",
+    ),
+    CsvColumn("draft_points_low", "difference by the draft, lower end", _of_draft(lambda draft: draft.low)),
+    CsvColumn("draft_points_high", "difference by the draft, upper end", _of_draft(lambda draft: draft.high)),
+    CsvColumn("draft_gained", "samples answered correctly only with the draft", _of_draft(lambda draft: draft.gained)),
+    CsvColumn("draft_lost", "samples answered correctly only without it", _of_draft(lambda draft: draft.lost)),
+    CsvColumn(
+        "draft_ttft_ratio",
+        "time to first token with the draft / without it",
+        _of_draft(lambda draft: draft.slowdown.median if draft.slowdown else None),
     ),
     _yes_no("accuracy", "accuracy", "share of correct answers", lambda scores: scores.accuracy),
     _yes_no("precision", "precision", "share of the answers yes that are correct", lambda scores: scores.precision),

@@ -13,6 +13,7 @@ from mmtok_cli.report.cells import CsvColumn, Source, Value
 from mmtok_cli.report.columns import COLUMNS
 from mmtok_cli.report.text import printable_record
 from mmtok_cli.report.turns import TURN_COLUMNS
+from mmtok_cli.report.units import picture_size
 
 if TYPE_CHECKING:
     from mmtok_cli.results.schema import CaseId, Comparison, FailedCase
@@ -31,6 +32,7 @@ IDENTITY: tuple[CsvColumn[CaseId], ...] = (
     CsvColumn(
         "budget", "vision tokens to keep, as given; empty for methods without one", lambda c: c.budget, always=True
     ),
+    CsvColumn("draft", "first answer that the method reads: self, a model or a text", lambda case: case.draft),
     CsvColumn("batch_size", "samples in a batch", lambda case: case.batch_size, always=True),
 )
 
@@ -47,6 +49,7 @@ FAILURE: tuple[CsvColumn[FailedCase], ...] = (
 CONTEXT: tuple[CsvColumn[Comparison], ...] = (
     CsvColumn("model", "name of the model", lambda c: c.model, always=True),
     CsvColumn("data", "dataset", lambda c: c.schedule.data, always=True),
+    CsvColumn("image_size", "width and height of the image in pixels", lambda c: picture_size(c.schedule.image_size)),
     CsvColumn("samples", "samples that were evaluated", lambda c: c.schedule.samples, always=True),
     CsvColumn("metric", "metric that judges the answers", lambda c: c.schedule.metric, always=True),
     CsvColumn("rounds", "timed rounds over all cases", lambda c: c.schedule.rounds, always=True),
@@ -75,6 +78,9 @@ CONTEXT: tuple[CsvColumn[Comparison], ...] = (
         "layers_run",
         "decoder layers that were run, if not all: prefill, decode, KV cache and FLOPs are estimates",
         lambda c: c.environment.layers[0] if c.environment.layers else None,
+    ),
+    CsvColumn(
+        "fallback", "what was measured in place of the model as it is, and why", lambda c: c.environment.fallback
     ),
     CsvColumn("torch", "version of torch", lambda c: c.environment.torch, always=True),
     CsvColumn("transformers", "version of transformers", lambda c: c.environment.transformers, always=True),

@@ -12,13 +12,13 @@ from rich.cells import cell_len
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.files import write_whole
 from mmtok_cli.report.cells import rows
-from mmtok_cli.report.checks import failure_notes, interruption_notes, unable_notes
+from mmtok_cli.report.checks import draft_notes, failure_notes, interruption_notes, unable_notes
 from mmtok_cli.report.columns import markdown_columns
 from mmtok_cli.report.csv_export import csv_text
 from mmtok_cli.report.tables import environment_line, lengths_text, rules_text
 from mmtok_cli.report.text import printable_json, printable_record
 from mmtok_cli.report.turns import shown_columns, turn_notes
-from mmtok_cli.report.units import plural
+from mmtok_cli.report.units import picture_size, plural
 from mmtok_cli.results.schema import json_text
 
 if TYPE_CHECKING:
@@ -87,7 +87,10 @@ def _write(path: Path, text: str) -> None:
 
 
 def markdown_text(comparison: Comparison) -> str:
-    """A table for a pull request or a paper's notes, with a line on what it was measured on and one on reading it."""
+    """A table for a pull request or a paper's notes, with a line on what it was measured on and one on reading it.
+
+    Where something else than the model as it is was measured, the first line says so.
+    """
     comparison = printable_record(comparison)
     columns = markdown_columns(comparison)
     table = [["method", *(column.heading for column in columns)]]
@@ -102,6 +105,7 @@ def markdown_text(comparison: Comparison) -> str:
             turns.append([escaped(str(result)), *(escaped(str(column.cell_of(result))) for column in shown)])
         lines += ["", "Turns of conversations:", "", *_table_lines(turns)]
     notes = [
+        *draft_notes(comparison.results),
         *unable_notes(comparison.results),
         *interruption_notes(comparison),
         *failure_notes(comparison),
@@ -110,7 +114,9 @@ def markdown_text(comparison: Comparison) -> str:
         *comparison.remarks,
     ]
     said = [_conditions(comparison), READING, *notes]
-    return "\n".join([*lines, "", "\n\n".join(map(_paragraph, said)), ""])
+    fallback = comparison.environment.fallback
+    head = [_paragraph(f"{comparison.model}: {fallback}"), ""] if fallback else []
+    return "\n".join([*head, *lines, "", "\n\n".join(map(_paragraph, said)), ""])
 
 
 def _table_lines(table: Sequence[Sequence[str]]) -> list[str]:
@@ -128,6 +134,7 @@ def _conditions(comparison: Comparison) -> str:
         f"{environment_line(comparison.model, comparison.environment).plain}; "
         f"{plural(schedule.samples, 'sample')}, {plural(schedule.rounds, 'round')}, "
         f"batch size {sizes}, seed {schedule.seed}"
+        + (f"; image of {picture_size(schedule.image_size)} pixels" if schedule.image_size else "")
         + (f"; score: {schedule.metric_title}" if schedule.metric_title else "")
         + "".join(f"; {text}" for text in (lengths_text(schedule), rules) if text)
     )

@@ -10,8 +10,8 @@ from rich.text import Text
 
 from mmtok_cli.report import tables
 from mmtok_cli.report.checks import drift_notes, machine_notes, outlier_notes
-from mmtok_cli.report.columns import COMPARED, KEPT, STAGES, layers_differ
-from mmtok_cli.report.units import count, number, seconds, share, size, spread
+from mmtok_cli.report.columns import COMPARED, KEPT, STAGES, layers_differ, stages_of
+from mmtok_cli.report.units import count, number, picture_size, plural, seconds, share, size, spread
 
 if TYPE_CHECKING:
     from mmtok_cli.results.profile import Ceilings, ProfileResult
@@ -33,6 +33,20 @@ def profile_tables(profile: ProfileResult) -> list[Table]:
     return [_stages(profile), _speedups(profile), throughput, _tokens_and_memory(profile), _operations(profile)]
 
 
+def head_lines(profile: ProfileResult) -> list[str]:
+    """What was measured, if not the model as it is, and on which image."""
+    schedule, fallback = profile.schedule, profile.environment.fallback
+    lines = [f"{profile.model}: {fallback}"] if fallback else []
+    if schedule.image_size:
+        data = "a drawn scene" if schedule.data == "demo" else schedule.data
+        sizes = schedule.batch_size if isinstance(schedule.batch_size, list) else [schedule.batch_size]
+        lines.append(
+            f"{profile.model}: {data}, {picture_size(schedule.image_size)} pixels, "
+            f"batch size {', '.join(map(str, sizes))}, {plural(schedule.rounds, 'round')}"
+        )
+    return lines
+
+
 def profiles_by_batch_size(profile: ProfileResult) -> list[ProfileResult]:
     """The profile with the cases of one batch size at a time."""
     sizes = dict.fromkeys(result.case.batch_size for result in profile.cases)
@@ -42,9 +56,10 @@ def profiles_by_batch_size(profile: ProfileResult) -> list[ProfileResult]:
 
 
 def profile_notes(
-    profile: ProfileResult, settings: ProfileSettings, sizes: Sequence[int], context_length: int
+    profile: ProfileResult, settings: ProfileSettings, planned_rounds: int, sizes: Sequence[int], context_length: int
 ) -> list[str]:
     """How to read the tables. sizes: the numbers of vision tokens that scaling was to be measured at."""
+    from mmtok_cli.report.checks import draft_notes
     from mmtok_cli.report.scaling import scaling_notes
 
     rules = tables.rules_text(settings.rules, settings.parameters)
@@ -54,6 +69,7 @@ def profile_notes(
         head = f"batch size {baseline.case.batch_size}: " if len(settings.batch_size) > 1 else ""
         notes = [
             tables.ceiling(baseline),
+            *draft_notes(part.cases),
             *tables.layer_notes(part.cases),
             *outlier_notes(part.cases, profile.machine),
             *drift_notes(part.cases),
@@ -64,8 +80,8 @@ def profile_notes(
     lines += ceiling_notes(profile)
     if sizes:
         lines += scaling_notes(profile, context_length)
-    if profile.schedule.rounds < settings.rounds:
-        lines.append(f"interrupted: {profile.schedule.rounds} of {settings.rounds} rounds were timed")
+    if profile.schedule.rounds < planned_rounds:
+        lines.append(f"interrupted: {profile.schedule.rounds} of {planned_rounds} rounds were timed")
     elif profile.interrupted and not sizes:
         lines.append("interrupted: not all traces and ceilings were measured")
     if sizes and profile.interrupted:
@@ -89,16 +105,16 @@ def _stage_table(profile: ProfileResult) -> Table:
     for case in others:
         table.add_column(case.case.label, justify="right", no_wrap=True)
         table.add_column("speedup of stage", justify="right")
-    for stage in STAGES:
-        times = baseline.seconds[stage]
+    for stage in stages_of(case.seconds for case in profile.cases):
+        times = baseline.seconds.get(stage)
         row: list[str | Text] = [
             _stage_name(stage, profile.environment),
             _spread(times),
-            share(times.median / baseline.seconds["total"].median),
+            share(times.median / baseline.seconds["total"].median) if times else "–",
         ]
         for case in others:
             gain = case.speedup.get(stage) if stage in COMPARED else None
-            row += [_spread(case.seconds[stage]), tables.speedup_text(gain)]
+            row += [_spread(case.seconds.get(stage)), tables.speedup_text(gain)]
         table.add_row(*row, style="bold" if stage in tables.SUMS else "")
     return table
 
@@ -128,11 +144,16 @@ def _cost_table(profile: ProfileResult) -> Table:
 
 
 def _stages(profile: ProfileResult) -> Table:
-    headings = [_stage_name(stage, profile.environment) for stage in STAGES]
+    stages = stages_of(case.seconds for case in profile.cases)
+    headings = [_stage_name(stage, profile.environment) for stage in stages]
     table = _table("Seconds per stage: medians", headings)
     for case in profile.cases:
-        table.add_row(case.case.label, *(seconds(case.seconds[stage].median) for stage in STAGES))
+        table.add_row(case.case.label, *(_median(case, stage) for stage in stages))
     return table
+
+
+def _median(case: CaseResult, stage: str) -> str:
+    return seconds(case.seconds[stage].median) if stage in case.seconds else "–"
 
 
 def _speedups(profile: ProfileResult) -> Table:
@@ -228,5 +249,5 @@ def _table(title: str, headings: Sequence[str]) -> Table:
     return table
 
 
-def _spread(times: Times) -> str:
-    return spread(times.median, times.p10, times.p90)
+def _spread(times: Times | None) -> str:
+    return "–" if times is None else spread(times.median, times.p10, times.p90)

@@ -11,7 +11,16 @@ from rich.table import Table
 from rich.text import Text
 
 from mmtok_cli.report.cells import Cell, Column, speedup_cell
-from mmtok_cli.report.columns import COMPARED, KEPT, STAGES, kind_columns, layers_differ, terminal_columns
+from mmtok_cli.report.columns import (
+    COMPARED,
+    DRAFT,
+    KEPT,
+    STAGES,
+    kind_columns,
+    layers_differ,
+    stages_of,
+    terminal_columns,
+)
 from mmtok_cli.report.text import printable
 from mmtok_cli.report.units import number, plural, seconds, size
 
@@ -251,7 +260,7 @@ def operator_table(operators: Sequence[Operator], top: int) -> Table:
     table.add_column("operator")
     for heading in ("calls", "CPU", "device"):
         table.add_column(heading, justify="right")
-    for stage in STAGES:
+    for stage in (DRAFT, *STAGES):
         for rank, operator in enumerate([o for o in operators if o.stage == stage][:top]):
             device = seconds(operator.device_seconds) if operator.device_seconds else "–"
             first = stage if rank == 0 else ""
@@ -270,9 +279,10 @@ def answer_table(names: Sequence[str], runs: Sequence[TimedRun]) -> Table:
         table.add_row("layer average", *(number(round(run.tokens[0].layer_average, 1)) for run in runs))
     table.add_row("text tokens", *(str(run.tokens[0].text) for run in runs))
     table.add_row("new tokens", *(str(run.steps) for run in runs))
-    for stage in STAGES:
+    for stage in stages_of(run.seconds for run in runs):
         style = "bold" if stage in SUMS else ""
-        table.add_row(SUMS.get(stage, stage), *(seconds(run.seconds[stage]) for run in runs), style=style)
+        shown = (seconds(run.seconds[stage]) if stage in run.seconds else "–" for run in runs)
+        table.add_row(SUMS.get(stage, stage), *shown, style=style)
     if any(run.peak is not None for run in runs):
         table.add_row("peak above weights", *(size(run.peak) for run in runs))
     table.add_row("KV cache", *(size(run.kv_cache) for run in runs))

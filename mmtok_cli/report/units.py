@@ -47,6 +47,16 @@ def size(value: float | None) -> str:
     return f"{_digits(value)} {units[0]}"
 
 
+def points(value: float) -> str:
+    """A difference of two scores in percent: "+0.6"."""
+    return f"{value:+.1f}" if abs(value) >= 0.05 else "0.0"
+
+
+def picture_size(value: tuple[int, int] | None) -> str | None:
+    """Width and height in pixels: "1024x768"."""
+    return None if value is None else f"{value[0]}x{value[1]}"
+
+
 def count(value: float) -> str:
     """A number with an SI suffix: 2.05 M, 8.45 T."""
     suffixes = ["", " k", " M", " G", " T"]

@@ -30,10 +30,11 @@ from mmtok_cli.results.schema import (
     Record,
     Seconds,
     Share,
+    cases_without_draft,
 )
 from mmtok_cli.rules import Positions, Rules, TurnPolicy
 from mmtok_cli.settings import CompareSettings
-from mmtok_cli.stages import STAGES
+from mmtok_cli.stages import DRAFT, STAGES
 
 SUMS = ("ttft", "total")
 
@@ -113,7 +114,7 @@ class TimedRun(FileRecord):
     case: its number in the plan. batch: the number of the batch among those of its size. samples: their names.
     seconds: by stage, the median of the repetitions, all of which are in `repetitions`. steps: tokens decoded for the
     longest answer. new_tokens: tokens of each answer, the one that ends it included; empty in records of versions that
-    did not count them. Bytes are those of the batch.
+    did not count them. Bytes are those of the batch. drafts: of the samples, in a case with drafts.
     """
 
     case: Number
@@ -134,6 +135,7 @@ class TimedRun(FileRecord):
     gpu: GpuState | None = None
     machine: MachineState | None = None
     new_tokens: list[Number] = Field(default=[])
+    drafts: list[str] = Field(default=[])
 
     @property
     def file_name(self) -> str:
@@ -179,7 +181,7 @@ class CountedFlops(FileRecord):
     @model_validator(mode="after")
     def _has_all_stages(self) -> Self:
         _require_stages(self.flops, "total")
-        if not math.isclose(self.flops["total"], sum(self.flops[stage] for stage in STAGES)):
+        if not math.isclose(self.flops["total"], sum(self.flops.get(stage, 0.0) for stage in (DRAFT, *STAGES))):
             raise ValueError("the total is not the sum of the stages")
         return self
 
@@ -458,6 +460,11 @@ class Plan(Record):
         reduced = [number for number, case in mine if case.method != "full"]
         return [(mine[0][0], None), *((number, policy) for number in reduced for policy in self.options.turns)]
 
+    @property
+    def without_draft(self) -> dict[int, int]:
+        """The same case without its draft, by the number of the one with it."""
+        return cases_without_draft([planned.case for planned in self.cases])
+
     def baseline_of(self, case: int) -> int:
         """The unreduced case of the same batch size: the first that has this size."""
         size = self.cases[case].case.batch_size
@@ -517,5 +524,6 @@ def _file_sizes(sample: Sample) -> list[int | None]:
 
 def planned_case(case: CaseId, environment: Environment, common: Mapping[str, Any]) -> PlannedCase:
     """The case with a digest of its description, the settings that all cases share, and the environment."""
-    where = environment.model_dump(exclude={"command"})
-    return PlannedCase(case=case, key=digest([case.model_dump(), where, dict(common)]))
+    where = environment.model_dump(exclude={"command", "fallback"})  # which a comparison never has
+    without = {"draft", "draft_tokens"} if case.draft is None else set()  # keys of older runs know nothing of drafts
+    return PlannedCase(case=case, key=digest([case.model_dump(exclude=without), where, dict(common)]))

@@ -268,7 +268,9 @@ class CaseId(Record):
     """A case, which is a row of every table: a method with its parameters, at a budget and a batch size.
 
     budget: "64", "10%"; None where the method takes none. again: the second measurement of the baseline, as a
-    check of the noise. run: the label of the run, where several runs are merged.
+    check of the noise. run: the label of the run, where several runs are merged. draft: where the first answer comes
+    from that the method reads as well: "self", the name of a model, or "text:" and the text; draft_tokens: the most
+    that it may have.
     """
 
     method: str = Field(min_length=1)
@@ -277,6 +279,8 @@ class CaseId(Record):
     batch_size: Annotated[int, Field(ge=1)] = 1
     again: bool = False
     run: str | None = None
+    draft: str | None = None
+    draft_tokens: Annotated[int, Field(ge=1)] | None = None
 
     def __str__(self) -> str:
         return self.title if self.budget is None else f"{self.title} @ {self.budget}"
@@ -284,7 +288,7 @@ class CaseId(Record):
     @property
     def title(self) -> str:
         """The case without its budget, for tables that have a column for it."""
-        name = f"{self.method} (again)" if self.again else self.method
+        name = f"{self.method}{' + draft' * (self.draft is not None)}{' (again)' * self.again}"
         return f"{self.run}: {name}" if self.run else name
 
     @property
@@ -297,6 +301,17 @@ class CaseId(Record):
         """Whether this is the unreduced model that the others are compared with."""
         return self.method == "full" and self.budget is None and not self.again
 
+    @property
+    def without_draft(self) -> CaseId:
+        return self.model_copy(update={"draft": None, "draft_tokens": None})
+
+
+def cases_without_draft(cases: Sequence[CaseId]) -> dict[int, int]:
+    """The place of the same case without its draft, by the place of the one with it."""
+    places = {case.model_dump_json(): place for place, case in enumerate(cases)}
+    pairs = {place: places.get(case.without_draft.model_dump_json()) for place, case in enumerate(cases) if case.draft}
+    return {place: plain for place, plain in pairs.items() if plain is not None}
+
 
 class OfCase(Record):
     """Something about one case, shown under its name."""
@@ -305,6 +320,22 @@ class OfCase(Record):
 
     def __str__(self) -> str:
         return str(self.case)
+
+
+class DraftEffect(Record):
+    """A case with a draft, compared with the same one without.
+
+    points: difference of the scores, times 100; low and high bound a 95 % interval, None where there is none, as for F1
+    and MME. gained, lost: samples answered correctly only with the draft, only without it. slowdown: seconds to the
+    first token with the draft / without it, paired within rounds.
+    """
+
+    points: float | None = None
+    low: float | None = None
+    high: float | None = None
+    gained: int | None = None
+    lost: int | None = None
+    slowdown: Speedup | None = None
 
 
 class CaseResult(OfCase):
@@ -319,7 +350,7 @@ class CaseResult(OfCase):
     of those timed. outliers: indices of the values of `ttft` that are far above the others. drift: of `ttft`, if any.
     score: by the metric of the schedule: F1 for POPE, (accuracy + accuracy_plus) / 2 for MME, otherwise the mean over
     the samples. It and the fields below do not depend on the batch size; they are None if answers were not evaluated.
-    retention_low, retention_high: bounds of a 95 % interval.
+    retention_low, retention_high: bounds of a 95 % interval. draft: what the draft of the case is worth.
     """
 
     positions: Positions
@@ -347,6 +378,7 @@ class CaseResult(OfCase):
     yes_no: YesNo | None = None
     paired: PairedAccuracy | None = None
     fidelity: Fidelity | None = None
+    draft: DraftEffect | None = None
 
 
 class TurnResult(OfCase):
@@ -392,7 +424,7 @@ class Environment(Record):
     weights_digest: of the model's weights, from a few values of each. quantization: how they were quantized. compiled:
     whether the language model was compiled. driver, cuda: versions, on an NVIDIA GPU. layers:
     decoder layers that were run, and those of the model, if only some were run; prefill, decode, KV cache and FLOPs are
-    then estimates.
+    then estimates. fallback: what `mmtok profile` measured in place of the model as it is, and why.
     """
 
     mmtok: str
@@ -415,6 +447,7 @@ class Environment(Record):
     quantization: str | None = None
     compiled: bool = False
     layers: tuple[int, int] | None = None
+    fallback: str | None = None
 
 
 class Schedule(Record):
@@ -427,7 +460,7 @@ class Schedule(Record):
     timed runs. new_tokens, prompt_tokens: exact numbers of new tokens and of text tokens per prompt in timed runs, None
     where they were not fixed; evaluated answers are not affected. metric: name of the metric that judges the answers,
     None if they are not judged; metric_title: what it is, in words. conversations: number of them that were evaluated,
-    of `planned_samples`; None without --turns.
+    of `planned_samples`; None without --turns. image_size: width and height in pixels of the one image of a profile.
     """
 
     data: str
@@ -448,6 +481,7 @@ class Schedule(Record):
     new_tokens: int | None = None
     prompt_tokens: int | None = None
     conversations: int | None = None
+    image_size: tuple[int, int] | None = None
 
 
 class SamplePrediction(Record):

@@ -15,7 +15,7 @@ from mmtok_cli.cases import Case
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.results.schema import FlopCoverage, Flops
-from mmtok_cli.stages import CHECK, STAGES
+from mmtok_cli.stages import CHECK, DRAFT, STAGES
 from mmtok_cli.timing.clock import Stages
 from mmtok_cli.timing.partial import last_layer, missing_layers, of_whole_model
 
@@ -74,13 +74,14 @@ def measure_flops(
     stages = Stages(counter.get_total_flops)
     with SeenOperators() as seen, counter, last_layer(model, counter.get_total_flops) as spans:
         case.answer(model, samples, max_new_tokens, stages.stage, ignore_eos=ignore_eos)
-    counted, last = (dict.fromkeys(STAGES, 0.0) for _ in range(2))
+    stages_of_case = (DRAFT, *STAGES) if case.draft else STAGES
+    counted, last = (dict.fromkeys(stages_of_case, 0.0) for _ in range(2))
     for flops, found in ((counted, stages.spans), (last, spans)):
         for name, start, end in found:
             if name != CHECK:
                 flops[name] += (end - start) / len(samples)
     whole = of_whole_model(counted, last, missing_layers(model))
-    total = sum(whole[name] for name in STAGES)
+    total = sum(whole[name] for name in stages_of_case)
     return Flops(stages={**whole, "total": total}, coverage=coverage(seen.calls, counter.flop_registry))
 
 

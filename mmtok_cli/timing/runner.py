@@ -122,6 +122,7 @@ def _record(
         peak=_largest(peaks, "bytes"),
         reserved=_largest(peaks, "reserved"),
         host=host_memory(),
+        drafts=list(answers.drafts),
     )
 
 

@@ -10,6 +10,7 @@ from mmtok_cli.results.records import GpuState, MachineState, TimedRun
 from mmtok_cli.results.schema import (
     CaseId,
     CaseResult,
+    DraftEffect,
     FlopCoverage,
     GpuUse,
     MachineUse,
@@ -82,13 +83,25 @@ def _speedup(pairs: Sequence[tuple[TimedRun, TimedRun | None]], stage: str) -> S
 
 def _seconds_of(run: TimedRun, stage: str) -> float:
     """Seconds of a stage, or of decode per token after the first (`tpot`)."""
-    return run.seconds["decode"] / (run.steps - 1) if stage == "tpot" else run.seconds[stage]
+    return run.seconds["decode"] / (run.steps - 1) if stage == "tpot" else run.seconds.get(stage, 0.0)
 
 
 def _repetitions_of(run: TimedRun, stage: str) -> list[float]:
     if stage == "tpot":
         return [seconds / (run.steps - 1) for seconds in run.repetitions["decode"]]
     return run.repetitions[stage]
+
+
+def with_slowdown(result: CaseResult, drafted: Sequence[TimedRun], plain: Sequence[TimedRun]) -> CaseResult:
+    """The result of a case with a draft, compared with the runs of the same one without, in the same rounds."""
+    by_round = {run.round: run.seconds["ttft"] for run in plain}
+    pairs = [(run.seconds["ttft"], by_round[run.round]) for run in drafted if run.round in by_round]
+    if not pairs:
+        return result
+    slowdown = paired_speedup(*zip(*pairs, strict=True))
+    return result.model_copy(
+        update={"draft": (result.draft or DraftEffect()).model_copy(update={"slowdown": slowdown})}
+    )
 
 
 def summarise_states(states: Sequence[GpuState], samples: int) -> GpuUse | None:

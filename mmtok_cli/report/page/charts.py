@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mmtok_cli.report.columns import is_scored, stage_seconds
+from mmtok_cli.report.columns import DRAFT, is_scored, stage_seconds
 from mmtok_cli.report.page.scales import Scale, linear, logarithmic
 from mmtok_cli.report.page.scores import PlottedScore, plotted_score
 from mmtok_cli.report.units import number, seconds, share
@@ -14,7 +14,7 @@ from mmtok_cli.report.units import number, seconds, share
 if TYPE_CHECKING:
     from mmtok_cli.results.schema import CaseResult, Comparison, OfCase
 
-STACKED = ("prepare", "encode", "select", "prefill", "decode")
+STACKED = (DRAFT, "prepare", "encode", "select", "prefill", "decode")
 
 
 @dataclass(frozen=True)
