@@ -191,13 +191,14 @@ def outlier_notes(results: Sequence[CaseResult]) -> list[str]:
         return []
     if all(result.outliers == [0] for result in disturbed.values()):
         return [f"the first round took much longer than the others ({', '.join(disturbed)}): raise --warmup"]
-    worst = max(disturbed.values(), key=lambda result: max(result.seconds["ttft"].values))
-    times = worst.seconds["ttft"]
+    worst = max(disturbed.values(), key=lambda result: max(result.seconds[result.checked].values))
+    times = worst.seconds[worst.checked]
+    until = "to the first token" if worst.checked == "ttft" else "in all"
     rounds = sorted({number for result in disturbed.values() for number in result.outliers})
     return [
-        f"outliers: {plural(len(rounds), 'round')} of {len(times.values)} took up to {seconds(max(times.values))} to "
-        f"the first token, with a median of {seconds(times.median)} ({', '.join(disturbed)}). Medians are hardly "
-        "affected; if there are many outliers, stop other processes on the machine, or use --runs 3"
+        f"outliers: {plural(len(rounds), 'round')} of {len(times.values)} took up to {seconds(max(times.values))} "
+        f"{until}, with a median of {seconds(times.median)} ({', '.join(disturbed)}). Medians are hardly affected; if "
+        "there are many outliers, stop other processes on the machine, or use --runs 3"
     ]
 
 
