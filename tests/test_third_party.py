@@ -23,7 +23,7 @@ import mmtok_cli as mmtok
 from mmtok_cli.methods import base, method_class, method_names
 from mmtok_cli.methods.base import Method, highest
 from mmtok_cli.methods.full import Full
-from mmtok_cli.methods.testing import check_declaration, check_method
+from mmtok_cli.methods.testing import CHECKS, check_declaration, check_method
 from mmtok_cli.models.tiny import tiny_families
 from mmtok_cli.tokens import Cut, LayerTokens, Selection, TextTokens, VisionTokens
 
@@ -59,7 +59,7 @@ def test_every_check_by_pytest(dart: Path) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_dart.py"]
     done = subprocess.run(command, cwd=dart, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-    assert f"{1 + 8 * 2 * len(tiny_families())} passed" in done.stdout
+    assert f"{1 + len(CHECKS) * 2 * len(tiny_families())} passed" in done.stdout
 
 
 def test_commands(dart: Path, tmp_path: Path) -> None:
