@@ -75,17 +75,16 @@ def infer(
     check_conversation(model, sample)
     most, again = settings.max_new_tokens, settings.encode_again
     with progress.task("answering"):
-        # The first run chooses kernels and allocates memory; it is not timed.
-        if turn:
-            for _ in range(2):
+        for _ in range(2):  # the first run chooses kernels and allocates memory; it is not timed
+            if turn:
                 talks = [run_conversation(model, case, policy, sample, most, encode_again=again)]
                 talks += [run_conversation(model, each, "reuse", sample, most) for each in cases[1:]]
-            _show_conversation(settings, cases, sample, talks, model.weights, as_json)
-            return
-        for each in cases:
-            run_case(model, each, [sample], most)
-        runs = [run_case(model, each, [sample], most) for each in cases]
-    _show(settings, cases, runs, model.weights, as_json)
+            else:
+                runs = [run_case(model, each, [sample], most) for each in cases]
+    if turn:
+        _show_conversation(settings, cases, sample, talks, model.weights, as_json)
+    else:
+        _show(settings, cases, runs, model.weights, as_json)
 
 
 def _show(
