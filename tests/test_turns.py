@@ -255,6 +255,7 @@ def test_what_cannot_be_measured_is_refused(command: tuple[Any, ...], tiny_direc
     refused(run(*command, "--methods", "random:inside"), "union does not suit", "inside the language model")
     refused(run(*command, "--no-quality"), "--turns needs the answers, which --no-quality")
     refused(run(*command, "--layers", 3), "--turns needs the answers, which --layers")
+    refused(run(*command, "--prompt-tokens", 30), "--prompt-tokens sets the length of single")
     retained = ("compare", "--data", talks, "--turns", "reuse", "--retain", "98%")
     refused(run(*retained), "--retain searches with single questions")
     refused(run(*command[:-2], "--encode-again"), "--encode-again requires --turns")
