@@ -567,6 +567,9 @@ class CompareSettings(CasesSettings):
         if self.turns and not self.measures_quality:
             option = "--no-quality" if self.no_quality else "--layers"
             raise MMTokError(f"--turns needs the answers, which {option} does not evaluate", f"omit {option}")
+        if self.turns and self.has_exact_lengths:
+            option = "--new-tokens" if self.new_tokens is not None else "--prompt-tokens"
+            raise MMTokError(f"{option} sets the length of single questions, not that of --turns", f"omit {option}")
         if self.encode_again and not self.turns:
             raise MMTokError("--encode-again requires --turns", "add --turns, as in --turns reselect")
         return self

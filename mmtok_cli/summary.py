@@ -37,10 +37,10 @@ def summarise_run(store: RunDirectory) -> Comparison:
         ],
         planned_rounds=plan.rounds,
         run_directory=str(store.path),
-        unevaluated=[*unevaluated_cases(store), *failed_conversations(store)],
+        unevaluated=unevaluated_cases(store),
         turns=summarise_turns(store),
         left_out=[*left_out(store), *left_out_conversations(store)],
-        remarks=metric_remarks(store),
+        remarks=[*metric_remarks(store), *failed_conversations(store)],
         machine=summarise_machine([_measured(store, i) for i in rounds]),
     )
 

@@ -9,7 +9,7 @@ from mmtok_cli.evaluation.summary import mean_retention
 from mmtok_cli.results.progress import ConversationCase, conversation_failures, conversing_cases
 from mmtok_cli.results.records import ConversationRecord, TurnRun
 from mmtok_cli.results.run_directory import RunDirectory
-from mmtok_cli.results.schema import FailedCase, Tokens, TurnResult
+from mmtok_cli.results.schema import Tokens, TurnResult
 from mmtok_cli.timing.statistics import paired_speedup, summarise
 
 COMPARED = ("prefill", "ttft", "total")  # stages with a speedup
@@ -42,17 +42,14 @@ def left_out_conversations(store: RunDirectory) -> list[str]:
     ]
 
 
-def failed_conversations(store: RunDirectory) -> list[FailedCase]:
-    """Cases that failed in a conversation."""
-    return [
-        FailedCase(
-            case=store.plan.cases[case].case.model_copy(update={"batch_size": 1}),
-            round=None,
-            reason=failure.reason,
-            message=f"in a conversation{f' (--turns {policy})' if policy else ''}: {failure.message}",
-        )
-        for (case, policy), failure in conversation_failures(store).items()
-    ]
+def failed_conversations(store: RunDirectory) -> list[str]:
+    """The cases that failed in a conversation, a line each."""
+    lines = []
+    for (case, policy), failure in sorted(conversation_failures(store).items(), key=lambda item: item[0][0]):
+        name = f"{store.plan.cases[case].case}{f' with --turns {policy}' if policy else ''}"
+        where = f"; the traceback is in {store.path}/conversations" if failure.traceback else ""
+        lines.append(f"{name} failed in a conversation and has no turns: {failure.reason}: {failure.message}{where}")
+    return lines
 
 
 def _summary(

@@ -193,6 +193,8 @@ USAGE: dict[str, tuple[str, ...]] = {
     "turns of data without conversations": (*WORKING["compare"], "--turns", "reuse"),
     "turns of the demo's single questions": (*WORKING["compare"], "--data", "demo", "--turns", "reuse"),
     "turns without quality": (*WORKING["compare"], "--data", "demo:conversations", "--turns", "reuse", "--no-quality"),
+    "turns with exact prompts": (*WORKING["compare"], "--turns", "reuse", "--prompt-tokens", "50"),
+    "turns with a search": (*WORKING["compare"], "--turns", "reuse", "--retain", "98%"),
     "turns with a part of the model": (*WORKING["compare"], "--turns", "reuse", "--layers", "1"),
     "encoding again without turns": (*WORKING["compare"], "--encode-again"),
     "a union inside the language model": (

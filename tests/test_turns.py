@@ -169,9 +169,10 @@ def test_a_case_that_fails_is_left_out_of_later_conversations(
     monkeypatch.setattr(Conversation, "__init__", failing)
     found = run_json(*command, "--run-dir", tmp_path / "run")
     assert {(t["case"]["method"], t["policy"]) for t in found["turns"]} == {c for c in CASES if c[1] != "union"}
-    assert ["(--turns union): RuntimeError: out of luck" in each["message"] for each in found["unevaluated"]] == [
-        True
-    ] * 2
+    assert found["unevaluated"] == [] and len(found["remarks"]) == 2
+    for name, remark in zip(("mmtok @ 4", "uniform @ 4"), found["remarks"], strict=True):
+        assert remark.startswith(f"{name} with --turns union failed in a conversation and has no turns: error: Runtime")
+        assert remark.endswith("run/conversations")
     assert found["turns"][0]["conversations"] == 3
     shown = run("report", tmp_path / "run")
     assert shown.exit_code == 0 and "out of luck" in shown.stderr
@@ -254,6 +255,7 @@ def test_what_cannot_be_measured_is_refused(command: tuple[Any, ...], tiny_direc
     refused(run(*command, "--methods", "random:inside"), "union does not suit", "inside the language model")
     refused(run(*command, "--no-quality"), "--turns needs the answers, which --no-quality")
     refused(run(*command, "--layers", 3), "--turns needs the answers, which --layers")
+    refused(run(*command, "--prompt-tokens", 30), "--prompt-tokens sets the length of single")
     retained = ("compare", "--data", talks, "--turns", "reuse", "--retain", "98%")
     refused(run(*retained), "--retain searches with single questions")
     refused(run(*command[:-2], "--encode-again"), "--encode-again requires --turns")
