@@ -64,6 +64,7 @@ def page_text(comparison: Comparison, overlays: Sequence[OverlayGroup] = ()) -> 
         "comparison.html.j2",
         comparison=comparison,
         model=comparison.model,
+        stages=charts.stacked_stages(comparison.results),
         version=comparison.environment.mmtok,
         kicker="Vision-token reduction compared",
         subtitle=_subtitle(comparison),

@@ -185,6 +185,11 @@ def _time(stage: str) -> Callable[[CaseResult], Span | None]:
     return span
 
 
+def stacked_stages(cases: Sequence[CaseResult]) -> tuple[str, ...]:
+    """The stages that any of the cases has."""
+    return tuple(stage for stage in STACKED if any(stage_seconds(case, stage) is not None for case in cases))
+
+
 def stage_stacks(comparison: Comparison) -> tuple[list[Stack], Scale | None]:
     """One bar for each case, made of its stages' medians, and the scale that they share, in percent."""
     timed = [

@@ -65,6 +65,7 @@ def profile_page_text(profile: ProfileResult, notes: Sequence[str] = (), top: in
     return render(
         "profile.html.j2",
         model=profile.model,
+        stages=charts.stacked_stages(profile.cases),
         version=profile.environment.mmtok,
         kicker="Where the time and the memory go",
         subtitle=_subtitle(profile),

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from mmtok_cli.report.page.charts import FRAME, STACKED
+from mmtok_cli.report.page.charts import FRAME
 
 STYLES, SHAPES = 8, 5  # colours of the style sheet, shapes of the template
 
@@ -32,7 +32,6 @@ def render(template: str, **values: Any) -> str:
         script_hash=_hash(script),
         styles=STYLES,
         shapes=SHAPES,
-        stages=STACKED,
         **{"frame": FRAME, **values},
     )
 
