@@ -81,8 +81,14 @@ def test_memory_that_runs_out(free: int, samples: list[Sample], tiny_sdpa: Llava
     def fail(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError
 
+    usual = Case.answer
     monkeypatch.setattr(Case, "answer", fail)
     assert largest_batch(tiny_sdpa, FULL, samples[0], LENGTH) is None
+    monkeypatch.setattr(
+        Case, "answer", lambda self, model, batch, *a, **b: [fail, usual][len(batch) == 1](self, model, batch, *a, **b)
+    )
+    single = largest_batch(tiny_sdpa, FULL, samples[0], LENGTH)
+    assert single and (single.size, single.measured) == (1, True)
     assert not capacity._fits(tiny_sdpa.device, fail, 8)
     with pytest.raises(ZeroDivisionError):
         capacity._fits(tiny_sdpa.device, lambda size: 1 // 0, 8)

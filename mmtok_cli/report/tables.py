@@ -180,9 +180,9 @@ def part_text(layers: tuple[int, int] | None) -> str:
         return ""
     run, of = layers
     return (
-        f"only {run} of {of} decoder layers were run: answers are not meaningful; prefill, decode, TTFT, total, KV "
-        "cache and FLOPs are estimates (~), assuming that every skipped layer costs as much as the last one that was "
-        "run. Peak memory is that of the layers that were run"
+        f"only {run} of {of} decoder layers were run: answers are not meaningful; prefill, decode, TTFT, TPOT, total, "
+        "throughput, KV cache and FLOPs are estimates (~), assuming that every skipped layer costs as much as the last "
+        "one that was run. Peak memory is that of the layers that were run"
     )
 
 

@@ -35,7 +35,7 @@ def largest_batch(model: VisionLanguageModel, case: Case, sample: Sample, length
     profiler sees on a CPU. On a GPU the batch is then run, and smaller or larger ones until the limit is found; memory
     that runs out is caught. Layers that are not run count as the last one that is, and then nothing is run.
 
-    None where the device does not say how much memory it has. Raises what a batch of 1 raises.
+    None where the device does not say how much memory it has, or has too little for a batch of 1.
     """
     release_memory(model.device)
     free = _free(model.device)
@@ -45,18 +45,16 @@ def largest_batch(model: VisionLanguageModel, case: Case, sample: Sample, length
     def answer(size: int) -> Answers:
         return case.answer(model, [sample] * size, length["max_new_tokens"], unwatched, ignore_eos=length["ignore_eos"])
 
-    try:
-        peaks = [_peak(model, partial(answer, size)) for size in TRIED]
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        peaks = []
-    if not peaks:  # outside the handler, since the error holds on to memory
-        release_memory(model.device)
+    peaks = _peaks(model, answer)
+    release_memory(model.device)  # only here, since an error holds on to the memory of the failed run
+    if not peaks:
         return None
+    whole = not missing_layers(model)
+    if len(peaks) < len(TRIED):
+        return LargestBatch(size=TRIED[0], measured=whole, free=free, fixed=0, per_sample=peaks[0])
     fixed, per_sample = line(peaks)
     computed = fitting(free - _missing_weights(model), fixed, per_sample)
-    measured = model.device.type == "cuda" and not missing_layers(model)
+    measured = model.device.type == "cuda" and whole
     size = search(computed, partial(_fits, model.device, answer)) if measured else computed
     return LargestBatch(size=size, measured=measured, free=free, fixed=fixed, per_sample=per_sample)
 
@@ -94,6 +92,19 @@ def search(computed: int, fits: Callable[[int], bool]) -> int:
             size = high - step if low == max(TRIED) else (low + high) // 2
         step *= 2
     return low
+
+
+def _peaks(model: VisionLanguageModel, answer: Batch) -> list[int]:
+    """The peaks of batches of the sizes `TRIED`, up to one that does not fit."""
+    peaks: list[int] = []
+    for size in TRIED:
+        try:
+            peaks.append(_peak(model, partial(answer, size)))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            break
+    return peaks
 
 
 def _fits(device: torch.device, answer: Batch, size: int) -> bool:
