@@ -124,7 +124,8 @@ def profile(
             update(number)
     with progress.task("measuring ceilings"):
         ceilings = remainder.attempt("the ceilings", partial(measure_ceilings, model.device, model.dtype))
-    results, read = _results(cases, rounds, flops), weights_read(model)
+    exact = settings.new_tokens is not None
+    results, read = _results(cases, rounds, flops, exact_length=exact), weights_read(model)
     if settings.find_batch:
         results = _with_largest_batch(model, cases, results, sample, settings, progress, remainder)
     sizes = list(settings.batch_size)
@@ -226,7 +227,11 @@ def _time(
 
 
 def _results(
-    cases: Sequence[Case], rounds: Sequence[Sequence[TimedRun]], flops: Sequence[dict[str, float]]
+    cases: Sequence[Case],
+    rounds: Sequence[Sequence[TimedRun]],
+    flops: Sequence[dict[str, float]],
+    *,
+    exact_length: bool,
 ) -> list[CaseResult]:
     """One result for each case; its baseline is the first case of the same batch size."""
     runs = [[each[i] for each in rounds] for i in range(len(cases))]
@@ -234,7 +239,7 @@ def _results(
     results = []
     for i, case in enumerate(cases):
         baseline = None if first[case.batch_size] == i else runs[first[case.batch_size]]
-        results.append(summarise_case(case.id, runs[i], baseline, flops[i]))
+        results.append(summarise_case(case.id, runs[i], baseline, flops[i], exact_length=exact_length))
     return results
 
 

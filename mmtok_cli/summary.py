@@ -53,7 +53,7 @@ def _measured(store: RunDirectory, number: int) -> list[TimedRun]:
 def _results(store: RunDirectory, columns: list[list[TimedRun]]) -> list[CaseResult]:
     """Results of the cases that did not fail. columns: the runs of each case."""
     plan = store.plan
-    summaries = summarise_evaluation(store)
+    summaries, exact = summarise_evaluation(store), plan.options.new_tokens is not None
     results = []
     for number, runs in enumerate(columns):
         if not runs or number in store.failures:
@@ -61,7 +61,9 @@ def _results(store: RunDirectory, columns: list[list[TimedRun]]) -> list[CaseRes
         first = plan.baseline_of(number)
         baseline = None if first == number or first in store.failures else columns[first]
         counted = store.counted[number]
-        result = summarise_case(plan.cases[number].case, runs, baseline, counted.flops, counted.coverage)
+        result = summarise_case(
+            plan.cases[number].case, runs, baseline, counted.flops, counted.coverage, exact_length=exact
+        )
         result = result.model_copy(update={"largest_batch": counted.largest_batch})
         if number in summaries:
             result = result.model_copy(update=summaries[number].result_fields(is_baseline=first == number))

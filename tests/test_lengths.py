@@ -27,6 +27,7 @@ from mmtok_cli.models.room import laid_out
 from mmtok_cli.models.sources import architecture, source_of
 from mmtok_cli.pipeline import answer, reduce
 from mmtok_cli.profiles import known_profiles
+from mmtok_cli.report.checks import outlier_notes
 from mmtok_cli.results.records import TimedRun, sample_name
 from mmtok_cli.results.schema import Comparison, from_json
 from mmtok_cli.timing.runner import run_case
@@ -150,6 +151,15 @@ def test_the_speedup_of_tpot_is_paired_over_rounds_that_decoded() -> None:
     silent = summary([timed(1, 0.0, [1, 1])] * 7, baseline[2:])
     assert "tpot" not in silent.seconds and "tpot" not in silent.speedup
     assert silent.decode_tokens_per_second is silent.batch_decode_tokens_per_second is None
+
+
+def test_a_disturbed_decode_is_an_outlier_where_lengths_are_exact() -> None:
+    runs = [timed(5, 4.0, [5, 5]) for _ in range(9)] + [timed(5, 400.0, [5, 5])]
+    usual, exact = (summarise_case(PAIR.id, runs, None, {}, exact_length=exact) for exact in (False, True))
+    assert (usual.checked, usual.outliers) == ("ttft", [])
+    assert (exact.checked, exact.outliers) == ("total", [9])
+    (note,) = outlier_notes([exact])
+    assert "round 10 of 10 took up to 404 s in all, with a median of 8 s" in note
 
 
 def test_records_of_earlier_versions_have_no_rate_of_the_batch() -> None:

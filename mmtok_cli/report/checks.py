@@ -205,14 +205,15 @@ def outlier_notes(results: Sequence[CaseResult], machine: MachineUse | None = No
         return []
     if all(result.outliers == [0] for result in disturbed.values()):
         return [f"the first round took much longer than the others ({', '.join(disturbed)}): raise --warmup"]
-    worst = max(disturbed.values(), key=lambda result: max(result.seconds["ttft"].values))
-    times = worst.seconds["ttft"]
+    worst = max(disturbed.values(), key=lambda result: max(result.seconds[result.checked].values))
+    times = worst.seconds[worst.checked]
+    until = "to the first token" if worst.checked == "ttft" else "in all"
     rounds = sorted({number for result in disturbed.values() for number in result.outliers})
     listed = ", ".join(str(number + 1) for number in rounds[:MOST_ROUNDS])
     more = f", … ({len(rounds)} in all)" if len(rounds) > MOST_ROUNDS else ""
     return [
         f"outliers: {'round' if len(rounds) == 1 else 'rounds'} {listed}{more} of {len(times.values)} took up to "
-        f"{seconds(max(times.values))} to the first token, with a median of {seconds(times.median)} "
+        f"{seconds(max(times.values))} {until}, with a median of {seconds(times.median)} "
         f"({', '.join(disturbed)}){_others_then(rounds, machine)}. Medians are hardly affected; to have fewer, close "
         "other programs and run again, or raise --rounds"
     ]

@@ -316,7 +316,8 @@ class CaseResult(OfCase):
     behind shorter answers. samples_per_second: batch size / seconds of all stages, median. seconds, speedup: by stage,
     and `tpot`: seconds of decode per token after the first, in the rounds that decoded any. short: number of samples
     that keep fewer tokens than the budget says, since they have no more that may be kept: of those evaluated, otherwise
-    of those timed. outliers: indices of the values of `ttft` that are far above the others. drift: of `ttft`, if any.
+    of those timed. checked: the stage whose seconds show disturbances, `total` if all runs decode the same number
+    of tokens. outliers: indices of its values that are far above the others. drift: of its values, if any.
     score: by the metric of the schedule: F1 for POPE, (accuracy + accuracy_plus) / 2 for MME, otherwise the mean over
     the samples. It and the fields below do not depend on the batch size; they are None if answers were not evaluated.
     retention_low, retention_high: bounds of a 95 % interval.
@@ -336,6 +337,7 @@ class CaseResult(OfCase):
     flop_coverage: FlopCoverage | None = None
     gpu: GpuUse | None = None
     short: int = 0
+    checked: Literal["ttft", "total"] = "ttft"
     outliers: list[int] = []
     drift: Drift | None = None
     score: float | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, median
+from typing import Literal
 
 from mmtok_cli.results.records import GpuState, MachineState, TimedRun
 from mmtok_cli.results.schema import (
@@ -27,11 +28,14 @@ def summarise_case(
     baseline: Sequence[TimedRun] | None,
     flops: Mapping[str, float],
     coverage: FlopCoverage | None = None,
+    *,
+    exact_length: bool = False,
 ) -> CaseResult:
     """The result of one case, without the quality of its answers.
 
     baseline: the baseline's runs in the same rounds; None for the baseline itself, and where it could not be run.
-    flops: per sample, by stage.
+    flops: per sample, by stage. exact_length: all runs decoded the same number of tokens, so that disturbances show in
+    their totals; otherwise they are looked for before the first token.
     """
     once = _first_of_each_batch(runs)
     before: Sequence[TimedRun | None] = baseline or [None] * len(runs)
@@ -42,6 +46,7 @@ def summarise_case(
     if decoded:
         seconds["tpot"] = _times([run for run, _ in decoded], "tpot")
         speedups["tpot"] = _speedup([(run, base) for run, base in decoded if base and base.steps > 1], "tpot")
+    checked: Literal["ttft", "total"] = "total" if exact_length else "ttft"
     return CaseResult(
         case=case,
         positions=runs[0].positions,
@@ -62,8 +67,9 @@ def summarise_case(
         flops=dict(flops),
         flop_coverage=coverage,
         gpu=summarise_states([run.gpu for run in runs if run.gpu], case.batch_size),
-        outliers=outliers(seconds["ttft"].values),
-        drift=drift(seconds["ttft"].values),
+        checked=checked,
+        outliers=outliers(seconds[checked].values),
+        drift=drift(seconds[checked].values),
     )
 
 
