@@ -159,7 +159,7 @@ def test_a_disturbed_decode_is_an_outlier_where_lengths_are_exact() -> None:
     assert (usual.checked, usual.outliers) == ("ttft", [])
     assert (exact.checked, exact.outliers) == ("total", [9])
     (note,) = outlier_notes([exact])
-    assert "1 round of 10 took up to 404 s in all, with a median of 8 s" in note
+    assert "round 10 of 10 took up to 404 s in all, with a median of 8 s" in note
 
 
 def test_records_of_earlier_versions_have_no_rate_of_the_batch() -> None:
