@@ -64,7 +64,7 @@ def test_a_prompt_of_the_right_length_is_left_as_it_is(tiny_sdpa: Llava, samples
 
 @pytest.mark.parametrize("name", ["llava-1.5-7b", "llava-next-7b", "qwen2.5-vl-3b", "qwen3-vl-4b", "internvl3-2b"])
 def test_stand_ins_for_a_vocabulary_make_exact_lengths(name: str) -> None:
-    source = source_of(name, weights=False)
+    source = source_of(name)
     config = architecture(name, source)
     family, template = family_class(config.model_type), known_profiles()[name].chat_template
     assert template is not None
