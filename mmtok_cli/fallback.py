@@ -16,6 +16,7 @@ import torch
 from mmtok_cli.cases import Case, release_memory
 from mmtok_cli.configuration import configured_model
 from mmtok_cli.data.samples import Sample
+from mmtok_cli.drafts import SELF
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.image_plan import cuts_of, plan_images
 from mmtok_cli.lengths import of_prompt_length
@@ -87,6 +88,12 @@ def plan_profile(settings: ProfileSettings, cases: Sequence[Case], sample: Sampl
     if layers < (settings.layers or 1):
         return usual  # nothing fits that the settings allow, which `load_model` says
     fewest = settings.layers or max(min(FEWEST_LAYERS, layers), _layers_until_last_cut(model, cases, sample))
+    if whole_only := _option_of_whole_models(settings):
+        if layers < model.layer_count:
+            raise MMTokError(
+                f"{whole_only} runs whole models only, and {settings.model} does not fit", f"omit {whole_only}"
+            )
+        fewest = layers
     if fewest > layers:
         raise MMTokError(
             f"the methods drop tokens before decoder layer {fewest} of {settings.model}, and only {layers} layers fit",
@@ -100,8 +107,6 @@ def plan_profile(settings: ProfileSettings, cases: Sequence[Case], sample: Sampl
     measured = times.most_layers(layers)
     rounds = times.most_rounds(measured)
     parts = [why or f"does not fit: {weights} weights", *([dtype_name(dtype)] if kept != "auto" else [])]
-    if measured < model.layer_count and settings.compile_model:
-        raise MMTokError(f"--compile runs whole models only, and {settings.model} does not fit", "omit --compile")
     if measured < model.layer_count:
         found = found.model_copy(update={"layers": measured})
         parts.append(f"{measured} of {model.layer_count} layers measured, the rest estimated (~)")
@@ -111,6 +116,13 @@ def plan_profile(settings: ProfileSettings, cases: Sequence[Case], sample: Sampl
     progress.note(f"{rounds} rounds, about {more} more minute{'s' * (more > 1)} (see --max-time)")
     end = None if settings.rounds else start + settings.max_time
     return Plan(found, rounds, times.warmup, lengths, fallback, end)
+
+
+def _option_of_whole_models(settings: ProfileSettings) -> str | None:
+    """The option among the settings that cannot be measured with a part of the model."""
+    if settings.draft == SELF:
+        return "--draft self"  # whose passes would be taken for those of the answer
+    return "--compile" if settings.compile_model else None
 
 
 def _needs(model: VisionLanguageModel, settings: ProfileSettings, tokens: Sequence[int]) -> dict[torch.dtype, Needs]:

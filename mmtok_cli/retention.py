@@ -111,8 +111,6 @@ class RetentionRun:
             self._search(prepared, plan, None, processes)
 
     def _prepare(self) -> tuple[Prepared, SearchPlan]:
-        if self.settings.draft:
-            raise MMTokError("--retain does not try drafts", "omit --draft, or --retain")
         prepared = prepare_comparison(self.settings, self.progress)
         return prepared, make_search_plan(self.settings, prepared.model, prepared.dataset, self.progress)
 

@@ -106,6 +106,10 @@ def test_what_cannot_be_done_is_refused(photo: Path) -> None:
     refused(run(*COMPARE, "--draft", "self", "--layers", 2), "a part of a model cannot write a draft")
     refused(run("profile", "--draft", "self", "--scaling"), "--scaling does not measure drafts")
     refused(run(*COMPARE, "--draft", "nosuch"), "there is no model 'nosuch'")
+    refused(
+        run("compare", "--retain", "98%", "--draft", "self"),
+        "--draft is measured with single questions, not with --retain",
+    )
     for empty in ("", "text:", " "):
         refused(run(*COMPARE, f"--draft={empty}"), "--draft names no draft")
 

@@ -184,6 +184,11 @@ def test_other_commands_refuse_and_name_a_command_that_works(
     assert done.exit_code == 0, done.output
 
 
+def test_the_own_draft_of_a_model_that_does_not_fit(small: str, limited: Callable[..., None]) -> None:
+    limited(small, torch.bfloat16, 3, 2340)
+    refused(run("profile", "--model", small, *PROFILE, "--draft", "self"), "--draft self runs whole models only")
+
+
 def test_the_same_command_in_a_narrower_data_type(
     tiny_directory: Path, photo: Path, limited: Callable[..., None]
 ) -> None:

@@ -25,8 +25,8 @@ ALLOWED = {
     "decoding": {"models", "errors"},
     "configuration": {"methods", "models", "settings", "cases", "drafts", "budget", "errors", "progress"},
     "fallback": SHARED
-    | {"cases", "configuration", "data", "image_plan", "lengths", "models", "profiles", "progress", "settings"}
-    | {"timing"},
+    | {"cases", "configuration", "data", "drafts", "image_plan", "lengths", "models", "profiles"}
+    | {"progress", "settings", "timing"},
     "settings": {"budget", "errors", "rules"},
     "progress": {"errors"},
     "planning": {"cases", "data", "profiles", "results", "settings", "errors"},
