@@ -103,6 +103,8 @@ def comparison(results: Sequence[CaseResult] = (), rules: Rules = USUAL) -> Comp
         "git_dirty": False,
         "threads": 1,
         "command": [],
+        "quantization": None,
+        "compiled": False,
         "layers": None,
     }
     schedule = dict.fromkeys(Schedule.model_fields, 1) | {"data": "demo", "data_digest": "x", "order": []}
