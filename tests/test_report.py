@@ -21,6 +21,7 @@ from mmtok_cli.results.schema import (
     Environment,
     Fidelity,
     Memory,
+    Record,
     Schedule,
     Times,
     Tokens,
@@ -98,16 +99,18 @@ def result(method: str, kept: float, average: float, overhead: float = 0.02) -> 
     )
 
 
+def required(kind: type[Record]) -> list[str]:
+    return [name for name, field in kind.model_fields.items() if field.is_required()]
+
+
 def comparison(results: Sequence[CaseResult] = (), rules: Rules = USUAL) -> Comparison:
-    environment = dict.fromkeys(Environment.model_fields, "x") | {
+    environment = dict.fromkeys(required(Environment), "x") | {
         "git_dirty": False,
         "threads": 1,
         "command": [],
-        "quantization": None,
-        "compiled": False,
         "layers": None,
     }
-    schedule = dict.fromkeys(Schedule.model_fields, 1) | {"data": "demo", "data_digest": "x", "order": []}
+    schedule = dict.fromkeys(required(Schedule), 1) | {"data": "demo", "data_digest": "x", "order": []}
     schedule |= {"metric": None, "metric_title": None}
     return Comparison(
         model="x",
