@@ -106,8 +106,10 @@ def comparison(results: Sequence[CaseResult] = (), rules: Rules = USUAL) -> Comp
         "quantization": None,
         "compiled": False,
         "layers": None,
+        "fallback": None,
     }
-    schedule = dict.fromkeys(Schedule.model_fields, 1) | {"data": "demo", "data_digest": "x", "order": []}
+    unlike_numbers = {"data": "demo", "data_digest": "x", "order": [], "image_size": None}
+    schedule = dict.fromkeys(Schedule.model_fields, 1) | unlike_numbers
     schedule |= {"metric": None, "metric_title": None}
     return Comparison(
         model="x",
