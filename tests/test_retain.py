@@ -303,6 +303,11 @@ def test_an_interrupted_search_resumes_to_the_same_result(searched: Path, tmp_pa
     assert found["decisions"] == before["decisions"] and found["runs"] == before["runs"]
 
 
+def test_a_search_that_is_resumed_has_no_dry_run_either(searched: Path) -> None:
+    done = invoke("compare", "--resume", "--run-dir", searched / "run", "--dry-run")
+    assert done.exit_code == 2 and "--dry-run" in done.stderr
+
+
 @pytest.mark.parametrize("damage", ["missing", "other", "garbage"])
 def test_a_damaged_step_is_refused(searched: Path, tmp_path: Path, damage: str) -> None:
     shutil.copytree(searched / "run", tmp_path / "run")

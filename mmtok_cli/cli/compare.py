@@ -95,8 +95,6 @@ def compare(
 
     require_consistent(settings, given_options(context, CompareSettings))
     files = exports or []
-    if settings.retain and dry_run:
-        raise MMTokError("how long --retain takes depends on what it finds, so it has no --dry-run", "omit --dry-run")
     if plot and not settings.measures_quality:
         raise MMTokError("--plot shows quality, which is not measured with these options", "omit --plot")
     _check_fail_below(context, fail_below, fail_below_stage)
@@ -105,6 +103,10 @@ def compare(
             raise MMTokError("--device-map gives all GPUs to one process, and there are several", "omit it")
         progress = ConsoleProgress(quiet or not processes.is_writer)
         run = _run_of(context, settings, run_dir if not resume else run_dir or newest_run(RUNS), resume, progress)
+        if dry_run and isinstance(run, RetentionRun):
+            raise MMTokError(
+                "how long --retain takes depends on what it finds: there is no --dry-run", "omit --dry-run"
+            )
         _check_predictions(files, run.settings)
         formats = RETAINED if isinstance(run, RetentionRun) else (*EXPORTS, PREDICTIONS)
         new_run = None if resume or (dry_run and run_dir is None) else run.directory
