@@ -249,7 +249,7 @@ def test_the_size_of_the_picture(photo: Path) -> None:
 
 @pytest.fixture()
 def times() -> Callable[..., RunTimes]:
-    need = room.Needs(weights=40, layer=1, working=0, cache=0, layers=40, vision_tokens=1)
+    need = room.Needs(weights=40, layer=1, working=0, cache=0, layers=40, vision_tokens=1, parameters=40)
     first = FirstMeasurement(loading=0, all_cases=10, layer=2, elapsed=20)
     return lambda **settings: RunTimes(ProfileSettings.of(**settings), first, need, fewest=2)
 

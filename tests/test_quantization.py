@@ -77,7 +77,7 @@ def test_bytes_of_weights_that_are_to_be_quantized(tiny_sdpa: Llava) -> None:
     whole = sum(weight.nbytes for weight in model.parameters())
     assert quantized_bytes(model, "int8") == whole - linear * 3 // 4
     assert quantized_bytes(model, "bnb-4bit") == whole - linear * 7 // 8
-    needs = needs_of(model, torch.float32, 36)
+    needs = needs_of(model, torch.float32, (36,))
     fewer = needs_quantized(needs, model, torch.float32, "int8")
     assert fewer.weights == quantized_bytes(model, "int8") and fewer.layer == needs.layer // 4
     assert (fewer.working, fewer.parameters) == (needs.working, needs.parameters)
