@@ -393,6 +393,46 @@ def test_a_model_that_cannot_do_the_task_is_told(tmp_path: Path) -> None:
     assert done.exit_code == 1 and "cannot do this task" in done.stdout, done.output
 
 
+def test_parameters_of_methods_are_followed() -> None:
+    """Also where one method has none, and no budget is found for another, whose times are not measured."""
+    done = invoke(
+        *("compare", "--retain", "60%", "--methods", "mmtok,visionzip,random", "--budget", "16", "--limit", "80"),
+        *("--batch-size", "8", "--rounds", "1", "--json", "--set", "mmtok.alpha=0.25", "--set", "random.seed=3"),
+    )
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    parameters = {one["method"]: one["tried"][0]["case"]["parameters"] for one in found["decisions"]}
+    assert parameters["mmtok"]["alpha"] == 0.25 and parameters["random"]["seed"] == 3
+    timed = {one["case"]["method"]: one["case"]["parameters"] for one in found["timing"]["results"]}
+    assert timed["mmtok"]["alpha"] == 0.25 and "random" not in timed
+
+
+def test_images_that_cannot_be_read_are_left_out(tmp_path: Path) -> None:
+    rows = []
+    for number, sample in enumerate(demo_samples(100)[::5]):
+        path = tmp_path / f"{number:02d}.png"
+        sample.images[0].save(path)
+        if number % 4 == 0:
+            path.write_bytes(path.read_bytes()[:200])
+        rows.append({"image": path.name, "question": sample.question, "answer": sample.references[0]})
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    options = ("compare", "--retain", "50%", "--methods", "mmtok", "--rounds", "1", "--json")
+    done = invoke(*options, "--budget", "256", "--data", tmp_path / "data.json", "--run-dir", tmp_path / "run")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["decisions"][0]["budget"] == "256"
+    assert found["left_out"] and all("damaged" in line for line in found["left_out"])
+    (tmp_path / "none.json").write_text(json.dumps(rows[:1]))
+    for budget in ((), ("--budget", "256")):
+        done = invoke(*options, *budget, "--data", tmp_path / "none.json", "--run-dir", tmp_path / "other")
+        assert done.exit_code == 2 and "damaged" in done.stderr and not (tmp_path / "other").exists()
+
+
+def test_fail_below_fails_where_no_budget_is_found() -> None:
+    done = invoke(*SMALL, "--limit", "2", "--fail-below", "1")
+    assert done.exit_code == 1 and "failed: mmtok: no budget was found" in done.stderr, done.output
+
+
 def test_the_python_interface(tmp_path: Path) -> None:
     import mmtok_cli as mmtok
 

@@ -286,6 +286,11 @@ class Retention(Record):
         sure = [one for one in found if one]
         return max(sure, key=lambda one: one.kept).case.budget if len(sure) == len(mine) and sure else None
 
+    def without_budget(self) -> list[str]:
+        """The methods of which no budget was found that keeps the target in every group."""
+        methods = dict.fromkeys(one.method for one in self.decisions)
+        return [method for method in methods if self.budget_of(method) is None]
+
     def limiting(self, method: str) -> Sequence[str]:
         """The groups that need the budget of the method, where there are several."""
         budget = self.budget_of(method)
