@@ -87,13 +87,15 @@ def repeated(result: Result, *options: object) -> Result:
 
 
 def test_a_directory_without_weights_is_measured_with_random_ones(bare: Path, tmp_path: Path) -> None:
-    files = [tmp_path / f"result.{kind}" for kind in ("json", "csv", "md")]
+    files = [tmp_path / f"result.{kind}" for kind in ("json", "csv", "md", "html")]
     exports = [part for file in files for part in ("--export", file)]
     shown = run("profile", "--model", bare, *PROFILE, "--quiet", *exports)
     assert shown.exit_code == 0, shown.output
     said = "weights not found: random; float32"
     assert " ".join(shown.stdout.split()).startswith(f"{bare}: {said}")
     assert said in files[2].read_text().splitlines()[0]
+    page = files[3].read_text()
+    assert said in page and "1024x768 pixels" in page
     row = next(csv.DictReader(files[1].open()))
     assert (row["fallback"], row["weights"], row["image_size"]) == (said, "random", "1024x768")
     loud = run("profile", "--model", bare, *PROFILE)
