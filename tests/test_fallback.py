@@ -164,6 +164,12 @@ def test_methods_that_cut_deeper_than_what_fits(small: str, limited: Callable[..
         (("compare", "--no-quality"), ("--limit", 1, "--rounds", 1, "--warmup", 0)),
         (("compare", "--limit", "1"), ("--rounds", 1, "--warmup", 0)),
         (("compare", "--layers=6", "--limit=1"), ("--rounds", 1, "--warmup", 0)),
+        (("compare", "--retain", "90%", "--by=kind", "--limit", "1"), ("--rounds", 1, "--warmup", 0)),
+        (
+            ("compare", "--turns=reuse", "--encode-again", "--data", "demo:conversations", "--limit", "1"),
+            ("--rounds", 1, "--warmup", 0),
+        ),
+        (("compare", "--plot", "x.png", "--export=x.jsonl", "--limit", "1"), ("--rounds", 1, "--warmup", 0)),
     ],
 )
 def test_other_commands_refuse_and_name_a_command_that_works(
@@ -184,6 +190,12 @@ def test_other_commands_refuse_and_name_a_command_that_works(
         more = PROFILE
     done = run(*again, *more)
     assert done.exit_code == 0, done.output
+
+
+def test_a_draft_of_a_model_without_weights_is_refused_with_a_command_that_works(small: str) -> None:
+    said = run("compare", "--limit", 1, "--methods", "mmtok", "--draft", small)
+    refused(said, "small has no weights here")
+    assert command_in(said) == ["profile", "--model", small]
 
 
 def test_the_own_draft_of_a_model_that_does_not_fit(small: str, limited: Callable[..., None]) -> None:
