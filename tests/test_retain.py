@@ -26,7 +26,9 @@ from mmtok_cli.methods import make_method, method_names
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.pipeline import answer
 from mmtok_cli.progress import Progress
-from mmtok_cli.retention import make_search_plan
+from mmtok_cli.report.retention import answer_lines
+from mmtok_cli.results.schema import Speedup
+from mmtok_cli.retention import make_search_plan, read_retention
 from mmtok_cli.settings import CompareSettings
 
 SEARCHES = 120
@@ -263,7 +265,27 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def test_the_answer_comes_first(searched: Path) -> None:
     first = (searched / "out.txt").read_text().splitlines()[0]
-    assert first.startswith("mmtok at 64 of 576 tokens keeps ") and "makes the first token" in first
+    assert first.startswith("mmtok at 64 of 576 tokens keeps ")
+    assert first.endswith("from too few rounds for an interval")  # of one round
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "words"),
+    [
+        (1.3, 1.5, "makes the first token 1.40x faster (1.30–1.50)"),
+        (0.9, 1.5, "speedup to the first token 1.40x (0.90–1.50), inconclusive"),
+        (0.8, 0.9, "slower"),
+        (None, None, "too few rounds"),
+    ],
+)
+def test_only_a_sure_speedup_is_called_faster(
+    searched: Path, low: float | None, high: float | None, words: str
+) -> None:
+    found = read_retention(searched / "run")
+    assert found.timing
+    found.timing.results[1].speedup["ttft"] = Speedup(median=1.4, low=low, high=high, conclusive=low in (1.3, 0.8))
+    (line,) = answer_lines(found)
+    assert words in line and ("faster" in line) == (low == 1.3)
 
 
 def test_the_result_as_json(searched: Path) -> None:
