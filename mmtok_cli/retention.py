@@ -121,6 +121,8 @@ class RetentionRun:
             self._search(prepared, store.plan, store, processes)
         except (KeyboardInterrupt, MMTokError) as error:
             if not store.steps:
+                if isinstance(error, KeyboardInterrupt):
+                    self._how_to_resume()
                 raise
             stopped = error
         found = summarise_search(store, interrupted=stopped is not None)
@@ -131,8 +133,11 @@ class RetentionRun:
         except NotWrittenError as error:
             stopped = stopped or error
         if stopped:
-            self.progress.note(f"resume with: mmtok compare --run-dir {self.directory} --resume")
+            self._how_to_resume()
         return found, stopped
+
+    def _how_to_resume(self) -> None:
+        self.progress.note(f"resume with: mmtok compare --run-dir {self.directory} --resume")
 
     def _search(
         self, prepared: Prepared, plan: SearchPlan, store: SearchDirectory | None, processes: Processes

@@ -330,7 +330,7 @@ def test_a_search_that_is_resumed_has_no_dry_run_either(searched: Path) -> None:
     assert done.exit_code == 2 and "--dry-run" in done.stderr
 
 
-@pytest.mark.parametrize("damage", ["missing", "other", "garbage"])
+@pytest.mark.parametrize("damage", ["missing", "other", "garbage", "no baseline", "no target"])
 def test_a_damaged_step_is_refused(searched: Path, tmp_path: Path, damage: str) -> None:
     shutil.copytree(searched / "run", tmp_path / "run")
     first, second = sorted((tmp_path / "run" / "search").iterdir())[:2]
@@ -338,6 +338,13 @@ def test_a_damaged_step_is_refused(searched: Path, tmp_path: Path, damage: str) 
         first.unlink()
     elif damage == "other":
         second.write_text(first.read_text())
+    elif damage == "no baseline":
+        step = json.loads(first.read_text())
+        first.write_text(json.dumps(step | {"scores": [score for score in step["scores"] if score["case"]]}))
+    elif damage == "no target":
+        plan = json.loads((tmp_path / "run" / "search.json").read_text())
+        plan["options"]["retain"] = None
+        (tmp_path / "run" / "search.json").write_text(json.dumps(plan))
     else:
         first.write_text("{")
     for command in (("report", tmp_path / "run"), ("compare", "--resume", "--run-dir", tmp_path / "run")):
