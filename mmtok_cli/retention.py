@@ -6,11 +6,9 @@ import contextlib
 import random
 import time
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-
-from PIL.Image import Image
 
 from mmtok_cli.budget import Budget, UnmetBudgetError
 from mmtok_cli.cases import Case
@@ -35,7 +33,7 @@ from mmtok_cli.methods import method_class
 from mmtok_cli.models import guiding_profile
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.pipeline import check_budget
-from mmtok_cli.planning import require_same_environment, with_absolute_paths
+from mmtok_cli.planning import require_same_environment, timed_samples, with_absolute_paths
 from mmtok_cli.progress import Progress
 from mmtok_cli.results.records import digest_of_samples, planned_case
 from mmtok_cli.results.retention import (
@@ -123,6 +121,8 @@ class RetentionRun:
             self._search(prepared, store.plan, store, processes)
         except (KeyboardInterrupt, MMTokError) as error:
             if not store.steps:
+                if isinstance(error, KeyboardInterrupt):
+                    self._how_to_resume()
                 raise
             stopped = error
         found = summarise_search(store, interrupted=stopped is not None)
@@ -133,8 +133,11 @@ class RetentionRun:
         except NotWrittenError as error:
             stopped = stopped or error
         if stopped:
-            self.progress.note(f"resume with: mmtok compare --run-dir {self.directory} --resume")
+            self._how_to_resume()
         return found, stopped
+
+    def _how_to_resume(self) -> None:
+        self.progress.note(f"resume with: mmtok compare --run-dir {self.directory} --resume")
 
     def _search(
         self, prepared: Prepared, plan: SearchPlan, store: SearchDirectory | None, processes: Processes
@@ -174,8 +177,16 @@ class RetentionRun:
         methods = tuple(f"{method}@{budget}" for method, budget in budgets.items() if budget)
         if not methods:
             return found, None
+        chosen = self.settings.parameters
         settings = self.settings.model_copy(
-            update={"methods": methods, "budget": None, "retain": None, "by": None, "no_quality": True}
+            update={
+                "methods": methods,
+                "parameters": tuple(text for text in chosen if budgets[text.partition(".")[0].strip()]),
+                "budget": None,
+                "retain": None,
+                "by": None,
+                "no_quality": True,
+            }
         )
         directory = self.directory / SEARCH_TIMING
         run = ComparisonRun(
@@ -200,19 +211,14 @@ def make_search_plan(
         "data": data_digest,
         **fixed.model_dump(include={"model", "max_new_tokens", "seed", "device_map"}),
     }
-    cases = [(case, True) for case in make_cases([], [Budget(count=1)], settings)]
-    for method in _methods(settings, progress):
-        cases += _candidates(method, settings, model, dataset)
+    cases = _candidates(settings, model, dataset, progress)
     size = settings.batch_size[0]
     groups = _groups(dataset, settings)
     return SearchPlan(
         model=settings.model,
         options=fixed,
         rules=settings.rules,
-        cases=[
-            Candidate(**dict(planned_case(replace(case, batch_size=size).id, environment, common)), coarse=coarse)
-            for case, coarse in cases
-        ],
+        cases=[Candidate(**dict(planned_case(case.id, environment, common)), coarse=coarse) for case, coarse in cases],
         environment=environment,
         data=dataset.name,
         data_digest=data_digest,
@@ -239,40 +245,40 @@ def _methods(settings: CompareSettings, progress: Progress) -> list[str]:
 
 
 def _candidates(
-    method: str, settings: CompareSettings, model: VisionLanguageModel, dataset: Dataset
+    settings: CompareSettings, model: VisionLanguageModel, dataset: Dataset, progress: Progress
 ) -> list[tuple[Case, bool]]:
-    """The cases of a method from the largest budget to the smallest, and whether each is tried at once. Budgets that no
-    sample can meet are left out, unless they were named."""
-    given = settings.budgets
-    budgets = dict.fromkeys(given, True) if given else _ladder(settings, model, dataset)
+    """The baseline, then the cases of each method from the largest budget to the smallest, and whether each is tried at
+    once. Budgets that no sample can meet are left out, unless they were named."""
+    methods, given = _methods(settings, progress), settings.budgets
+    readable, _ = timed_samples(dataset.samples, [1], LOOKED_AT, Sample.open)
+    budgets = dict.fromkeys(given, True) if given else _ladder(settings, model, readable)
     ordered = sorted(budgets, key=lambda budget: budget.count or budget.percent or 0, reverse=True)
     if len({budget.count is None for budget in ordered}) > 1:
         raise MMTokError("--retain compares budgets, and some are counts and some are shares", "give one kind")
-    found = []
-    for case in make_cases([(method, None)], ordered, settings)[1:]:
+    baseline, *cases = _cases([(method, budget) for method in methods for budget in ordered], settings)
+    found = [(baseline, True)]
+    for case in cases:
         assert case.budget is not None
         try:
-            check_budget(model, case.method, (sample.open() for sample in dataset.samples), case.budget, case.rules)
+            check_budget(model, case.method, _readable(dataset), case.budget, case.rules)
         except UnmetBudgetError as error:
             if given:
                 raise MMTokError(f"{case}: {error.message}", error.hint) from error
         else:
             found.append((case, budgets[case.budget]))
-    if not found:
-        raise MMTokError(f"{method} can meet none of the budgets", "name some with --budget")
+    for method in methods:
+        if method not in {case.name for case, _ in found}:
+            raise MMTokError(f"{method} can meet none of the budgets", "name some with --budget")
     return found
 
 
-def _ladder(settings: CompareSettings, model: VisionLanguageModel, dataset: Dataset) -> dict[Budget, bool]:
+def _ladder(settings: CompareSettings, model: VisionLanguageModel, samples: Sequence[Sample]) -> dict[Budget, bool]:
     """Budgets and whether they are tried at once: shares for models whose images keep their size, otherwise numbers of
-    tokens: powers of two up to half of the image, and three steps between them."""
+    tokens: powers of two up to half of the largest image of the samples, and three steps between them."""
     profile = guiding_profile(settings.model, model.family)
     if profile and any(budget.endswith("%") for budget in profile.budgets):
         return {Budget.parse(text): coarse for text, coarse in SHARES.items()}
-    images = [image for sample in dataset.samples[:LOOKED_AT] for image in _readable(sample)]
-    if not images:
-        raise MMTokError(f"none of the first samples of {dataset.name} can be read", "check the images of the data")
-    total = max(model.total(image) for image in images)
+    total = max(model.total(image) for sample in samples for image in sample.images)
     counts = {
         int(2**power * step): coarse and 2**power <= total / 2
         for power in range(total.bit_length() + 1)
@@ -282,10 +288,14 @@ def _ladder(settings: CompareSettings, model: VisionLanguageModel, dataset: Data
     return {Budget(count=count): coarse for count, coarse in sorted(counts.items()) if count < total}
 
 
-def _readable(sample: Sample) -> Sequence[Image]:
-    with contextlib.suppress(MMTokError):
-        return sample.open().images
-    return ()
+def _readable(dataset: Dataset) -> Iterator[Sample]:
+    """The samples whose images can be read, one by one."""
+    for sample in dataset.samples:
+        try:
+            opened = sample.open()
+        except MMTokError:
+            continue  # the search leaves it out, and says so
+        yield opened
 
 
 def _groups(dataset: Dataset, settings: CompareSettings) -> dict[str, list[list[int]]]:
@@ -307,9 +317,13 @@ def _groups(dataset: Dataset, settings: CompareSettings) -> dict[str, list[list[
 def cases_of_plan(settings: CompareSettings, plan: SearchPlan) -> dict[int, Case]:
     """The cases of a plan, by their numbers."""
     named = [(one.case.method, Budget.parse(one.case.budget or "")) for one in plan.cases[1:]]
-    cases = make_cases(named, [Budget(count=1)], settings)
+    return dict(enumerate(_cases(named, settings)))
+
+
+def _cases(named: Sequence[tuple[str, Budget]], settings: CompareSettings) -> list[Case]:
+    """The baseline, then every method at its budget."""
     size = settings.batch_size[0]
-    return {number: replace(case, batch_size=size) for number, case in enumerate(cases)}
+    return [replace(case, batch_size=size) for case in make_cases(named, [Budget(count=1)], settings)]
 
 
 def require_same_search(then: SearchPlan, now: SearchPlan) -> None:

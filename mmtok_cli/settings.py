@@ -286,6 +286,13 @@ class ReductionSettings(Settings):
         16, ge=1, le=MOST_NEW_TOKENS, description="Maximum number of tokens of a draft."
     )
 
+    @model_validator(mode="after")
+    def _has_draft(self) -> Self:
+        """Raises MMTokError for the length of a draft that is not asked for."""
+        if self.draft is None and self.draft_tokens != type(self).model_fields["draft_tokens"].default:
+            raise MMTokError("--draft-tokens requires --draft", "add --draft, as in --draft self")
+        return self
+
     @property
     def rules(self) -> Rules:
         """Raises MMTokError for a track or a policy that does not exist."""
@@ -572,6 +579,8 @@ class CompareSettings(CasesSettings):
             raise MMTokError(f"{option} sets the length of single questions, not that of --turns", f"omit {option}")
         if self.encode_again and not self.turns:
             raise MMTokError("--encode-again requires --turns", "add --turns, as in --turns reselect")
+        if self.encode_again:
+            require_selections(self.turns or ())
         return self
 
     @property
@@ -583,6 +592,14 @@ class CompareSettings(CasesSettings):
     def measures_quality(self) -> bool:
         """Whether answers are evaluated; those of a part of a model mean nothing."""
         return not self.no_quality and self.layers is None
+
+
+def require_selections(policies: Collection[str]) -> None:
+    """Refuse --encode-again where no policy selects again. Raises MMTokError."""
+    if set(policies) == {"reuse"}:
+        raise MMTokError(
+            "--encode-again has no effect with --turns reuse, which selects only once", "use --turns reselect or union"
+        )
 
 
 def require_consistent(settings: CompareSettings | ProfileSettings, given: Collection[str]) -> None:

@@ -197,6 +197,9 @@ USAGE: dict[str, tuple[str, ...]] = {
     "turns with a search": (*WORKING["compare"], "--turns", "reuse", "--retain", "98%"),
     "turns with a part of the model": (*WORKING["compare"], "--turns", "reuse", "--layers", "1"),
     "encoding again without turns": (*WORKING["compare"], "--encode-again"),
+    "encoding again with one selection": (*WORKING["compare"], "--turns", "reuse", "--encode-again"),
+    "the length of no draft": (*WORKING["compare"], "--draft-tokens", "3"),
+    "the length of no draft, infer": (*WORKING["infer"], "--draft-tokens", "3"),
     "a union inside the language model": (
         *(*WORKING["compare"], "--data", "demo:conversations", "--turns", "reuse,union", "--methods", "fastv"),
     ),
@@ -205,6 +208,7 @@ USAGE: dict[str, tuple[str, ...]] = {
     ),
     "a policy without turns": (*WORKING["infer"], "--turns", "union"),
     "encoding again without turns, infer": (*WORKING["infer"], "--encode-again"),
+    "encoding again with one selection, infer": (*WORKING["infer"], "--turn", "And now?", "--encode-again"),
     "an empty turn": (*WORKING["infer"], "--turn", ""),
     "an undecodable turn": (*WORKING["infer"], "--turn", "a\udcffb"),
     "a marker in a turn": (*WORKING["infer"], "--turn", "<image>?"),

@@ -89,9 +89,11 @@ def test_times_alone(command: tuple[Any, ...], tmp_path: Path) -> None:
     assert not result["interrupted"] and not (Path(result["run_directory"]) / "predictions").exists()
 
 
-def test_part_of_a_model_is_not_asked(command: tuple[Any, ...]) -> None:
-    shown = run(*command, "--limit", 2, "--layers", 1, "--methods", "mmtok")
+def test_part_of_a_model_is_not_asked(command: tuple[Any, ...], tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    shown = run(*command, "--limit", 2, "--layers", 1, "--methods", "mmtok", "--export", page)
     assert shown.exit_code == 0, shown.output
+    assert "decoder layers measured, the rest estimated" in page.read_text()
     assert "answers are not evaluated" in shown.stderr and "score" not in shown.stdout
 
 

@@ -87,13 +87,15 @@ def repeated(result: Result, *options: object) -> Result:
 
 
 def test_a_directory_without_weights_is_measured_with_random_ones(bare: Path, tmp_path: Path) -> None:
-    files = [tmp_path / f"result.{kind}" for kind in ("json", "csv", "md")]
+    files = [tmp_path / f"result.{kind}" for kind in ("json", "csv", "md", "html")]
     exports = [part for file in files for part in ("--export", file)]
     shown = run("profile", "--model", bare, *PROFILE, "--quiet", *exports)
     assert shown.exit_code == 0, shown.output
     said = "weights not found: random; float32"
     assert " ".join(shown.stdout.split()).startswith(f"{bare}: {said}")
     assert said in files[2].read_text().splitlines()[0]
+    page = files[3].read_text()
+    assert said in page and "1024x768 pixels" in page
     row = next(csv.DictReader(files[1].open()))
     assert (row["fallback"], row["weights"], row["image_size"]) == (said, "random", "1024x768")
     loud = run("profile", "--model", bare, *PROFILE)
@@ -162,6 +164,12 @@ def test_methods_that_cut_deeper_than_what_fits(small: str, limited: Callable[..
         (("compare", "--no-quality"), ("--limit", 1, "--rounds", 1, "--warmup", 0)),
         (("compare", "--limit", "1"), ("--rounds", 1, "--warmup", 0)),
         (("compare", "--layers=6", "--limit=1"), ("--rounds", 1, "--warmup", 0)),
+        (("compare", "--retain", "90%", "--by=kind", "--limit", "1"), ("--rounds", 1, "--warmup", 0)),
+        (
+            ("compare", "--turns=reuse", "--encode-again", "--data", "demo:conversations", "--limit", "1"),
+            ("--rounds", 1, "--warmup", 0),
+        ),
+        (("compare", "--plot", "x.png", "--export=x.jsonl", "--limit", "1"), ("--rounds", 1, "--warmup", 0)),
     ],
 )
 def test_other_commands_refuse_and_name_a_command_that_works(
@@ -182,6 +190,12 @@ def test_other_commands_refuse_and_name_a_command_that_works(
         more = PROFILE
     done = run(*again, *more)
     assert done.exit_code == 0, done.output
+
+
+def test_a_draft_of_a_model_without_weights_is_refused_with_a_command_that_works(small: str) -> None:
+    said = run("compare", "--limit", 1, "--methods", "mmtok", "--draft", small)
+    refused(said, "small has no weights here")
+    assert command_in(said) == ["profile", "--model", small]
 
 
 def test_the_own_draft_of_a_model_that_does_not_fit(small: str, limited: Callable[..., None]) -> None:

@@ -218,6 +218,8 @@ def test_evaluated_answers_do_not_depend_on_the_timed_lengths(tmp_path: Path) ->
     said = " ".join(merged.stderr.split())
     assert "exact number of new tokens differs: None (A), 5 (B)" in said
     assert "exact number of prompt tokens differs: None (A), 40 (B)" in said
+    for pair in ("usual", "exact"), ("exact", "usual"):  # the lengths of one run are not those of both
+        assert "timed with" not in run("report", *(tmp_path / name for name in pair)).stdout
 
 
 def test_a_run_with_lengths_is_resumed_with_them(tmp_path: Path) -> None:

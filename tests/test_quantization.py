@@ -139,6 +139,7 @@ def test_every_case_of_a_comparison_is_quantized(tiny_directory: Path, tmp_path:
     assert not keys[0] & keys[1]
     merged = run("report", tmp_path / "a", tmp_path / "b")
     assert "quantization differs: int8 (A), None (B)" in " ".join(merged.stderr.split())
+    assert "quantized to int8 (A), none (B)" in " ".join(merged.stdout.split())
 
 
 @pytest.fixture()

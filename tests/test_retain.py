@@ -26,7 +26,9 @@ from mmtok_cli.methods import make_method, method_names
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.pipeline import answer
 from mmtok_cli.progress import Progress
-from mmtok_cli.retention import make_search_plan
+from mmtok_cli.report.retention import answer_lines
+from mmtok_cli.results.schema import Speedup
+from mmtok_cli.retention import make_search_plan, read_retention
 from mmtok_cli.settings import CompareSettings
 
 SEARCHES = 120
@@ -263,7 +265,27 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def test_the_answer_comes_first(searched: Path) -> None:
     first = (searched / "out.txt").read_text().splitlines()[0]
-    assert first.startswith("mmtok at 64 of 576 tokens keeps ") and "makes the first token" in first
+    assert first.startswith("mmtok at 64 of 576 tokens keeps ")
+    assert first.endswith("from too few rounds for an interval")  # of one round
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "words"),
+    [
+        (1.3, 1.5, "makes the first token 1.40x faster (1.30–1.50)"),
+        (0.9, 1.5, "speedup to the first token 1.40x (0.90–1.50), inconclusive"),
+        (0.8, 0.9, "slower"),
+        (None, None, "too few rounds"),
+    ],
+)
+def test_only_a_sure_speedup_is_called_faster(
+    searched: Path, low: float | None, high: float | None, words: str
+) -> None:
+    found = read_retention(searched / "run")
+    assert found.timing
+    found.timing.results[1].speedup["ttft"] = Speedup(median=1.4, low=low, high=high, conclusive=low in (1.3, 0.8))
+    (line,) = answer_lines(found)
+    assert words in line and ("faster" in line) == (low == 1.3)
 
 
 def test_the_result_as_json(searched: Path) -> None:
@@ -308,7 +330,7 @@ def test_a_search_that_is_resumed_has_no_dry_run_either(searched: Path) -> None:
     assert done.exit_code == 2 and "--dry-run" in done.stderr
 
 
-@pytest.mark.parametrize("damage", ["missing", "other", "garbage"])
+@pytest.mark.parametrize("damage", ["missing", "other", "garbage", "no baseline", "no target"])
 def test_a_damaged_step_is_refused(searched: Path, tmp_path: Path, damage: str) -> None:
     shutil.copytree(searched / "run", tmp_path / "run")
     first, second = sorted((tmp_path / "run" / "search").iterdir())[:2]
@@ -316,6 +338,13 @@ def test_a_damaged_step_is_refused(searched: Path, tmp_path: Path, damage: str) 
         first.unlink()
     elif damage == "other":
         second.write_text(first.read_text())
+    elif damage == "no baseline":
+        step = json.loads(first.read_text())
+        first.write_text(json.dumps(step | {"scores": [score for score in step["scores"] if score["case"]]}))
+    elif damage == "no target":
+        plan = json.loads((tmp_path / "run" / "search.json").read_text())
+        plan["options"]["retain"] = None
+        (tmp_path / "run" / "search.json").write_text(json.dumps(plan))
     else:
         first.write_text("{")
     for command in (("report", tmp_path / "run"), ("compare", "--resume", "--run-dir", tmp_path / "run")):
@@ -391,6 +420,46 @@ def test_a_model_that_cannot_do_the_task_is_told(tmp_path: Path) -> None:
         *("--batch-size", "8", "--run-dir", tmp_path / "run"),
     )
     assert done.exit_code == 1 and "cannot do this task" in done.stdout, done.output
+
+
+def test_parameters_of_methods_are_followed() -> None:
+    """Also where one method has none, and no budget is found for another, whose times are not measured."""
+    done = invoke(
+        *("compare", "--retain", "60%", "--methods", "mmtok,visionzip,random", "--budget", "16", "--limit", "80"),
+        *("--batch-size", "8", "--rounds", "1", "--json", "--set", "mmtok.alpha=0.25", "--set", "random.seed=3"),
+    )
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    parameters = {one["method"]: one["tried"][0]["case"]["parameters"] for one in found["decisions"]}
+    assert parameters["mmtok"]["alpha"] == 0.25 and parameters["random"]["seed"] == 3
+    timed = {one["case"]["method"]: one["case"]["parameters"] for one in found["timing"]["results"]}
+    assert timed["mmtok"]["alpha"] == 0.25 and "random" not in timed
+
+
+def test_images_that_cannot_be_read_are_left_out(tmp_path: Path) -> None:
+    rows = []
+    for number, sample in enumerate(demo_samples(100)[::5]):
+        path = tmp_path / f"{number:02d}.png"
+        sample.images[0].save(path)
+        if number % 4 == 0:
+            path.write_bytes(path.read_bytes()[:200])
+        rows.append({"image": path.name, "question": sample.question, "answer": sample.references[0]})
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    options = ("compare", "--retain", "50%", "--methods", "mmtok", "--rounds", "1", "--json")
+    done = invoke(*options, "--budget", "256", "--data", tmp_path / "data.json", "--run-dir", tmp_path / "run")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["decisions"][0]["budget"] == "256"
+    assert found["left_out"] and all("damaged" in line for line in found["left_out"])
+    (tmp_path / "none.json").write_text(json.dumps(rows[:1]))
+    for budget in ((), ("--budget", "256")):
+        done = invoke(*options, *budget, "--data", tmp_path / "none.json", "--run-dir", tmp_path / "other")
+        assert done.exit_code == 2 and "damaged" in done.stderr and not (tmp_path / "other").exists()
+
+
+def test_fail_below_fails_where_no_budget_is_found() -> None:
+    done = invoke(*SMALL, "--limit", "2", "--fail-below", "1")
+    assert done.exit_code == 1 and "failed: mmtok: no budget was found" in done.stderr, done.output
 
 
 def test_the_python_interface(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -120,13 +121,15 @@ def compare(
         elif not processes.is_writer:
             run.help(processes)
         else:
+            without_budget: list[str] = []
             if isinstance(run, RetentionRun):
-                comparison, status = search(run, processes, files, plot, as_json, quiet)
+                found, status = search(run, processes, files, plot, as_json, quiet)
+                comparison, without_budget = found.timing, found.without_budget()
             else:
                 run.overlays = any(path.suffix.lower() == ".html" for path in files)
                 comparison, status = _measure(run, processes, files, plot, as_json, quiet)
-            if comparison and not status and fail_below is not None:
-                status = _check_speedups(comparison, fail_below, fail_below_stage)
+            if not status and fail_below is not None:
+                status = _check_speedups(comparison, without_budget, fail_below, fail_below_stage)
             if status:
                 raise typer.Exit(status)
 
@@ -219,13 +222,15 @@ def _measure(
     return comparison, 1 if nothing or not done else 0
 
 
-def _check_speedups(comparison: Comparison, least: float, stage: str) -> int:
-    """Say which speedups are too low. The exit status."""
+def _check_speedups(comparison: Comparison | None, without_budget: Sequence[str], least: float, stage: str) -> int:
+    """Say which speedups are too low, or missing. without_budget: methods of which no budget was found. The exit
+    status."""
     from mmtok_cli.report.checks import shortfalls
     from mmtok_cli.report.console import notes_console
     from mmtok_cli.report.text import printable
 
-    lines = shortfalls(comparison, stage, least)
+    lines = [f"{method}: no budget was found, so there is no speedup ({stage})" for method in without_budget]
+    lines += shortfalls(comparison, stage, least) if comparison else []
     for line in lines:
         notes_console().print(f"failed: {printable(line)}", soft_wrap=True)
     return 1 if lines else 0

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from mmtok_cli.cli.options import ImageArgument, JsonOption, QuestionArgument, QuietOption, with_options
-from mmtok_cli.settings import MEASUREMENT, InferSettings
+from mmtok_cli.settings import MEASUREMENT, InferSettings, require_selections
 
 if TYPE_CHECKING:
     from mmtok_cli.cases import Case
@@ -61,6 +61,8 @@ def infer(
     if not turn and (settings.turns != "reuse" or settings.encode_again):
         option = "--encode-again" if settings.encode_again else "--turns"
         raise MMTokError(f"{option} requires --turn", 'ask a further question, as in --turn "Is it red?"')
+    if settings.encode_again:
+        require_selections([settings.turns])
     if turn and settings.draft:
         raise MMTokError("--draft is measured with single questions, not with --turn", "omit one of them")
     progress = ConsoleProgress(quiet)

@@ -12,14 +12,13 @@ from mmtok_cli.errors import MMTokError
 if TYPE_CHECKING:
     from mmtok_cli.evaluation.processes import Processes
     from mmtok_cli.results.retention import Retention
-    from mmtok_cli.results.schema import Comparison
     from mmtok_cli.retention import RetentionRun
 
 
 def search(
     run: RetentionRun, processes: Processes, files: Sequence[Path], plot: Path | None, as_json: bool, quiet: bool
-) -> tuple[Comparison | None, int]:
-    """Search, write the files, then show. The times of what was found, and the exit status: 1 if a part failed or
+) -> tuple[Retention, int]:
+    """Search, write the files, then show. The result, and the exit status: 1 if a part failed or
     nothing can be found, 130 if the run was interrupted."""
     from mmtok_cli.cli.showing import save
     from mmtok_cli.report.console import attempt_all, print_error
@@ -32,11 +31,11 @@ def search(
     done = attempt_all([*parts, partial(show, found, as_json, quiet)])
     if isinstance(stopped, MMTokError):
         print_error(stopped)
-        return found.timing, 1
+        return found, 1
     if stopped or found.interrupted:
-        return found.timing, 130
+        return found, 130
     hopeless = bool(found.metric) and not found.baseline_score
-    return found.timing, 1 if hopeless or not done or all(one.failure for one in found.decisions) else 0
+    return found, 1 if hopeless or not done or all(one.failure for one in found.decisions) else 0
 
 
 def exports(found: Retention, files: Sequence[Path], quiet: bool) -> list[Callable[[], object]]:

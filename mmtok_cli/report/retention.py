@@ -53,19 +53,29 @@ def _sentence(found: Retention, decision: Decision) -> str:
     one = decision.found
     if one is None:
         best = decision.tried[0] if decision.tried else None
-        tried = f"; {_kept(best)} {_interval(best, found)}" if best and best.retention is not None else ""
+        tried = f"; at {_kept(best)} it {_interval(best, found)}" if best and best.retention is not None else ""
         return f"{decision.method}: no budget is shown to keep {share(found.target)}{of}{tried}{_more(best)}"
-    speedup = _speedup(found, decision)
-    faster = f" and makes the first token {ratio(speedup.median)}x faster" if speedup else ""
-    if speedup and speedup.low is not None and speedup.high is not None:
-        faster += f" ({ratio(speedup.low)}–{ratio(speedup.high)})"
-    return f"{decision.method} at {_kept(one)} {_interval(one, found)}{of}{faster}"
+    return f"{decision.method} at {_kept(one)} {_interval(one, found)}{of}{_faster(_speedup(found, decision))}"
+
+
+def _faster(speedup: Speedup | None) -> str:
+    """What the budget found does to the time to the first token, as far as that is sure."""
+    if speedup is None:
+        return ""
+    factor = f"{ratio(speedup.median)}x"
+    if speedup.low is None or speedup.high is None:
+        return f"; speedup to the first token {factor}, from too few rounds for an interval"
+    interval = f"({ratio(speedup.low)}–{ratio(speedup.high)})"
+    if speedup.low > 1:
+        return f" and makes the first token {factor} faster {interval}"
+    sure = "slower" if speedup.high < 1 else "inconclusive"
+    return f"; speedup to the first token {factor} {interval}, {sure}"
 
 
 def _grouped(found: Retention, decisions: list[Decision]) -> list[str]:
     """The budget for all groups and which of them needs it, then those of each group."""
     method, budget = decisions[0].method, found.budget_of(decisions[0].method)
-    needs = ", ".join(f"{one.group} {one.budget or 'more than was tried'}" for one in decisions)
+    needs = ", ".join(f"{one.group} {one.budget or 'none found'}" for one in decisions)
     if budget is None:
         open_groups = [one.group for one in decisions if one.budget is None]
         head = f"{method}: no budget is shown to keep {share(found.target)} in {', '.join(map(str, open_groups))}"
@@ -73,8 +83,7 @@ def _grouped(found: Retention, decisions: list[Decision]) -> list[str]:
         which = " and ".join(found.limiting(method))
         head = f"{method} at {budget} keeps {share(found.target)} in every kind; {which} limits it"
         one = next(one for one in decisions if one.budget == budget)
-        if speedup := _speedup(found, one):
-            head += f". It makes the first token {ratio(speedup.median)}x faster"
+        head += _faster(_speedup(found, one))
     return [f"{head} (budgets by kind: {needs})"]
 
 
@@ -129,7 +138,8 @@ def _bounds(one: Tried) -> str:
 
 
 def _more(one: Tried | None) -> str:
-    return f"; about {one.samples_needed:,} more are needed" if one and one.samples_needed else ""
+    more = one.samples_needed if one else None
+    return f"; about {more:,} more {'is' if more == 1 else 'are'} needed" if more else ""
 
 
 def _speedup(found: Retention, decision: Decision) -> Speedup | None:

@@ -195,6 +195,13 @@ def part_text(layers: tuple[int, int] | None) -> str:
     )
 
 
+def measured_text(environment: Environment) -> str:
+    """What was measured in place of a whole, trained model, in short; empty if it was one."""
+    e = environment
+    part = f"{e.layers[0]} of {e.layers[1]} decoder layers measured, the rest estimated" if e.layers else ""
+    return e.fallback or "; ".join(filter(None, (weights_text(e.weights), part)))
+
+
 def inconclusive_notes(results: Sequence[CaseResult], stages: Sequence[str] = COMPARED) -> list[str]:
     """Explains the question mark after a speedup, if there is one."""
     found = [(str(r), stage, r.speedup[stage]) for r in results for stage in stages if stage in r.speedup]

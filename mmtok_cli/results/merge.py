@@ -37,6 +37,7 @@ def merge(comparisons: Sequence[Comparison]) -> Comparison:
     metrics = {(one.schedule.metric, one.schedule.metric_title) for one in comparisons}
     metric, title = metrics.pop() if len(metrics) == 1 else (None, None)
     same_rounds = {one.schedule.rounds for one in comparisons} == {first.schedule.rounds}
+    lengths = {name: {getattr(one.schedule, name) for one in comparisons} for name in ("new_tokens", "prompt_tokens")}
     return first.model_copy(
         update={
             "environment": first.environment.model_copy(update=_environment(comparisons, names)),
@@ -47,6 +48,7 @@ def merge(comparisons: Sequence[Comparison]) -> Comparison:
                     "order": first.schedule.order if same_rounds else [],
                     "metric": metric,
                     "metric_title": title,
+                    **{name: values.pop() if len(values) == 1 else None for name, values in lengths.items()},
                 }
             ),
             "interrupted": any(one.interrupted for one in comparisons),
@@ -107,13 +109,14 @@ def _remarks(comparisons: Sequence[Comparison], names: Sequence[str]) -> list[st
     return lines + [remark for one in comparisons for remark in one.remarks]
 
 
-def _environment(comparisons: Sequence[Comparison], names: Sequence[str]) -> dict[str, str]:
-    """The texts of the environment that differ, each with the runs that it holds for."""
-    found = {}
+def _environment(comparisons: Sequence[Comparison], names: Sequence[str]) -> dict[str, Any]:
+    """The texts of the environment that differ, each with the runs that it holds for. compiled: whether all were."""
+    found: dict[str, Any] = {"compiled": all(one.environment.compiled for one in comparisons)}
     for field in type(comparisons[0].environment).model_fields:
         values = [getattr(one.environment, field) for one in comparisons]
-        if all(isinstance(value, str) for value in values) and len(set(values)) > 1 and field != "git_commit":
-            found[field] = ", ".join(f"{value} ({name})" for value, name in zip(values, names, strict=True))
+        texts = all(isinstance(value, str) for value in values) or field == "quantization"
+        if texts and len(set(values)) > 1 and field != "git_commit":
+            found[field] = ", ".join(f"{value or 'none'} ({name})" for value, name in zip(values, names, strict=True))
     return found
 
 

@@ -59,6 +59,12 @@ class SearchPlan(Record):
     metric: MetricName | None
     left_out: list[str] = Field(default=[])
 
+    @model_validator(mode="after")
+    def _has_target(self) -> Self:
+        if self.options.retain is None:
+            raise ValueError("options.retain is missing")
+        return self
+
     @property
     def key(self) -> str:
         """A digest of the cases and the order of the samples, which the records carry."""
@@ -172,6 +178,14 @@ class SearchDirectory(RecordDirectory):
                 f"a step is missing in {path / SEARCH_STEPS}",
                 "delete the later steps and resume the run; they will be measured again",
             )
+        unreduced: set[int] = set()
+        for step in directory.steps:
+            unreduced |= {score.sample for score in step.scores if score.case == 0}
+            if not {score.sample for score in step.scores} <= unreduced:
+                raise MMTokError(
+                    f"{path / SEARCH_STEPS / step.file_name} cannot be used: scores of the unreduced model are missing",
+                    "delete this step and the later ones and resume the run; they will be measured again",
+                )
         return directory
 
     def add(self, step: SearchStep) -> None:
@@ -285,6 +299,11 @@ class Retention(Record):
         found = [one.found for one in mine]
         sure = [one for one in found if one]
         return max(sure, key=lambda one: one.kept).case.budget if len(sure) == len(mine) and sure else None
+
+    def without_budget(self) -> list[str]:
+        """The methods of which no budget was found that keeps the target in every group."""
+        methods = dict.fromkeys(one.method for one in self.decisions)
+        return [method for method in methods if self.budget_of(method) is None]
 
     def limiting(self, method: str) -> Sequence[str]:
         """The groups that need the budget of the method, where there are several."""

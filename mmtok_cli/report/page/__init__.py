@@ -136,7 +136,7 @@ def _subtitle(comparison: Comparison) -> str:
         f"batch size {batch_sizes(comparison)}",
         f"{environment.processor} ({environment.device}, {environment.dtype})",
         tables.rules_text(comparison.rules) or f"{comparison.rules.track} track",
-        tables.weights_text(environment.weights),
+        tables.measured_text(environment),
         "interrupted" if comparison.interrupted else "",
     ]
     return " · ".join(filter(None, said))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mmtok_cli.report import tables
-from mmtok_cli.report.units import plural
+from mmtok_cli.report.units import picture_size, plural
 
 if TYPE_CHECKING:
     from mmtok_cli.results.schema import Comparison
@@ -25,11 +25,13 @@ def environment_facts(comparison: Comparison) -> list[tuple[str, str]]:
         ("processor", e.processor),
         ("device", f"{e.device}, {plural(e.threads, 'thread')}"),
         ("weights", f"{e.weights}, {tables.settings_text(e)}"),
+        *([("estimates", part)] if (part := tables.part_text(e.layers)) else []),
         (
             "data",
             f"{s.data}, {plural(s.samples, 'sample')}, batch size {batch_sizes(comparison)}, at most "
             f"{plural(s.max_new_tokens, 'new token')}",
         ),
+        *([("image", f"{picture_size(s.image_size)} pixels")] if s.image_size else []),
         *([("lengths", lengths)] if (lengths := tables.lengths_text(s)) else []),
         *([("metric", f"{s.metric}: {s.metric_title}")] if s.metric else []),
         ("schedule", f"{plural(s.rounds, 'round')}{timed}, {s.warmup} for warm-up, in random order, seed {s.seed}"),

@@ -115,7 +115,7 @@ def _subtitle(profile: ProfileResult) -> str:
         f"{plural(schedule.rounds, 'round')} on {schedule.data}",
         f"{e.processor} ({e.device}, {e.dtype})",
         tables.rules_text(profile.rules) or f"{profile.rules.track} track",
-        tables.weights_text(e.weights),
+        tables.measured_text(e),
         "interrupted" if profile.interrupted else "",
     ]
     return " · ".join(filter(None, said))
