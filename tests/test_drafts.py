@@ -143,7 +143,10 @@ def test_every_command_shows_the_draft(photo: Path, tmp_path: Path) -> None:
     assert [case["case"]["draft"] for case in result["cases"]] == [None, None, "self"]
     assert result["cases"][2]["flops"]["draft"] > 0
     assert {operator["stage"] for operator in result["operators"]} >= {"draft", "encode"}
-    assert "+ draft @ 8: with the draft (self)" in " ".join(run(*command).stderr.split())
+    shown = run(*command)
+    assert "+ draft @ 8: with the draft (self)" in " ".join(shown.stderr.split())
+    headings = [line.split() for line in shown.stdout.splitlines() if "encode" in line and "prefill" in line]
+    assert sum("draft" in words for words in headings) == 2  # seconds and operations
 
 
 def test_the_difference_of_paired_scores() -> None:

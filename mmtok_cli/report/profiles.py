@@ -10,7 +10,7 @@ from rich.text import Text
 
 from mmtok_cli.report import tables
 from mmtok_cli.report.checks import drift_notes, machine_notes, outlier_notes
-from mmtok_cli.report.columns import COMPARED, KEPT, STAGES, layers_differ, stages_of
+from mmtok_cli.report.columns import COMPARED, DRAFT, KEPT, STAGES, layers_differ, stages_of
 from mmtok_cli.report.units import count, number, picture_size, plural, seconds, share, size, spread
 
 if TYPE_CHECKING:
@@ -179,9 +179,11 @@ def _tokens_and_memory(profile: ProfileResult) -> Table:
 
 
 def _operations(profile: ProfileResult) -> Table:
-    table = _table("FLOPs, and tokens of the text", [*MEMORY_STAGES, "text tokens", "new tokens"])
+    with_draft = any(DRAFT in (case.flops or ()) for case in profile.cases)
+    stages = (DRAFT, *MEMORY_STAGES) if with_draft else MEMORY_STAGES
+    table = _table("FLOPs, and tokens of the text", [*stages, "text tokens", "new tokens"])
     for case in profile.cases:
-        flops = (_flops(case, stage) for stage in MEMORY_STAGES)
+        flops = (_flops(case, stage) for stage in stages)
         table.add_row(case.case.label, *flops, number(case.tokens.text), number(case.tokens.new))
     return table
 
@@ -191,7 +193,7 @@ def _peak(profile: ProfileResult, case: CaseResult, stage: str) -> int | None:
 
 
 def _flops(case: CaseResult, stage: str) -> str:
-    return count(case.flops[stage]) if case.flops else "–"
+    return count(case.flops[stage]) if case.flops and stage in case.flops else "–"
 
 
 def ceiling_table(profile: ProfileResult, ceilings: Ceilings) -> Table:
