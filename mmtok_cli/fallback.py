@@ -23,7 +23,8 @@ from mmtok_cli.lengths import of_prompt_length
 from mmtok_cli.models import outline
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.models.devices import choose_device, choose_dtype, narrower
-from mmtok_cli.models.room import Needs, dtype_name, free_for, needs_of, widest_fit
+from mmtok_cli.models.quantization import QUANTIZATIONS
+from mmtok_cli.models.room import Needs, dtype_name, free_for, needs_of, needs_quantized, widest_fit
 from mmtok_cli.models.sources import missing_weights, source_of
 from mmtok_cli.profiles import is_cached
 from mmtok_cli.progress import Progress
@@ -78,11 +79,15 @@ def plan_profile(settings: ProfileSettings, cases: Sequence[Case], sample: Sampl
     )
     if settings.strict:
         return usual
-    needs = _needs(model, settings, lengths)
+    weights, why = _weights(settings, fits=True)
+    needs = _needs(model, settings, lengths, weights)
     wanted, whole = next(iter(needs.items()))
     free = free_for(choose_device(settings.device), settings.device_map)
     dtype, layers = (wanted, whole.layers) if free is None else widest_fit(needs, free)
-    weights, why = _weights(settings, fits=layers == whole.layers)
+    if free is not None and layers < whole.layers:
+        weights, why = _weights(settings, fits=False)
+        needs = _needs(model, settings, lengths, weights)
+        dtype, layers = widest_fit(needs, free)
     if why is None and (dtype, layers) == (wanted, whole.layers):
         return usual
     if layers < (settings.layers or 1):
@@ -125,11 +130,18 @@ def _option_of_whole_models(settings: ProfileSettings) -> str | None:
     return "--compile" if settings.compile_model else None
 
 
-def _needs(model: VisionLanguageModel, settings: ProfileSettings, tokens: Sequence[int]) -> dict[torch.dtype, Needs]:
-    """What the layers that the settings ask for need in each data type that they allow."""
+def _needs(
+    model: VisionLanguageModel, settings: ProfileSettings, tokens: Sequence[int], weights: str
+) -> dict[torch.dtype, Needs]:
+    """What the layers that the settings ask for need in each data type that they allow. Trained weights are quantized
+    while they are loaded, random ones when all are drawn."""
     wanted = choose_dtype(settings.dtype, choose_device(settings.device)) or torch.bfloat16
     allowed = narrower(wanted) if settings.dtype == "auto" else (wanted,)
     needs = {dtype: needs_of(model.model, dtype, tokens, settings.attention) for dtype in allowed}
+    if settings.quantization in QUANTIZATIONS and weights == "pretrained":  # others are refused by `load_model`
+        needs = {
+            dtype: needs_quantized(need, model.model, dtype, settings.quantization) for dtype, need in needs.items()
+        }
     layers = settings.layers
     return needs if layers is None else {dtype: need.of_layers(layers) for dtype, need in needs.items()}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,7 @@ def test_what_cannot_be_done_is_refused(photo: Path) -> None:
 
 
 def test_a_comparison_with_and_without_a_draft(tmp_path: Path) -> None:
-    files = [tmp_path / f"result.{kind}" for kind in ("csv", "md", "html")]
+    files = [tmp_path / f"result.{kind}" for kind in ("csv", "md", "html", "jsonl")]
     exports = [part for file in files for part in ("--export", file)]
     found = run_json(*COMPARE, "--methods", "mmtok", "--draft", "text:red", *exports)
     full, plain, with_draft = found["results"]
@@ -126,10 +127,28 @@ def test_a_comparison_with_and_without_a_draft(tmp_path: Path) -> None:
     assert effect["slowdown"]["median"] > 0 and "draft" not in with_draft["speedup"]
     row = list(csv.DictReader(files[0].open()))[2]
     assert row["draft"] == "text:red" and row["draft_median_s"] and row["draft_ttft_ratio"]
+    lines = list(map(json.loads, files[3].read_text().splitlines()))
+    assert [line["draft"] for line in lines] == [None, None, "text:red"] * (len(lines) // 3)
     said = "mmtok + draft @ 8: with the draft (text:red), compared with mmtok @ 8"
     assert said in files[1].read_text().replace("\\", "") and "stage-draft" in files[2].read_text()
     resumed = run("compare", "--resume", "--run-dir", found["run_directory"])
     assert resumed.exit_code == 0 and said in " ".join(resumed.stderr.split())
+
+
+def test_pictures_of_a_draft_have_its_answers(tmp_path: Path) -> None:
+    files = [tmp_path / "page.html", tmp_path / "answers.jsonl"]
+    options = ("--methods", "mmtok", "-b", 1, "--draft", "text:circle square triangle", "--run-dir", tmp_path / "run")
+    shown = run(*COMPARE, *options, *(part for file in files for part in ("--export", file)))
+    assert shown.exit_code == 0, shown.output
+    lines = list(map(json.loads, files[1].read_text().splitlines()))
+    answers = {(line["question"], line["draft"]): line["prediction"] for line in lines if line["method"] == "mmtok"}
+    index = json.loads((tmp_path / "run" / "overlays" / "index.json").read_text())
+    differ = False
+    for group in index["groups"]:
+        plain, draft = (answers[group["title"], source] for source in (None, "text:circle square triangle"))
+        assert [picture["note"] for picture in group["pictures"][1:]] == [f"“{plain}”", f"“{draft}”"]
+        differ |= plain != draft
+    assert differ  # or nothing was compared
 
 
 def test_every_command_shows_the_draft(photo: Path, tmp_path: Path) -> None:

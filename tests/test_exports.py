@@ -161,6 +161,8 @@ def test_predictions_hold_any_text_as_strict_json(tmp_path: Path) -> None:
             budget="10%",
             batch_size=1,
             again=False,
+            draft=text,
+            draft_tokens=1,
             prediction=text,
             baseline_prediction=text,
             kept=1,

@@ -6,6 +6,7 @@ import csv
 import shlex
 import shutil
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from typer.testing import Result
 from mmtok_cli import profiles
 from mmtok_cli.fallback import FirstMeasurement, Plan, RunTimes
 from mmtok_cli.models import outline, room
-from mmtok_cli.models.room import needs_of
+from mmtok_cli.models.room import needs_of, needs_quantized
 from mmtok_cli.models.sources import missing_weights
 from mmtok_cli.profiles import is_cached
 from mmtok_cli.settings import ProfileSettings
@@ -127,6 +128,17 @@ def test_the_widest_data_type_in_which_all_layers_fit(tiny_directory: Path, limi
     assert (environment["weights"], environment["dtype"], environment["layers"]) == ("pretrained", "bfloat16", None)
 
 
+@pytest.mark.skipif(find_spec("torchao") is None or find_spec("accelerate") is None, reason="needs torchao, accelerate")
+def test_a_model_that_fits_quantized_is_measured_whole(tiny_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = outline(str(tiny_directory), device="cpu", attention="sdpa").model
+    need = needs_quantized(needs_of(layout, torch.float32, (36,)), layout, torch.float32, "int8")
+    monkeypatch.setattr(room, "free_memory", lambda device: need.total)
+    command = ("profile", "--model", tiny_directory, *PROFILE, "--dtype", "float32")
+    quantized = run_json(*command, "--quantization", "int8")["environment"]
+    assert (quantized["fallback"], quantized["layers"], quantized["quantization"]) == (None, None, "int8")
+    refused(run(*command), "does not fit")
+
+
 def test_as_many_layers_as_fit(small: str, limited: Callable[..., None]) -> None:
     limited(small, torch.bfloat16, 3, 2340)
     found = run_json("profile", "--model", small, *PROFILE)
@@ -166,7 +178,7 @@ def test_methods_that_cut_deeper_than_what_fits(small: str, limited: Callable[..
         (("compare", "--layers=6", "--limit=1"), ("--rounds", 1, "--warmup", 0)),
         (("compare", "--retain", "90%", "--by=kind", "--limit", "1"), ("--rounds", 1, "--warmup", 0)),
         (
-            ("compare", "--turns=reuse", "--encode-again", "--data", "demo:conversations", "--limit", "1"),
+            ("compare", "--turns=reselect", "--encode-again", "--data", "demo:conversations", "--limit", "1"),
             ("--rounds", 1, "--warmup", 0),
         ),
         (("compare", "--plot", "x.png", "--export=x.jsonl", "--limit", "1"), ("--rounds", 1, "--warmup", 0)),

@@ -75,11 +75,11 @@ def test_bytes_of_weights_that_are_to_be_quantized(tiny_sdpa: Llava) -> None:
     head = hf.output_embedding(model)
     linear = sum(m.weight.nbytes for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
     whole = sum(weight.nbytes for weight in model.parameters())
-    assert quantized_bytes(model, "int8") == whole - linear * 3 // 4
-    assert quantized_bytes(model, "bnb-4bit") == whole - linear * 7 // 8
+    assert quantized_bytes(model, "int8", torch.float32) == whole - linear * 3 // 4
+    assert quantized_bytes(model, "bnb-4bit", torch.float32) == whole - linear * 7 // 8
     needs = needs_of(model, torch.float32, (36,))
     fewer = needs_quantized(needs, model, torch.float32, "int8")
-    assert fewer.weights == quantized_bytes(model, "int8") and fewer.layer == needs.layer // 4
+    assert fewer.weights == quantized_bytes(model, "int8", torch.float32) and fewer.layer == needs.layer // 4
     assert (fewer.working, fewer.parameters) == (needs.working, needs.parameters)
 
 
@@ -98,7 +98,7 @@ def test_int8_by_torchao(weights: str, tiny_directory: Path, samples: list[Sampl
     """Pretrained weights are quantized by transformers, random ones by torchao, and the same layers of both."""
     plain = load_model(str(tiny_directory), weights=weights)
     quantized = load_model(str(tiny_directory), weights=weights, quantization="int8")
-    expected = quantized_bytes(plain.model, "int8")
+    expected = quantized_bytes(plain.model, "int8", torch.float32)
     assert expected < bytes_of(quantized.model) < 1.2 * expected  # with scales
     assert quantized.parameter_count == plain.parameter_count
     assert weights_digest(quantized.model) != weights_digest(plain.model)

@@ -44,6 +44,8 @@ def _row(label: SampleLabel, case: CaseId, mine: Prediction, baseline: Predictio
         budget=case.budget,
         batch_size=case.batch_size,
         again=case.again,
+        draft=case.draft,
+        draft_tokens=case.draft_tokens,
         prediction=mine.answer,
         baseline_prediction=baseline.answer,
         kept=mine.tokens.kept if mine.tokens else None,

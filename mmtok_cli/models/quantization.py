@@ -91,12 +91,12 @@ def _torchao(bits: int) -> Any:
     return Int8WeightOnlyConfig() if bits == 8 else Int4WeightOnlyConfig()
 
 
-def quantized_bytes(model: nn.Module, name: str) -> int:
-    """Bytes of the weights of a laid-out model once they are quantized, without scales."""
+def quantized_bytes(model: nn.Module, name: str, dtype: torch.dtype) -> int:
+    """Bytes of the weights of a laid-out model once they are quantized, without scales. dtype: of all others."""
     head = hf.output_embedding(model)
     linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear) and module is not head}
     return sum(
-        weight.numel() * QUANTIZATIONS[name].bits // 8 if id(weight) in linear else weight.nbytes
+        weight.numel() * (QUANTIZATIONS[name].bits if id(weight) in linear else 8 * dtype.itemsize) // 8
         for weight in model.parameters()
     )
 

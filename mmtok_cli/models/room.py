@@ -14,7 +14,6 @@ from mmtok_cli.models import hf
 from mmtok_cli.models.quantization import QUANTIZATIONS, quantized_bytes
 
 GIB = 2**30
-NARROW = (torch.bfloat16, torch.float16)
 TEXT_TOKENS = 128  # of a prompt, besides its vision tokens
 
 
@@ -89,7 +88,7 @@ def needs_of(model: Any, dtype: torch.dtype, vision_tokens: Sequence[int], atten
 def needs_quantized(needs: Needs, model: Any, dtype: torch.dtype, quantization: str) -> Needs:
     """The same with weights that are quantized while they are loaded."""
     layer = needs.layer * QUANTIZATIONS[quantization].bits // (8 * dtype.itemsize)
-    return replace(needs, weights=quantized_bytes(model, quantization), layer=layer)
+    return replace(needs, weights=quantized_bytes(model, quantization, dtype), layer=layer)
 
 
 def widest_fit(needs: Mapping[torch.dtype, Needs], free: int) -> tuple[torch.dtype, int]:

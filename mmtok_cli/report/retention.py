@@ -75,7 +75,7 @@ def _faster(speedup: Speedup | None) -> str:
 def _grouped(found: Retention, decisions: list[Decision]) -> list[str]:
     """The budget for all groups and which of them needs it, then those of each group."""
     method, budget = decisions[0].method, found.budget_of(decisions[0].method)
-    needs = ", ".join(f"{one.group} {one.budget or 'none found'}" for one in decisions)
+    needs = ", ".join(f"{one.group} {one.budget}" if one.budget else f"none for {one.group}" for one in decisions)
     if budget is None:
         open_groups = [one.group for one in decisions if one.budget is None]
         head = f"{method}: no budget is shown to keep {share(found.target)} in {', '.join(map(str, open_groups))}"

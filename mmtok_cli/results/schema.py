@@ -491,10 +491,11 @@ class SamplePrediction(Record):
 
     run: label of the run, if several are reported together. sample: its number in the data, from 0. id: its name in the
     data, if it has one. question, references (the reference answers) and id are null in runs of versions that did not
-    record them. batch_size: of the evaluation. baseline_prediction, baseline_score: of the unreduced model. kept,
-    total: vision tokens. score: of this answer, by the metric; null without reference answers. flip: "lost" if only the
-    unreduced model's answer is right, "gained" if only this one is, otherwise empty. kl, top1, same: closeness to the
-    unreduced model, as in a Fidelity, of this sample alone; a divergence that is not finite is a string.
+    record them. batch_size: of the evaluation. draft, draft_tokens: as in a CaseId. baseline_prediction,
+    baseline_score: of the unreduced model. kept, total: vision tokens. score: of this answer, by the metric; null
+    without reference answers. flip: "lost" if only the unreduced model's answer is right, "gained" if only this one is,
+    otherwise empty. kl, top1, same: closeness to the unreduced model, as in a Fidelity, of this sample alone; a
+    divergence that is not finite is a string.
     """
 
     schema_: Literal["mmtok.predictions/1"] = Field(default="mmtok.predictions/1", alias="schema")
@@ -510,6 +511,8 @@ class SamplePrediction(Record):
     budget: str | None
     batch_size: int
     again: bool
+    draft: str | None
+    draft_tokens: int | None
     prediction: str
     baseline_prediction: str
     kept: int | None
