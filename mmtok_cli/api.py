@@ -219,9 +219,10 @@ def find_budgets(
     """
     from mmtok_cli.evaluation.processes import Processes
     from mmtok_cli.retention import RetentionRun
-    from mmtok_cli.settings import CompareSettings
+    from mmtok_cli.settings import CompareSettings, require_consistent
 
-    chosen = CompareSettings.of(model=model, retain=retain, **settings)
+    chosen = CompareSettings.of(model=model, retain=str(retain), **settings)
+    require_consistent(chosen, settings)
     found, stopped = RetentionRun(chosen, None if run_dir is None else Path(run_dir)).measure(Processes())
     if stopped:
         raise stopped

@@ -470,3 +470,7 @@ def test_the_python_interface(tmp_path: Path) -> None:
     assert found.decisions[0].budget == "256" and found.timing is not None
     with pytest.raises(mmtok.MMTokError, match="given budgets"):
         mmtok.compare("demo", retain="90%")
+    with pytest.raises(mmtok.MMTokError, match="not a share"):
+        mmtok.find_budgets("demo", None)  # type: ignore[arg-type]
+    with pytest.raises(mmtok.MMTokError, match="contradict"):
+        mmtok.find_budgets("demo", 0.5, new_tokens=3, max_new_tokens=4)
