@@ -136,7 +136,7 @@ def converse(
     """Answer the question of a sample and then further ones about the same images, each after the answers before it.
 
     questions: those after the sample's own. policy: what becomes of the vision tokens then: "reuse" keeps those
-    selected for the first question in the KV cache; "reselect" selects anew and reads the whole conversation again;
+    selected for the first question in the KV cache; "reselect" selects again and reads the whole conversation again;
     "union" adds the newly selected ones to those kept before. encode_again: encode the images again for each selection,
     in place of keeping the encoder's outputs. Other arguments and errors as for `answer`.
 

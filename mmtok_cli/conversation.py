@@ -203,8 +203,8 @@ def require_policy(method: Method, policy: TurnPolicy) -> None:
         )
     if policy == "union" and "inside the language model" in method.acts():
         raise MMTokError(
-            f"--turns union does not suit {type(method).__name__}: it drops tokens inside the language model, anew for "
-            "each prompt, so there is no set of kept tokens to add to",
+            f"--turns union does not suit {type(method).__name__}: it drops tokens inside the language model, other "
+            "ones for each prompt, so there is no set of kept tokens to add to",
             "use --turns reuse or reselect for it",
         )
 

@@ -330,7 +330,7 @@ class InferSettings(OneCaseSettings):
         Field(
             "reuse",
             description="Vision tokens at each --turn. reuse: those selected for the first question, in the KV cache. "
-            "reselect: selected anew. union: the newly selected ones join those kept before.",
+            "reselect: selected again. union: the newly selected ones join those kept before.",
         )
     )
     encode_again: Annotated[bool, Option(("--encode-again",), REDUCTION)] = Field(
@@ -509,7 +509,7 @@ class CompareSettings(CasesSettings):
     turns: Annotated[TurnPolicies | None, Option(panel=MEASUREMENT, metavar="reuse,reselect,union")] = Field(
         None,
         description="Also evaluate all questions of each conversation, for data with several questions per image. "
-        "reuse: later questions are appended to the KV cache. reselect: vision tokens are selected anew for each "
+        "reuse: later questions are appended to the KV cache. reselect: vision tokens are selected again for each "
         "question, and the conversation is prefilled again. union: the newly selected tokens join those kept before.",
     )
     encode_again: Annotated[bool, Option(("--encode-again",), MEASUREMENT)] = Field(

@@ -21,7 +21,7 @@ INTERVAL = len("1.44–1.48")
 TURN_STAGES = {"select": "select", "prefill": "prefill", "ttft": "TTFT", "total": "total"}
 POLICIES = {
     "reuse": "reuse: tokens selected for the first question stay in the KV cache, and later questions are appended",
-    "reselect": "reselect: tokens are selected anew for each question, and the conversation is prefilled again",
+    "reselect": "reselect: tokens are selected again for each question, and the conversation is prefilled again",
     "union": "union: newly selected tokens join those kept before, and the conversation is prefilled again",
 }
 
