@@ -190,7 +190,7 @@ class RetentionRun:
         )
         directory = self.directory / SEARCH_TIMING
         run = ComparisonRun(
-            settings, directory, self.progress, resume=(directory / "plan.json").exists(), model=prepared.model
+            settings, directory, self.progress, resume=(directory / PLAN).exists(), model=prepared.model
         )
         try:
             timing, stopped = run.measure(Processes())

@@ -26,7 +26,7 @@ from mmtok_cli.methods import make_method
 from mmtok_cli.methods.base import Method
 from mmtok_cli.methods.full import Full
 from mmtok_cli.models.base import VisionLanguageModel
-from mmtok_cli.pipeline import RELEASED, Answers, answer, inside, reduce
+from mmtok_cli.pipeline import RELEASED, Answers, Reduced, answer, inside, reduce
 from mmtok_cli.results.progress import Remaining
 from mmtok_cli.results.records import (
     CaseFailure,
@@ -254,12 +254,18 @@ def forced_logits(
     methods inside the language model.
     """
     reduced = reduce(model, method, samples, budget, rules=rules, drafts=drafts)
+    return logits_after(model, reduced, token_ids), reduced.tokens
+
+
+@torch.inference_mode()
+def logits_after(model: VisionLanguageModel, reduced: Reduced, token_ids: Tensor) -> Tensor:
+    """`forced_logits` for a prompt that is reduced already: [batch, steps, vocabulary]."""
     with inside(model, reduced):
         first, cache = prefill(model, reduced.inputs)
         require_finite(model, first)
         behind = Continuation(model, reduced.inputs, cache)
         logits = [first, *(behind.read(token) for token in token_ids[:, :-1].unbind(1))]
-    return torch.stack(logits, dim=1), reduced.tokens
+    return torch.stack(logits, dim=1)
 
 
 def closeness_of(reference: Tensor, logits: Tensor, mask: Tensor) -> list[Closeness]:

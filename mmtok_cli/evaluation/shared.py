@@ -10,11 +10,11 @@ from torch import Tensor
 
 from mmtok_cli.cases import Case
 from mmtok_cli.data.samples import Sample
-from mmtok_cli.decoding import Continuation, prefill, require_finite
-from mmtok_cli.evaluation.predictions import answer_mask
+from mmtok_cli.decoding import answer_mask
+from mmtok_cli.evaluation.predictions import logits_after
 from mmtok_cli.image_plan import plan_images
 from mmtok_cli.models.base import VisionLanguageModel
-from mmtok_cli.pipeline import Answers, Encoded, Reduced, answer_reduced, images_of, inside, prepare, reduce_encoded
+from mmtok_cli.pipeline import Answers, Encoded, Reduced, answer_reduced, images_of, prepare, reduce_encoded
 
 
 class SharedBatch:
@@ -30,20 +30,13 @@ class SharedBatch:
         """What the case answers. Raises MMTokError for a sample that it refuses."""
         return answer_reduced(self._model, self._reduce(case), max_new_tokens)
 
-    @torch.inference_mode()
     def agreement(self, case: Case, token_ids: Tensor) -> tuple[list[float], Reduced]:
         """For each sample, the share of the tokens of an answer that the case would have given as well, each after the
         ones before it; and the reduced prompt. token_ids: [batch, steps], the unreduced model's answers."""
         model, reduced = self._model, self._reduce(case)
-        with inside(model, reduced):
-            logits, cache = prefill(model, reduced.inputs)
-            require_finite(model, logits)
-            behind = Continuation(model, reduced.inputs, cache)
-            agrees = [logits.argmax(-1) == token_ids[:, 0]]
-            for before, token in zip(token_ids.unbind(1), token_ids.unbind(1)[1:], strict=False):
-                agrees.append(behind.read(before).argmax(-1) == token)
+        agrees = logits_after(model, reduced, token_ids).argmax(-1) == token_ids
         mask = answer_mask(token_ids, model.eos_token_ids)
-        shares = (torch.stack(agrees, dim=1) & mask).sum(1) / mask.sum(1)
+        shares = (agrees & mask).sum(1) / mask.sum(1)
         return shares.tolist(), reduced
 
     def _reduce(self, case: Case) -> Reduced:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from statistics import median
@@ -69,12 +70,13 @@ def _require_divergence(value: float) -> float:
 Divergence = Annotated[float, BeforeValidator(_read_number), AfterValidator(_require_divergence)]
 
 
-class FileRecord(Record):
+class FileRecord(Record, ABC):
     """A record that is a file of its own."""
 
     @property
+    @abstractmethod
     def file_name(self) -> str:
-        raise NotImplementedError
+        """The file's name within its folder."""
 
 
 class GpuState(Record):
