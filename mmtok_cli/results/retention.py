@@ -15,7 +15,6 @@ from mmtok_cli.errors import MMTokError
 from mmtok_cli.files import remove_temporary_files
 from mmtok_cli.results.records import CaseFailure, FileRecord, PlannedCase, Tokens, UnreadableSample, digest
 from mmtok_cli.results.run_directory import (
-    LOCK,
     SEARCH,
     SEARCH_STEPS,
     RecordDirectory,
@@ -23,7 +22,6 @@ from mmtok_cli.results.run_directory import (
     parsed,
     read_file,
     records_in,
-    require_no_run,
 )
 from mmtok_cli.results.schema import Comparison, Environment, Number, OfCase, Record, Seconds, Share
 from mmtok_cli.rules import Rules
@@ -142,18 +140,13 @@ class SearchDirectory(RecordDirectory):
     @contextmanager
     def create(cls, path: Path, plan: SearchPlan) -> Iterator[SearchDirectory]:
         """Start a search, locked until the context is left. Raises MMTokError where there is a run in the directory."""
-        created = [place for place in (path / LOCK, path, *path.parents) if not os.path.lexists(place)]
-        with locked(path) as lock:
-            require_no_run(path)
-            directory = cls(path, plan)
-            directory._lock = lock
-            directory._write(SEARCH, plan)
-            try:
-                yield directory
-            except MMTokError:
-                if not directory.steps:
-                    directory._remove_new(SEARCH, created)
-                raise
+        directory = cls(path, plan)
+        with directory._started(SEARCH, plan):
+            yield directory
+
+    @property
+    def _is_empty(self) -> bool:
+        return not self.steps
 
     @classmethod
     @contextmanager

@@ -93,6 +93,30 @@ class RecordDirectory:
                 "if it was renamed, resume with --resume and its new name as --run-dir",
             )
 
+    @property
+    def _is_empty(self) -> bool:
+        """Whether nothing was measured yet."""
+        return True
+
+    @contextmanager
+    def _started(self, name: str, plan: Record) -> Iterator[None]:
+        """Lock the directory and write the plan, which is removed again where nothing can be measured.
+
+        Raises MMTokError where another process uses the directory, and where a run is in it already.
+        """
+        path = self.path
+        created = [place for place in (path / LOCK, path, *path.parents) if not os.path.lexists(place)]
+        with locked(path) as lock:
+            require_no_run(path)
+            self._lock = lock
+            self._write(name, plan)
+            try:
+                yield
+            except MMTokError:
+                if self._is_empty:
+                    self._remove_new(name, created)
+                raise
+
     def _remove_new(self, plan: str, created: Sequence[Path]) -> None:
         """Remove a plan, and the lock file and the directories that did not exist before, the innermost first."""
         with suppress(OSError):
@@ -134,17 +158,9 @@ class RunDirectory(RecordDirectory):
         Raises MMTokError where another process uses the directory, and where a run is in it already; NotWrittenError
         where the plan cannot be written.
         """
-        created = [place for place in (path / LOCK, path, *path.parents) if not os.path.lexists(place)]
-        with locked(path) as lock:
-            require_no_run(path)
-            directory = cls(path, plan)
-            directory._lock = lock
-            directory._write(PLAN, plan)
-            try:
-                yield directory
-            except MMTokError:
-                directory._remove_if_empty(created)
-                raise
+        directory = cls(path, plan)
+        with directory._started(PLAN, plan):
+            yield directory
 
     @classmethod
     @contextmanager
@@ -200,10 +216,9 @@ class RunDirectory(RecordDirectory):
         self.conversations[record.conversation] = record
         self._write(f"conversations/{record.file_name}", record)
 
-    def _remove_if_empty(self, created: Sequence[Path]) -> None:
-        """Remove a run that was refused before anything was measured."""
-        if not (self.runs or self.counted or self.failures or self.predictions or self.conversations):
-            self._remove_new(PLAN, created)
+    @property
+    def _is_empty(self) -> bool:
+        return not (self.runs or self.counted or self.failures or self.predictions or self.conversations)
 
     def _check_key(self, record: TimedRun | CountedFlops | TimingFailure) -> None:
         if record.case >= len(self.plan.cases) or record.key != self.plan.cases[record.case].key:
