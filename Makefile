@@ -5,7 +5,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint .ci/c
 EXAMPLE := mmtok_cli/demo/example.png
 QUESTION ?= What color is the star?
 
-.PHONY: help demo test test-floor test-newest check lock bench train-demo clean
+.PHONY: help demo test test-floor test-newest test-engines check lock bench train-demo clean
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -36,6 +36,15 @@ test-floor: .venv/installed-test ## run the tests marked compat with the lowest 
 test-newest: .venv/installed-test ## run the tests marked compat with the newest transformers on the package index
 	$(BIN)/python .ci/compat.py newest
 
+# vLLM and lmms-eval bound their dependencies tightly, so that each has an environment of its own.
+.venv-vllm/installed .venv-lmms/installed: .venv-%/installed: .venv/installed pyproject.toml .ci/engines/%.txt
+	$(PIP) uv
+	PYTHON=$(PYTHON) .ci/engines/install $*
+
+test-engines: .venv-vllm/installed .venv-lmms/installed ## run the tests with vLLM and lmms-eval, in .venv-vllm and .venv-lmms
+	.venv-vllm/bin/pytest tests/engines/vllm
+	.venv-lmms/bin/pytest tests/engines/lmms
+
 check: .venv/installed-test ## lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -51,4 +60,4 @@ train-demo: .venv/installed ## train the demo model again (see mmtok_cli/demo/RE
 	$(BIN)/python -m mmtok_cli.demo.train --output runs/demo-weights
 
 clean: ## remove the virtual environment and what runs have left
-	rm -rf .venv runs traces .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm .venv-lmms runs traces .pytest_cache .mypy_cache .ruff_cache .hypothesis
