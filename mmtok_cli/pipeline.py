@@ -339,14 +339,8 @@ def _reduce_images(
     """What the method keeps of each image before the language model, and its cuts there."""
     vision = encoded.vision
     with stage("select"):
-        seen = [_as_seen(tokens, method, rules.track) for tokens in vision]
         texts = model.text_tokens(encoded.prompt, rules.track)
-    plans = [_within_reach(plan, tokens, method) for plan, tokens in zip(plans, seen, strict=True)]
-    tasks = [
-        # A smaller image may have fewer tokens than the budget.
-        SelectionTask(tokens, text, min(plan.keep, tokens.total))
-        for plan, tokens, text in zip(plans, seen, texts, strict=True)
-    ]
+    plans, tasks = selection_tasks(method, vision, texts, plans, rules.track, stage)
     images = []
     selections = select(method, tasks, stage, encoded.picks)
     for plan, tokens, task, kept in zip(plans, vision, tasks, selections, strict=True):
@@ -362,6 +356,25 @@ def _reduce_images(
             "use --budget-means final",
         )
     return images
+
+
+def selection_tasks(
+    method: Method,
+    vision: Sequence[VisionTokens],
+    texts: Sequence[TextTokens],
+    plans: Sequence[ImagePlan],
+    track: Track,
+    stage: Stage = unwatched,
+) -> tuple[list[ImagePlan], list[SelectionTask]]:
+    """What `select` is to keep of each image, and the plans, which ask for no more tokens than are eligible."""
+    with stage("select"):
+        seen = [_as_seen(tokens, method, track) for tokens in vision]
+    reachable = [_within_reach(plan, tokens, method) for plan, tokens in zip(plans, seen, strict=True)]
+    return reachable, [
+        # A smaller image may have fewer tokens than the budget.
+        SelectionTask(tokens, text, min(plan.keep, tokens.total))
+        for plan, tokens, text in zip(reachable, seen, texts, strict=True)
+    ]
 
 
 def _within_reach(plan: ImagePlan, seen: VisionTokens, method: Method) -> ImagePlan:

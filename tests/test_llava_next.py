@@ -51,7 +51,7 @@ def tiny_next() -> LlavaNext:
 @pytest.mark.parametrize(("height", "width", "crops", "total", "lines"), PACKED)
 def test_next_counts(height: int, width: int, crops: int, total: int, lines: int, full_size: LlavaNext) -> None:
     image = Image.new("RGB", (width, height))
-    packing = full_size._packing(height, width)
+    packing = full_size.packing(height, width)
     assert (full_size.total(image), len(packing.places)) == (total, crops)
     assert int((packing.sources < 0).sum()) == lines
     assert full_size.pixels(image, None).shape == (crops, 3, 336, 336)

@@ -8,7 +8,7 @@ define `total`, `smaller`, `pixels`, `encode` and `panels`. Override the rest wh
     load_processor      if AutoProcessor does not suit
     stand_in_processor  for `--weights random` without any download
     image_text, placeholders, reserved  how images are written in a prompt
-    keep, released_words, position_ids, encoded_images, first_cut
+    keep, unencoded, released_words, position_ids, encoded_images, first_cut
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from mmtok_cli.models.inside import Inside
 from mmtok_cli.models.sequences import CutImage
 from mmtok_cli.rules import Positions, Track
 from mmtok_cli.stages import Stage, unwatched
-from mmtok_cli.tokens import PADDING, Selection, TextTokens, VisionTokens
+from mmtok_cli.tokens import PADDING, Crops, Selection, TextTokens, VisionTokens
 
 Grid = tuple[int, int]  # rows, columns
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the image
@@ -188,6 +188,14 @@ class VisionLanguageModel(ABC):
     def keep(self, image: Image, budget: Budget, track: Track) -> int:
         """Vision tokens to keep of the image. Raises UnmetBudgetError for a budget that it cannot meet."""
         return budget.resolve(self.total(image))
+
+    def unencoded(self, image: Image) -> VisionTokens:
+        """What is known of the vision tokens of the unreduced image before it is encoded, on the CPU.
+
+        Which tokens are eligible, and how crops are packed; tokens and features have no values, [tokens, 0].
+        """
+        total = self.total(image)
+        return without_values(torch.ones(total, dtype=torch.bool), (1, total))
 
     @abstractmethod
     def smaller(self, image: Image, tokens: int) -> Grid:
@@ -449,6 +457,12 @@ class VisionLanguageModel(ABC):
 def _message(role: str, text: str, images: int = 0) -> dict[str, Any]:
     """A message of a chat template, its images before its text."""
     return {"role": role, "content": [*({"type": "image"} for _ in range(images)), {"type": "text", "text": text}]}
+
+
+def without_values(eligible: Tensor, grid: Grid, crops: Crops | None = None) -> VisionTokens:
+    """Vision tokens of which only the number and the layout are known. eligible: [tokens]."""
+    nothing = torch.empty(len(eligible), 0)
+    return VisionTokens(nothing, nothing, grid, eligible, "", lambda features: features, crops=crops)
 
 
 def cells(grid: Grid, area: Box) -> tuple[Box, ...]:

@@ -12,7 +12,7 @@ from PIL import Image as PILImage
 from PIL.Image import Image
 from torch import Tensor
 
-from mmtok_cli.models.base import Grid, Panel, Prompt, cells
+from mmtok_cli.models.base import Grid, Panel, Prompt, cells, without_values
 from mmtok_cli.models.clip import ClipEncoded
 from mmtok_cli.models.padding import padding_mask
 from mmtok_cli.stages import Stage, unwatched
@@ -64,7 +64,7 @@ class Llava(ClipEncoded):
                 stage,
             )
             for i, vision in zip(members, encoded, strict=True):
-                tokens[i] = vision if grid else replace(vision, eligible=self._eligible(prompt.images[i]))
+                tokens[i] = vision if grid else replace(vision, eligible=self.unencoded(prompt.images[i]).eligible.to(self.device))
         return [tokens[i] for i in range(len(prompt.images))]
 
     def panels(self, image: Image, grid: Grid | None) -> list[Panel]:
@@ -74,6 +74,6 @@ class Llava(ClipEncoded):
         grid = grid or (self.side, self.side)
         return [Panel("", grid, tuple(range(grid[0] * grid[1])), cells(grid, area))]
 
-    def _eligible(self, image: Image) -> Tensor:
+    def unencoded(self, image: Image) -> VisionTokens:
         padded = padding_mask(image.width, image.height, self.image_size, self.patch_size)
-        return ~padded.to(self.device)
+        return without_values(~padded, (self.side, self.side))

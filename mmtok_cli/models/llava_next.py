@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mmtok_cli.budget import Budget, UnmetBudgetError, rectangle
 from mmtok_cli.models import hf
-from mmtok_cli.models.base import Box, Grid, Panel, Prompt, cells
+from mmtok_cli.models.base import Box, Grid, Panel, Prompt, cells, without_values
 from mmtok_cli.models.clip import ClipEncoded
 from mmtok_cli.rules import Track
 from mmtok_cli.stages import Stage, unwatched
@@ -34,6 +34,32 @@ class Packing:
     places: Tensor
     ranks: Tensor
 
+    def packed(
+        self,
+        tiles: Sequence[VisionTokens],
+        projected: Tensor,
+        image_id: str,
+        project: Callable[[Tensor], Tensor],
+    ) -> VisionTokens:
+        """The vision tokens of an image from those of its crops. projected: [total, dim], packed by the model."""
+        device = projected.device
+        sources, places = self.sources.to(device), self.places.to(device)
+        features = torch.cat([tile.features for tile in tiles])[sources.clamp(min=0)]
+        crops = Crops(
+            tokens=tuple(replace(tile, eligible=place >= 0) for tile, place in zip(tiles, places, strict=True)),
+            places=places,
+            ranks=self.ranks.to(device),
+        )
+        return VisionTokens(
+            projected=projected,
+            features=features.masked_fill((sources < 0)[:, None], 0),
+            grid=(1, len(sources)),
+            eligible=sources >= 0,
+            image_id=image_id,
+            project=project,
+            crops=crops,
+        )
+
 
 class LlavaNext(ClipEncoded):
     """`LlavaNextForConditionalGeneration` with a CLIP tower.
@@ -50,7 +76,7 @@ class LlavaNext(ClipEncoded):
 
     def __init__(self, name: str, model: Any, processor: Any, **text_tower: Any) -> None:
         super().__init__(name, model, processor, **text_tower)
-        self._packing = lru_cache(maxsize=4096)(self._pack)
+        self.packing = lru_cache(maxsize=4096)(self._pack)
 
     @classmethod
     def stand_in_processor(cls, config: Any, chat_template: str) -> Any:
@@ -68,12 +94,12 @@ class LlavaNext(ClipEncoded):
         return 1 + max(height * width for height, width in self.pinpoints) // self.image_size**2
 
     def total(self, image: Image) -> int:
-        return len(self._packing(image.height, image.width).sources)
+        return len(self.packing(image.height, image.width).sources)
 
     def keep(self, image: Image, budget: Budget, track: Track) -> int:
         if track == "harmonised" or budget.count is None:
             return super().keep(image, budget, track)
-        crops, total = len(self._packing(image.height, image.width).places), self.total(image)
+        crops, total = len(self.packing(image.height, image.width).places), self.total(image)
         kept = budget.count * crops // self.most_crops
         if not 1 <= kept <= total:
             lowest, highest = math.ceil(self.most_crops / crops), total * self.most_crops // crops
@@ -87,7 +113,7 @@ class LlavaNext(ClipEncoded):
         return kept
 
     def smaller(self, image: Image, tokens: int) -> Grid:
-        rows, columns = self._packing(image.height, image.width).stitched
+        rows, columns = self.packing(image.height, image.width).stitched
         return rectangle(tokens, (rows * self.side, columns * self.side), image.height / image.width)
 
     def pixels(self, image: Image, grid: Grid | None) -> Tensor:
@@ -124,7 +150,7 @@ class LlavaNext(ClipEncoded):
         whole: Box = (0, 0, *image.size)
         if grid is not None:
             return [Panel("", grid, tuple(range(grid[0] * grid[1])), cells(grid, whole))]
-        packing, base = self._packing(image.height, image.width), (self.side, self.side)
+        packing, base = self.packing(image.height, image.width), (self.side, self.side)
         first = self.side**2
         inner = [i for i in range(first, len(packing.sources)) if packing.sources[i] >= 0]
         if not inner:  # of an image so thin, nothing is left of the crops but ends of lines
@@ -141,25 +167,15 @@ class LlavaNext(ClipEncoded):
 
     def _packed(self, tiles: Sequence[VisionTokens], image: Image, image_id: str) -> VisionTokens:
         """The vision tokens of an image from those of its crops, as the model itself packs them."""
-        packing = self._packing(image.height, image.width)
-        sources, places = packing.sources.to(self.device), packing.places.to(self.device)
+        packing = self.packing(image.height, image.width)
         stacked = torch.stack([tile.projected for tile in tiles])
         projected = hf.pack_crops(self.model, stacked, image.height, image.width)
-        features = torch.cat([tile.features for tile in tiles])[sources.clamp(min=0)]
-        crops = Crops(
-            tokens=tuple(replace(tile, eligible=place >= 0) for tile, place in zip(tiles, places, strict=True)),
-            places=places,
-            ranks=packing.ranks.to(self.device),
-        )
-        return VisionTokens(
-            projected=projected,
-            features=features.masked_fill((sources < 0)[:, None], 0),
-            grid=(1, len(sources)),
-            eligible=sources >= 0,
-            image_id=image_id,
-            project=self._project,
-            crops=crops,
-        )
+        return packing.packed(tiles, projected, image_id, self._project)
+
+    def unencoded(self, image: Image) -> VisionTokens:
+        packing = self.packing(image.height, image.width)
+        tile = without_values(torch.ones(self.side**2, dtype=torch.bool), (self.side, self.side))
+        return packing.packed([tile] * len(packing.places), torch.empty(len(packing.sources), 0), "", tile.project)
 
     def _pack(self, height: int, width: int) -> Packing:
         """The model's own packing, applied to numbers in place of features."""
@@ -177,7 +193,7 @@ class LlavaNext(ClipEncoded):
     def _area(self, image: Image) -> Box:
         """What the stitched crops show, in pixels of the image: its margins are padding (see transformers'
         `get_patch_output_size` and `_pad_for_patching`)."""
-        rows, columns = self._packing(image.height, image.width).stitched
+        rows, columns = self.packing(image.height, image.width).stitched
         height, width = rows * self.image_size, columns * self.image_size
         scale = min(width / image.width, height / image.height)
         shown_height = min(math.ceil(image.height * scale), height)

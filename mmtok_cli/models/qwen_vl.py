@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -103,6 +104,9 @@ class QwenVL(VisionLanguageModel):
     def total(self, image: Image) -> int:
         rows, columns = self._grid(image)
         return rows * columns
+
+    def unencoded(self, image: Image) -> VisionTokens:
+        return replace(super().unencoded(image), grid=self._grid(image))
 
     def smaller(self, image: Image, tokens: int) -> Grid:
         """The grid of `tokens` cells or up to 15 % fewer that distorts least, a missing cell counting a little.
