@@ -51,7 +51,18 @@ ALLOWED = {
     "turns": {"evaluation", "timing", "results"},
     "report": SHARED | {"report", "results", "planning", "progress", "settings", "files", "profiles"},
     "integrations": SHARED
-    | {"integrations", "api", "cases", "configuration", "data", "evaluation", "hooks", "image_plan", "methods", "models"}
+    | {
+        "integrations",
+        "api",
+        "cases",
+        "configuration",
+        "data",
+        "evaluation",
+        "hooks",
+        "image_plan",
+        "methods",
+        "models",
+    }
     | {"pipeline", "decoding", "profiles", "results", "settings", "timing", "files", "environment"},
     "demo": {"demo", "errors", "models"},
     "tokens": {"errors"},

@@ -262,6 +262,17 @@ class VisionLanguageModel(ABC):
         """
         return self._rendered([self._user_message(question, images)], images)
 
+    def conversation(self, questions: Sequence[str], images: int, answer: str = STAND_IN) -> str:
+        """The prompt as text of several questions, the first of which is about the images, with an answer between.
+
+        Raises MMTokError as `chat` does.
+        """
+        first, *later = questions
+        messages = [self._user_message(first, images)]
+        for question in later:
+            messages += [_message("assistant", answer), self._user_message(question, 0)]
+        return self._rendered(messages, images)
+
     def next_turn(self, earlier: Sequence[str], question: str, images: int) -> Tensor:
         """The tokens between an answer of a conversation and the next one, [tokens].
 
@@ -274,11 +285,7 @@ class VisionLanguageModel(ABC):
             raise MMTokError(
                 f"a later question of a conversation has an {IMAGE_MARKER} marker", "put images into the first question"
             )
-        first, *later = earlier
-        messages = [self._user_message(first, images)]
-        for each in (*later, question):
-            messages += [_message("assistant", STAND_IN), self._user_message(each, 0)]
-        before, whole = self._rendered(messages[:-2], images), self._rendered(messages, images)
+        before, whole = self.conversation(earlier, images), self.conversation([*earlier, question], images)
         rest = whole.removeprefix(before).lstrip()
         if not whole.startswith(before) or not rest.startswith(STAND_IN):
             raise MMTokError(
@@ -360,10 +367,12 @@ class VisionLanguageModel(ABC):
 
     def embed_words(self, words: Sequence[str]) -> Tensor:
         """Input embeddings of words, [text tokens, dim], without the token that begins every sequence."""
+        return hf.input_embedding(self.model)(self.word_ids(words).to(self.device))
+
+    def word_ids(self, words: Sequence[str]) -> Tensor:
+        """The ids of words, [text tokens], without the token that begins every sequence."""
         ids = self.tokenizer(list(words), is_split_into_words=True)["input_ids"]
-        if len(ids) > 1 and ids[0] == self.tokenizer.bos_token_id:
-            ids = ids[1:]
-        return hf.input_embedding(self.model)(torch.tensor(ids, device=self.device))
+        return torch.tensor(ids[1:] if len(ids) > 1 and ids[0] == self.tokenizer.bos_token_id else ids)
 
     def assemble(
         self,

@@ -72,9 +72,17 @@ def class_attention(attention: Any, hidden: Tensor, keys: Tensor) -> Tensor:
     # Image by image: the last bits of a product depend on its shape, and VisPruner's choice may depend on them.
     for state, key in zip(hidden[:, :1], keys, strict=True):
         query = hf.clip_queries(attention, state[None])[0]
-        logits = query.float() @ key.float().mT * hf.clip_attention_scale(attention)
-        rows.append(logits.softmax(-1)[:, 0, 1:])
+        rows.append(class_probabilities(query, key, hf.clip_attention_scale(attention)))
     return torch.stack(rows)
+
+
+def class_probabilities(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """With which the class token attends to each patch: [heads, patches], in float32.
+
+    query: the class token's, [heads, 1, head dim]. key: [heads, 1 + patches, head dim].
+    """
+    logits = query.float() @ key.float().mT * scale
+    return logits.softmax(-1)[:, 0, 1:]
 
 
 def mean_keys(keys: Tensor) -> Tensor:

@@ -42,13 +42,17 @@ class Llava(ClipEncoded):
         """
         if grid is not None:
             return self.resized_pixels(image, grid)
+        return self.resized_pixels(self.square(image), (self.side, self.side))
+
+    def square(self, image: Image) -> Image:
+        """The image in the middle of a square of the mean colour."""
         if max(image.size) > LONGEST_SIDE:
             shrink = LONGEST_SIDE / max(image.size)
             image = image.resize((max(1, round(image.width * shrink)), max(1, round(image.height * shrink))))
         side, mean = max(image.size), self.processor.image_processor.image_mean
         square = PILImage.new("RGB", (side, side), tuple(int(channel * 255) for channel in mean))
         square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-        return self.resized_pixels(square, (self.side, self.side))
+        return square
 
     def encode(self, prompt: Prompt, signals: Sequence[str] = (), *, stage: Stage = unwatched) -> list[VisionTokens]:
         by_size: dict[Grid | None, list[int]] = defaultdict(list)
@@ -64,7 +68,11 @@ class Llava(ClipEncoded):
                 stage,
             )
             for i, vision in zip(members, encoded, strict=True):
-                tokens[i] = vision if grid else replace(vision, eligible=self.unencoded(prompt.images[i]).eligible.to(self.device))
+                tokens[i] = (
+                    vision
+                    if grid
+                    else replace(vision, eligible=self.unencoded(prompt.images[i]).eligible.to(self.device))
+                )
         return [tokens[i] for i in range(len(prompt.images))]
 
     def panels(self, image: Image, grid: Grid | None) -> list[Panel]:
@@ -77,3 +85,6 @@ class Llava(ClipEncoded):
     def unencoded(self, image: Image) -> VisionTokens:
         padded = padding_mask(image.width, image.height, self.image_size, self.patch_size)
         return without_values(~padded, (self.side, self.side))
+
+    def _eligible(self, image: Image) -> Tensor:
+        return self.unencoded(image).eligible.to(self.device)
