@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,35 +33,42 @@ def calls_of(attention: torch.nn.Module, *, wanted: bool) -> Iterator[list[Call]
         handle.remove()
 
 
-def received_attention(attention: Any, call: Call, lengths: Sequence[int]) -> Tensor:
+def received_attention(queries: Tensor, keys: Tensor, scale: float, lengths: Sequence[int]) -> Tensor:
     """How much attention each patch receives from the patches of its image: [patches], in float32.
 
     The mean over the heads, summed over the queries, as in VisionZip's code for Qwen2.5-VL. Rows of the matrix are
-    computed some at a time. lengths: patches of each image.
+    computed some at a time. queries, keys: [heads, patches, head dim], after the rotary embedding. lengths: patches of
+    each image.
     """
-    queries, keys = _rotated(attention, call)
     received = []
     for q, k in zip(queries.split(list(lengths), 1), keys.split(list(lengths), 1), strict=True):
         total = torch.zeros(k.shape[1], device=k.device)
         for rows in q.float().split(QUERIES_AT_ONCE, 1):
-            total += (rows @ k.float().mT * hf.vision_attention_scale(attention)).softmax(-1).mean(0).sum(0)
+            total += (rows @ k.float().mT * scale).softmax(-1).mean(0).sum(0)
         received.append(total)
     return torch.cat(received)
 
 
-def mean_keys(attention: Any, call: Call, lengths: Sequence[int]) -> Tensor:
-    """Keys of each patch after the rotary embedding, averaged over the heads: [patches, head dim]."""
-    return _rotated(attention, call)[1].mean(0)
-
-
-def _rotated(attention: Any, call: Call) -> tuple[Tensor, Tensor]:
-    """Queries and keys [heads, patches, head dim], as the module itself makes them."""
+def signals_of(attention: Any, call: Call, lengths: Sequence[int], names: Sequence[str]) -> dict[str, Tensor]:
+    """The signals of these names. attention, call: the module inside the block, and its call."""
     hidden, rotary = call
-    return hf.vision_queries_and_keys(attention, hidden, rotary)
+    queries, keys = hf.vision_queries_and_keys(attention, hidden, rotary)
+    return attention_signals(queries, keys, hf.vision_attention_scale(attention), lengths, names)
 
 
-# Each gives one row per patch, in the order in which the encoder has them.
-SIGNALS: dict[str, Callable[[Any, Call, Sequence[int]], Tensor]] = {
-    "received_attention": received_attention,
-    "mean_keys": mean_keys,
-}
+def attention_signals(
+    queries: Tensor, keys: Tensor, scale: float, lengths: Sequence[int], names: Sequence[str]
+) -> dict[str, Tensor]:
+    """The signals of these names, each with one row per patch, in the order in which the encoder has them.
+
+    queries, keys, lengths: as in `received_attention`. mean_keys: keys averaged over the heads, [patches, head dim].
+    """
+    found = {}
+    if "received_attention" in names:
+        found["received_attention"] = received_attention(queries, keys, scale, lengths)
+    if "mean_keys" in names:
+        found["mean_keys"] = keys.mean(0)
+    return found
+
+
+SIGNALS = ("received_attention", "mean_keys")

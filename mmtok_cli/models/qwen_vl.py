@@ -16,7 +16,7 @@ from mmtok_cli.errors import MMTokError
 from mmtok_cli.models import hf
 from mmtok_cli.models.base import Grid, Panel, Prompt, VisionLanguageModel, cells
 from mmtok_cli.models.foreign_errors import COMPARE
-from mmtok_cli.models.qwen_signals import SIGNALS, calls_of
+from mmtok_cli.models.qwen_signals import SIGNALS, calls_of, signals_of
 from mmtok_cli.rules import Positions
 from mmtok_cli.stages import Stage, unwatched
 from mmtok_cli.tokens import Selection, VisionTokens
@@ -33,7 +33,7 @@ class QwenVL(VisionLanguageModel):
 
     family: ClassVar[str] = "qwen2_5_vl"
     positions: ClassVar[tuple[Positions, ...]] = ("keep",)
-    signals: ClassVar[tuple[str, ...]] = tuple(SIGNALS)
+    signals: ClassVar[tuple[str, ...]] = SIGNALS
     has_deepstack: ClassVar[bool] = False  # whether the encoder gives the first decoder layers features of their own
 
     def __init__(self, name: str, model: Any, processor: Any) -> None:
@@ -142,8 +142,8 @@ class QwenVL(VisionLanguageModel):
         found: dict[str, Sequence[Tensor]] = {}
         if signals:
             with stage("select"):
-                for name in signals:
-                    values = SIGNALS[name](self._last_attention(), calls[0], [n * self.merge**2 for n in counts])
+                patches = [n * self.merge**2 for n in counts]
+                for name, values in signals_of(self._last_attention(), calls[0], patches, signals).items():
                     per_token = values.unflatten(0, (-1, self.merge**2)).mean(1)
                     found[name] = per_token[order].split(counts)
         return [
