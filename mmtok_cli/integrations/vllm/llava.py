@@ -15,7 +15,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.integrations.vllm.processing import ReducingProcessor, info_of, unencoded
-from mmtok_cli.integrations.vllm.reducing import Reducing, outputs_of
+from mmtok_cli.integrations.vllm.reducing import Reducing, watched
 from mmtok_cli.integrations.vllm.request import ImageRequest
 from mmtok_cli.models.clip_signals import class_probabilities
 from mmtok_cli.tokens import VisionTokens
@@ -47,12 +47,12 @@ class ClipReducing(Reducing):
         layers = self.vision_tower.vision_model.encoder.layers
         attention = layers[-1].self_attn  # the tower ends with the layer that the features come from
         wanted = bool(ATTENTION_SIGNALS & set(signals))
-        with outputs_of(attention.qkv_proj, wanted=wanted, take=lambda output: output[0]) as seen:
+        with watched(attention.qkv_proj, wanted=wanted) as seen:
             hidden = self.vision_tower(pixels, feature_select_strategy="full")
         projected = self.project(hidden[:, 1:])
         found: dict[str, Any] = {"class_feature": hidden[:, 0]} if "class_feature" in signals else {}
         if wanted:
-            found |= attention_signals(attention, seen[0], signals)
+            found |= attention_signals(attention, seen[0][1], signals)
         side = self.layout.side  # type: ignore[attr-defined]
         eligible = torch.ones(side**2, dtype=torch.bool, device=hidden.device)
         return [

@@ -2,7 +2,8 @@
 
 Kept tokens keep the positions that they have in the whole image (M-RoPE), and the text after an image begins where it
 begins after the whole image. The positions of text are known before the image is encoded; those of kept tokens travel
-with their rows as further columns, which vLLM takes off again through its machinery for pruned videos.
+with their rows as further columns. vLLM takes them off again through its machinery for pruned videos; its runner for
+CPUs leaves that step out, so that the model does it there.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from vllm.multimodal.video_prune.evs import compute_mrope_for_media
 
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.integrations.vllm.processing import ReducingProcessor, info_of
-from mmtok_cli.integrations.vllm.reducing import Reducing, outputs_of
+from mmtok_cli.integrations.vllm.reducing import Reducing, watched
 from mmtok_cli.integrations.vllm.request import ImageRequest
 from mmtok_cli.models.qwen_signals import SIGNALS, attention_signals
 from mmtok_cli.tokens import Selection, VisionTokens
@@ -56,6 +57,7 @@ class ReducingQwen2_5_VL(Reducing, qwen2_5_vl.Qwen2_5_VLForConditionalGeneration
             multimodal.video_pruning_rate = NO_PRUNING
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.mmtok_config = vllm_config.model_config
+        self._kept_places: tuple[Tensor, Tensor] | None = None
 
     # ---- encoding ----
 
@@ -66,17 +68,17 @@ class ReducingQwen2_5_VL(Reducing, qwen2_5_vl.Qwen2_5_VLForConditionalGeneration
         encoder, sizes = self.visual, image_input["image_grid_thw"].tolist()
         attention = encoder.blocks[max(encoder.fullatt_block_indexes)].attn
         with (
-            outputs_of(encoder.blocks[-1], wanted=True, take=lambda output: output) as last,
-            outputs_of(attention.qkv, wanted=bool(signals), take=lambda output: output[0]) as qkv,
+            watched(encoder.merger.ln_q) as last,
+            watched(attention.qkv, wanted=bool(signals)) as qkv,
         ):
             merged = encoder(image_input["pixel_values"], grid_thw=sizes)
         unit, metadata = encoder.spatial_merge_unit, encoder.prepare_encoder_metadata(sizes)
         order = metadata["reverse_indices"].to(merged.device)  # from the order of windows to that of the image
         counts = [t * h * w // unit for t, h, w in sizes]
-        per_patch = {"features": last[0].squeeze(1)}
+        per_patch = {"features": last[0][0].flatten(0, -2)}  # what the last block gave
         if signals:
             rotary = metadata["rotary_pos_emb_cos"], metadata["rotary_pos_emb_sin"]
-            queries, keys = rotated(attention, qkv[0], rotary)
+            queries, keys = rotated(attention, qkv[0][1], rotary)
             scale = attention.hidden_size_per_attention_head**-0.5
             per_patch |= attention_signals(queries, keys, scale, [n * unit for n in counts], signals)
         per_token = {
@@ -131,7 +133,8 @@ class ReducingQwen2_5_VL(Reducing, qwen2_5_vl.Qwen2_5_VLForConditionalGeneration
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: Any) -> tuple[Tensor, int]:
         """Positions [3, tokens] of a prompt whose images and videos have fewer placeholders than cells.
 
-        Placeholders get those of the first cells, until `recompute_mrope_positions` knows the ones that were kept.
+        Placeholders get the position at which their image or video begins, to which those of their cells are added when
+        it is known which ones were kept.
         """
         lengths = {each.mm_position.offset: each.mm_position.length for each in mm_features}
         parts, at, position = [], 0, 0
@@ -140,7 +143,7 @@ class ReducingQwen2_5_VL(Reducing, qwen2_5_vl.Qwen2_5_VLForConditionalGeneration
             position += offset - at
             cells = np.indices((frames, rows, columns))
             cells[0] = (cells[0] * factor).astype(np.int64)
-            parts.append(cells.reshape(3, -1)[:, : lengths[offset]] + position)
+            parts.append(np.full((3, lengths[offset]), position))
             at, position = offset + lengths[offset], position + int(cells.max()) + 1
         left = len(input_tokens) - at
         parts.append(np.broadcast_to(np.arange(left), (3, left)) + position)
@@ -172,6 +175,25 @@ class ReducingQwen2_5_VL(Reducing, qwen2_5_vl.Qwen2_5_VLForConditionalGeneration
             positions[:, columns] = first[:, None] + from_digits(rows[:, -COLUMNS:]).T.to(positions)
         text_end = int(positions[:, texts[-1]].max()) + 1
         return [rows[:, :-COLUMNS] for rows in multimodal_embeddings], positions, text_end - len(ids)
+
+    def embed_input_ids(
+        self, input_ids: Tensor, multimodal_embeddings: Any = None, *, is_multimodal: Tensor | None = None
+    ) -> Tensor:
+        """As in vLLM; columns of positions that the runner has not taken off are kept for `forward`."""
+        rows = list(multimodal_embeddings) if multimodal_embeddings is not None else []
+        if rows and is_multimodal is not None and rows[0].shape[1] > self.config.text_config.hidden_size:
+            places = torch.cat([from_digits(each[:, -COLUMNS:]) for each in rows])
+            self._kept_places = is_multimodal.nonzero().squeeze(1), places
+            multimodal_embeddings = [each[:, :-COLUMNS] for each in rows]
+        return super().embed_input_ids(input_ids, multimodal_embeddings, is_multimodal=is_multimodal)
+
+    def forward(self, input_ids: Tensor | None, positions: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self._kept_places is not None:
+            columns, places = self._kept_places
+            self._kept_places = None
+            positions = positions.clone()
+            positions[:, columns.to(positions.device)] += places.T.to(positions)
+        return super().forward(input_ids, positions, *args, **kwargs)
 
 
 def as_digits(positions: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -145,14 +145,24 @@ class Clock:
 
 
 @contextmanager
-def outputs_of(module: nn.Module, *, wanted: bool, take: Callable[[Any], Any]) -> Iterator[list[Any]]:
-    """Collects what a module returns while the context is open, if that is wanted. take: applied to each."""
+def watched(module: nn.Module, *, wanted: bool = True) -> Iterator[list[Any]]:
+    """Collects (first argument, first output) of each call of a module while the context is open, if that is wanted.
+
+    Modules that vLLM may compile are called without hooks; watch a layer inside them.
+    """
     seen: list[Any] = []
     if not wanted:
         yield seen
         return
-    handle = module.register_forward_hook(lambda _, args, output: seen.append(take(output)))
+    handle = module.register_forward_hook(
+        lambda _, args, output: seen.append((args[0], output[0] if isinstance(output, tuple) else output))
+    )
     try:
         yield seen
+        if not seen:
+            raise RuntimeError(
+                f"mmtok cannot read the encoder: its {type(module).__name__} was not called as a module; start vLLM "
+                "without a compiled encoder"
+            )
     finally:
         handle.remove()
