@@ -42,8 +42,8 @@ test-newest: .venv/installed-test ## run the tests marked compat with the newest
 	PYTHON=$(PYTHON) .ci/engines/install $*
 
 test-engines: .venv-vllm/installed .venv-lmms/installed ## run the tests with vLLM and lmms-eval, in .venv-vllm and .venv-lmms
-	.venv-vllm/bin/pytest tests/engines/vllm
-	.venv-lmms/bin/pytest tests/engines/lmms
+	.venv-vllm/bin/pytest --confcutdir tests/engines tests/engines/vllm
+	.venv-lmms/bin/pytest --confcutdir tests/engines tests/engines/lmms
 
 check: .venv/installed-test ## lint, format and types
 	$(BIN)/ruff check .
