@@ -17,8 +17,8 @@ import pytest
 os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
-from mmtok_cli.data.samples import Sample
-from mmtok_cli.models.base import VisionLanguageModel
+from mmtok_cli.data.samples import Sample  # noqa: E402
+from mmtok_cli.models.base import VisionLanguageModel  # noqa: E402
 
 
 @dataclass(frozen=True)
