@@ -51,7 +51,18 @@ ALLOWED = {
     "turns": {"evaluation", "timing", "results"},
     "report": SHARED | {"report", "results", "planning", "progress", "settings", "files", "profiles"},
     "integrations": SHARED
-    | {"integrations", "api", "cases", "configuration", "data", "decoding", "environment", "evaluation", "files", "hooks"}
+    | {
+        "integrations",
+        "api",
+        "cases",
+        "configuration",
+        "data",
+        "decoding",
+        "environment",
+        "evaluation",
+        "files",
+        "hooks",
+    }
     | {"image_plan", "methods", "models", "pipeline", "profiles", "results", "settings", "timing"},
     "demo": {"demo", "errors", "models"},
     "tokens": {"errors"},

@@ -2,14 +2,14 @@
 
 Where mmtok is installed beside vLLM, these models reduce the vision tokens of a request that asks for it:
 
-    vllm serve llava-hf/llava-1.5-7b-hf
+    vllm serve llava-hf/llava-1.5-7b-hf --trust-request-mm-kwargs
     curl .../v1/chat/completions -d '{"messages": ..., "mm_processor_kwargs": {"method": "mmtok", "budget": 64}}'
 
 Every other request is answered as without the plug-in. `--mm-processor-kwargs` sets defaults for a server, which the
-`mm_processor_kwargs` of a request override; see `request.Options` for what they may hold. The number of placeholders is
-known before the image is encoded, so scheduling, the KV cache and chunked prefill see the shorter prompt. Method,
-budget and, for methods that read it, the question are part of the hash under which vLLM caches processed images,
-encoder outputs and prompt prefixes.
+`mm_processor_kwargs` of a request override where vLLM is told to trust them; see `request.Options` for what both may
+hold. The number of placeholders is known before the image is encoded, so scheduling, the KV cache and chunked prefill
+see the shorter prompt. Method, budget and, for methods that read it, the question are part of the hash under which vLLM
+caches processed images, encoder outputs and prompt prefixes.
 
 Not supported: methods inside the language model (the KV cache is paged and laid out before the first layer runs),
 methods that make the image smaller, signals that need a second model (the text tower of CLIP), and videos. They are
