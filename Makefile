@@ -5,7 +5,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint .ci/c
 EXAMPLE := mmtok_cli/demo/example.png
 QUESTION ?= What color is the star?
 
-.PHONY: help demo test test-floor test-newest test-engines check lock bench train-demo clean
+.PHONY: help demo test test-floor test-newest test-engines test-vllm test-lmms check lock bench train-demo clean
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -41,9 +41,10 @@ test-newest: .venv/installed-test ## run the tests marked compat with the newest
 	$(PIP) uv
 	PYTHON=$(PYTHON) .ci/engines/install $*
 
-test-engines: .venv-vllm/installed .venv-lmms/installed ## run the tests with vLLM and lmms-eval, in .venv-vllm and .venv-lmms
-	.venv-vllm/bin/pytest --confcutdir tests/engines tests/engines/vllm
-	.venv-lmms/bin/pytest --confcutdir tests/engines tests/engines/lmms
+test-engines: test-vllm test-lmms ## run the tests with vLLM and lmms-eval, in .venv-vllm and .venv-lmms
+
+test-vllm test-lmms: test-%: .venv-%/installed
+	.venv-$*/bin/pytest --confcutdir tests/engines tests/engines/$*
 
 check: .venv/installed-test ## lint, format and types
 	$(BIN)/ruff check .
