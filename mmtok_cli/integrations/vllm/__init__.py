@@ -23,6 +23,7 @@ MODELS = {
     "LlavaForConditionalGeneration": "llava:ReducingLlava",
     "LlavaNextForConditionalGeneration": "llava_next:ReducingLlavaNext",
     "Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl:ReducingQwen2_5_VL",
+    "Qwen3VLForConditionalGeneration": "qwen3_vl:ReducingQwen3VL",
 }
 
 

@@ -21,7 +21,11 @@ from mmtok_cli.pipeline import answer
 
 METHODS = ["full", "mmtok", "divprune", "visionzip", "random", "uniform", "resize:pool"]
 # Multiples of the patches of a token, so that no image is resized: processors with and without torchvision differ.
-SIZES = {"qwen2_5_vl": [(112, 168), (280, 196), (196, 196)], "llava_next": [(168, 84), (84, 168), (168, 168)]}
+SIZES = {
+    "llava_next": [(168, 84), (84, 168), (168, 168)],
+    "qwen2_5_vl": [(112, 168), (280, 196), (196, 196)],
+    "qwen3_vl": [(112, 168), (280, 196), (196, 196)],
+}
 
 
 def picture(size: tuple[int, int], seed: int) -> Image.Image:
