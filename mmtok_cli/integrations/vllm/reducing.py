@@ -36,6 +36,7 @@ class Reducing:
 
     signals: tuple[str, ...] = ()
     mmtok_config: Any  # vLLM's configuration of the model
+    _has_embedded = False
 
     @cached_property
     def layout(self) -> VisionLanguageModel:
@@ -73,6 +74,10 @@ class Reducing:
         self, requests: Sequence[ImageRequest], methods: dict[int, Method], vision: Sequence[VisionTokens]
     ) -> list[Selection]:
         """What is kept of each image. Those of one method are selected together."""
+        if not self._has_embedded:
+            # vLLM compiles its first look-up, which changes settings of the process that no method must be blamed for.
+            self._embed_words(["word"])
+            self._has_embedded = True
         selections = [Selection.everything(tokens) for tokens in vision]
         groups: dict[Any, list[int]] = defaultdict(list)
         for i, method in methods.items():
