@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,11 @@ from mmtok_cli.models.base import VisionLanguageModel  # noqa: E402
 
 @dataclass(frozen=True)
 class Told:
-    """An answer of the engine: its token ids, the length of the prompt, the ids kept of each image that was encoded."""
+    """An answer of the engine: its token ids, the length of the prompt, the log-probability of the first token."""
 
     token_ids: list[int]
     prompt_length: int
+    likelihood: float = field(compare=False)
 
 
 class Engine:
@@ -64,9 +65,13 @@ class Engine:
         """The answers to prompts that are sent at once."""
         from vllm import SamplingParams
 
-        params = SamplingParams(temperature=0, max_tokens=max_new_tokens, ignore_eos=ignore_eos)
+        params = SamplingParams(temperature=0, max_tokens=max_new_tokens, ignore_eos=ignore_eos, logprobs=1)
         answers = self.llm.generate(list(prompts), params, use_tqdm=False)
-        return [Told(list(answer.outputs[0].token_ids), len(answer.prompt_token_ids)) for answer in answers]
+        return [
+            Told(list(answer.token_ids), len(whole.prompt_token_ids), answer.logprobs[0][answer.token_ids[0]].logprob)
+            for whole in answers
+            for answer in whole.outputs
+        ]
 
     def recorded(self) -> list[dict[str, Any]]:
         """Each image that was encoded, in order: its name, the method, and the indices that were kept."""

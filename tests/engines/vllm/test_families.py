@@ -53,22 +53,27 @@ def samples(family: str) -> list[Sample]:
     ]
 
 
-def expected(model: VisionLanguageModel, name: str, sample: Sample, budget: str) -> tuple[list[int], list[list[int]]]:
+def expected(
+    model: VisionLanguageModel, name: str, sample: Sample, budget: str
+) -> tuple[list[int], list[list[int]], float]:
+    """Token ids, the indices kept of each image, and the log-probability of the first token."""
     method = configured_method(name, model.name)
     wanted = Budget.parse(budget) if method.takes_budget else None
     answers = answer(model, method, [sample], wanted, max_new_tokens=6, ignore_eos=True)
-    return answers.token_ids[0].tolist(), [selection.indices.tolist() for selection in answers.reduced.selections]
+    kept = [selection.indices.tolist() for selection in answers.reduced.selections]
+    return answers.token_ids[0].tolist(), kept, float(answers.first_logits[0].log_softmax(-1).max())
 
 
 @pytest.mark.parametrize("budget", ["25%", "6"])
 @pytest.mark.parametrize("name", METHODS)
 def test_answers_and_indices(engine: Engine, name: str, budget: str) -> None:
     for sample in samples(engine.model.family):
-        tokens, kept = expected(engine.model, name, sample, budget)
+        tokens, kept, likelihood = expected(engine.model, name, sample, budget)
         engine.forget()
         asked = {"method": name, "budget": budget, "question": sample.question, "image_ids": list(sample.image_ids)}
         prompt = engine.prompt(sample, **asked)
-        assert [told.token_ids for told in engine.ask([prompt], 6, ignore_eos=True)] == [tokens]
+        (told,) = engine.ask([prompt], 6, ignore_eos=True)
+        assert told.token_ids == tokens and told.likelihood == pytest.approx(likelihood, abs=1e-4)
         if name != "full":
             assert [image["kept"] for image in engine.recorded()] == kept
         assert [told.token_ids for told in engine.ask([prompt], 6, ignore_eos=True)] == [tokens]  # from caches
@@ -79,7 +84,7 @@ def test_requests_of_all_kinds_at_once(engine: Engine) -> None:
     prompts, alone = [], []
     for sample in samples(engine.model.family):
         for name in METHODS:
-            tokens, _ = expected(engine.model, name, sample, "25%")
+            tokens, _, _ = expected(engine.model, name, sample, "25%")
             asked = {"method": name, "budget": "25%", "question": sample.question, "image_ids": list(sample.image_ids)}
             prompts.append(engine.prompt(sample, **asked))
             alone.append(tokens)
