@@ -342,6 +342,17 @@ class PruneSettings(PartSettings, OneCaseSettings):
     """What `mmtok prune` does."""
 
 
+class LmmsSettings(PartSettings, OneCaseSettings):
+    """What `--model_args` of lmms-eval can say of the model `mmtok`."""
+
+    batch_size: Annotated[int, Option(panel=MEASUREMENT)] = Field(
+        1, ge=1, le=LARGEST_BATCH, description="Batch size: that of lmms-eval's --batch_size."
+    )
+    cost_path: Annotated[Path | None, Option(panel=MEASUREMENT)] = Field(
+        None, description="File of the cost records (.jsonl). Default: beside the results in lmms-eval's --output_path."
+    )
+
+
 class MethodsSettings(Settings):
     """Several methods at several budgets."""
 
