@@ -12,7 +12,10 @@ from mmtok_cli.cli.options import ExportOption, JsonOption, QuietOption
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run directories of `mmtok compare`, or output folders of lmms-eval.", show_default=False)],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="Run directories of `mmtok compare`, or output folders of lmms-eval.", show_default=False),
+    ],
     files: ExportOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,

@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.table import Table
@@ -36,11 +37,19 @@ class ScoreRow:
     def cost(self) -> MeanCost | None:
         return self.evaluation.costs.get(self.score.task)
 
+    def of_cost(self, value: Callable[[MeanCost], float]) -> float | None:
+        """A mean cost; None without cost records."""
+        return value(self.cost) if self.cost else None
+
     @property
     def metric(self) -> str:
         """The metric, with the filter if it is not the usual one."""
         usual = self.score.filter in ("none", "")
         return self.score.metric if usual else f"{self.score.metric} ({self.score.filter})"
+
+
+def _seconds_of(stage: str, row: ScoreRow) -> float | None:
+    return row.of_cost(lambda cost: cost.seconds[stage])
 
 
 CSV_COLUMNS: tuple[tuple[str, Callable[[ScoreRow], Value]], ...] = (
@@ -52,13 +61,10 @@ CSV_COLUMNS: tuple[tuple[str, Callable[[ScoreRow], Value]], ...] = (
     ("samples", lambda row: row.score.samples),
     ("score", lambda row: row.score.value),
     ("retention", lambda row: row.score.retention),
-    ("kept_tokens", lambda row: row.cost and row.cost.kept),
-    ("total_tokens", lambda row: row.cost and row.cost.total),
-    *(
-        (f"{stage}_mean_s", lambda row, stage=stage: row.cost and row.cost.seconds[stage])  # type: ignore[misc]
-        for stage in COST_STAGES
-    ),
-    ("kv_cache_bytes", lambda row: row.cost and row.cost.kv_cache),
+    ("kept_tokens", lambda row: row.of_cost(lambda cost: cost.kept)),
+    ("total_tokens", lambda row: row.of_cost(lambda cost: cost.total)),
+    *((f"{stage}_mean_s", partial(_seconds_of, stage)) for stage in COST_STAGES),
+    ("kv_cache_bytes", lambda row: row.of_cost(lambda cost: cost.kv_cache)),
     ("results", lambda row: row.evaluation.path),
 )
 

@@ -101,4 +101,3 @@ def read_costs(path: Path) -> tuple[CostHeader, list[SampleCost]]:
     header = parsed(path, first, CostHeader, hint)
     places = ((Path(f"{path}, line {number}"), line) for number, line in enumerate(rest, 2))
     return header, [parsed(place, line, SampleCost, hint) for place, line in places]
-

@@ -83,7 +83,7 @@ class Evaluation(Record):
     environment: Environment | None = None
     scores: list[TaskScore]
     cost: MeanCost | None = None
-    costs: dict[str, MeanCost] = {}
+    costs: dict[str, MeanCost] = Field(default={})
     retention: float | None = None
 
     @property
@@ -96,7 +96,7 @@ class Evaluations(Record):
 
     schema_: Literal["mmtok.evaluations/1"] = Field(default="mmtok.evaluations/1", alias="schema")
     evaluations: list[Evaluation]
-    remarks: list[str] = []
+    remarks: list[str] = Field(default=[])
 
 
 def holds_evaluations(path: Path) -> bool:
@@ -114,7 +114,8 @@ def read_evaluations(paths: Sequence[Path]) -> Evaluations:
         files = list(_files(path, RESULTS))
         if not files:
             raise MMTokError(
-                f"{path} has no results of lmms-eval (…{RESULTS})", "evaluate with --output_path, or name another folder"
+                f"{path} has no results of lmms-eval (…{RESULTS})",
+                "evaluate with --output_path, or name another folder",
             )
         costs = [read_costs(file) for file in _files(path, SUFFIX)]
         found += [_evaluation(file, costs) for file in files]
@@ -125,7 +126,9 @@ def read_evaluations(paths: Sequence[Path]) -> Evaluations:
     kept = _distinct(sorted(newest.values(), key=lambda one: (not one.is_baseline, one.date)))
     remarks = []
     if len(kept) < len(found):
-        remarks.append(f"of evaluations of the same case and tasks, the last is shown: {len(found) - len(kept)} are not")
+        remarks.append(
+            f"of evaluations of the same case and tasks, the last is shown: {len(found) - len(kept)} are not"
+        )
     if without := [one.label for one in kept if one.cost is None]:
         remarks.append(f"without cost records: {', '.join(without)}")
     done = [_with_retention(one, kept) for one in kept]

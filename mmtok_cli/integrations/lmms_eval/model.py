@@ -24,7 +24,6 @@ from lmms_eval.utils import get_datetime_str, sanitize_model_name
 from rich.console import Console
 from rich.progress import Progress as ProgressBar
 
-from mmtok_cli.cases import Case
 from mmtok_cli.configuration import configured_model, one_case, with_writer
 from mmtok_cli.data.samples import Sample, batches
 from mmtok_cli.decoding import answer_mask
@@ -44,7 +43,6 @@ from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.pipeline import answer_reduced
 from mmtok_cli.progress import Progress
 from mmtok_cli.results.costs import SUFFIX, CostFile, CostHeader, SampleCost, require_new_file
-from mmtok_cli.settings import LmmsSettings
 from mmtok_cli.timing.clock import Clock
 
 

@@ -191,7 +191,8 @@ def choice_of(request: Any, documents: Mapping[str, Any]) -> tuple[Sample, str]:
     """
     if len(request.args) != 6:
         raise MMTokError(
-            "the likelihood of a text without its document is not supported", "choose another metric than acc_mutual_info"
+            "the likelihood of a text without its document is not supported",
+            "choose another metric than acc_mutual_info",
         )
     place = Place.of(request)
     document = document_of(place, documents)
