@@ -136,17 +136,17 @@ class SimpleModel(lmms):
             self._log(answers)
             return found
 
-    def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: Sequence[Instance]) -> list[GenerationResult]:
         """The loss of each continuation, and whether it is what the model would generate.
 
         The loss is the mean negative log-likelihood of the continuation's tokens, of which lmms-eval's tasks take the
-        least, as its own models return it.
+        least, as its own models return it. Each pair is wrapped: lmms-eval 0.7.3 makes a text of a bare one.
         """
         with one_clear_line():
             found = []
             with self._advancing(len(requests)) as bar:
                 for request in requests:
-                    found.append(self._loss(request))
+                    found.append(GenerationResult(self._loss(request)))
                     bar.advance(bar.task_ids[0])
             return found
 

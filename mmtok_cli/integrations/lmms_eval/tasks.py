@@ -92,16 +92,30 @@ class Task:
         tried = [
             self.metrics_of(request, answer)
             for request in self.source.instances[:PROBED]
-            for answer in (str(self.source.doc_to_target(self._document(request))), "")
+            for answer in (self._right_answer(request), "")
         ]
         for metric in tried[0]:
             values = [each[metric] for each in tried if metric in each]
             single = [self.aggregated(metric, [value]) for value in values]
             numbers = [number for number in single if number is not None and 0 <= number <= 1]
             whole = self.aggregated(metric, values)
-            if len(numbers) == len(tried) and whole is not None and abs(whole - fmean(numbers)) < CLOSE:
+            if len(numbers) < len(tried) or whole is None or abs(whole - fmean(numbers)) >= CLOSE:
+                continue
+            if min(numbers) < max(numbers) or self._is_usual_mean(metric[0]):  # equal numbers show nothing
                 return metric
         return None
+
+    def _is_usual_mean(self, metric: str) -> bool:
+        from lmms_eval.api.registry import get_aggregation
+
+        return self.source.aggregation()[metric] is get_aggregation("mean")
+
+    def _right_answer(self, request: Any) -> str:
+        document = self._document(request)
+        target = self.source.doc_to_target(document)
+        if isinstance(target, int) and self.source.config.doc_to_choice is not None:
+            target = self.source.doc_to_choice(document)[target]
+        return str(target[0] if isinstance(target, list) and target else target)
 
     def _document(self, request: Any) -> Any:
         return document_of(Place.of(request), self.documents)
