@@ -107,6 +107,6 @@ def _listed(text: str) -> list[str]:
 
 def _as_argument(text: str) -> str:
     """What a message says of options, said of arguments: `budget` in place of `--budget`."""
-    text = text.replace("`--help` explains every option", HELP)
     text = re.sub(r"(as in|use|add) --([a-z-]+) (?=[^\s,])", r"\1 \2=", text)
-    return re.sub(r"(?<![\w`])--([a-z][a-z-]+)", r"\1", text)
+    text = re.sub(r"(?<![\w`])--([a-z][a-z-]+)", r"\1", text)
+    return text.replace("`--help` explains every option", HELP)

@@ -72,7 +72,8 @@ def _require_greedy(do_sample: Any, temperature: Any, beams: Any) -> None:
             raise MMTokError(f"{name}={value!r} is not a number", GREEDY)
     warm = temperature is not None and temperature > 0
     if (do_sample and (warm or temperature is None)) or (do_sample is None and warm):
-        raise MMTokError("answers would be sampled" + f" (temperature {temperature:g})" * warm, GREEDY)
+        heat = f" (temperature {temperature:g})" if warm else ""
+        raise MMTokError(f"answers would be sampled{heat}", GREEDY)
     if beams is not None and beams > 1:
         raise MMTokError(f"answers would be searched for with {beams} beams", GREEDY)
 
