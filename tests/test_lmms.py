@@ -77,6 +77,12 @@ def test_arguments_from_python_have_types() -> None:
         ("pretrained=x", "no argument 'pretrained'", "did you mean model?"),
         ("zzz=4", "no argument 'zzz'", "It has attention, "),
         ("budget", "'budget' in --model_args is not name=value", "method=mmtok,budget=64"),
+        (
+            "method=mmtok,random",
+            "'random' in --model_args is not name=value",
+            "`mmtok compare --tasks` compares several",
+        ),
+        ("max_new_tokens=4", "max-new-tokens is set by the task", "--gen_kwargs"),
         ("=4", "is not name=value", ""),
         ("budget=4,budget=4", "--model_args has budget twice", "once"),
         ("budget=-1", "'-1' is not a budget", "10%"),
@@ -261,12 +267,12 @@ def header(method: str, budget: str | None, arguments: str, started: str, **more
     )
 
 
-def cost(task: str, number: int, kept: int) -> SampleCost:
+def cost(task: str, number: int, kept: int, *, short: bool = False) -> SampleCost:
     return SampleCost(
         task=task,
         doc_id=number,
         request="generate_until",
-        tokens=TokenCounts(576, kept, 10, float(kept)),
+        tokens=TokenCounts(576, kept, 10, float(kept), short),
         new_tokens=2,
         seconds={**STAGES, "total": 0.038},
         kv_cache=4096.0,
@@ -289,12 +295,12 @@ def write(tmp_path: Path) -> Callable[..., Path]:
         folder.mkdir(parents=True, exist_ok=True)
         arguments = f"model=demo,method={method}" + (f",budget={budget}" if budget else "")
         date, started = (f"20260101_1200{minute:02d}", f"20260101_1200{minute + 1:02d}")
-        processes = more.pop("processes", 1)
+        processes, short = more.pop("processes", 1), more.pop("short", False)
         (folder / f"{date}_results.json").write_text(results(arguments, date, scores, **more.pop("results", {})))
         for process in range(processes):
             head = header(method, budget, arguments, started, process=process, processes=processes, **more)
             file = CostFile(folder / f"{started}-{process}_costs.jsonl", head)
-            file.add([cost(task, process, kept) for task in scores])
+            file.add([cost(task, process, kept, short=short) for task in scores])
         return tmp_path / "out"
 
     return one
@@ -337,6 +343,11 @@ def test_what_cannot_be_compared_has_no_retention(write: Callable[..., Path]) ->
     assert found.evaluations[1].scores[0].retention is None and "no retention for mmtok @ 64" in found.remarks[0]
 
 
+def test_budgets_that_were_not_met_are_pointed_out(write: Callable[..., Path]) -> None:
+    found = read_evaluations([write("mmtok", "64", 0, {"birds": {"acc,none": 0.6}}, short=True)])
+    assert "mmtok @ 64: 1 of 1 samples keep fewer tokens than the budget says" in found.remarks
+
+
 def test_less_is_better(write: Callable[..., Path]) -> None:
     worse = {"higher_is_better": {"birds": {"error": False}}}
     write("mmtok", "64", 0, {"birds": {"error,none": 0.6}}, results=worse)
@@ -354,7 +365,7 @@ def test_the_last_of_the_same_evaluations_counts(write: Callable[..., Path]) -> 
         "mmtok @ 64 (alpha 0.25)": 0.3,
         "mmtok @ 64 (alpha 0.5)": 0.4,
     }
-    assert "1 are not" in found.remarks[0] or "1 is not" in found.remarks[0]
+    assert "the last is shown, 1 older not" in found.remarks[0]
 
 
 def test_the_report_shows_and_exports_evaluations(write: Callable[..., Path], tmp_path: Path) -> None:

@@ -145,6 +145,11 @@ def note_lines(found: Evaluations) -> list[str]:
         notes.append(
             "retention: score / that of method=full; among the costs, the mean over tasks of that of their first metric"
         )
+    if sum(one.cost is not None for one in found.evaluations) > 1:
+        notes.append(
+            "times are of evaluations one after another, in which the machine may have changed: `mmtok compare` runs "
+            "methods in turns and gives intervals"
+        )
     models = {(one.environment.weights, one.environment.layers) for one in found.evaluations if one.environment}
     if any(weights == "random" or layers for weights, layers in models):
         notes.append("some were run with random weights or a part of the layers: their scores mean nothing")

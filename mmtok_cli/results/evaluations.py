@@ -57,9 +57,11 @@ class TaskScore(Record):
 
 
 class MeanCost(Record):
-    """What a sample of one task, or of all, cost: means. seconds: by stage, and `ttft` and `total`."""
+    """What a sample of one task, or of all, cost: means. seconds: by stage, and `ttft` and `total`. short: how many
+    samples keep fewer tokens than the budget says."""
 
     samples: int
+    short: int = 0
     kept: float
     total: float
     seconds: dict[str, float]
@@ -126,11 +128,14 @@ def read_evaluations(paths: Sequence[Path]) -> Evaluations:
     kept = _distinct(sorted(newest.values(), key=lambda one: (not one.is_baseline, one.date)))
     remarks = []
     if len(kept) < len(found):
-        remarks.append(
-            f"of evaluations of the same case and tasks, the last is shown: {len(found) - len(kept)} are not"
-        )
+        remarks.append(f"evaluations of the same case and tasks: the last is shown, {len(found) - len(kept)} older not")
     if without := [one.label for one in kept if one.cost is None]:
         remarks.append(f"without cost records: {', '.join(without)}")
+    remarks += [
+        f"{one.label}: {one.cost.short} of {one.cost.samples} samples keep fewer tokens than the budget says"
+        for one in kept
+        if one.cost and one.cost.short
+    ]
     done = [_with_retention(one, kept) for one in kept]
     lacking = [one.label for one in done if not one.is_baseline and all(s.retention is None for s in one.scores)]
     if lacking:
@@ -237,6 +242,7 @@ def _mean(costs: Sequence[SampleCost]) -> MeanCost | None:
     stages = [*STAGES, "ttft", "total"]
     return MeanCost(
         samples=len(costs),
+        short=sum(cost.tokens.short for cost in costs),
         kept=fmean(cost.tokens.kept for cost in costs),
         total=fmean(cost.tokens.total for cost in costs),
         seconds={stage: fmean(cost.seconds.get(stage, 0.0) for cost in costs) for stage in stages},

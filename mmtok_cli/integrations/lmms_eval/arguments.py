@@ -35,7 +35,10 @@ def parse_arguments(text: str) -> dict[str, Any]:
             continue
         name, equals, value = (each.strip() for each in part.partition("="))
         if not equals or not name:
-            raise MMTokError(f"{part!r} in --model_args is not name=value", "as in method=mmtok,budget=64")
+            raise MMTokError(
+                f"{part!r} in --model_args is not name=value",
+                "as in method=mmtok,budget=64: one method at one budget; `mmtok compare --tasks` compares several",
+            )
         key, value = _key(name), _unquoted(value)
         if key == SET:
             found[key] = [*found.get(key, []), *_listed(value)]
@@ -73,6 +76,8 @@ def settings_of(arguments: Mapping[str, Any]) -> LmmsSettings:
 
 
 def _unknown(name: str, known: list[str]) -> MMTokError:
+    if _key(name) == "max-new-tokens":
+        return MMTokError(f"{name} is set by the task, not in --model_args", "change it with --gen_kwargs")
     near = difflib.get_close_matches(_key(name), known, n=1, cutoff=0.5)
     meant = [ELSEWHERE_CALLED[_key(name)]] if _key(name) in ELSEWHERE_CALLED else near
     hint = f"did you mean {meant[0]}? " if meant else ""

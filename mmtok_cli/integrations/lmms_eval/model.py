@@ -107,6 +107,7 @@ class SimpleModel(lmms):
         """Answer each request, in batches of requests with the same generation arguments."""
         with one_clear_line():
             generations = [generation_of(request) for request in requests]  # before anything slow happens
+            self._check_budget(sample_of(request, self.task_dict) for request in requests)
             answers: list[Answered] = []
             with self._advancing(len(requests)) as bar:
                 for generation, group in groupby(zip(generations, requests, strict=True), lambda pair: pair[0]):
@@ -143,6 +144,7 @@ class SimpleModel(lmms):
         least, as its own models return it. Each pair is wrapped: lmms-eval 0.7.3 makes a text of a bare one.
         """
         with one_clear_line():
+            self._check_budget(choice_of(request, self.task_dict)[0] for request in requests)
             found = []
             with self._advancing(len(requests)) as bar:
                 for request in requests:
@@ -152,6 +154,12 @@ class SimpleModel(lmms):
 
     def clean(self) -> None:
         """Keep the model, which lmms-eval may ask again."""
+
+    def _check_budget(self, samples: Iterable[Sample]) -> None:
+        """Refuse a budget that none of the samples can meet, as `mmtok compare` does. One of several processes has only
+        a part of them and does not know."""
+        if self._world_size == 1:
+            self._case.check(self._vlm, samples)
 
     def _answer_requests(self, requests: Sequence[Instance], generation: Generation) -> list[Answered]:
         places = [Place.of(request) for request in requests]

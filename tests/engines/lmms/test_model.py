@@ -148,6 +148,7 @@ def test_images_among_text_and_stop_strings(evaluate: Evaluate, tasks: Path) -> 
         ("method=mmtokk", TASK, {}, ("mmtokk", "did you mean")),
         ("method", TASK, {}, ("'method' in --model_args is not name=value",)),
         ("budget=4,budget=5", TASK, {}, ("budget twice",)),
+        ("budget=577", TASK, {}, ("mmtok @ 577", "more than the 576 vision tokens")),
         ("budget=0", TASK, {}, ("a budget of 0 keeps no vision token",)),
         ("seed=x", TASK, {}, ("seed: ", "'x'")),
         ("set=fastv.layer=2", TASK, {}, ("fastv is not among the methods",)),

@@ -69,7 +69,6 @@ def test_missing_scores_are_computed_when_a_run_is_resumed(run: tuple[Path, Comp
     [
         ({"tasks": ["mmtok_dmeo"]}, "no task 'mmtok_dmeo'"),
         ({"tasks": ["demo_choice"]}, "asks for multiple_choice"),
-        ({"tasks": ["demo_rounds"]}, "asks for generate_until_multi_round"),
         ({"tasks": ["demo_sampled"]}, "answers would be sampled"),
         ({"tasks": ["demo_without_image"]}, "no image"),
         ({"tasks": [TASK], "include_path": Path("nowhere")}, "nowhere is not a folder"),
