@@ -16,7 +16,7 @@ from PIL import Image
 from mmtok_cli.budget import TokenCounts
 from mmtok_cli.data.images import image_name
 from mmtok_cli.errors import MMTokError
-from mmtok_cli.integrations.lmms_eval.arguments import parse_arguments, settings_of
+from mmtok_cli.integrations.lmms_eval.arguments import merged, parse_arguments, settings_of
 from mmtok_cli.integrations.lmms_eval.requests import (
     Generation,
     Place,
@@ -63,6 +63,19 @@ def test_arguments_are_the_options_of_one_case() -> None:
 )
 def test_arguments_are_read_as_options_are(text: str, fields: dict[str, Any]) -> None:
     assert settings_of(parse_arguments(text)) == LmmsSettings.of(**fields)
+
+
+def test_options_of_lmms_eval_join_the_arguments() -> None:
+    def join(text: str, **options: Any) -> LmmsSettings:
+        return settings_of(merged(parse_arguments(text), {"max_batch_size": None, **options}))
+
+    assert join("", batch_size="4", device="cpu") == LmmsSettings.of(batch_size=4, device="cpu")
+    assert join("batch_size=4", batch_size=1, device=None).batch_size == 4
+    assert join("batch_size=4", batch_size="4").batch_size == 4
+    with pytest.raises(MMTokError, match="--batch_size is 2, and --model_args has batch_size=4"):
+        join("batch_size=4", batch_size="2")
+    with pytest.raises(MMTokError, match="--device is cuda, and --model_args has device=cpu"):
+        join("device=cpu", device="cuda")
 
 
 def test_arguments_from_python_have_types() -> None:

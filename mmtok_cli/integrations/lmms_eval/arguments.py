@@ -49,6 +49,23 @@ def parse_arguments(text: str) -> dict[str, Any]:
     return found
 
 
+def merged(arguments: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments with lmms-eval's own options of the same names: its --batch_size and --device.
+
+    options: None stands for one that was not given, as does a batch size of 1, lmms-eval's default. Raises MMTokError
+    for one that is not what an argument says.
+    """
+    found = dict(arguments)
+    for name, value in options.items():
+        if value is None or name == "max_batch_size":
+            continue
+        key = _key(name)
+        before = found.setdefault(key, value)
+        if str(before) != str(value) and (name, value) != ("batch_size", 1):
+            raise MMTokError(f"--{name} is {value}, and --model_args has {name}={before}", "give it once")
+    return found
+
+
 def settings_of(arguments: Mapping[str, Any]) -> LmmsSettings:
     """The settings that arguments name, with the defaults of the others; None stands for a default.
 

@@ -30,7 +30,7 @@ from mmtok_cli.decoding import answer_mask
 from mmtok_cli.environment import environment_of
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.evaluation.predictions import logits_after
-from mmtok_cli.integrations.lmms_eval.arguments import parse_arguments, settings_of
+from mmtok_cli.integrations.lmms_eval.arguments import merged, parse_arguments, settings_of
 from mmtok_cli.integrations.lmms_eval.requests import (
     Generation,
     Place,
@@ -86,13 +86,7 @@ class SimpleModel(lmms):
         """The model for lmms-eval's command line. A fault of the user's input is one clear line on standard error, and
         the status of the process 2."""
         with one_clear_line():
-            arguments = parse_arguments(arg_string)
-            for name, value in (additional_config or {}).items():
-                if value is None or name == "max_batch_size":
-                    continue
-                if name in arguments and str(value) != arguments[name] and not (name == "batch_size" and value == 1):
-                    raise MMTokError(f"--{name} is {value}, and --model_args has {name}={arguments[name]}", "give one")
-                arguments.setdefault(name, value)
+            arguments = merged(parse_arguments(arg_string), additional_config or {})
             return cls(**arguments, model_args=arg_string)
 
     @property
