@@ -76,6 +76,8 @@ class SimpleModel(lmms):
         self.accelerator = Accelerator()  # before the model is loaded, which goes to the device of this process
         self._rank = self.accelerator.process_index
         self._world_size = self.accelerator.num_processes
+        if self.settings.device_map is not None and self._world_size > 1:
+            raise MMTokError("device-map gives all GPUs to one process, and there are several", "omit device_map")
         progress = Progress()
         self._vlm = configured_model(self.settings, progress, self.settings.layers)
         (self._case,) = with_writer([replace(case, batch_size=self.settings.batch_size)], self.settings, progress)
