@@ -42,6 +42,7 @@ from mmtok_cli.progress import Progress
 from mmtok_cli.results.progress import (
     Remaining,
     RemainingConversations,
+    evaluated_batches,
     is_finished,
     is_timed,
     left_to_converse,
@@ -139,7 +140,7 @@ class ComparisonRun:
         if self.resume:
             with RunDirectory.resume(self.directory) as store:
                 self._tell_failures(store)
-                if is_finished(store) and not (self.overlays and not has_overlays(self.directory)):
+                if is_finished(store) and not self._lacks_output(store):
                     self.progress.note(f"run {self.directory} is already complete")
                     processes.tell([None])
                     if store.plan.options.turns:
@@ -177,6 +178,8 @@ class ComparisonRun:
             talks = None if stopped else left_to_converse(store)
             stopped_too = self._until_stopped(store, lambda: self._converse(prepared, talks, processes, store))
         stopped = stopped or stopped_too
+        if not stopped and self._lacks_task_scores(store):
+            stopped = self._until_stopped(store, lambda: self._score_tasks(prepared, store))
         if not stopped and self.overlays:
             stopped = self._until_stopped(store, lambda: self._draw(prepared, store))
         comparison = summarise_run(store)
@@ -211,6 +214,20 @@ class ComparisonRun:
                 self._how_to_resume()
             raise
         return None
+
+    def _lacks_output(self, store: RunDirectory) -> bool:
+        """Whether something is left to be made of a run that is measured."""
+        return (self.overlays and not has_overlays(self.directory)) or self._lacks_task_scores(store)
+
+    def _lacks_task_scores(self, store: RunDirectory) -> bool:
+        return self.settings.tasks is not None and self.settings.measures_quality and store.task_scores is None
+
+    def _score_tasks(self, prepared: Prepared, store: RunDirectory) -> None:
+        """Let the tasks score the answers of each case."""
+        from mmtok_cli.integrations.lmms_eval.tasks import score_tasks  # an extra
+
+        with self.progress.task("scoring by task"):
+            store.add_task_scores(score_tasks(prepared.dataset.samples, evaluated_batches(store), store.key))
 
     def _draw(self, prepared: Prepared, store: RunDirectory) -> None:
         """Draw the kept tokens."""
@@ -325,14 +342,7 @@ def prepare_comparison(
     for case in cases:
         for policy in settings.turns or ():
             require_policy(case.method, policy)
-    dataset = open_dataset(
-        settings.data,
-        image_root=settings.image_root,
-        limit=settings.sample_limit,
-        question=settings.question,
-        columns=column_names(settings.columns),
-        find_metric=settings.metric is None,
-    )
+    dataset = _dataset(settings, progress)
     if not settings.turns:  # only the first question of a conversation counts
         dataset = replace(dataset, samples=[replace(s, later=()) if s.later else s for s in dataset.samples])
     dataset = with_metric(dataset, settings.metric)
@@ -346,6 +356,23 @@ def prepare_comparison(
     if settings.layers is not None and not settings.no_quality:
         progress.note("--layers runs a part of the model, so answers are not evaluated")
     return Prepared(model, cases, dataset)
+
+
+def _dataset(settings: CompareSettings, progress: Progress) -> Dataset:
+    """The samples of --tasks or --data. Raises MMTokError where there is none."""
+    if settings.tasks is None:
+        return open_dataset(
+            settings.data,
+            image_root=settings.image_root,
+            limit=settings.sample_limit,
+            question=settings.question,
+            columns=column_names(settings.columns),
+            find_metric=settings.metric is None,
+        )
+    from mmtok_cli.integrations.lmms_eval.tasks import open_tasks  # an extra
+
+    with progress.task(f"loading {', '.join(settings.tasks)}"):
+        return open_tasks(settings.tasks, settings.sample_limit, settings.include_path)
 
 
 def require_same_settings(then: CompareSettings, now: CompareSettings, given: Collection[str], directory: Path) -> None:

@@ -100,6 +100,8 @@ def comparison_inputs(settings: CompareSettings, run: Path, outputs: Sequence[Ou
 
     inputs = model_inputs(settings.model)
     inputs.runs.append(run)
+    if settings.include_path is not None:
+        inputs.directories.append(settings.include_path)
     name = parse_name(settings.data)
     for path in name.paths:
         if _kind(path) == "file":

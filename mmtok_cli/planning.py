@@ -130,6 +130,7 @@ def with_absolute_paths(settings: CompareSettings) -> CompareSettings:
             "model": model,
             "data": absolute_data(settings.data),
             "image_root": None if root is None else Path(_absolute(str(root))),
+            "include_path": None if settings.include_path is None else Path(_absolute(str(settings.include_path))),
         }
     )
 

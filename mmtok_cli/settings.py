@@ -188,6 +188,13 @@ def column_names(text: str | None) -> dict[str, str]:
     return names
 
 
+def _tasks(value: Any) -> Any:
+    names = _split(value)
+    if names == ():
+        raise MMTokError("--tasks names no task", "as in --tasks pope,gqa; `lmms-eval tasks list` lists them")
+    return names
+
+
 def _group(value: str | None) -> str | None:
     if value not in (None, "kind"):
         raise MMTokError(f"--by {value!r} is not a way to group questions", "use --by kind, or omit it")
@@ -198,6 +205,7 @@ Retained = Annotated[str | None, BeforeValidator(_share)]
 Methods = Annotated[tuple[str, ...], BeforeValidator(_methods)]
 Budgets = Annotated[tuple[str, ...], BeforeValidator(_budgets)]
 TurnPolicies = Annotated[tuple[TurnPolicy, ...], BeforeValidator(_turn_policies)]
+Tasks = Annotated[tuple[str, ...], BeforeValidator(_tasks)]
 BatchSizes = Annotated[tuple[int, ...], BeforeValidator(_batch_sizes)]
 
 
@@ -340,6 +348,17 @@ class InferSettings(OneCaseSettings):
 
 class PruneSettings(PartSettings, OneCaseSettings):
     """What `mmtok prune` does."""
+
+
+class LmmsSettings(PartSettings, OneCaseSettings):
+    """What `--model_args` of lmms-eval can say of the model `mmtok`."""
+
+    batch_size: Annotated[int, Option(panel=MEASUREMENT)] = Field(
+        1, ge=1, le=LARGEST_BATCH, description="Batch size: that of lmms-eval's --batch_size."
+    )
+    cost_path: Annotated[Path | None, Option(panel=MEASUREMENT)] = Field(
+        None, description="File of the cost records (.jsonl). Default: beside the results in lmms-eval's --output_path."
+    )
 
 
 class MethodsSettings(Settings):
@@ -528,12 +547,21 @@ class CompareSettings(CasesSettings):
     )
     metric: Annotated[str | None, Option(panel=DATA, metavar="NAME")] = Field(
         None,
-        description="Metric that judges the answers: exact, yes-no (POPE), mme, vqav2, textvqa, anls (DocVQA), choice "
-        "or relaxed (ChartQA). Default: that of the dataset.",
+        description="Metric that judges the answers: exact, yes-no (POPE), mme, vqav2, textvqa, anls (DocVQA), choice, "
+        "relaxed (ChartQA) or task (that of --tasks). Default: that of the dataset.",
     )
     columns: Annotated[str | None, AfterValidator(_column_names), Option(panel=DATA, metavar="FIELD=NAME,…")] = Field(
         None,
         description="Names that the data uses for image, question, questions, answer, answers, choices, id and kind.",
+    )
+
+    tasks: Annotated[Tasks | None, Option(panel=DATA, metavar="NAME,…")] = Field(
+        None,
+        description="Evaluate on tasks of lmms-eval, in place of --data: prompts, lengths of answers and scores are "
+        "those of each task. --limit counts for each task. Needs mmtok[lmms].",
+    )
+    include_path: Annotated[Path | None, Option(panel=DATA)] = Field(
+        None, description="Folder with further tasks for --tasks, as for lmms-eval."
     )
 
     @property
@@ -559,6 +587,7 @@ class CompareSettings(CasesSettings):
     @model_validator(mode="after")
     def _agree(self) -> Self:
         """Raises MMTokError for options that exclude each other."""
+        self._require_tasks_alone()
         if self.by and not self.retain:
             raise MMTokError("--by requires --retain", "add --retain, as in --retain 98%")
         if self.retain and not self.measures_quality:
@@ -583,9 +612,20 @@ class CompareSettings(CasesSettings):
             require_selections(self.turns or ())
         return self
 
+    def _require_tasks_alone(self) -> None:
+        """Raises MMTokError for options about other data than the tasks."""
+        if self.tasks is None:
+            if self.include_path is not None:
+                raise MMTokError("--include-path requires --tasks", "add --tasks, as in --tasks pope")
+            return
+        for name in ("data", "image_root", "question", "metric", "columns", "retain", "turns"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                option = option_name(type(self), name)
+                raise MMTokError(f"--tasks and {option} contradict each other", f"omit {option}, or --tasks")
+
     @property
     def sample_limit(self) -> int:
-        """Maximum number of samples."""
+        """Maximum number of samples; with --tasks, of each task."""
         return self.limit or (USUAL_LIMIT if self.retain is None else SEARCH_LIMIT)
 
     @property

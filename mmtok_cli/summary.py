@@ -8,6 +8,8 @@ from mmtok_cli.evaluation.summary import (
     left_out,
     metric_remarks,
     summarise_evaluation,
+    summarise_tasks,
+    task_remarks,
     unevaluated_cases,
 )
 from mmtok_cli.results.progress import is_finished, require_flops, whole_rounds
@@ -39,8 +41,9 @@ def summarise_run(store: RunDirectory) -> Comparison:
         run_directory=str(store.path),
         unevaluated=unevaluated_cases(store),
         turns=summarise_turns(store),
+        tasks=summarise_tasks(store),
         left_out=[*left_out(store), *left_out_conversations(store)],
-        remarks=[*metric_remarks(store), *failed_conversations(store)],
+        remarks=[*metric_remarks(store), *task_remarks(store), *failed_conversations(store)],
         machine=summarise_machine([_measured(store, i) for i in rounds]),
     )
 

@@ -63,7 +63,7 @@ ALLOWED = {
         "files",
         "hooks",
     }
-    | {"image_plan", "methods", "models", "pipeline", "profiles", "results", "settings", "timing"},
+    | {"image_plan", "methods", "models", "pipeline", "profiles", "progress", "results", "settings", "timing"},
     "demo": {"demo", "errors", "models"},
     "tokens": {"errors"},
     "stages": set(),

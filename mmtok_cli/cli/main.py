@@ -95,6 +95,7 @@ QUIET_LIBRARIES = {
     "HF_HUB_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "KINETO_LOG_LEVEL": "99",  # torch's profiler
+    "TQDM_DISABLE": "1",
 }
 
 QUIET_LOGGERS = ("torchao", "bitsandbytes", "torch.utils._pytree")

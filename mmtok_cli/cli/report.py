@@ -12,12 +12,17 @@ from mmtok_cli.cli.options import ExportOption, JsonOption, QuietOption
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run directories of `mmtok compare`.", show_default=False)],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="Run directories of `mmtok compare`, or output folders of lmms-eval.", show_default=False),
+    ],
     files: ExportOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Show saved results, without a model. Several runs of one model on the same samples share their tables.
+
+    Of lmms-eval's --output_path folders: scores of tasks x methods, retention and costs.
 
     [dim]mmtok report runs/monday runs/tuesday --export both.html[/dim]
     """
@@ -27,6 +32,7 @@ def report(
     from mmtok_cli.overlays import read_overlays
     from mmtok_cli.report.console import attempt_all
     from mmtok_cli.report.exports import EXPORTS, PREDICTIONS
+    from mmtok_cli.results.evaluations import holds_evaluations
     from mmtok_cli.results.merge import merge, same_kind
     from mmtok_cli.results.retention import is_search
     from mmtok_cli.results.run_directory import RunDirectory
@@ -34,6 +40,9 @@ def report(
 
     if len({run.resolve() for run in runs}) < len(runs):
         raise MMTokError("the same run is given twice", "give each run once")
+    if any(map(holds_evaluations, runs)):
+        _report_evaluations(runs, files or [], as_json, quiet)
+        return
     if any(map(is_search, runs)):
         _report_search(runs, files or [], as_json, quiet)
         return
@@ -76,4 +85,19 @@ def _report_search(runs: list[Path], files: list[Path], as_json: bool, quiet: bo
     found = read_retention(runs[0])
     check_outputs(outputs_of(("--export", path, EXPORTS) for path in files), Inputs(runs=runs))
     if not attempt_all([*exports(found, files, quiet), partial(show, found, as_json, quiet)]):
+        raise typer.Exit(1)
+
+
+def _report_evaluations(folders: list[Path], files: list[Path], as_json: bool, quiet: bool) -> None:
+    """Show what lmms-eval found, and what it cost."""
+    from mmtok_cli.cli.showing import save
+    from mmtok_cli.outputs import Inputs, check_outputs, outputs_of
+    from mmtok_cli.report.console import attempt_all
+    from mmtok_cli.report.evaluations import EXPORTS, show, write_evaluations
+    from mmtok_cli.results.evaluations import read_evaluations
+
+    found = read_evaluations(folders)
+    check_outputs(outputs_of(("--export", path, EXPORTS) for path in files), Inputs(directories=folders))
+    parts = [partial(save, partial(write_evaluations, found, path), path, quiet) for path in files]
+    if not attempt_all([*parts, partial(show, found, as_json, quiet)]):
         raise typer.Exit(1)

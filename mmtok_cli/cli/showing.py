@@ -10,6 +10,7 @@ from mmtok_cli.errors import MMTokError
 from mmtok_cli.evaluation.per_sample import sample_predictions
 from mmtok_cli.overlays import read_overlays
 from mmtok_cli.report import checks, console, tables
+from mmtok_cli.report.tasks import task_tables
 from mmtok_cli.report.text import printable, printable_record
 from mmtok_cli.report.turns import turn_tables
 from mmtok_cli.report.units import plural
@@ -39,7 +40,7 @@ def show(comparison: Comparison, parameters: Sequence[str], as_json: bool, quiet
         )
         for table in tables.comparison_tables(part):
             out.print(table)
-    for table in turn_tables(comparison):
+    for table in (*task_tables(comparison), *turn_tables(comparison)):
         out.print(table)
     out.print(tables.environment_line(comparison.model, comparison.environment))
     for note in checks.notes(comparison):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import stat
 import warnings
 from io import BytesIO
@@ -31,7 +32,7 @@ def open_image(path: Path | str, content: bytes | None = None) -> Image:
             warnings.simplefilter("error", PILImage.DecompressionBombWarning)
             with PILImage.open(path if content is None else BytesIO(content), formats=FORMATS) as image:
                 image.load()
-                return _in_rgb(_upright(image))
+                return in_rgb(_upright(image))
     except MMTokError as error:
         raise MMTokError(f"{path}: {error.message}", error.hint) from error
     except UnidentifiedImageError as error:
@@ -93,7 +94,8 @@ def _upright(image: Image) -> Image:
         return image
 
 
-def _in_rgb(image: Image) -> Image:
+def in_rgb(image: Image) -> Image:
+    """The image as 8-bit RGB, transparency on white. Raises MMTokError for pixels whose value range is not defined."""
     if image.mode.startswith("I"):
         return _from_integers(np.asarray(image))
     if image.mode == "F":
@@ -106,6 +108,13 @@ def _in_rgb(image: Image) -> Image:
         white = PILImage.new("RGBA", rgba.size, "white")
         return PILImage.alpha_composite(white, rgba).convert("RGB")
     return image.convert("RGB")
+
+
+def image_name(image: Image) -> str:
+    """A name by which questions about one image are recognised: the digest of its pixels."""
+    found = hashlib.sha256(f"{image.mode} {image.size}".encode())
+    found.update(image.tobytes())
+    return f"image-{found.hexdigest()[:12]}"
 
 
 def _from_integers(values: np.ndarray) -> Image:

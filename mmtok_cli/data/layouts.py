@@ -10,7 +10,7 @@ from typing import Any, Literal
 from mmtok_cli.data.rows import Columns
 from mmtok_cli.errors import MMTokError
 
-MetricName = Literal["exact", "yes-no", "mme", "vqav2", "textvqa", "anls", "choice", "relaxed"]
+MetricName = Literal["exact", "yes-no", "mme", "vqav2", "textvqa", "anls", "choice", "relaxed", "task"]
 
 Fields = Mapping[str, Any]
 

@@ -61,6 +61,8 @@ class Sample:
     of a multiple-choice question, which are in the question as well. kind: the kind of question, for scores by kind.
     place: where it was read, as in "asked.jsonl, line 3". unpadded_question: the question as it was asked, if it was
     padded to a given length. later: the questions after the first one, where the sample is a conversation.
+    judge: the score of an answer, 0 to 1, by the rule of the sample's own task. max_new_tokens: the most of an answer
+    that is evaluated, where the task sets it.
     """
 
     images: Sequence[Image]
@@ -74,6 +76,8 @@ class Sample:
     place: str = ""
     unpadded_question: str | None = None
     later: tuple[Turn, ...] = ()
+    judge: Callable[[str], float] | None = None
+    max_new_tokens: int | None = None
 
     def open(self) -> Sample:
         """The sample with its images read into memory. Raises MMTokError for an image that cannot be read."""

@@ -345,6 +345,22 @@ def _choice_fault(sample: Sample) -> str:
     return f"the answer {shown_text(sample.references[0])} is neither the letter nor the text of a choice"
 
 
+# Tasks of lmms-eval.
+
+
+def task_score(answer: str, sample: Sample) -> float:
+    """What the sample's own task makes of the answer. Raises MMTokError for a score that is not from 0 to 1."""
+    assert sample.judge is not None, "`fault` comes first"
+    score = sample.judge(answer)
+    if not 0 <= score <= 1:
+        raise MMTokError(f"its task scores an answer {score:g}, which is not from 0 to 1", "leave this task out")
+    return score
+
+
+def _task_fault(sample: Sample) -> str:
+    return "" if sample.judge else "it has no task that judges answers; --tasks evaluates tasks of lmms-eval"
+
+
 METRICS: dict[MetricName, Metric] = {
     "exact": Metric("exact match", exact_match),
     "yes-no": Metric("F1 of yes, by POPE's script", pope_accuracy, _yes_no_fault),
@@ -354,6 +370,7 @@ METRICS: dict[MetricName, Metric] = {
     "anls": Metric("ANLS, as for DocVQA", anls),
     "choice": Metric("accuracy of the chosen letter, by VLMEvalKit's rule", choice_accuracy, _choice_fault),
     "relaxed": Metric("relaxed accuracy (5 %), as for ChartQA", relaxed_accuracy),
+    "task": Metric("mean score of each answer, by its own task", task_score, _task_fault),
 }
 
 

@@ -130,10 +130,17 @@ def predict_batch(
 ) -> list[BatchItem]:
     """The predictions of all cases for some samples of a dataset, as one batch.
 
-    cases: by their numbers in the plan, the baseline first. Samples that cannot be read, or that a case refuses, as the
+    cases: by their numbers in the plan, the baseline first. max_new_tokens: of samples whose task does not set it.
+    Samples that cannot be read, or that a case refuses, as the
     baseline does if they are too long, are left out of all cases. A case that fails on one of the samples for any other
     reason has failed.
     """
+    by_length: dict[int | None, list[int]] = {}
+    for number in numbers:
+        by_length.setdefault(dataset.samples[number].max_new_tokens, []).append(number)
+    if len(by_length) > 1:  # only answers of one length are decoded together
+        groups = (predict_batch(model, cases, dataset, group, max_new_tokens) for group in by_length.values())
+        return [item for group in groups for item in group]
     found: list[BatchItem] = []
     opened: dict[int, Sample] = {}
     for number in numbers:
@@ -162,6 +169,7 @@ def _predictions_of_all(
     max_new_tokens: int,
 ) -> list[Prediction | CaseFailure]:
     """The predictions of all cases for one batch, or their failures. Raises MMTokError for a sample that is refused."""
+    max_new_tokens = _answer_length(model, list(opened.values()), max_new_tokens)
     try:
         reference = reference_of(model, list(opened.values()), max_new_tokens=max_new_tokens)
     except MMTokError:
@@ -175,6 +183,17 @@ def _predictions_of_all(
         return found
     release_memory(model.device)  # only here, since the error holds on to the memory of the failed run
     return [failure]
+
+
+def _answer_length(model: VisionLanguageModel, samples: Sequence[Sample], usual: int) -> int:
+    """The most new tokens of the answers to a batch: as many as its task allows and the context has room for, where
+    the samples have a task that says so. Raises MMTokError for a sample that the model cannot read."""
+    longest = samples[0].max_new_tokens
+    if longest is None:
+        return usual
+    images = [sample.images for sample in samples]
+    prompts = model.tokenize([sample.question for sample in samples], images, [None] * sum(map(len, images)))
+    return max(1, min(longest, model.context_length - prompts["input_ids"].shape[1]))
 
 
 def _predictions_of(

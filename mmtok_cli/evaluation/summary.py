@@ -17,11 +17,23 @@ from mmtok_cli.evaluation.metrics import is_yes, paired_accuracy, paired_shares,
 from mmtok_cli.results.progress import evaluated_batches, evaluated_cases, evaluation_failures
 from mmtok_cli.results.records import Prediction, SampleLabel
 from mmtok_cli.results.run_directory import RunDirectory
-from mmtok_cli.results.schema import CONFIDENCE, DraftEffect, FailedCase, Fidelity, Flips, PairedAccuracy, Score, YesNo
+from mmtok_cli.results.schema import (
+    CONFIDENCE,
+    DraftEffect,
+    FailedCase,
+    Fidelity,
+    Flips,
+    PairedAccuracy,
+    Score,
+    TaskResult,
+    YesNo,
+)
 
 RIGHT = 0.5  # from this score on, an answer counts as right where it must be either right or wrong
 RESAMPLES = 4000
 CELLS = 4_000_000  # numbers resampled at a time
+ROUNDING = 1e-6  # by which a mean may differ
+TASK_FIELDS = ("score", "retention", "retention_low", "retention_high", "flips")
 
 Ratio = Callable[..., np.ndarray]
 
@@ -107,6 +119,64 @@ def summarise_evaluation(store: RunDirectory) -> dict[int, EvaluationSummary]:
             if plan.cases[case].case == same:
                 summaries[number] = summary
     return summaries
+
+
+def summarise_tasks(store: RunDirectory) -> list[TaskResult]:
+    """Each case on each task of lmms-eval, whose name is the kind of its samples; empty without --tasks.
+
+    A case appears once, at the smallest batch size.
+    """
+    plan = store.plan
+    _, cases = evaluated_cases(store)
+    compared = [case for case in cases if case not in evaluation_failures(store)]
+    if not plan.options.tasks or not compared or compared[0] != cases[0]:
+        return []
+    batches, official = evaluated_batches(store), store.task_scores
+    labels = {label.sample: label for batch in batches for label in batch.samples}
+    found = []
+    for task in dict.fromkeys(label.kind or "" for label in labels.values()):
+        summaries = summarise_predictions(
+            [p for batch in batches for p in batch.predictions if p.case in compared and labels[p.sample].kind == task],
+            labels,
+            baseline=compared[0],
+            metric=plan.metric,
+            seed=plan.seed,
+        )
+        for case, summary in summaries.items():
+            fields = summary.result_fields(is_baseline=case == compared[0])
+            found.append(
+                TaskResult(
+                    case=plan.cases[case].case.model_copy(update={"batch_size": 1}),
+                    task=task,
+                    samples=summary.samples,
+                    metric=official.paired.get(task) if official else None,
+                    metrics=official.scores.get(case, {}).get(task, {}) if official else {},
+                    **{name: fields[name] for name in TASK_FIELDS},
+                )
+            )
+    return found
+
+
+def task_remarks(store: RunDirectory) -> list[str]:
+    """Points out tasks whose score is not the mean that retention and flips are of."""
+    official = store.task_scores
+    if official is None:
+        return []
+    lines = list(official.remarks)
+    unpaired = [task for task, metric in official.paired.items() if metric is None]
+    if unpaired:
+        lines.append(
+            f"{', '.join(unpaired)}: no metric is a mean over answers, so scores are of all answers together, without "
+            "retention and flips"
+        )
+    for result in summarise_tasks(store):
+        value = result.metrics.get(result.metric or "")
+        if value is not None and result.score is not None and abs(value - result.score) > ROUNDING:
+            lines.append(
+                f"{result.task}: {result.metric} of {result} is {value:.4g} by the task and {result.score:.4g} as the "
+                "mean over answers, which retention and flips are of"
+            )
+    return lines
 
 
 def summarise_predictions(

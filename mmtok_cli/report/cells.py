@@ -11,7 +11,7 @@ from mmtok_cli.results.schema import CaseResult, FailedCase
 from mmtok_cli.settings import LARGEST_BATCH
 
 if TYPE_CHECKING:
-    from mmtok_cli.results.schema import Comparison, Speedup, TurnResult
+    from mmtok_cli.results.schema import Comparison, Speedup, TaskResult, TurnResult
 
 Value = str | float | None  # text, int or float; None: there is none
 Source = TypeVar("Source")
@@ -100,7 +100,7 @@ def speedup_cell(speedup: Speedup | None) -> Cell:
     return Cell(f"{ratio(speedup.median)}x", speedup.median, interval, not speedup.conclusive)
 
 
-def retention_cell(case: CaseResult | TurnResult) -> Cell:
+def retention_cell(case: CaseResult | TaskResult | TurnResult) -> Cell:
     """ "97.5 % (95.1–99.4)"; without an interval where there is none."""
     bounded = case.retention_low is not None and case.retention_high is not None
     interval = f"{shares(case.retention_low or 0)}–{shares(case.retention_high or 0)}" if bounded else ""

@@ -16,6 +16,7 @@ from mmtok_cli.report.checks import draft_notes, failure_notes, interruption_not
 from mmtok_cli.report.columns import markdown_columns
 from mmtok_cli.report.csv_export import csv_text
 from mmtok_cli.report.tables import environment_line, lengths_text, rules_text
+from mmtok_cli.report.tasks import tables_of
 from mmtok_cli.report.text import printable_json, printable_record
 from mmtok_cli.report.turns import shown_columns, turn_notes
 from mmtok_cli.report.units import picture_size, plural
@@ -98,6 +99,11 @@ def markdown_text(comparison: Comparison) -> str:
         name = escaped(row.title) + (f" ({escaped(row.missing)})" if row.missing else "")
         table.append([name, *(escaped(str(cell)) for cell in row.cells)])
     lines = _table_lines(table)
+    for task in tables_of(comparison):
+        shown_of = task.metrics | task.statistics
+        cells = [[str(result), *(cell(result) for cell in shown_of.values())] for result in task.results]
+        table = [list(map(escaped, row)) for row in (["method", *shown_of], *cells)]
+        lines += ["", f"{escaped(task.title)}:", "", *_table_lines(table)]
     if comparison.turns:
         shown = shown_columns(comparison)
         turns = [["method", *(column.heading for column in shown)]]

@@ -84,7 +84,7 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
     if yes_no := terminal_columns(comparison, "yes-no"):
         tables.append(case_table("Yes or no", comparison, yes_no))
     tables.append(cost_and_fidelity_table(comparison))
-    if kinds := kind_columns(comparison):
+    if (kinds := kind_columns(comparison)) and not comparison.tasks:
         counts = next(result.score_counts for result in comparison.results if result.score_counts)
         asked = ", ".join(f"{total} {kind}" for kind, (_, total) in counts.by_kind.items())
         tables.append(case_table(f"Score by kind of question ({asked})", comparison, kinds))

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from string import ascii_uppercase
 from typing import Any, TypeVar
 
-from mmtok_cli.results.schema import CaseResult, Comparison, FailedCase, TurnResult
+from mmtok_cli.results.schema import CaseResult, Comparison, FailedCase, TaskResult, TurnResult
 
-NamedCase = TypeVar("NamedCase", CaseResult, FailedCase, TurnResult)
+NamedCase = TypeVar("NamedCase", CaseResult, FailedCase, TaskResult, TurnResult)
 
 UNSHOWN = ("command", "git_commit", "git_dirty")  # the commit is shown abbreviated, with a mark for changes
 
@@ -56,6 +56,7 @@ def merge(comparisons: Sequence[Comparison]) -> Comparison:
             "failures": [_named(case, name) for one, name in runs for case in one.failures],
             "unevaluated": [_named(case, name) for one, name in runs for case in one.unevaluated],
             "turns": [_named(turn, name) for one, name in runs for turn in one.turns],
+            "tasks": [_named(task, name) for one, name in runs for task in one.tasks],
             "remarks": _remarks(comparisons, names),
             "run_directory": None,
             "machine": None,

@@ -34,7 +34,7 @@ from mmtok_cli.results.schema import (
     cases_without_draft,
 )
 from mmtok_cli.rules import Positions, Rules, TurnPolicy
-from mmtok_cli.settings import CompareSettings
+from mmtok_cli.settings import MOST_SAMPLES, CompareSettings
 from mmtok_cli.stages import DRAFT, STAGES
 
 SUMS = ("ttft", "total")
@@ -373,6 +373,21 @@ class ConversationRecord(FileRecord):
         return self
 
 
+class TaskScores(Record):
+    """The scores of a run by the tasks of lmms-eval: the content of `tasks.json`, once all answers are evaluated.
+
+    key: a digest of the plan's cases. paired: the metric of each task by which every answer is judged; None where a
+    task has only metrics of all answers together. scores: by case, in the plan, task and metric. remarks: lines about
+    metrics that could not be computed.
+    """
+
+    schema_: Literal["mmtok.tasks/1"] = Field(default="mmtok.tasks/1", alias="schema")
+    key: str
+    paired: dict[str, str | None]
+    scores: dict[Number, dict[str, dict[str, float]]]
+    remarks: list[str] = Field(default=[])
+
+
 class PlannedCase(OfCase):
     """A case with a digest of its description and of everything else that its figures depend on."""
 
@@ -418,7 +433,7 @@ class Plan(Record):
         differing = [name for name, value in self._copied_options() if value != getattr(self, name)]
         if differing:
             raise ValueError(f"{differing[0]} and the options contradict each other")
-        if not (self.timed or 1) <= self.samples <= self.options.sample_limit:
+        if not (self.timed or 1) <= self.samples <= (MOST_SAMPLES if self.options.tasks else self.options.sample_limit):
             raise ValueError("the number of samples contradicts the options")
         if any(planned.case.run is not None for planned in self.cases):
             raise ValueError("its cases are of several runs")

@@ -23,6 +23,7 @@ from mmtok_cli.results.records import (
     FileRecord,
     Plan,
     PredictionBatch,
+    TaskScores,
     TimedRun,
     TimingFailure,
     digest,
@@ -33,9 +34,10 @@ PLAN = "plan.json"
 LOCK = "lock"
 FOLDERS = ("rounds", "cases", "failures", "predictions", "conversations", "overlays")
 RESULT = "comparison.json"
+TASKS = "tasks.json"  # scores by the tasks of lmms-eval
 SEARCH = "search.json"  # of a search for budgets
 SEARCH_STEPS, SEARCH_TIMING, SEARCH_RESULT = "search", "timing", "retention.json"
-RECORDS = (PLAN, RESULT, *FOLDERS, SEARCH, SEARCH_STEPS, SEARCH_TIMING, SEARCH_RESULT, LOCK)
+RECORDS = (PLAN, RESULT, TASKS, *FOLDERS, SEARCH, SEARCH_STEPS, SEARCH_TIMING, SEARCH_RESULT, LOCK)
 PLAN_FORMAT = Plan.model_fields["schema_"].default
 LARGEST = 2**28  # bytes of one file
 
@@ -135,9 +137,9 @@ class RunDirectory(RecordDirectory):
     """The results of a run, in memory and on disk.
 
     Files: `plan.json`, `rounds/ROUND-CASE.json` for each case in each round, `cases/CASE.json` for the FLOPs of a case,
-    `failures/CASE.json`, `predictions/BATCH.json` for the predictions of all cases for one batch of samples, and
-    `conversations/SAMPLE.json` for a conversation with all cases. A file is complete or missing, however the process
-    ends. `lock` is locked by the process that measures.
+    `failures/CASE.json`, `predictions/BATCH.json` for the predictions of all cases for one batch of samples,
+    `conversations/SAMPLE.json` for a conversation with all cases, and `tasks.json` for the scores by tasks of
+    lmms-eval. A file is complete or missing, however the process ends. `lock` is locked by the process that measures.
     """
 
     def __init__(self, path: Path, plan: Plan) -> None:
@@ -148,6 +150,7 @@ class RunDirectory(RecordDirectory):
         self.failures: dict[int, TimingFailure] = {}
         self.predictions: dict[int, PredictionBatch] = {}
         self.conversations: dict[int, ConversationRecord] = {}
+        self.task_scores: TaskScores | None = None
         self.key = digest([case.key for case in plan.cases])
 
     @classmethod
@@ -189,6 +192,8 @@ class RunDirectory(RecordDirectory):
             directory.predictions[batch.batch] = batch
         for record in records_in(path / "conversations", ConversationRecord, directory._check_conversation):
             directory.conversations[record.conversation] = record
+        if (path / TASKS).exists():
+            directory.task_scores = directory._read_task_scores()
         return directory
 
     def add_run(self, run: TimedRun) -> None:
@@ -215,6 +220,18 @@ class RunDirectory(RecordDirectory):
         """Save a conversation with all cases. Raises NotWrittenError where it cannot be written."""
         self.conversations[record.conversation] = record
         self._write(f"conversations/{record.file_name}", record)
+
+    def add_task_scores(self, scores: TaskScores) -> None:
+        """Save the scores of tasks. Raises NotWrittenError where they cannot be written."""
+        self.task_scores = scores
+        self._write(TASKS, scores)
+
+    def _read_task_scores(self) -> TaskScores:
+        hint = "delete this file and resume the run; its content will be computed again"
+        scores = parsed(self.path / TASKS, read_file(self.path / TASKS), TaskScores, hint)
+        if scores.key != self.key:
+            raise MMTokError(f"{self.path / TASKS} does not belong to the run of its {PLAN}", hint)
+        return scores
 
     @property
     def _is_empty(self) -> bool:
@@ -278,7 +295,7 @@ def require_run(path: Path) -> None:
 
 def require_no_run(path: Path) -> None:
     """Raises MMTokError for a directory in which a run cannot be started, since it holds one or what is left of one."""
-    for name in (PLAN, RESULT, *FOLDERS, SEARCH):
+    for name in (PLAN, RESULT, TASKS, *FOLDERS, SEARCH):
         if os.path.lexists(path / name):
             what = "a run" if name in (PLAN, SEARCH) else f"{name} of a run without its {PLAN}"
             how = "add --resume to continue it, or choose" if name in (PLAN, SEARCH) else "choose"

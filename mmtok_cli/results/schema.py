@@ -409,6 +409,25 @@ class TurnResult(OfCase):
     same: float | None = None
 
 
+class TaskResult(OfCase):
+    """One case on one task of lmms-eval.
+
+    samples: how many answers were judged. metric: by which each answer was; score, retention (with bounds of a 95 %
+    interval) and flips are of its mean, and None where the task has only metrics of all answers together. metrics: the
+    task's own scores by metric, as lmms-eval computes them.
+    """
+
+    task: str
+    samples: int
+    metric: str | None
+    score: float | None = None
+    retention: float | None = None
+    retention_low: float | None = None
+    retention_high: float | None = None
+    flips: Flips | None = None
+    metrics: dict[str, float] = {}
+
+
 class FailedCase(OfCase):
     """A case that failed and has no result, or, among `unevaluated`, no quality.
 
@@ -530,9 +549,9 @@ class Comparison(Record):
 
     results: for each batch size the unreduced baseline, unless it failed, then the other cases. planned_rounds: minimum
     number of rounds. unevaluated: cases that were timed but could not be evaluated. turns: for each case and policy its
-    turns, then all of them together; empty without --turns. left_out: one line for each part of the data that could not
-    be used. remarks: further lines about the results. machine: None where the system reports nothing, and for several
-    runs.
+    turns, then all of them together; empty without --turns. tasks: for each task of --tasks its cases. left_out: one
+    line for each part of the data that could not be used. remarks: further lines about the results. machine: None where
+    the system reports nothing, and for several runs.
     """
 
     schema_: Literal["mmtok.compare/2"] = Field(default="mmtok.compare/2", alias="schema")
@@ -547,6 +566,7 @@ class Comparison(Record):
     run_directory: str | None = None
     unevaluated: list[FailedCase] = []
     turns: list[TurnResult] = []
+    tasks: list[TaskResult] = []
     left_out: list[str] = []
     remarks: list[str] = []
     machine: MachineUse | None = None
