@@ -73,7 +73,7 @@ def test_answers_and_indices(engine: Engine, name: str, budget: str) -> None:
         asked = {"method": name, "budget": budget, "question": sample.question, "image_ids": list(sample.image_ids)}
         prompt = engine.prompt(sample, **asked)
         (told,) = engine.ask([prompt], 6, ignore_eos=True)
-        assert told.token_ids == tokens and told.likelihood == pytest.approx(likelihood, abs=1e-4)
+        assert told.token_ids == tokens and told.likelihood == pytest.approx(likelihood, abs=1e-3)
         if name != "full":
             assert [image["kept"] for image in engine.recorded()] == kept
         assert [told.token_ids for told in engine.ask([prompt], 6, ignore_eos=True)] == [tokens]  # from caches
