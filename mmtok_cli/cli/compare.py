@@ -83,6 +83,8 @@ def compare(
     [dim]mmtok compare --methods mmtok,resize --budget 64,16[/dim]
     [dim]mmtok compare --methods mmtok,divprune --retain 98%[/dim]
     """  # noqa: E501 (a paragraph is one line, so that help wraps it)
+    from mmtok_cli.cli.engine import chosen_engine
+    from mmtok_cli.cli.engine import compare as compare_by_engine
     from mmtok_cli.cli.retain import search
     from mmtok_cli.comparison import RUNS, ComparisonRun
     from mmtok_cli.errors import MMTokError
@@ -94,8 +96,12 @@ def compare(
     from mmtok_cli.results.run_directory import newest_run
     from mmtok_cli.retention import RetentionRun
 
+    engine = chosen_engine(context, settings)
     require_consistent(settings, given_options(context, CompareSettings))
     files = exports or []
+    if engine != "transformers":
+        compare_by_engine(settings, files, as_json, quiet)
+        return
     if plot and not settings.measures_quality:
         raise MMTokError("--plot shows quality, which is not measured with these options", "omit --plot")
     _check_fail_below(context, fail_below, fail_below_stage)
