@@ -32,14 +32,16 @@ ENOUGH = 100  # requests for a 99th percentile
 LENGTHS = 0.05  # by which answers may differ in length
 SHOWN_SHARE = 0.01  # of the time that a stage must change by to be named
 
-Title = Literal["throughput", "latency", "request", "engine"]
+Title = Literal["throughput", "ttft", "tpot", "request", "engine"]
 TITLES: Mapping[Title, str] = {
     "throughput": "Throughput",
-    "latency": "Latency: TTFT and TPOT",
+    "ttft": "TTFT: time to first token",
+    "tpot": "TPOT: time per output token after the first",
     "request": "Where the time of a request goes: medians",
     "engine": "What the engine does: share of the time",
 }
 STAGE_TITLES = {"first_step": "first token"}
+PLACES = {stage: "between steps" if stage == "idle" else f"in {stage}" for stage in ENGINE_STAGES}
 
 
 @dataclass(frozen=True)
@@ -65,14 +67,14 @@ def _latency(stage: str, value: str) -> Callable[[LoadResult], Value]:
     return lambda result: getattr(result.seconds[stage], value) if stage in result.seconds else None
 
 
-def _speedup(name: str) -> Iterable[CsvColumn[LoadResult]]:
+def _speedup(name: Literal["throughput", "ttft", "tpot"]) -> Iterable[CsvColumn[LoadResult]]:
     """The speedup of `throughput` or of a latency, and its interval."""
     yield LoadColumn(
         f"speedup_{name}_median",
         "baseline / method, paired within rounds, 95 % interval",
         lambda result: result.speedup[name].median if name in result.speedup else None,
         heading="speedup",
-        table="throughput" if name == "throughput" else "latency",
+        table=name,
         cell=lambda result: speedup_cell(result.speedup.get(name)),
     )
     for end in ("low", "high"):
@@ -148,14 +150,14 @@ LOAD_COLUMNS: tuple[CsvColumn[LoadResult], ...] = (
         share,
     ),
     LoadColumn(
-        "ttft_median_s", "time to first token, median", _latency("ttft", "median"), True, "TTFT", "latency", seconds
+        "ttft_median_s", "time to first token, median", _latency("ttft", "median"), True, "median", "ttft", seconds
     ),
     LoadColumn(
-        "ttft_p99_s", "time to first token, 99th percentile", _latency("ttft", "p99"), True, "p99", "latency", seconds
+        "ttft_p99_s", "time to first token, 99th percentile", _latency("ttft", "p99"), True, "p99", "ttft", seconds
     ),
     *_speedup("ttft"),
     LoadColumn(
-        "tpot_median_s", "time per output token, median", _latency("tpot", "median"), False, "TPOT", "latency", seconds
+        "tpot_median_s", "time per output token, median", _latency("tpot", "median"), False, "median", "tpot", seconds
     ),
     LoadColumn(
         "tpot_p99_s",
@@ -163,7 +165,7 @@ LOAD_COLUMNS: tuple[CsvColumn[LoadResult], ...] = (
         _latency("tpot", "p99"),
         False,
         "p99",
-        "latency",
+        "tpot",
         seconds,
     ),
     *_speedup("tpot"),
@@ -226,7 +228,8 @@ def engine_line(model: str, engine: EngineInfo, environment: Environment) -> str
     remarks = "".join(f"; {text}" for text in (weights_text(e.weights),) if text)
     return (
         f"{model} on {e.processor} ({e.device}, {e.dtype}, {plural(e.threads, 'CPU')}), "
-        f"{engine.name} {engine.version}, torch {e.torch}, transformers {e.transformers}, mmtok {e.mmtok}{commit}{run}{remarks}"
+        f"{engine.name} {engine.version}, torch {e.torch}, transformers {e.transformers}, "
+        f"mmtok {e.mmtok}{commit}{run}{remarks}"
     )
 
 
@@ -240,7 +243,8 @@ def load_notes(profile: EngineProfile) -> list[str]:
         f"requests of each case in a round, by requests in flight: {sent}; whenever one is answered, the next is sent. "
         "All cases run in each round, in random order, on one engine; speedups are paired within rounds",
         "preprocess: image and text in the front end. queue: until the engine begins. first token: from there, with "
-        "encode, select and prefill of all requests in the same steps. TTFT is the sum of the three",
+        "encode, select and prefill of all requests in the same steps. TTFT is the sum of the three. idle: the engine "
+        "runs no step, as while requests are in the front end or data move between processes",
         f"caches: {profile.engine.caches}",
         *equivalent_notes(profile.equivalents),
     ]
@@ -301,8 +305,8 @@ def _changes(profile: EngineProfile) -> list[str]:
         base = baselines[result.concurrency]
         least = SHOWN_SHARE * sum(base.busy_seconds.values())
         differences = {stage: result.busy_seconds[stage] - base.busy_seconds[stage] for stage in ENGINE_STAGES}
-        less = [f"{seconds(-d)} less in {stage}" for stage, d in differences.items() if d <= -least]
-        more = [f"{seconds(d)} more in {stage}" for stage, d in differences.items() if d >= least]
+        less = [f"{seconds(-d)} less {PLACES[stage]}" for stage, d in differences.items() if d <= -least]
+        more = [f"{seconds(d)} more {PLACES[stage]}" for stage, d in differences.items() if d >= least]
         if less or more:
             told = "lower throughput: " if slower else ""
             lines.append(
