@@ -28,6 +28,7 @@ from mmtok_cli.lengths import of_prompt_length
 from mmtok_cli.methods.settings import settings_of
 from mmtok_cli.models import outline
 from mmtok_cli.models.base import IMAGE_MARKER, VisionLanguageModel
+from mmtok_cli.models.devices import choose_device, choose_dtype
 from mmtok_cli.models.sources import missing_weights, source_of
 from mmtok_cli.models.without_weights import save_without_weights
 from mmtok_cli.pipeline import check_sample
@@ -59,9 +60,9 @@ MOST_DRAWN = 64  # different scenes that are sent where no data are named; they 
 IN_FLIGHT = 16  # requests of a comparison
 MOST_NOTES = 10
 ABSENT = (
-    "fidelity (KL, top-1 agreement): an engine gives no logits of another model's answer",
-    "times, memory and FLOPs: `mmtok profile --engine vllm` measures time under load",
-    "methods inside the language model, traces, drafts and conversations",
+    "fidelity (KL, top-1 agreement), which takes the logits of each token of the unreduced model's answer",
+    "times, memory and FLOPs; `mmtok profile --engine vllm` measures time under load",
+    "methods inside the language model: vLLM cannot run them",
 )
 
 
@@ -90,6 +91,7 @@ def target_of(settings: ModelSettings, layers: int | None = None) -> Target:
     known = ("auto", "pretrained", "random") if isinstance(settings, ProfileSettings) else ("pretrained", "random")
     if weights not in known:
         raise MMTokError(f"there is no weights {weights!r}", f"choose one of {', '.join(known)}")
+    choose_dtype(settings.dtype, choose_device("cpu"))  # raises for a name that is none
     missing = None if weights == "random" else missing_weights(settings.model, source)
     if weights == "auto":
         weights, missing = "random" if missing else "pretrained", None

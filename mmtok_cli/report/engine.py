@@ -364,6 +364,7 @@ def quality_head(comparison: EngineComparison) -> str:
 def quality_tables(comparison: EngineComparison) -> list[Table]:
     """A row for each case."""
     table = plain_table(f"Quality (metric: {comparison.metric})" if comparison.metric else "Quality")
+    table.padding = (0, 0, 0, 0)
     columns = _quality_columns(comparison)
     for heading, justify in (("method", "left"), ("kept", "right")):
         table.add_column(heading, no_wrap=True, justify=cast(Any, justify))
@@ -371,7 +372,7 @@ def quality_tables(comparison: EngineComparison) -> list[Table]:
         table.add_column(column.heading, justify="right", no_wrap=True)
     table.add_column("same", justify="right", no_wrap=True)
     for case in comparison.cases:
-        cells = [str(_quality_cell(column, case)) for column in columns]
+        cells = [narrow_text(_quality_cell(column, case)) for column in columns]
         table.add_row(str(case), _kept(case), *cells, share(case.same), style="bold" if case.case.is_baseline else "")
     return [table]
 
