@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+from mmtok_cli.budget import TokenCounts
 from mmtok_cli.cases import Case
 from mmtok_cli.configuration import cases_of
 from mmtok_cli.data.datasets import Dataset, open_dataset
@@ -32,6 +34,7 @@ from mmtok_cli.models.devices import choose_device, choose_dtype
 from mmtok_cli.models.sources import missing_weights, source_of
 from mmtok_cli.models.without_weights import save_without_weights
 from mmtok_cli.pipeline import check_sample
+from mmtok_cli.planning import timed_samples
 from mmtok_cli.progress import Progress
 from mmtok_cli.results.engine import (
     AnswerQuality,
@@ -247,12 +250,11 @@ def profile_load(settings: ProfileSettings, samples: Sequence[Sample], data: str
     cases, target = cases_of(settings), target_of(settings, settings.layers)
     model, length = target.model, settings.timed_length
     require_cases(model, cases)
-    if settings.prompt_tokens is not None:
-        samples = [of_prompt_length(model, sample, settings.prompt_tokens) for sample in samples]
-    for sample in samples:
-        check_sample(model, sample.open(), **length)
+    samples, left_out = timed_samples(samples, [1], len(samples), partial(_as_sent, model, settings))
+    for problem in left_out[:MOST_NOTES]:
+        progress.note(problem)
     for case in cases:
-        case.check(model, (sample.open() for sample in samples))
+        case.check(model, _readable(samples))
     turns = list(product(range(len(cases)), settings.concurrency))
     order = interleaved(len(turns), settings.rounds or ENGINE_ROUNDS, settings.seed)
     with running(target, settings, samples, max(settings.concurrency), progress) as engine:
@@ -286,6 +288,24 @@ def profile_load(settings: ProfileSettings, samples: Sequence[Sample], data: str
         equivalents=equivalents_of(ids),
         runs=runs,
     )
+
+
+def _as_sent(model: VisionLanguageModel, settings: ProfileSettings, sample: Sample) -> Sample:
+    """The sample at the length of prompts. Raises MMTokError for one that the model cannot read."""
+    if settings.prompt_tokens is not None:
+        sample = of_prompt_length(model, sample, settings.prompt_tokens)
+    check_sample(model, sample.open(), **settings.timed_length)
+    return sample
+
+
+def _readable(samples: Iterable[Sample]) -> Iterator[Sample]:
+    """Those whose images can be read."""
+    for sample in samples:
+        try:
+            opened = sample.open()
+        except MMTokError:
+            continue
+        yield opened
 
 
 @dataclass(frozen=True)
@@ -368,7 +388,7 @@ def compare_quality(settings: CompareSettings, progress: Progress) -> EngineComp
     )
     dataset = with_metric(replace(dataset, samples=[replace(s, later=()) for s in dataset.samples]), settings.metric)
     for case in cases:
-        case.check(model, (sample.open() for sample in dataset.samples[:1]))
+        case.check(model, _readable(dataset.samples))
     for note in dataset.notes()[:MOST_NOTES]:
         progress.note(note)
     with running(target, settings, dataset.samples, IN_FLIGHT, progress) as engine:
@@ -399,7 +419,15 @@ def compare_quality(settings: CompareSettings, progress: Progress) -> EngineComp
     )
 
 
-Answers = dict[int, ServedRequest]  # by the number of the sample
+@dataclass(frozen=True)
+class QualityAnswer:
+    """The answer to a sample. short: fewer vision tokens were kept than the budget says."""
+
+    served: ServedRequest
+    short: bool
+
+
+Answers = dict[int, QualityAnswer]  # by the number of the sample
 
 
 @dataclass(frozen=True)
@@ -430,34 +458,33 @@ class Quality:
 
     def _answers(self, case: Case, samples: Sequence[int], problems: dict[int, str]) -> Answers:
         """The answers to some samples; what is wrong with the others is added to the problems."""
-        requests = []
+        requests, short = [], []
         for number in samples:
             try:
                 sample = self.dataset.samples[number].open()
                 check_sample(self.model, sample, self.max_new_tokens)
                 requests.append(request_of(self.model, case, sample, number, self.max_new_tokens))
+                short.append(_is_short(self.model, case, sample))
             except MMTokError as error:
                 problems[number] = error.message
         answers: Answers = {}
-        for request, answer in zip(requests, self.engine.answers(requests, IN_FLIGHT), strict=True):
+        for request, is_short, answer in zip(requests, short, self.engine.answers(requests, IN_FLIGHT), strict=True):
             if isinstance(answer, MMTokError):
                 problems[request.sample] = f"{case}: {answer.message}"
             else:
-                answers[request.sample] = answer
+                answers[request.sample] = QualityAnswer(answer, is_short)
         return answers
 
     def predictions(self, answers: Sequence[Answers]) -> list[Prediction]:
         """Judged answers, each compared with that of the baseline."""
         return [
-            self._prediction(case, number, served, answers[0][number].answer)
+            self._prediction(case, number, answer, answers[0][number].served.answer)
             for case, of_case in enumerate(answers)
-            for number, served in sorted(of_case.items())
+            for number, answer in sorted(of_case.items())
         ]
 
-    def _prediction(self, case: int, number: int, served: ServedRequest, baseline: str) -> Prediction:
-        from mmtok_cli.budget import TokenCounts
-
-        sample, metric = self.dataset.samples[number], self.dataset.metric
+    def _prediction(self, case: int, number: int, answer: QualityAnswer, baseline: str) -> Prediction:
+        sample, metric, served = self.dataset.samples[number], self.dataset.metric, answer.served
         return Prediction(
             case=case,
             sample=number,
@@ -469,7 +496,7 @@ class Quality:
                 kept=served.kept,
                 text=served.prompt - served.kept,
                 layer_average=served.kept,
-                short=_is_short(self.model, self.cases[case], sample),
+                short=answer.short,
             ),
         )
 

@@ -59,7 +59,8 @@ class FakeEngine:
         assert self.is_open and request.prompt.count(self.image_token) == len(request.images)
         await asyncio.sleep(0)
         method = request.reduction["method"]
-        kept = int(request.reduction["budget"]) if "budget" in request.reduction else request.vision
+        budget = request.reduction.get("budget")
+        kept = Budget.parse(budget).resolve(request.vision) if budget else request.vision
         seconds = {"preprocess": 0.01, "queue": 0.0, "first_step": 0.001 * kept, "decode": 0.02}
         seconds |= {"ttft": 0.01 + 0.001 * kept, "total": 0.03 + 0.001 * kept}
         return ServedRequest(

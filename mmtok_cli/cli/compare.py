@@ -80,6 +80,8 @@ def compare(
 
     With --retain, budgets are searched instead: samples are added until it is sure, with 95 % confidence, which is the smallest that keeps the share of the score; then that budget is timed.
 
+    With --engine vllm, the engine answers, and quality alone is compared.
+
     [dim]mmtok compare --methods mmtok,resize --budget 64,16[/dim]
     [dim]mmtok compare --methods mmtok,divprune --retain 98%[/dim]
     """  # noqa: E501 (a paragraph is one line, so that help wraps it)

@@ -68,7 +68,10 @@ def profile(
 
     Timing and tracing happen in separate runs, because a profiler adds overhead. Where the weights are missing or the model does not fit, its true architecture is measured with random weights, in bfloat16 or with fewer decoder layers, within --max-time; the results say so.
 
+    With --engine vllm, requests are sent to one engine, with and without reduction in random order: throughput, latency and where the time goes, for each number of requests in flight.
+
     [dim]mmtok profile --methods mmtok,divprune --budget 64 --scaling --plot scaling.png[/dim]
+    [dim]mmtok profile --engine vllm --methods mmtok,random --budget 64 --concurrency 1,4,16[/dim]
     """  # noqa: E501 (a paragraph is one line, so that help wraps it)
     from mmtok_cli.cli.engine import chosen_engine
     from mmtok_cli.cli.engine import profile as profile_engine
