@@ -50,6 +50,7 @@ from mmtok_cli.results.schema import Environment, SamplePrediction, equivalents_
 from mmtok_cli.settings import (
     ENGINE_ROUNDS,
     ENGINE_WARMUP,
+    CasesSettings,
     CompareSettings,
     InferSettings,
     ModelSettings,
@@ -61,6 +62,7 @@ from mmtok_cli.timing.load import summarise_load, whole_rounds
 
 MOST_DRAWN = 64  # different scenes that are sent where no data are named; they are held in memory
 IN_FLIGHT = 16  # requests of a comparison
+SAMPLED = 16  # samples whose lengths are looked at
 MOST_NOTES = 10
 ABSENT = (
     "fidelity (KL, top-1 agreement), which takes the logits of each token of the unreduced model's answer",
@@ -114,13 +116,21 @@ def require_cases(model: VisionLanguageModel, cases: Sequence[Case]) -> None:
 
 @contextmanager
 def running(
-    target: Target, settings: ModelSettings, samples: Sequence[Sample], sequences: int, progress: Progress
+    target: Target,
+    settings: InferSettings | ProfileSettings | CompareSettings,
+    cases: Sequence[Case],
+    samples: Sequence[Sample],
+    sequences: int,
+    progress: Progress,
 ) -> Iterator[VllmEngine]:
     """An engine with the model. samples: all that it will be asked. sequences: the most requests at a time.
 
     Raises MMTokError where it does not start.
     """
     model = target.model
+    new_tokens = (
+        settings.timed_length["max_new_tokens"] if isinstance(settings, CasesSettings) else settings.max_new_tokens
+    )
     with tempfile.TemporaryDirectory(prefix="mmtok-model-") as folder:
         source = source_of(settings.model)
         if target.weights == "random":
@@ -134,7 +144,8 @@ def running(
             dtype=settings.dtype,
             sequences=sequences,
             images=max(len(sample.images) for sample in samples),
-            kv_cache=_kv_cache_gib(model, settings.dtype, sequences),
+            kv_cache=_kv_cache_gib(target, settings.dtype, sequences, _longest(model, samples, new_tokens)),
+            methods=tuple((case.name, case.method) for case in cases),
         )
         engine = VllmEngine(options, type(model.model).__name__, model.image_token_id)
         try:
@@ -145,14 +156,24 @@ def running(
             engine.close()
 
 
-def _kv_cache_gib(model: VisionLanguageModel, dtype: str, sequences: int) -> int:
-    """GiB that hold the longest sequence, and as many of 2048 tokens as are answered at a time."""
-    text = model.model.config.text_config
+def _kv_cache_gib(target: Target, dtype: str, sequences: int, longest: int) -> int:
+    """GiB that hold the longest sequence of the model, and as many of `longest` tokens as are answered at a time."""
+    text, context = target.model.model.config.text_config, target.model.context_length
     heads = text.num_key_value_heads or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    bytes_per_token = 2 * text.num_hidden_layers * heads * width * (2 if dtype in ("bfloat16", "float16") else 4)
-    tokens = max(model.context_length, sequences * min(model.context_length, 2048))
-    return max(1, math.ceil(tokens * bytes_per_token / 2**30))
+    layers, number_bytes = target.layers or text.num_hidden_layers, 2 if dtype in ("bfloat16", "float16") else 4
+    tokens = max(context, sequences * min(context, longest))
+    return math.ceil(2 * layers * heads * width * number_bytes * tokens / 2**30)
+
+
+def _longest(model: VisionLanguageModel, samples: Sequence[Sample], new_tokens: int) -> int:
+    """Tokens of the longest sequence among the first samples, about."""
+    lengths = [
+        len(model.tokenizer(model.chat(sample.question, len(sample.images)))["input_ids"])
+        + sum(map(model.total, sample.images))
+        for sample in _readable(samples[:SAMPLED])
+    ]
+    return max(lengths, default=0) + new_tokens
 
 
 def request_of(
@@ -208,7 +229,7 @@ def answer(settings: InferSettings, cases: Sequence[Case], sample: Sample, progr
     cases[0].check(target.model, [sample])
     require_cases(target.model, cases)
     requests = [request_of(target.model, case, sample, 0, settings.max_new_tokens) for case in cases]
-    with running(target, settings, [sample], 1, progress) as engine, progress.task("answering"):
+    with running(target, settings, cases, [sample], 1, progress) as engine, progress.task("answering"):
         for _ in range(2):
             runs = [engine.run([request], 1, case=case) for case, request in enumerate(requests)]
         info = engine.info
@@ -257,7 +278,7 @@ def profile_load(settings: ProfileSettings, samples: Sequence[Sample], data: str
         case.check(model, _readable(samples))
     turns = list(product(range(len(cases)), settings.concurrency))
     order = interleaved(len(turns), settings.rounds or ENGINE_ROUNDS, settings.seed)
-    with running(target, settings, samples, max(settings.concurrency), progress) as engine:
+    with running(target, settings, cases, samples, max(settings.concurrency), progress) as engine:
         load = Load(engine, model, cases, samples, settings)
         warmup = load.warm_up(turns, progress)
         runs, interrupted = load.measure(turns, order, progress)
@@ -391,7 +412,7 @@ def compare_quality(settings: CompareSettings, progress: Progress) -> EngineComp
         case.check(model, _readable(dataset.samples))
     for note in dataset.notes()[:MOST_NOTES]:
         progress.note(note)
-    with running(target, settings, dataset.samples, IN_FLIGHT, progress) as engine:
+    with running(target, settings, cases, dataset.samples, IN_FLIGHT, progress) as engine:
         quality = Quality(engine, model, cases, dataset, settings.max_new_tokens)
         answers, left_out = quality.answers(progress)
         info, environment = engine.info, target.environment(engine)

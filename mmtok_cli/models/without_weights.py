@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ def save_without_weights(
     texts: all prompts that the engine will read. A stand-in for the vocabulary only knows the words of these there.
     layers: the first so many decoder layers alone. Raises MMTokError for more layers than there are.
     """
-    config = model.model.config
+    config = copy.deepcopy(model.model.config)
     if layers is not None:
         config = shortened(config, layers, model.name)
     config.architectures = [type(model.model).__name__]
