@@ -308,6 +308,25 @@ def test_a_lower_throughput_is_explained(fake: type[FakeEngine], monkeypatch: py
     assert "512 ms less in prefill and 1 s more in select" in notes
 
 
+def test_a_later_first_token_is_explained(fake: type[FakeEngine], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Larger batches of images, and a slower front end."""
+    serve = fake.run
+
+    def late(self: FakeEngine, requests: Any, concurrency: int, *, case: int = 0, number: int | None = None) -> LoadRun:
+        measured = serve(self, requests, concurrency, case=case, number=number)
+        if case:
+            slower = {"preprocess": 0.71, "ttft": 0.774, "total": 0.794}
+            served = [r.model_copy(update={"seconds": r.seconds | slower}) for r in measured.requests]
+            return measured.model_copy(update={"requests": served})
+        return measured.model_copy(update={"encodings": 2})
+
+    monkeypatch.setattr(fake, "run", late)
+    found = run("profile", "--engine", "vllm", "--methods", "mmtok", "--rounds", 6, "--concurrency", 4)
+    notes = " ".join(found.stderr.split())
+    assert "mmtok @ 64, 4 in flight: later first tokens: preprocess 710 ms in place of 10 ms; 8 images are" in notes
+    assert "encoded at once in place of 4, since more of the shorter prompts fit" in notes
+
+
 def test_an_interrupted_profile_keeps_its_rounds(fake: type[FakeEngine], monkeypatch: pytest.MonkeyPatch) -> None:
     serve = fake.run
 
