@@ -333,9 +333,9 @@ def _later_first_tokens(profile: EngineProfile) -> list[str]:
                 parts.append(f"{STAGE_TITLES.get(stage, stage)} {seconds(after)} in place of {seconds(before)}")
         if result.batch >= (1 + NOTABLE) * base.batch:
             parts.append(
-                f"{number(round(result.batch, 1))} images are encoded at once in place of {number(round(base.batch, 1))}, "
-                "since more of the shorter prompts fit into a step, and none of its requests has a first token before "
-                "all are encoded"
+                f"{number(round(result.batch, 1))} images are encoded at once in place of "
+                f"{number(round(base.batch, 1))}, since more of the shorter prompts fit into a step, and none of its "
+                "requests has a first token before all are encoded"
             )
         if parts:
             lines.append(f"{result}, {result.concurrency} in flight: later first tokens: {'; '.join(parts)}")

@@ -17,7 +17,8 @@ SECONDS = 600  # that a command may take on a busy machine
 
 def mmtok(folder: Path, *arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "mmtok_cli", *map(str, arguments)]
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", **variables}
+    others = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
+    environment = {**others, "VLLM_CPU_KVCACHE_SPACE": "1", **variables}
     return subprocess.run(
         command, capture_output=True, text=True, cwd=folder, env=environment, timeout=SECONDS, check=False
     )
