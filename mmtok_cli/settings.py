@@ -47,6 +47,7 @@ ENGINE_REQUESTS = 8
 USUAL_IMAGE = "1024x768"  # that people give to a model with crops or with images of any size
 
 USUAL_LIMIT = 80  # samples of a comparison
+ENGINE_METHODS = ("mmtok", "random", "uniform")  # of a comparison through an engine, where none are named
 SEARCH_LIMIT = 2000  # and of a search for budgets, which stops as soon as it can
 LEAST_RETAINED, MOST_RETAINED = 10.0, 99.9  # percent; that all of it is kept can never be shown
 
@@ -511,7 +512,8 @@ class CompareSettings(CasesSettings, EngineSettings):
     methods: Annotated[Methods, Option(("--methods", "--method"), REDUCTION, complete="methods")] = Field(
         ("mmtok", "random", "uniform", "resize", "none"),
         description="Methods (see `mmtok methods`), separated by commas. The baseline `full` always runs; list it to "
-        "measure it a second time as a check of the noise. mmtok@96 has a budget of its own.",
+        "measure it a second time as a check of the noise. mmtok@96 has a budget of its own. With --engine vllm, the "
+        f"default is {','.join(ENGINE_METHODS)}.",
     )
     retain: Annotated[Retained, Option(panel=REDUCTION, metavar="PERCENT")] = Field(
         None,

@@ -400,6 +400,11 @@ def test_quality_through_an_engine(fake: type[FakeEngine], tmp_path: Path) -> No
     assert lines == found["predictions"] and len(lines) == 3 * 39
 
 
+def test_methods_of_a_comparison_that_names_none(fake: type[FakeEngine]) -> None:
+    found = parsed(run("compare", "--engine", "vllm", "--budget", 16, "--limit", 3, "--json"))
+    assert [case["case"]["method"] for case in found["cases"]] == ["full", "mmtok", "random", "uniform"]
+
+
 # Budgets elsewhere
 
 

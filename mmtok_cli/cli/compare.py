@@ -20,7 +20,7 @@ from mmtok_cli.cli.options import (
     is_given,
     with_options,
 )
-from mmtok_cli.settings import MEASUREMENT, CompareSettings, require_consistent
+from mmtok_cli.settings import ENGINE_METHODS, MEASUREMENT, CompareSettings, require_consistent
 
 if TYPE_CHECKING:
     from mmtok_cli.comparison import ComparisonRun
@@ -102,6 +102,8 @@ def compare(
     require_consistent(settings, given_options(context, CompareSettings))
     files = exports or []
     if engine != "transformers":
+        if not is_given(context, "methods"):
+            settings = settings.model_copy(update={"methods": ENGINE_METHODS})
         compare_by_engine(settings, files, as_json, quiet)
         return
     if plot and not settings.measures_quality:
