@@ -257,7 +257,7 @@ def load_notes(profile: EngineProfile) -> list[str]:
         notes.append("? marks an inconclusive speedup: the 95 % interval contains 1. More --rounds may narrow it")
     fewest = min(result.requests for result in profile.cases)
     if fewest < ENOUGH:
-        notes.append(f"p99 of {fewest} requests is about the largest value: raise --requests or --rounds")
+        notes.append(f"p99 of {plural(fewest, 'request')} is about the largest value: raise --requests or --rounds")
     lengths = [result.new for result in profile.cases]
     if max(lengths) > (1 + LENGTHS) * min(lengths):
         notes.append("answers differ in length: --new-tokens gives all of them the same")

@@ -253,12 +253,14 @@ class VllmEngine:
             processed = time.monotonic()
             outputs = llm.generate(rendered, sampling, f"mmtok-{next(self._numbers)}")
             output = await anext(outputs)
-            first = time.monotonic()
+            first, together = time.monotonic(), len(output.outputs[0].token_ids) > 1
             async for later in outputs:
                 output = later
         except VLLMValidationError as error:
             raise RefusedRequestError(f"vLLM refuses a request: {_without_parameter(str(error))}") from error
         end, found = time.monotonic(), output.metrics
+        if together:  # this process was late, and later tokens came with the first
+            first = found.first_token_ts
         ttft, preprocess = first - start, processed - start
         queue = max(found.scheduled_ts - processed, 0.0)
         (answer,) = output.outputs

@@ -58,16 +58,16 @@ def test_profile_under_load(tmp_path: Path) -> None:
 
 def test_quality_is_that_without_an_engine(tmp_path: Path) -> None:
     """The same samples, metric and cases: the same answers, one by one."""
-    command = ["compare", "--methods", "mmtok,random", "--budget", "16,10%", "--limit", 60, "--json"]
+    command = ["compare", "--methods", "mmtok,random", "--budget", "16,10%", "--limit", 40, "--json"]
     engine = printed(mmtok(tmp_path, *command, "--engine", "vllm"))
-    alone = printed(mmtok(tmp_path, *command, "--rounds", 1, "--export", "alone.jsonl"))
+    alone = printed(mmtok(tmp_path, *command, "--rounds", 1, "--warmup", 0, "--export", "alone.jsonl"))
     expected = [json.loads(line) for line in (tmp_path / "alone.jsonl").read_text().splitlines()]
     compared = ("sample", "method", "budget", "prediction", "kept", "total", "score", "flip")
 
     def rows(predictions: list[dict[str, Any]]) -> set[tuple[Any, ...]]:
         return {tuple(each[name] for name in compared) for each in predictions}
 
-    assert engine["samples"] == 60 and len(engine["predictions"]) == 60 * 5
+    assert engine["samples"] == 40 and len(engine["predictions"]) == 40 * 5
     assert rows(engine["predictions"]) == rows(expected)
     for mine, theirs in zip(engine["cases"], alone["results"], strict=True):
         assert [mine[name] for name in ("score", "retention", "retention_low", "flips")] == [
