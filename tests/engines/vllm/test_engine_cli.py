@@ -60,7 +60,9 @@ def test_quality_is_that_without_an_engine(tmp_path: Path) -> None:
     """The same samples, metric and cases: the same answers, one by one."""
     command = ["compare", "--methods", "mmtok,random", "--budget", "16,10%", "--limit", 40, "--json"]
     engine = printed(mmtok(tmp_path, *command, "--engine", "vllm"))
-    alone = printed(mmtok(tmp_path, *command, "--rounds", 1, "--warmup", 0, "--export", "alone.jsonl"))
+    alone = printed(
+        mmtok(tmp_path, *command, "--rounds", 1, "--warmup", 0, "--export", "alone.jsonl", OMP_NUM_THREADS="1")
+    )
     expected = [json.loads(line) for line in (tmp_path / "alone.jsonl").read_text().splitlines()]
     compared = ("sample", "method", "budget", "prediction", "kept", "total", "score", "flip")
 
