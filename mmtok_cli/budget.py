@@ -63,6 +63,15 @@ class Budget:
             )
         return kept
 
+    @property
+    def engine_settings(self) -> dict[str, float]:
+        """A share as settings of serving engines that say how much is removed: vLLM's `video_pruning_rate`, a share,
+        and OpenVINO's `pruning_ratio`, a percentage. A count has no equivalent; then there are none."""
+        if self.percent is None:
+            return {}
+        removed = round(100 - self.percent, 10)
+        return {"vllm.video_pruning_rate": round(removed / 100, 12), "openvino.pruning_ratio": removed}
+
     def __str__(self) -> str:
         return str(self.count) if self.count is not None else f"{self.percent:.12g}%"
 

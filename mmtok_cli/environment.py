@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import subprocess
 import sys
@@ -29,22 +30,16 @@ def environment_of(model: VisionLanguageModel) -> Environment:
 
     on_gpu = model.device.type == "cuda"
     gpu = open_gpu(model.device)
-    commit = _git("rev-parse", "HEAD")
     return Environment(
-        mmtok=__version__,
-        git_commit=commit,
-        git_dirty=bool(_git("status", "--porcelain")) if commit else None,
-        python=platform.python_version(),
+        **_versions(),
         torch=torch.__version__,
         transformers=hf.VERSION,
-        platform=platform.platform(),
         processor=torch.cuda.get_device_name(model.device) if on_gpu else _processor(),
         device=str(model.device),
         weights=model.weights,
         dtype=str(model.dtype).removeprefix("torch."),
         attention=model.attention,
         threads=torch.get_num_threads(),
-        command=[_decoded(each) for each in (Path(sys.argv[0]).name, *sys.argv[1:])],
         driver=gpu.driver() if gpu else None,
         cuda=torch.version.cuda if on_gpu else None,
         weights_digest=weights_digest(model.model),
@@ -52,6 +47,48 @@ def environment_of(model: VisionLanguageModel) -> Environment:
         compiled=model.compiled,
         layers=(model.loaded_layers, model.layer_count) if model.loaded_layers < model.layer_count else None,
     )
+
+
+def environment_of_engine(
+    *, device: str, device_name: str | None, dtype: str, weights: str, layers: tuple[int, int] | None
+) -> Environment:
+    """The same for a model that a serving engine runs. device_name: of a GPU. layers: as in an Environment."""
+    import torch
+
+    from mmtok_cli.models import hf
+    from mmtok_cli.results.schema import Environment
+
+    return Environment(
+        **_versions(),
+        torch=torch.__version__,
+        transformers=hf.VERSION,
+        processor=device_name or _processor(),
+        device=device,
+        weights=weights,
+        dtype=dtype,
+        attention="the engine's",
+        threads=available_cpus(),
+        cuda=torch.version.cuda if device == "cuda" else None,
+        layers=layers,
+    )
+
+
+def _versions() -> dict[str, Any]:
+    """What does not depend on the model."""
+    commit = _git("rev-parse", "HEAD")
+    return {
+        "mmtok": __version__,
+        "git_commit": commit,
+        "git_dirty": bool(_git("status", "--porcelain")) if commit else None,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "command": [_decoded(each) for each in (Path(sys.argv[0]).name, *sys.argv[1:])],
+    }
+
+
+def available_cpus() -> int:
+    """Logical CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def weights_digest(model: Any) -> str:

@@ -91,15 +91,15 @@ def model_inputs(model: str, *files: Path) -> Inputs:
     return inputs
 
 
-def comparison_inputs(settings: CompareSettings, run: Path, outputs: Sequence[Output]) -> Inputs:
-    """What `mmtok compare` reads: the model, the data and the images of the data, and a run that is resumed."""
+def comparison_inputs(settings: CompareSettings, run: Path | None, outputs: Sequence[Output]) -> Inputs:
+    """What `mmtok compare` reads: the model, the data and the images of the data, and a run that is resumed, if any."""
     from mmtok_cli.data.images import is_image
     from mmtok_cli.data.names import parse_name
     from mmtok_cli.data.pictures import is_pattern
     from mmtok_cli.data.vqav2 import annotations_beside
 
     inputs = model_inputs(settings.model)
-    inputs.runs.append(run)
+    inputs.runs += [run] if run else []
     if settings.include_path is not None:
         inputs.directories.append(settings.include_path)
     name = parse_name(settings.data)

@@ -21,7 +21,7 @@ from mmtok_cli.progress import Progress
 from mmtok_cli.results.profile import ProfileResult, ScalingPoint
 from mmtok_cli.results.records import TimedRun
 from mmtok_cli.results.schedule import Turn, interleaved
-from mmtok_cli.results.schema import CaseResult, LargestBatch, Schedule, cases_without_draft
+from mmtok_cli.results.schema import CaseResult, LargestBatch, Schedule, cases_without_draft, equivalents_of
 from mmtok_cli.settings import ProfileSettings
 from mmtok_cli.stages import DRAFT, unwatched
 from mmtok_cli.timing.capacity import largest_batch
@@ -169,6 +169,7 @@ def profile(
         weights_read=read,
         achieved=achieved(results, read),
         machine=summarise_machine(rounds),
+        equivalents=equivalents_of([case.id for case in cases]),
     )
     if scaling_sizes:
         found = _with_scaling(model, cases, sample, scaling_sizes, found, progress, remainder)

@@ -31,6 +31,7 @@ MOST_RUNS = 1000  # repetitions within a round, and untimed runs
 MOST_SAMPLES = 10_000_000
 MOST_NEW_TOKENS = 1_000_000
 MOST_PROMPT_TOKENS = 1_000_000
+MOST_REQUESTS = 100_000  # of a case in a round
 LARGEST_BATCH = 10_000
 LONGEST = 7 * 24 * 3600  # seconds
 LARGEST_SEED = 2**63 - 1  # that of torch's generators
@@ -40,9 +41,13 @@ LARGEST_SIDE = 10_000  # pixels of an image
 # Of `mmtok profile`, where nothing else is asked for.
 PROFILE_ROUNDS = 20
 PROFILE_WARMUP = 3
+ENGINE_ROUNDS = 8
+ENGINE_WARMUP = 1
+ENGINE_REQUESTS = 8
 USUAL_IMAGE = "1024x768"  # that people give to a model with crops or with images of any size
 
 USUAL_LIMIT = 80  # samples of a comparison
+ENGINE_METHODS = ("mmtok", "random", "uniform")  # of a comparison through an engine, where none are named
 SEARCH_LIMIT = 2000  # and of a search for budgets, which stops as soon as it can
 LEAST_RETAINED, MOST_RETAINED = 10.0, 99.9  # percent; that all of it is kept can never be shown
 
@@ -93,12 +98,20 @@ def _budgets(value: Any) -> Any:
 
 
 def _batch_sizes(value: Any) -> Any:
+    return _sizes(value, "batch size", "--batch-size 1,8")
+
+
+def _concurrencies(value: Any) -> Any:
+    return _sizes(value, "number of requests in flight", "--concurrency 1,4,16")
+
+
+def _sizes(value: Any, what: str, example: str) -> tuple[int, ...]:
     sizes = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
     for size in sizes:
         if not re.fullmatch(r"\s*[0-9]{1,6}\s*", str(size)) or not 1 <= int(size) <= LARGEST_BATCH:
             raise MMTokError(
-                f"{str(size).strip()!r} is not a batch size",
-                f"give one or several from 1 to {LARGEST_BATCH}, as in --batch-size 1,8",
+                f"{str(size).strip()!r} is not a {what}",
+                f"give one or several from 1 to {LARGEST_BATCH}, as in {example}",
             )
     return tuple(dict.fromkeys(map(int, sizes)))
 
@@ -207,6 +220,7 @@ Budgets = Annotated[tuple[str, ...], BeforeValidator(_budgets)]
 TurnPolicies = Annotated[tuple[TurnPolicy, ...], BeforeValidator(_turn_policies)]
 Tasks = Annotated[tuple[str, ...], BeforeValidator(_tasks)]
 BatchSizes = Annotated[tuple[int, ...], BeforeValidator(_batch_sizes)]
+Concurrencies = Annotated[tuple[int, ...], BeforeValidator(_concurrencies)]
 
 
 class Settings(BaseModel):
@@ -251,6 +265,15 @@ class ModelSettings(Settings):
     )
     quantization: Annotated[str | None, Option(panel=MODEL, metavar="int8|int4|bnb-8bit|bnb-4bit")] = Field(
         None, description="Quantize the weights of linear layers, by torchao or bitsandbytes."
+    )
+
+
+class EngineSettings(Settings):
+    """Which engine answers."""
+
+    engine: Annotated[str, Option(panel=MODEL, metavar="transformers|vllm")] = Field(
+        "transformers",
+        description="What runs the model. vllm: a vLLM engine in processes of its own (pip install 'mmtok\\[vllm]').",
     )
 
 
@@ -328,7 +351,7 @@ class OneCaseSettings(ReductionSettings, MethodSettings, ModelSettings):
     """One case, and the model that it runs on. (Fields of the last base come first in the help.)"""
 
 
-class InferSettings(OneCaseSettings):
+class InferSettings(OneCaseSettings, EngineSettings):
     """What `mmtok infer` does."""
 
     max_new_tokens: Annotated[int, Option(panel=MEASUREMENT)] = Field(
@@ -440,7 +463,7 @@ class CasesSettings(ReductionSettings, MethodsSettings, PartSettings, ModelSetti
         return AnswerLength(max_new_tokens=self.new_tokens or self.max_new_tokens, ignore_eos=exact)
 
 
-class ProfileSettings(CasesSettings):
+class ProfileSettings(CasesSettings, EngineSettings):
     """What `mmtok profile` measures."""
 
     budget: Annotated[Budgets | None, Option(("--budget", "-b"), REDUCTION)] = Field(
@@ -481,15 +504,35 @@ class ProfileSettings(CasesSettings):
         description="Size in pixels that the image is resized to. Default: a file keeps its own; the drawn scene is "
         f"{USUAL_IMAGE}, with the demo model that of its training.",
     )
+    concurrency: Annotated[Concurrencies, Option(panel=MEASUREMENT)] = Field(
+        (1, 4, 16), description="With --engine vllm: requests in flight, or several numbers of them: 1,4,16."
+    )
+    requests: Annotated[int | None, Option(panel=MEASUREMENT)] = Field(
+        None,
+        ge=1,
+        le=MOST_REQUESTS,
+        description="With --engine vllm: requests of each case in a round, at each concurrency. Default: "
+        f"{ENGINE_REQUESTS}, at least twice the concurrency.",
+    )
+    data: Annotated[str | None, Option(panel=DATA)] = Field(
+        None,
+        description="With --engine vllm: dataset whose questions are sent (see `mmtok compare --help`). Default: the "
+        "held-out questions of the demo about drawn scenes.",
+    )
+
+    def requests_at(self, concurrency: int) -> int:
+        """Requests of each case in a round."""
+        return self.requests or max(ENGINE_REQUESTS, 2 * concurrency)
 
 
-class CompareSettings(CasesSettings):
+class CompareSettings(CasesSettings, EngineSettings):
     """What `mmtok compare` measures. The plan of a run keeps it."""
 
     methods: Annotated[Methods, Option(("--methods", "--method"), REDUCTION, complete="methods")] = Field(
         ("mmtok", "random", "uniform", "resize", "none"),
         description="Methods (see `mmtok methods`), separated by commas. The baseline `full` always runs; list it to "
-        "measure it a second time as a check of the noise. mmtok@96 has a budget of its own.",
+        "measure it a second time as a check of the noise. mmtok@96 has a budget of its own. With --engine vllm, the "
+        f"default is {','.join(ENGINE_METHODS)}.",
     )
     retain: Annotated[Retained, Option(panel=REDUCTION, metavar="PERCENT")] = Field(
         None,

@@ -15,7 +15,7 @@ from mmtok_cli.evaluation.summary import (
 from mmtok_cli.results.progress import is_finished, require_flops, whole_rounds
 from mmtok_cli.results.records import TimedRun
 from mmtok_cli.results.run_directory import RunDirectory
-from mmtok_cli.results.schema import CaseResult, Comparison, FailedCase, Schedule
+from mmtok_cli.results.schema import CaseResult, Comparison, FailedCase, Schedule, equivalents_of
 from mmtok_cli.timing.summary import summarise_case, summarise_machine, with_slowdown
 from mmtok_cli.turns import failed_conversations, held_conversations, left_out_conversations, summarise_turns
 
@@ -45,6 +45,7 @@ def summarise_run(store: RunDirectory) -> Comparison:
         left_out=[*left_out(store), *left_out_conversations(store)],
         remarks=[*metric_remarks(store), *task_remarks(store), *failed_conversations(store)],
         machine=summarise_machine([_measured(store, i) for i in rounds]),
+        equivalents=equivalents_of([planned.case for planned in plan.cases]),
     )
 
 

@@ -68,6 +68,7 @@ ALLOWED = {
     "tokens": {"errors"},
     "stages": set(),
     "errors": set(),
+    "engines": {"errors"},
     "budget": {"errors"},
     "rules": {"errors"},
     "profiles": {"errors"},
@@ -148,6 +149,12 @@ def test_rooms_import_only_what_they_may(room: str) -> None:
     for path in files:
         more = EXCEPTIONS.get(path.relative_to(PACKAGE).as_posix(), set())
         assert imported(path) <= ALLOWED[room] | more, path
+
+
+def test_integrations_are_imported_where_they_are_asked_for() -> None:
+    """What runs inside other programs is not needed to run without them."""
+    files = [path for path in PACKAGE.rglob("*.py") if "integrations" in imported(path)]
+    assert {path.relative_to(PACKAGE).parts[0] for path in files} == {"integrations", "serving.py", "comparison.py"}
 
 
 def test_no_modules_import_each_other() -> None:

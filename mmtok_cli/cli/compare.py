@@ -20,7 +20,7 @@ from mmtok_cli.cli.options import (
     is_given,
     with_options,
 )
-from mmtok_cli.settings import MEASUREMENT, CompareSettings, require_consistent
+from mmtok_cli.settings import ENGINE_METHODS, MEASUREMENT, CompareSettings, require_consistent
 
 if TYPE_CHECKING:
     from mmtok_cli.comparison import ComparisonRun
@@ -80,9 +80,13 @@ def compare(
 
     With --retain, budgets are searched instead: samples are added until it is sure, with 95 % confidence, which is the smallest that keeps the share of the score; then that budget is timed.
 
+    With --engine vllm, the engine answers, and quality alone is compared.
+
     [dim]mmtok compare --methods mmtok,resize --budget 64,16[/dim]
     [dim]mmtok compare --methods mmtok,divprune --retain 98%[/dim]
     """  # noqa: E501 (a paragraph is one line, so that help wraps it)
+    from mmtok_cli.cli.engine import chosen_engine
+    from mmtok_cli.cli.engine import compare as compare_by_engine
     from mmtok_cli.cli.retain import search
     from mmtok_cli.comparison import RUNS, ComparisonRun
     from mmtok_cli.errors import MMTokError
@@ -94,8 +98,14 @@ def compare(
     from mmtok_cli.results.run_directory import newest_run
     from mmtok_cli.retention import RetentionRun
 
+    engine = chosen_engine(context, settings)
     require_consistent(settings, given_options(context, CompareSettings))
     files = exports or []
+    if engine != "transformers":
+        if not is_given(context, "methods"):
+            settings = settings.model_copy(update={"methods": ENGINE_METHODS})
+        compare_by_engine(settings, files, as_json, quiet)
+        return
     if plot and not settings.measures_quality:
         raise MMTokError("--plot shows quality, which is not measured with these options", "omit --plot")
     _check_fail_below(context, fail_below, fail_below_stage)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 @with_options(InferSettings)
 def infer(
+    context: typer.Context,
     image: ImageArgument,
     question: QuestionArgument,
     settings: InferSettings,
@@ -50,6 +51,8 @@ def infer(
 
     [dim]mmtok infer img.jpg "What color is the car?" --budget 64 --baseline[/dim]
     """
+    from mmtok_cli.cli.engine import chosen_engine
+    from mmtok_cli.cli.engine import infer as infer_by_engine
     from mmtok_cli.configuration import configured_model, one_case, with_writer
     from mmtok_cli.conversation import check_conversation, require_policy
     from mmtok_cli.data.samples import Turn, require_question, sample_from_file
@@ -58,6 +61,9 @@ def infer(
     from mmtok_cli.timing.runner import run_case
     from mmtok_cli.timing.turns import run_conversation
 
+    if chosen_engine(context, settings) != "transformers":
+        infer_by_engine(settings, sample_from_file(image, question, *(more or ())), baseline, as_json, quiet)
+        return
     if not turn and (settings.turns != "reuse" or settings.encode_again):
         option = "--encode-again" if settings.encode_again else "--turns"
         raise MMTokError(f"{option} requires --turn", 'ask a further question, as in --turn "Is it red?"')
@@ -113,7 +119,7 @@ def _show(
         if run.drafts:
             out.print(Text.assemble(("draft: ", "bold"), printable_lines(run.drafts[0])), style="dim")
     out.print(answer_table([printable(each) for each in cases], runs))
-    _show_remarks(settings, weights, short_text(runs[0].tokens[0]))
+    _show_remarks(settings, cases[0], weights, short_text(runs[0].tokens[0]))
 
 
 def _show_conversation(
@@ -146,15 +152,16 @@ def _show_conversation(
             out.print(Text.assemble("  ", (name, "bold"), printable_lines(talk[number].answer)))
     for each, talk in zip(cases, talks, strict=True):
         out.print(conversation_table(printable(each), talk))
-    _show_remarks(settings, weights, short_text(talks[0][0].tokens))
+    _show_remarks(settings, cases[0], weights, short_text(talks[0][0].tokens))
 
 
-def _show_remarks(settings: InferSettings, weights: str, short: str) -> None:
+def _show_remarks(settings: InferSettings, case: Case, weights: str, short: str) -> None:
     from mmtok_cli.report.console import results_console
-    from mmtok_cli.report.tables import rules_text, weights_text
+    from mmtok_cli.report.tables import equivalent_notes, rules_text, weights_text
+    from mmtok_cli.results.schema import equivalents_of
 
-    rules = rules_text(settings.rules, settings.parameters)
-    for remark in filter(None, (short, rules, weights_text(weights))):
+    rules, elsewhere = rules_text(settings.rules, settings.parameters), equivalent_notes(equivalents_of([case.id]))
+    for remark in filter(None, (short, rules, weights_text(weights), *elsewhere)):
         results_console().print(remark, style="dim", markup=False)
 
 
@@ -168,6 +175,7 @@ def _head(settings: InferSettings, case: Case) -> dict[str, Any]:
         "method": settings.method,
         "parameters": case.id.parameters,
         "budget": case.id.budget,
+        "equivalents": {} if case.budget is None else case.budget.engine_settings,
         "rules": asdict(settings.rules),
     }
 

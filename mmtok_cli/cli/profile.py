@@ -68,8 +68,13 @@ def profile(
 
     Timing and tracing happen in separate runs, because a profiler adds overhead. Where the weights are missing or the model does not fit, its true architecture is measured with random weights, in bfloat16 or with fewer decoder layers, within --max-time; the results say so.
 
+    With --engine vllm, requests are sent to one engine, with and without reduction in random order: throughput, latency and where the time goes, for each number of requests in flight.
+
     [dim]mmtok profile --methods mmtok,divprune --budget 64 --scaling --plot scaling.png[/dim]
+    [dim]mmtok profile --engine vllm --methods mmtok,random --budget 64 --concurrency 1,4,16[/dim]
     """  # noqa: E501 (a paragraph is one line, so that help wraps it)
+    from mmtok_cli.cli.engine import chosen_engine
+    from mmtok_cli.cli.engine import profile as profile_engine
     from mmtok_cli.cli.showing import profile_exports, save_scaling_plot
     from mmtok_cli.data.samples import demo_samples, resized, sample_from_file
     from mmtok_cli.errors import MMTokError
@@ -81,17 +86,26 @@ def profile(
     from mmtok_cli.report.profiles import profile_notes
     from mmtok_cli.timing.scaling import parse_tokens
 
+    engine = chosen_engine(context, settings)
     require_consistent(settings, given_options(context, ProfileSettings))
     if not scaling and (plot or scaling_tokens is not None):
         raise MMTokError(f"{'--plot' if plot else '--scaling-tokens'} requires --scaling", "add --scaling")
     sizes = parse_tokens(SCALING_TOKENS if scaling_tokens is None else scaling_tokens) if scaling else []
+    if image and settings.data is not None:
+        raise MMTokError("an image and --data cannot be combined", "give one of them")
+    drawn = image is None and settings.data is None
+    size = settings.image_size or (USUAL_IMAGE if drawn and not is_demo(settings.model) else None)
+    inputs = model_inputs(settings.model, *([image] if image else []))
+    if engine != "transformers":
+        asked = sample_from_file(image, question) if image else None
+        profile_engine(settings, asked, size, exports or [], inputs, as_json, quiet)
+        return
     sample = demo_samples(1)[0] if image is None else sample_from_file(image, question)
-    size = settings.image_size or (USUAL_IMAGE if image is None and not is_demo(settings.model) else None)
     if size:
         sample = resized(sample, image_size(size))
     files = [("--export", path, EXPORTS) for path in exports or []]
     outputs = outputs_of([("--trace-dir", trace_dir, ()), ("--plot", plot, PLOTS), *files])
-    check_outputs(outputs, model_inputs(settings.model, *([image] if image else [])))
+    check_outputs(outputs, inputs)
     data = "demo" if image is None else str(image)
     found = measure(settings, sample, data, trace_dir, ConsoleProgress(quiet), scaling_sizes=sizes)
     notes = profile_notes(found.profile, settings, found.planned_rounds, sizes, found.context_length)

@@ -27,10 +27,11 @@ def sample_predictions(store: RunDirectory, run: str | None = None) -> Iterator[
             for number in cases:
                 if number not in failed and label.sample in batch.readable:
                     case = store.plan.cases[number].case.model_copy(update={"run": run})
-                    yield _row(label, case, found[label.sample, number], found[label.sample, cases[0]])
+                    yield sample_row(label, case, found[label.sample, number], found[label.sample, cases[0]])
 
 
-def _row(label: SampleLabel, case: CaseId, mine: Prediction, baseline: Prediction) -> SamplePrediction:
+def sample_row(label: SampleLabel, case: CaseId, mine: Prediction, baseline: Prediction) -> SamplePrediction:
+    """The prediction of a case for a sample, beside that of the unreduced model."""
     return SamplePrediction(
         run=case.run,
         sample=label.sample,

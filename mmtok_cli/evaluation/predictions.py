@@ -308,20 +308,7 @@ def closeness_of(reference: Tensor, logits: Tensor, mask: Tensor) -> list[Closen
 def _batch_record(
     batch: int, remaining: Remaining, dataset: Dataset, numbers: Sequence[int], items: Sequence[BatchItem]
 ) -> PredictionBatch:
-    labels = []
-    for number in numbers:
-        sample = dataset.samples[number]
-        labels.append(
-            SampleLabel(
-                sample=number,
-                images=sample.image_ids,
-                answer=next(iter(sample.references), None),
-                kind=sample.kind,
-                question=sample.question,
-                references=sample.references,
-                id=sample.id or None,
-            ),
-        )
+    labels = [label_of(number, dataset.samples[number]) for number in numbers]
     return PredictionBatch(
         batch=batch,
         batch_size=remaining.batch_size,
@@ -330,4 +317,17 @@ def _batch_record(
         predictions=[item for item in items if isinstance(item, Prediction)],
         unreadable=[item for item in items if isinstance(item, UnreadableSample)],
         failures=[item for item in items if isinstance(item, CaseFailure)],
+    )
+
+
+def label_of(number: int, sample: Sample) -> SampleLabel:
+    """What the summary needs to know of a sample. number: in its dataset."""
+    return SampleLabel(
+        sample=number,
+        images=sample.image_ids,
+        answer=next(iter(sample.references), None),
+        kind=sample.kind,
+        question=sample.question,
+        references=sample.references,
+        id=sample.id or None,
     )

@@ -64,7 +64,7 @@ class EvaluationSummary:
     paired: PairedAccuracy | None
     retention: Retention | None
     flips: Flips | None
-    fidelity: Fidelity
+    fidelity: Fidelity | None
     short: int = 0
     draft: DraftEffect | None = None
 
@@ -363,13 +363,14 @@ def count_flips(baseline: Sequence[bool], found: Sequence[bool]) -> Flips:
     )
 
 
-def _fidelity(predictions: Iterable[Prediction]) -> Fidelity:
+def _fidelity(predictions: Iterable[Prediction]) -> Fidelity | None:
+    """None for answers of a serving engine, which gives no logits."""
     closeness = [prediction.closeness for prediction in predictions]
-    return Fidelity(
-        kl=fmean(close.kl for close in closeness),
-        top1=fmean(close.top1 for close in closeness),
-        same=fmean(close.same for close in closeness),
-    )
+    divergences = [close.kl for close in closeness if close.kl is not None]
+    agreements = [close.top1 for close in closeness if close.top1 is not None]
+    if not divergences or not agreements:
+        return None
+    return Fidelity(kl=fmean(divergences), top1=fmean(agreements), same=fmean(close.same for close in closeness))
 
 
 def _scores(predictions: Sequence[Prediction]) -> list[float]:

@@ -1,1 +1,1 @@
-"""mmtok inside other programs: evaluators and serving engines. Nothing else of this package imports what is here."""
+"""mmtok inside other programs: evaluators and serving engines. Of this package, only `serving` imports what is here."""

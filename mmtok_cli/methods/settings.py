@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from mmtok_cli.errors import MethodFaultError, MMTokError
 from mmtok_cli.methods import method_class, method_names, unknown_parameter
+from mmtok_cli.methods.base import Method
 from mmtok_cli.methods.parameters import as_tuples, checked, parameter_types
 
 
@@ -32,6 +33,16 @@ def read_settings(texts: Sequence[str], running: Sequence[str]) -> dict[str, dic
         parsed = _parse(types[parameter], value)
         settings[name][parameter] = checked(f"{name}.{parameter}", types[parameter], parsed, value, strict=False)
     return dict(settings)
+
+
+def settings_of(name: str, method: Method) -> list[str]:
+    """The parameters of a method as texts that `read_settings` reads. What cannot be written is left at its default."""
+    values = {parameter: getattr(method, parameter) for parameter in parameter_types(method_class(name))}
+    return [f"{name}.{parameter}={_text(value)}" for parameter, value in values.items() if value != ()]
+
+
+def _text(value: Any) -> str:
+    return "none" if value is None else ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def profile_parameters(name: str, tables: Mapping[str, Mapping[str, Any]], profile: str) -> dict[str, Any]:

@@ -122,10 +122,11 @@ def load_model(
     return built
 
 
-def outline(name: str, *, device: str, attention: str) -> VisionLanguageModel:
+def outline(name: str, *, device: str, attention: str, own_processor: bool = False) -> VisionLanguageModel:
     """A model that says how it would cut up images, without memory for its weights and without any download.
 
-    Raises MMTokError for what `load_model` refuses, apart from the memory and the weights.
+    own_processor: the model's processor is downloaded if need be, in place of a stand-in. Raises MMTokError for what
+    `load_model` refuses, apart from the memory and the weights.
     """
     from mmtok_cli.models import hf
     from mmtok_cli.models.foreign_errors import COMPARE, errors_as
@@ -137,7 +138,10 @@ def outline(name: str, *, device: str, attention: str) -> VisionLanguageModel:
     with errors_as(f"no model can be built as config.json of {name} says", hf.or_tested(COMPARE)):
         layout = laid_out(config, None, attention)
     family = family_class(config.model_type)
-    processor = _processor_without_download(name, source, family, config)
+    if own_processor:
+        processor = _processor(name, source, family)
+    else:
+        processor = _processor_without_download(name, source, family, config)
     with errors_as(f"{name} cannot be used", hf.or_tested(COMPARE)):
         return family(name, layout.eval(), processor)
 

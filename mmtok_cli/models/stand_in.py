@@ -10,13 +10,12 @@ from typing import Any
 from mmtok_cli.models import hf
 from mmtok_cli.models.qwen_processor import IMAGE_TOKEN, QwenProcessor
 
-LETTERS_PER_TOKEN = 4  # about what vocabularies of 32,000 pieces make of English
-WORDS = r"\w+|[^\w\s]"
+TOKENS = r"\w{1,4}|[^\w\s]"  # about what vocabularies of 32,000 pieces make of English
 
 QWEN_PIECES = 151643  # the special tokens come after them
 QWEN_SPECIAL = {"<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645}
-QWEN_LETTERS_PER_TOKEN = 10  # most English words are one piece of 150,000
-QWEN_WORDS = r"\n+|\d|[^\W\d]+|[^\w\s]"  # lines end and numbers are spelled in tokens of their own
+# Most English words are one piece of 150,000; lines end and numbers are spelled in tokens of their own.
+QWEN_TOKENS = r"\n{1,10}|\d|[^\W\d]{1,10}|[^\w\s]"
 
 QWEN_MOST_TOKENS = 16384  # per image, of all checkpoints
 QWEN_IMAGES = {  # fewest tokens per image, and the statistics that pixels are normalised with
@@ -36,7 +35,7 @@ class StandInTokenizer(_Tokenizer):
 
     bos: begins every sequence; None where none does. pad: that of the token at the end unless given.
     special: ids of the special tokens besides the image token, those of Llama's vocabulary unless given.
-    words, letters: the pattern of the words, and how many letters of a word make a piece.
+    pattern: of the pieces, a regular expression.
     """
 
     def __init__(
@@ -49,10 +48,9 @@ class StandInTokenizer(_Tokenizer):
         *,
         pad: int | None = None,
         special: Mapping[str, int] | None = None,
-        words: str = WORDS,
-        letters: int = LETTERS_PER_TOKEN,
+        pattern: str = TOKENS,
     ) -> None:
-        self._size, self._words, self._letters = size, re.compile(words), letters
+        self._size, self.pattern = size, pattern
         if special is None:
             special = {"<unk>": 0, "</s>": eos} | ({} if bos is None else {"<s>": bos})
         self._special = {**special, image_token: image_token_id}
@@ -80,8 +78,7 @@ class StandInTokenizer(_Tokenizer):
         return [*begin, *token_ids_0, *(token_ids_1 or [])]
 
     def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
-        step = self._letters
-        return [word[i : i + step] for word in self._words.findall(text) for i in range(0, len(word), step)]
+        return re.findall(self.pattern, text)
 
     def _convert_token_to_id(self, token: str) -> int:
         if token in self._special:
@@ -158,8 +155,7 @@ def qwen_tokenizer(image_token: str, image_token_id: int, special: Mapping[str, 
         eos=QWEN_SPECIAL["<|im_end|>"],
         pad=QWEN_SPECIAL["<|endoftext|>"],
         special={**QWEN_SPECIAL, **special},
-        words=QWEN_WORDS,
-        letters=QWEN_LETTERS_PER_TOKEN,
+        pattern=QWEN_TOKENS,
     )
 
 

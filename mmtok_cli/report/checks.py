@@ -14,6 +14,7 @@ from mmtok_cli.report.columns import COMPARED
 from mmtok_cli.report.tables import (
     by_batch_size,
     ceiling,
+    equivalent_notes,
     inconclusive_notes,
     largest_batch_notes,
     layer_notes,
@@ -115,6 +116,7 @@ def comparison_notes(comparison: Comparison) -> list[str]:
         *layer_notes(methods),
         *largest_batch_notes(comparison.results),
         *position_notes(methods),
+        *equivalent_notes(comparison.equivalents),
     ]
     for part in by_batch_size(comparison):
         head = f"batch size {part.schedule.batch_size}: " if part is not comparison else ""

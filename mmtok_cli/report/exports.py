@@ -98,18 +98,18 @@ def markdown_text(comparison: Comparison) -> str:
     for row in rows(comparison, columns):
         name = escaped(row.title) + (f" ({escaped(row.missing)})" if row.missing else "")
         table.append([name, *(escaped(str(cell)) for cell in row.cells)])
-    lines = _table_lines(table)
+    lines = markdown_table(table)
     for task in tables_of(comparison):
         shown_of = task.metrics | task.statistics
         cells = [[str(result), *(cell(result) for cell in shown_of.values())] for result in task.results]
         table = [list(map(escaped, row)) for row in (["method", *shown_of], *cells)]
-        lines += ["", f"{escaped(task.title)}:", "", *_table_lines(table)]
+        lines += ["", f"{escaped(task.title)}:", "", *markdown_table(table)]
     if comparison.turns:
         shown = shown_columns(comparison)
         turns = [["method", *(column.heading for column in shown)]]
         for result in comparison.turns:
             turns.append([escaped(str(result)), *(escaped(str(column.cell_of(result))) for column in shown)])
-        lines += ["", "Turns of conversations:", "", *_table_lines(turns)]
+        lines += ["", "Turns of conversations:", "", *markdown_table(turns)]
     notes = [
         *draft_notes(comparison.results),
         *unable_notes(comparison.results),
@@ -121,11 +121,11 @@ def markdown_text(comparison: Comparison) -> str:
     ]
     said = [_conditions(comparison), READING, *notes]
     fallback = comparison.environment.fallback
-    head = [_paragraph(f"{comparison.model}: {fallback}"), ""] if fallback else []
-    return "\n".join([*head, *lines, "", "\n\n".join(map(_paragraph, said)), ""])
+    head = [paragraph(f"{comparison.model}: {fallback}"), ""] if fallback else []
+    return "\n".join([*head, *lines, "", "\n\n".join(map(paragraph, said)), ""])
 
 
-def _table_lines(table: Sequence[Sequence[str]]) -> list[str]:
+def markdown_table(table: Sequence[Sequence[str]]) -> list[str]:
     """A table in Markdown, its columns aligned. table: rows, the headings first."""
     widths = [max(4, *map(cell_len, column)) for column in zip(*table, strict=True)]
     rule = [":" + "-" * (widths[0] - 1), *("-" * (width - 1) + ":" for width in widths[1:])]
@@ -156,6 +156,6 @@ def escaped(text: str) -> str:
     return re.sub(r"([\\`*_\[\]<>|~#&$])", r"\\\1", " ".join(text.split()))
 
 
-def _paragraph(text: str) -> str:
+def paragraph(text: str) -> str:
     """Text that is neither an item of a list nor a heading, however it begins."""
     return re.sub(r"^(\d{0,9})([-+=.)])", r"\1\\\2", escaped(text))

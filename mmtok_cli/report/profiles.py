@@ -64,6 +64,7 @@ def profile_notes(
 
     rules = tables.rules_text(settings.rules, settings.parameters)
     lines = list(filter(None, [rules, tables.lengths_text(profile.schedule)]))
+    lines += tables.equivalent_notes(profile.equivalents)
     for part in profiles_by_batch_size(profile):
         baseline, *others = part.cases
         head = f"batch size {baseline.case.batch_size}: " if len(settings.batch_size) > 1 else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
@@ -165,9 +165,21 @@ def rules_text(rules: Rules, settings: Sequence[str] | None = None) -> str:
     return ", ".join([*said, *map(printable, settings or ())])
 
 
+SHORT = "fewer tokens than the budget: the others are padding, or there are no more"
+
+
 def short_text(tokens: TokenCounts) -> str:
     """Why fewer tokens are kept than the budget says, if so."""
-    return "fewer tokens than the budget: the others are padding, or there are no more" if tokens.short else ""
+    return SHORT if tokens.short else ""
+
+
+def equivalent_notes(equivalents: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Budgets that are shares, as settings of engines that say how much is removed."""
+    return [
+        f"a budget of {budget} corresponds to video_pruning_rate {settings['vllm.video_pruning_rate']:g} of vLLM and "
+        f"pruning_ratio {settings['openvino.pruning_ratio']:g} of OpenVINO"
+        for budget, settings in equivalents.items()
+    ]
 
 
 def lengths_text(schedule: Schedule | Estimate) -> str:

@@ -114,7 +114,7 @@ class ProfileResult(Record):
     stage_peaks: bytes by case and stage, from the traces. memory: bytes over time, from the same traces. ceilings: None
     where they were not measured, because the profile was interrupted before or an error occurred. weights_read: bytes
     that are read for each decoded token. scaling, growth, fixed: of --scaling, otherwise empty; fixed are the points at
-    the smallest grid, one for each case.
+    the smallest grid, one for each case. equivalents: budgets that are shares, as settings of serving engines.
     """
 
     schema_: Literal["mmtok.profile/2"] = Field(default="mmtok.profile/2", alias="schema")
@@ -136,6 +136,7 @@ class ProfileResult(Record):
     scaling: list[ScalingPoint] = Field(default=[])
     growth: list[Growth] = Field(default=[])
     fixed: list[ScalingPoint] = Field(default=[])
+    equivalents: dict[str, dict[str, float]] = Field(default={})
 
     @property
     def comparison(self) -> Comparison:

@@ -213,11 +213,12 @@ class Closeness(Record):
 
     kl: divergence of the next token's distribution in nats, mean over the answer's tokens. top1: share of its tokens
     that are the most likely ones here too. same: whether all of them are. Greedy decoding then gives the same answer,
-    since each token follows from those before it.
+    since each token follows from those before it. A serving engine gives no logits: then kl and top1 are None, and
+    same compares the answers.
     """
 
-    kl: Divergence
-    top1: Share
+    kl: Divergence | None
+    top1: Share | None
     same: bool
 
 

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from mmtok_cli.budget import Budget
 from mmtok_cli.rules import Positions, Rules, TurnPolicy
 
 CONFIDENCE = 0.95  # of all intervals
@@ -313,6 +314,13 @@ def cases_without_draft(cases: Sequence[CaseId]) -> dict[int, int]:
     return {place: plain for place, plain in pairs.items() if plain is not None}
 
 
+def equivalents_of(cases: Sequence[CaseId]) -> dict[str, dict[str, float]]:
+    """The budgets of cases that are shares, each as settings of serving engines (see `Budget.engine_settings`)."""
+    budgets = dict.fromkeys(case.budget for case in cases if case.budget is not None)
+    found = {budget: Budget.parse(budget).engine_settings for budget in budgets}
+    return {budget: settings for budget, settings in found.items() if settings}
+
+
 class OfCase(Record):
     """Something about one case, shown under its name."""
 
@@ -513,8 +521,8 @@ class SamplePrediction(Record):
     record them. batch_size: of the evaluation. draft, draft_tokens: as in a CaseId. baseline_prediction,
     baseline_score: of the unreduced model. kept, total: vision tokens. score: of this answer, by the metric; null
     without reference answers. flip: "lost" if only the unreduced model's answer is right, "gained" if only this one is,
-    otherwise empty. kl, top1, same: closeness to the unreduced model, as in a Fidelity, of this sample alone; a
-    divergence that is not finite is a string.
+    otherwise empty. kl, top1, same: closeness to the unreduced model, as in a Fidelity, of this sample alone (null for
+    answers of a serving engine); a divergence that is not finite is a string.
     """
 
     schema_: Literal["mmtok.predictions/1"] = Field(default="mmtok.predictions/1", alias="schema")
@@ -539,8 +547,8 @@ class SamplePrediction(Record):
     score: float | None
     baseline_score: float | None
     flip: Literal["lost", "gained", ""]
-    kl: float
-    top1: float
+    kl: float | None
+    top1: float | None
     same: bool
 
 
@@ -551,7 +559,8 @@ class Comparison(Record):
     number of rounds. unevaluated: cases that were timed but could not be evaluated. turns: for each case and policy its
     turns, then all of them together; empty without --turns. tasks: for each task of --tasks its cases. left_out: one
     line for each part of the data that could not be used. remarks: further lines about the results. machine: None where
-    the system reports nothing, and for several runs.
+    the system reports nothing, and for several runs. equivalents: budgets that are shares, as settings of serving
+    engines.
     """
 
     schema_: Literal["mmtok.compare/2"] = Field(default="mmtok.compare/2", alias="schema")
@@ -570,3 +579,4 @@ class Comparison(Record):
     left_out: list[str] = []
     remarks: list[str] = []
     machine: MachineUse | None = None
+    equivalents: dict[str, dict[str, float]] = {}
