@@ -25,7 +25,7 @@ from mmtok_cli.evaluation.predictions import label_of
 from mmtok_cli.evaluation.summary import summarise_predictions
 from mmtok_cli.image_plan import plan_images
 from mmtok_cli.integrations.vllm.engine import EngineOptions, EngineRequest, VllmEngine
-from mmtok_cli.integrations.vllm.request import require_supported
+from mmtok_cli.integrations.vllm.request import require_family, require_supported
 from mmtok_cli.lengths import of_prompt_length
 from mmtok_cli.methods.settings import settings_of
 from mmtok_cli.models import outline
@@ -109,9 +109,10 @@ def target_of(settings: ModelSettings, layers: int | None = None) -> Target:
 
 
 def require_cases(model: VisionLanguageModel, cases: Sequence[Case]) -> None:
-    """Refuse methods that no engine can run, before it is started. Raises MMTokError."""
+    """Refuse a model and methods that no engine can run, before it is started. Raises MMTokError."""
+    require_family(model.family)
     for case in cases:
-        require_supported(case.name, case.method, model.signals)
+        require_supported(case.name, case.method, model.family)
 
 
 @contextmanager

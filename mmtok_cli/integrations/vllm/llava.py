@@ -16,17 +16,15 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.integrations.vllm.processing import ReducingProcessor, info_of, unencoded
 from mmtok_cli.integrations.vllm.reducing import Reducing, watched
-from mmtok_cli.integrations.vllm.request import ImageRequest
+from mmtok_cli.integrations.vllm.request import CLIP_SIGNALS, ImageRequest
 from mmtok_cli.models.clip_signals import class_probabilities
 from mmtok_cli.tokens import VisionTokens
 
 ATTENTION_SIGNALS = {"class_attention", "mean_keys"}
-SIGNALS = ("class_feature", "class_attention", "mean_keys")
 
 
 class Processor(ReducingProcessor, llava.LlavaMultiModalProcessor):
     family = "llava"
-    signals = SIGNALS
 
 
 def _processor(info: Any, dummy_inputs: Any) -> Any:
@@ -38,7 +36,7 @@ def _processor(info: Any, dummy_inputs: Any) -> Any:
 class ClipReducing(Reducing):
     """What LLaVA-1.5 and LLaVA-NeXT have in common: a CLIP tower of fixed size and a projector."""
 
-    signals = SIGNALS
+    signals = CLIP_SIGNALS
     vision_tower: Any
     multi_modal_projector: Any
 

@@ -10,7 +10,7 @@ from vllm.model_executor.models import llava, llava_next
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from mmtok_cli.errors import MMTokError
-from mmtok_cli.integrations.vllm.llava import SIGNALS, ClipReducing
+from mmtok_cli.integrations.vllm.llava import ClipReducing
 from mmtok_cli.integrations.vllm.processing import ReducingProcessor, info_of
 from mmtok_cli.integrations.vllm.request import ImageRequest
 from mmtok_cli.tokens import VisionTokens
@@ -18,7 +18,6 @@ from mmtok_cli.tokens import VisionTokens
 
 class Processor(ReducingProcessor, llava_next.LlavaNextMultiModalProcessor):
     family = "llava_next"
-    signals = SIGNALS
 
 
 @MULTIMODAL_REGISTRY.register_processor(

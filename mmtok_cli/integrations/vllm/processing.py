@@ -66,26 +66,25 @@ def info_of(factory: Callable[[InputProcessingContext], Any]) -> Callable[[Input
 
 @dataclass(frozen=True)
 class Picture:
-    """An image of a request: as it is, or an empty one of the same size where an array came in. content: its bytes."""
+    """An image of a request: as it is, or an empty one of the same size beside the array that came in."""
 
     image: Image
-    content: bytes
-    is_array: bool = False
+    array: np.ndarray[Any, Any] | None = None
 
     @property
     def fingerprint(self) -> str:
         """A name that depends on the pixels alone."""
-        return hashlib.sha256(f"{self.image.size}".encode() + self.content).hexdigest()[:16]
+        pixels = self.image.convert("RGB").tobytes() if self.array is None else self.array.tobytes()
+        return hashlib.sha256(f"{self.image.size}".encode() + pixels).hexdigest()[:16]
 
 
 class ReducingProcessor:
     """Mixed into the multi-modal processor of a model.
 
-    family: the model's in `mmtok_cli.models`. signals: what the engine's model can give to methods.
+    family: the model's in `mmtok_cli.models`.
     """
 
     family: str
-    signals: tuple[str, ...]
     info: Any
 
     @cached_property
@@ -121,7 +120,7 @@ class ReducingProcessor:
         if not reduction.reduces and not reduction.pad:
             return others
         method = reduction.made()
-        require_supported(reduction.method, method, self.signals)
+        require_supported(reduction.method, method, self.family)
         if reduction.reduces and inputs.mm_data_items.get_count("video", strict=False):
             raise MMTokError("videos are not reduced in vLLM", 'send videos with "method": "full"')
         if not method.reads_question:
@@ -202,7 +201,7 @@ class ReducingProcessor:
 
     def _square(self, picture: Picture | None) -> Image:
         """The image padded to a square with the mean colour, as LLaVA-1.5 was trained."""
-        if picture is None or picture.is_array:
+        if picture is None or picture.array is not None:
             raise VLLMValidationError(
                 '"image_aspect_ratio": "pad" needs pictures, not arrays', parameter="mm_processor_kwargs"
             )
@@ -255,11 +254,11 @@ def _pictures(items: Any) -> list[Picture | None]:
         if item is None:
             found.append(None)
         elif isinstance(item, Image):
-            found.append(Picture(item, item.convert("RGB").tobytes()))
+            found.append(Picture(item))
         else:  # an array, of which only the size matters
             size = items.get_image_size(number)
             pixels = item if isinstance(item, np.ndarray) else item.cpu().numpy()
-            found.append(Picture(PILImage.new("RGB", (size.width, size.height)), pixels.tobytes(), is_array=True))
+            found.append(Picture(PILImage.new("RGB", (size.width, size.height)), pixels))
     return found
 
 

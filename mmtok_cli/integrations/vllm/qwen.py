@@ -29,8 +29,6 @@ COLUMNS = 4  # two digits each of row and column
 
 
 class QwenProcessor(ReducingProcessor):
-    signals = SIGNALS
-
     def _arguments(self, inputs: Any) -> dict[str, Any]:
         arguments = super()._arguments(inputs)
         config = self.info.ctx.get_mm_config()

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,6 +21,15 @@ from mmtok_cli.methods.base import Method
 from mmtok_cli.methods.parameters import as_tuples
 from mmtok_cli.methods.settings import read_settings
 from mmtok_cli.rules import Track
+
+CLIP_SIGNALS = ("class_feature", "class_attention", "mean_keys")
+# What the models of vLLM can give to methods, by family. The text tower of CLIP is a second model.
+SIGNALS = {
+    "llava": CLIP_SIGNALS,
+    "llava_next": CLIP_SIGNALS,
+    "qwen2_5_vl": ("received_attention", "mean_keys"),
+    "qwen3_vl": ("received_attention", "mean_keys"),
+}
 
 
 class Options(BaseModel):
@@ -149,8 +159,7 @@ def resolved(given: Mapping[str, Any], model: str, family: str, images: int) -> 
             f"image_ids in mm_processor_kwargs names {len(options.image_ids)} images, and the prompt has {images}",
             "give one name for each image, or leave it out",
         )
-    parameters = read_settings(options.set, [options.method]).get(options.method)
-    method = configured_method(options.method, model, parameters, seed=options.seed, family=family)
+    method = _configured(options.method, options.set, options.seed, model, family)
     if method.takes_budget:
         if options.budget is None:
             raise MMTokError(f"{options.method} needs a budget", 'add "budget": 64, or "10%", to mm_processor_kwargs')
@@ -168,9 +177,24 @@ def resolved(given: Mapping[str, Any], model: str, family: str, images: int) -> 
     )
 
 
-def require_supported(name: str, method: Method, signals: Sequence[str]) -> None:
-    """Refuse a method that the engine cannot run. signals: those that the model's family offers in the engine."""
-    place = method.acts()
+@lru_cache(maxsize=256)
+def _configured(name: str, settings: tuple[str, ...], seed: int, model: str, family: str) -> Method:
+    parameters = read_settings(settings, [name]).get(name)
+    return configured_method(name, model, parameters, seed=seed, family=family)
+
+
+def require_family(family: str) -> None:
+    """Refuse a family whose images the plug-in does not reduce. Raises MMTokError."""
+    if family not in SIGNALS:
+        raise MMTokError(
+            f"images of the {family} family are not reduced in vLLM",
+            f"those of {', '.join(SIGNALS)} are; leave out --engine vllm for others",
+        )
+
+
+def require_supported(name: str, method: Method, family: str) -> None:
+    """Refuse a method that the engine cannot run on the models of a family. Raises MMTokError."""
+    place, signals = method.acts(), SIGNALS[family]
     if "inside" in place:
         problem = "drops tokens inside the language model, and vLLM lays out the KV cache before its first layer runs"
     elif "encoder" in place and "before" in place:
