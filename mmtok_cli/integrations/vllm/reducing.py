@@ -60,7 +60,11 @@ class Reducing:
                 embedded = super().embed_multimodal(**kwargs)  # type: ignore[misc]
             clock.write(requests, [None] * len(requests))
             return embedded
-        methods = {i: _method(request) for i, request in enumerate(requests) if request.method}
+        methods = {
+            i: method_of(request.method, request.parameters or {})
+            for i, request in enumerate(requests)
+            if request.method
+        }
         needed = {name for method in methods.values() for name in method.signals_among(self.signals)}
         with clock("encode"):
             vision = self.encode_images(requests, sorted(needed), **kwargs)
@@ -103,12 +107,6 @@ class Reducing:
     def _embed_words(self, words: Sequence[str]) -> Tensor:
         language = self.get_language_model()  # type: ignore[attr-defined]
         return language.embed_input_ids(self.layout.word_ids(words).to(_device_of(self)))
-
-
-def _method(request: ImageRequest) -> Method:
-    from mmtok_cli.integrations.vllm.request import Reduction
-
-    return Reduction(request.method, request.parameters or {}, None, request.track).made()
 
 
 def _device_of(model: Any) -> torch.device:

@@ -68,7 +68,7 @@ class Reduction:
         return self.method != "full"
 
     def made(self) -> Method:
-        return make_method(self.method, **{name: as_tuples(value) for name, value in self.parameters.items()})
+        return method_of(self.method, self.parameters)
 
     def text(self) -> str:
         """As one line of JSON, a part of the hash of each image."""
@@ -104,6 +104,9 @@ class ImageRequest:
     keep: int = 0
     padded_from: tuple[int, int] | None = None
 
+    def made(self) -> Method:
+        return method_of(self.method, self.parameters or {})
+
     def tensor(self) -> Tensor:
         """[bytes], uint8."""
         return torch.frombuffer(bytearray(json.dumps(asdict(self)).encode()), dtype=torch.uint8)
@@ -113,6 +116,16 @@ class ImageRequest:
         values = json.loads(tensor.cpu().numpy().tobytes())
         padded = values.pop("padded_from")
         return ImageRequest(**values, padded_from=None if padded is None else tuple(padded))
+
+
+def method_of(name: str, parameters: Mapping[str, Any]) -> Method:
+    """A method with all its parameters."""
+    return _made(name, json.dumps(dict(parameters), sort_keys=True))
+
+
+@lru_cache(maxsize=256)
+def _made(name: str, parameters: str) -> Method:
+    return make_method(name, **{key: as_tuples(value) for key, value in json.loads(parameters).items()})
 
 
 def split(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
