@@ -60,11 +60,7 @@ class Reducing:
                 embedded = super().embed_multimodal(**kwargs)  # type: ignore[misc]
             clock.write(requests, [None] * len(requests))
             return embedded
-        methods = {
-            i: method_of(request.method, request.parameters or {})
-            for i, request in enumerate(requests)
-            if request.method
-        }
+        methods = {i: request.made() for i, request in enumerate(requests) if request.method}
         needed = {name for method in methods.values() for name in method.signals_among(self.signals)}
         with clock("encode"):
             vision = self.encode_images(requests, sorted(needed), **kwargs)
