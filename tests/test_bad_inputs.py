@@ -27,7 +27,15 @@ from mmtok_cli.cli.main import app
 CASES = bad_inputs()
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
-OPTIONS_OF_OTHERS = {"--version", "--porcelain", "--logdir", "--lock-gpu-clocks"}  # of mmtok itself and other programs
+# Of mmtok itself and other programs; those of lmms-eval up to their first underscore.
+OPTIONS_OF_OTHERS = {"--version", "--porcelain", "--logdir", "--lock-gpu-clocks"}
+OPTIONS_OF_OTHERS |= {"--batch", "--force", "--gen", "--include"}
+OPTIONS_OF_OTHERS |= {
+    "--mm-encoder-tp-mode",
+    "--mm-processor-kwargs",
+    "--trust-request-mm-kwargs",
+    "--video-pruning-rate",
+}
 COPIES = ("models", "saved", "packages")
 SOURCE = Path(mmtok_cli.__file__).parent
 HANGS = 30  # seconds; most refusals take a twentieth of a second

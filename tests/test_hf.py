@@ -84,7 +84,8 @@ def modules_of(path: Path) -> set[str]:
 @pytest.mark.parametrize("path", ELSEWHERE, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_no_other_file_knows_transformers(path: Path) -> None:
     assert not {module for module in modules_of(path) if module.split(".")[0] == "transformers"}
-    assert not names_of(path) & NAMES
+    if PACKAGE / "integrations" not in path.parents:  # models of vLLM and tasks of lmms-eval share some of the names
+        assert not names_of(path) & NAMES
 
 
 @pytest.mark.parametrize("path", sorted(TRAINING), ids=lambda path: path.name)

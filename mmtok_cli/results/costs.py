@@ -5,6 +5,7 @@ Each process of an evaluation writes a file of its own.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -67,7 +68,7 @@ class SampleCost(Record):
 def require_new_file(path: Path) -> None:
     """Raises MMTokError for a file of cost records that cannot be written, and for one that exists."""
     require_writable(path, (".jsonl",), "cost_path")
-    if path.exists():
+    if os.path.exists(path):  # noqa: PTH110 (which raises nothing for a name that cannot be)
         raise MMTokError(f"cost_path {path} exists", "name a new file")
 
 

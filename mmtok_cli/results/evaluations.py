@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -103,6 +104,8 @@ class Evaluations(Record):
 
 def holds_evaluations(path: Path) -> bool:
     """Whether a folder has results or cost records of lmms-eval."""
+    if not os.path.isdir(path):  # noqa: PTH112 (which raises nothing for a name that cannot be)
+        return False
     return any(True for suffix in (RESULTS, SUFFIX) for _ in _files(path, suffix))
 
 
