@@ -146,7 +146,6 @@ def running(
             sequences=sequences,
             images=max(len(sample.images) for sample in samples),
             kv_cache=_kv_cache_gib(target, settings.dtype, sequences, _longest(model, samples, new_tokens)),
-            methods=tuple((case.name, case.method) for case in cases),
         )
         engine = VllmEngine(options, type(model.model).__name__, model.image_token_id)
         try:

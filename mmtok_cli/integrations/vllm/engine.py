@@ -20,7 +20,6 @@ from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
 from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,8 +28,6 @@ from PIL.Image import Image
 
 from mmtok_cli.errors import MMTokError, first_line
 from mmtok_cli.integrations.vllm import MODELS
-from mmtok_cli.integrations.vllm.request import require_supported
-from mmtok_cli.methods.base import Method
 from mmtok_cli.results.engine import EngineInfo, LoadRun, ServedRequest
 from mmtok_cli.timing.load import Encoding, Step, busy_seconds, closed_loop
 
@@ -61,7 +58,6 @@ class EngineOptions:
     model: a directory or hub id. random: with random weights; the directory needs no others. device: the kind that
     vLLM must have been built for, or `auto`. dtype: `auto` is float32 on a CPU. sequences: the most requests at a time.
     images: the most of a request. kv_cache: GiB of the KV cache on a CPU, unless VLLM_CPU_KVCACHE_SPACE says it.
-    methods: those that will be asked for, by name.
     """
 
     model: str
@@ -71,7 +67,6 @@ class EngineOptions:
     sequences: int
     images: int
     kv_cache: int
-    methods: tuple[tuple[str, Method], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -102,7 +97,7 @@ class VllmEngine:
             raise MMTokError(
                 f"vLLM does not reduce the vision tokens of {architecture}", f"it does those of {', '.join(MODELS)}"
             )
-        self._options, self._image_token, self._module = options, image_token, MODELS[architecture].partition(":")[0]
+        self._options, self._image_token = options, image_token
         self._folder = Path(tempfile.mkdtemp(prefix="mmtok-vllm-"))
         self._record, self._read = self._folder / "record.jsonl", 0
         self._numbers = count()
@@ -215,9 +210,6 @@ class VllmEngine:
         if options.device != "auto" and options.device.split(":")[0] != found:
             raise MMTokError(f"vLLM runs on {found} here, not on {options.device}", "omit --device")
         on_cpu = found == "cpu"
-        signals = import_module(f"{__package__}.{self._module}").Processor.signals
-        for name, method in options.methods:
-            require_supported(name, method, signals)
         self._settings = {
             "dtype": "float32" if options.dtype == "auto" and on_cpu else options.dtype,
             "load_format": "dummy" if options.random else "auto",
