@@ -45,6 +45,7 @@ OF_COMMAND: Mapping[str, Mapping[str, str]] = {
         "with an engine, `mmtok profile` measures time and `mmtok compare` quality",
     )
     | dict.fromkeys(("run_dir", "resume", "dry_run"), "answers of an engine are not kept in a run directory")
+    | dict.fromkeys(("tasks", "include_path"), "tasks of lmms-eval are evaluated with transformers")
     | {
         "layers": "answers of a part of a model mean nothing",
         "retain": "budgets are searched with transformers only",
