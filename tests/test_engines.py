@@ -19,6 +19,7 @@ from mmtok_cli.cli.main import app
 from mmtok_cli.configuration import configured_method
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.integrations.vllm.engine import EngineOptions, EngineRequest, reason
+from mmtok_cli.integrations.vllm.request import combined
 from mmtok_cli.methods import method_names
 from mmtok_cli.methods.settings import read_settings, settings_of
 from mmtok_cli.models import outline
@@ -135,6 +136,7 @@ REFUSED = [
     *[(("profile",), option) for option in ("--batch-size=2", "--max-time=9", "--strict", "--attention=eager")],
     *[(("compare",), option) for option in ("--layers=2", "--retain=98%", "--rounds=6", "--run-dir=r", "--resume")],
     *[(("compare",), option) for option in ("--no-quality", "--plot=p.png", "--fail-below=1", "--new-tokens=8")],
+    (("compare",), "--tasks=pope"),
 ]
 
 
@@ -406,6 +408,25 @@ def test_methods_of_a_comparison_that_names_none(fake: type[FakeEngine]) -> None
 
 
 # Budgets elsewhere
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({}, {"set": []}),
+        ({"method": "full"}, {"method": "full", "budget": 16, "set": []}),
+        ({"method": "mmtok"}, {"method": "mmtok", "budget": 16, "set": ["mmtok.alpha=0.5"]}),
+        ({"method": "random", "budget": 8}, {"method": "random", "budget": 8, "set": []}),
+        ({"budget": 8}, {"budget": 8, "set": []}),
+        ({"set": ["random.x=1"]}, {"set": ["random.x=1"]}),
+    ],
+)
+def test_defaults_of_a_server_that_have_no_effect(asked: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert combined({"budget": 16, "set": ["mmtok.alpha=0.5"]}, asked) == expected
+
+
+def test_unknown_methods_in_the_defaults_of_a_server_are_not_hidden() -> None:
+    assert combined({"set": "mmtk.alpha=1"}, {})["set"] == ["mmtk.alpha=1"]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image as PILImage
 from PIL.Image import Image
 from torch import Tensor
@@ -28,6 +29,7 @@ from mmtok_cli.integrations.vllm.request import (
     ImageRequest,
     Reduction,
     check_others,
+    combined,
     require_supported,
     resolved,
     split,
@@ -69,12 +71,12 @@ class Picture:
     """An image of a request: as it is, or an empty one of the same size beside the array that came in."""
 
     image: Image
-    array: np.ndarray[Any, Any] | None = None
+    array: np.ndarray[Any, Any] | Tensor | None = None
 
     @property
     def fingerprint(self) -> str:
         """A name that depends on the pixels alone."""
-        pixels = self.image.convert("RGB").tobytes() if self.array is None else self.array.tobytes()
+        pixels = self.image.convert("RGB").tobytes() if self.array is None else _bytes(self.array)
         return hashlib.sha256(f"{self.image.size}".encode() + pixels).hexdigest()[:16]
 
 
@@ -113,7 +115,7 @@ class ReducingProcessor:
         images = inputs.mm_data_items.get_count("image", strict=False)
         if set(others) - {"truncation"}:
             check_others(others, set().union(*self.info.supported_mm_processor_kwargs.values()))
-        given = self.info.ctx.mmtok_defaults | asked
+        given = combined(self.info.ctx.mmtok_defaults, asked)
         if not given or not images:
             return others
         reduction = resolved(given, self.info.model_id, self.family, images)
@@ -130,6 +132,15 @@ class ReducingProcessor:
         if not reduction.reduces:
             reduction = replace(reduction, image_ids=None)
         return others | {KEY: reduction.text()}
+
+    def _get_mm_hashes(self, inputs: Any) -> Any:
+        """As in vLLM. Equal images of a request with names of their own are told apart."""
+        hashes = super()._get_mm_hashes(inputs)  # type: ignore[misc]
+        arguments = inputs.hf_processor_mm_kwargs
+        ids = Reduction.read(str(arguments[KEY])).image_ids if KEY in arguments else None
+        if ids is None or len(set(ids)) == 1:
+            return hashes
+        return {**hashes, "image": [f"{key}-{ids.index(name)}" for key, name in zip(hashes["image"], ids, strict=True)]}
 
     def _get_cache_missing_processor_kwargs(self, inputs: Any, mm_is_cached: Any) -> Mapping[str, object]:
         arguments = super()._get_cache_missing_processor_kwargs(inputs, mm_is_cached)  # type: ignore[misc]
@@ -257,9 +268,14 @@ def _pictures(items: Any) -> list[Picture | None]:
             found.append(Picture(item))
         else:  # an array, of which only the size matters
             size = items.get_image_size(number)
-            pixels = item if isinstance(item, np.ndarray) else item.cpu().numpy()
-            found.append(Picture(PILImage.new("RGB", (size.width, size.height)), pixels))
+            found.append(Picture(PILImage.new("RGB", (size.width, size.height)), item))
     return found
+
+
+def _bytes(array: np.ndarray[Any, Any] | Tensor) -> bytes:
+    if isinstance(array, Tensor):  # NumPy has no bfloat16
+        array = array.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return array.tobytes()
 
 
 def _no_words(words: Sequence[str]) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from mmtok_cli.budget import Budget
 from mmtok_cli.configuration import configured_method
 from mmtok_cli.errors import MMTokError
-from mmtok_cli.methods import make_method
+from mmtok_cli.methods import make_method, method_names
 from mmtok_cli.methods.base import Method
 from mmtok_cli.methods.parameters import as_tuples
 from mmtok_cli.methods.settings import read_settings
@@ -134,6 +134,22 @@ def split(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return own, {key: value for key, value in given.items() if key not in own}
 
 
+def combined(defaults: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The plug-in's keys among the server's defaults, overridden by those of a request.
+
+    Of the defaults, parameters of other methods than the one that is asked for have no effect, and neither has a budget
+    where no method is asked for.
+    """
+    given = {**defaults, **asked}
+    if given.get("method") is None and "budget" not in asked:
+        given.pop("budget", None)
+    texts = [given["set"]] if isinstance(given.get("set"), str) else given.get("set")
+    if "set" not in asked and isinstance(texts, (list, tuple)):
+        others = {*method_names()} - {given.get("method") or "full"}
+        given["set"] = [text for text in texts if str(text).partition(".")[0].strip() not in others]
+    return given
+
+
 def check_others(others: Mapping[str, Any], known: set[str]) -> None:
     """Refuse a key that is nobody's and looks like one of the plug-in's. known: keys of the model's own processor."""
     for key in others:
@@ -145,7 +161,7 @@ def check_others(others: Mapping[str, Any], known: set[str]) -> None:
 def resolved(given: Mapping[str, Any], model: str, family: str, images: int) -> Reduction:
     """The request that the plug-in's keys describe.
 
-    given: the server's defaults, overridden by those of the request. images: how many the prompt has. The question is
+    given: see `combined`. images: how many the prompt has. The question is
     left empty unless it is given. Raises MMTokError for what cannot be followed.
     """
     values = {key: value for key, value in given.items() if value is not None}
