@@ -302,7 +302,7 @@ def profile_load(settings: ProfileSettings, samples: Sequence[Sample], data: str
             max_new_tokens=length["max_new_tokens"],
             exact=length["ignore_eos"],
             prompt_tokens=settings.prompt_tokens,
-            image_size=samples[0].images[0].size,
+            image_size=samples[0].images[0].size if settings.data is None or settings.image_size else None,
         ),
         interrupted=interrupted,
         cases=summarise_load(ids, runs),
@@ -417,7 +417,10 @@ def compare_quality(settings: CompareSettings, progress: Progress) -> EngineComp
         answers, left_out = quality.answers(progress)
         info, environment = engine.info, target.environment(engine)
     if not answers[0]:
-        raise MMTokError(f"no sample could be answered: {left_out[0]}", "check the data, or lower --budget")
+        raise MMTokError(
+            f"no sample could be answered: {left_out[0].removeprefix('left out: ')}",
+            "check the data, or lower --budget",
+        )
     predictions = quality.predictions(answers)
     labels = {number: label_of(number, dataset.samples[number]) for number in answers[0]}
     return EngineComparison(

@@ -696,6 +696,13 @@ def require_consistent(settings: CompareSettings | ProfileSettings, given: Colle
             "--new-tokens and --max-new-tokens contradict each other",
             "use --new-tokens for an exact number of new tokens, or --max-new-tokens for a maximum",
         )
+    if isinstance(settings, ProfileSettings) and settings.requests is not None:
+        most = max(settings.concurrency)
+        if settings.requests < most:
+            raise MMTokError(
+                f"--requests {settings.requests} never has {most} requests in flight",
+                f"use --requests {2 * most} or more, or lower --concurrency",
+            )
 
 
 def option_name(settings: type[Settings], field: str) -> str:

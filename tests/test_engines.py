@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from cli_helpers import refused, run
+from PIL import Image
 from typer.testing import Result
 
 from mmtok_cli import engines, serving
@@ -170,6 +171,12 @@ def test_wrong_numbers_of_requests_in_flight() -> None:
     for value in ("0", "four", "1,,2", "-1"):
         refused(run("profile", "--engine", "vllm", "--concurrency", value), "is not a number of requests in flight")
     refused(run("profile", "--engine", "vllm", "--requests", "0"), "--requests")
+
+
+def test_fewer_requests_than_are_to_be_in_flight(fake: type[FakeEngine]) -> None:
+    arguments = ("profile", "--engine", "vllm", "--concurrency", "1,4", "--requests")
+    refused(run(*arguments, 3), "never has 4 requests in flight", "--requests 8 or more")
+    assert run(*arguments, 4, "--rounds", 1).exit_code == 0
 
 
 @pytest.mark.parametrize("method", ["fastv", "resize", "none", "sparsevlm:v2", "pyramiddrop"])
@@ -368,6 +375,24 @@ def test_requests_have_the_length_that_was_asked_for(fake: type[FakeEngine]) -> 
     assert all(len(each.prompt) == 41 and each.max_new_tokens == 7 and each.exact for each in fake.seen)
     assert {image.size for each in fake.seen for image in each.images} == {(50, 30)}
     assert found["schedule"]["exact"] and found["schedule"]["prompt_tokens"] == 40
+
+
+def test_the_sizes_of_images_of_a_dataset_are_not_stated(fake: type[FakeEngine], tmp_path: Path) -> None:
+    lines = []
+    for number, size in enumerate([(30, 20), (20, 30)]):
+        Image.new("RGB", size).save(tmp_path / f"{number}.png")
+        lines.append(json.dumps({"image": f"{number}.png", "question": "Is it red?"}))
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    arguments = ("--concurrency", "1", "--data", tmp_path / "data.jsonl")
+    assert profile_of(*arguments)["schedule"]["image_size"] is None
+    assert profile_of(*arguments, "--image-size", "40x40")["schedule"]["image_size"] == [40, 40]
+
+
+def test_no_sample_can_be_answered(fake: type[FakeEngine], tmp_path: Path) -> None:
+    (tmp_path / "0.png").write_text("no image")
+    (tmp_path / "data.jsonl").write_text(json.dumps({"image": "0.png", "question": "Is it red?", "answer": "yes"}))
+    arguments = ("compare", "--engine", "vllm", "--methods", "mmtok", "--budget", 16, "--data", tmp_path / "data.jsonl")
+    refused(run(*arguments), "no sample could be answered: sample 1: ", "0.png is not an image")
 
 
 def test_quality_through_an_engine(fake: type[FakeEngine], tmp_path: Path) -> None:

@@ -136,7 +136,8 @@ class LoadSchedule(Record):
 
     order: order[round] lists (case, concurrency), each place in `cases` of the result. requests: by concurrency, of a
     case in a round. samples: how many different ones. max_new_tokens: of an answer; exact: every answer has as many.
-    prompt_tokens: text tokens of each prompt, None where they were not fixed.
+    prompt_tokens: text tokens of each prompt, None where they were not fixed. image_size: width and height of all
+    images, None for a dataset's own.
     """
 
     data: str
