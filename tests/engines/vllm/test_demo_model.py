@@ -110,7 +110,7 @@ def test_padded_and_several_images(engine: Engine, model: VisionLanguageModel, n
             "image_aspect_ratio": "pad",
             **ids(sample),
         } | SETTINGS.get(name, {})
-        (told,) = engine.ask([engine.prompt(sample, **asked, **ids(sample))])
+        (told,) = engine.ask([engine.prompt(sample, **asked)])
         assert [image["kept"] for image in engine.recorded()] == kept
         assert told.token_ids == expected[0]
 
