@@ -691,6 +691,8 @@ def require_consistent(settings: CompareSettings | ProfileSettings, given: Colle
         raise MMTokError("--compile runs whole models only", "leave out --compile or --layers")
     if settings.compile_model and settings.warmup == 0:
         raise MMTokError("--compile needs a warm-up: the first runs compile", "use --warmup 1 or more")
+    if isinstance(settings, CompareSettings) and settings.tasks is not None and "data" in given:
+        raise MMTokError("--tasks and --data contradict each other", "omit --data, or --tasks")
     if {"new_tokens", "max_new_tokens"} <= set(given):
         raise MMTokError(
             "--new-tokens and --max-new-tokens contradict each other",

@@ -455,6 +455,7 @@ def test_folders_without_evaluations_are_refused_as_before(tmp_path: Path, write
         (("--tasks", ""), "--tasks names no task"),
         (("--include-path", "."), "--include-path requires --tasks"),
         (("--tasks", "pope", "--data", "demo:conversations"), "--tasks and --data contradict each other"),
+        (("--tasks", "pope", "--data", "demo"), "--tasks and --data contradict each other"),
         (("--tasks", "pope", "--retain", "98%"), "--tasks and --retain contradict each other"),
         (("--tasks", "pope", "--metric", "exact"), "--tasks and --metric contradict each other"),
         (("--metric", "task"), "has no task that judges answers"),
