@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from vllm.config import CompilationConfig, CUDAGraphMode
 from vllm.distributed import get_pp_group, tensor_model_parallel_all_gather
 
 from mmtok_cli.errors import MMTokError
@@ -40,12 +41,17 @@ class QwenProcessor(ReducingProcessor):
 
 
 class QwenReducing(Reducing):
-    """Mixed into a model class. norm: the name of the layer inside the merger that sees each patch first."""
+    """Mixed into a model class.
+
+    norm: the name of the layer inside the merger that sees each patch first. mmtok_compilation: vLLM's
+    configuration of CUDA graphs.
+    """
 
     signals = SIGNALS
     norm: str
     visual: Any
     config: Any
+    mmtok_compilation: CompilationConfig
     _kept_places: tuple[Tensor, Tensor] | None = None  # of the tokens that the next forward pass reads
 
     # ---- encoding ----
@@ -149,6 +155,8 @@ class QwenReducing(Reducing):
         if is_multimodal is not None and any(rows.shape[1] > width for rows in embedded):
             if get_pp_group().world_size > 1:
                 raise RuntimeError("mmtok does not reduce the images of Qwen models with pipeline parallelism")
+            if self.mmtok_compilation.cudagraph_mode.mixed_mode() == CUDAGraphMode.FULL:
+                raise RuntimeError("mmtok does not reduce the images of Qwen models with cudagraph_mode FULL")
             places = [
                 from_digits(rows[:, width:]) if rows.shape[1] > width else rows.new_zeros(len(rows), 2).long()
                 for rows in embedded
@@ -167,7 +175,7 @@ class QwenReducing(Reducing):
         if self._kept_places is not None:
             columns, places = self._kept_places
             self._kept_places = None
-            positions = positions.clone()
+            # In place: CUDA graphs read the buffer that they were captured with. vLLM fills it anew for each step.
             positions[1:, columns.to(positions.device)] += places.T.to(positions)
         return super().forward(input_ids, positions, *args, **kwargs)  # type: ignore[misc]
 

@@ -29,6 +29,7 @@ class ReducingQwen2_5_VL(QwenReducing, qwen2_5_vl.Qwen2_5_VLForConditionalGenera
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.mmtok_config = vllm_config.model_config
+        self.mmtok_compilation = vllm_config.compilation_config
 
     @property
     def attention_block(self) -> int:

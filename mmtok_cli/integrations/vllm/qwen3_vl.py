@@ -27,6 +27,7 @@ class ReducingQwen3VL(QwenReducing, qwen3_vl.Qwen3VLForConditionalGeneration):
     def __init__(self, *, vllm_config: Any, prefix: str = "model") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.mmtok_config = vllm_config.model_config
+        self.mmtok_compilation = vllm_config.compilation_config
 
     @property
     def attention_block(self) -> int:

@@ -17,6 +17,7 @@ from vllm.plugins import load_general_plugins
 import mmtok_cli
 from mmtok_cli.data.samples import demo_samples
 from mmtok_cli.integrations.vllm.processing import KEY
+from mmtok_cli.integrations.vllm.qwen import QwenReducing
 from mmtok_cli.integrations.vllm.request import ImageRequest
 
 DEMO = Path(mmtok_cli.__file__).parent / "demo" / "weights"
@@ -69,3 +70,19 @@ def test_parameters_in_the_defaults_of_a_server_leave_other_requests_alone() -> 
     assert processed(of, images, {"method": "full"})[0][0].method == ""
     with pytest.raises(VLLMValidationError, match="has no effect"):
         processed(of, images, {"method": "random", "set": ["mmtok.alpha=0.5"]})
+
+
+def test_positions_of_kept_tokens_are_written_where_cuda_graphs_read_them() -> None:
+    class Whole:
+        def forward(self, input_ids: Any, positions: torch.Tensor) -> torch.Tensor:
+            return positions
+
+    class Model(QwenReducing, Whole):
+        """Only what adds the positions."""
+
+    model, buffer = Model(), torch.full((3, 8), 5)
+    model._kept_places = torch.tensor([1, 3]), torch.tensor([[0, 2], [1, 4]])
+    model.forward(None, buffer[:, :4])
+    assert buffer[:, :4].tolist() == [[5, 5, 5, 5], [5, 5, 5, 6], [5, 7, 5, 9]]
+    model.forward(None, buffer[:, :4])  # the next step has no kept tokens
+    assert buffer[2, :4].tolist() == [5, 7, 5, 9]
