@@ -26,7 +26,7 @@ def save_without_weights(
         config = shortened(config, layers, model.name)
     config.architectures = [type(model.model).__name__]
     config.save_pretrained(directory)
-    processor = model.processor
+    processor = copy.copy(model.processor)
     if isinstance(processor.tokenizer, StandInTokenizer):
         processor.tokenizer = _stored(processor.tokenizer, texts)
     processor.save_pretrained(directory)

@@ -48,7 +48,7 @@ from mmtok_cli.timing.clock import Clock
 
 @dataclass(frozen=True)
 class Answered:
-    """The answer to one request, with its cost. generated: without what comes after a stop string."""
+    """The answer to one request, with its cost. text: without what comes after a stop string."""
 
     text: str
     cost: SampleCost

@@ -20,6 +20,7 @@ from mmtok_cli.methods import make_method, method_names
 from mmtok_cli.methods.base import Method
 from mmtok_cli.methods.parameters import as_tuples
 from mmtok_cli.methods.settings import read_settings
+from mmtok_cli.models import qwen_signals
 from mmtok_cli.rules import Track
 
 CLIP_SIGNALS = ("class_feature", "class_attention", "mean_keys")
@@ -27,8 +28,8 @@ CLIP_SIGNALS = ("class_feature", "class_attention", "mean_keys")
 SIGNALS = {
     "llava": CLIP_SIGNALS,
     "llava_next": CLIP_SIGNALS,
-    "qwen2_5_vl": ("received_attention", "mean_keys"),
-    "qwen3_vl": ("received_attention", "mean_keys"),
+    "qwen2_5_vl": qwen_signals.SIGNALS,
+    "qwen3_vl": qwen_signals.SIGNALS,
 }
 
 
