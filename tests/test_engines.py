@@ -20,7 +20,7 @@ from mmtok_cli.cli.main import app
 from mmtok_cli.configuration import configured_method
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.integrations.vllm.engine import EngineOptions, EngineRequest, reason
-from mmtok_cli.integrations.vllm.request import combined
+from mmtok_cli.integrations.vllm.request import combined, resolved
 from mmtok_cli.methods import method_names
 from mmtok_cli.methods.settings import read_settings, settings_of
 from mmtok_cli.models import outline
@@ -448,6 +448,13 @@ def test_methods_of_a_comparison_that_names_none(fake: type[FakeEngine]) -> None
 )
 def test_defaults_of_a_server_that_have_no_effect(asked: dict[str, Any], expected: dict[str, Any]) -> None:
     assert combined({"budget": 16, "set": ["mmtok.alpha=0.5"]}, asked) == expected
+
+
+def test_messages_about_parameters_name_the_key_of_a_request() -> None:
+    for text in ("mmtok.alpha=0.5", "alpha"):
+        with pytest.raises(MMTokError, match=r"^set ") as caught:
+            resolved({"method": "random", "budget": 8, "set": [text]}, "demo", "llava", 1)
+        assert "--set" not in caught.value.hint
 
 
 def test_unknown_methods_in_the_defaults_of_a_server_are_not_hidden() -> None:

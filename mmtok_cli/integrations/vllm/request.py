@@ -209,7 +209,10 @@ def resolved(given: Mapping[str, Any], model: str, family: str, images: int) -> 
 
 @lru_cache(maxsize=256)
 def _configured(name: str, settings: tuple[str, ...], seed: int, model: str, family: str) -> Method:
-    parameters = read_settings(settings, [name]).get(name)
+    try:
+        parameters = read_settings(settings, [name]).get(name)
+    except MMTokError as error:
+        raise MMTokError(error.message.replace("--set ", "set "), error.hint.replace("--set ", "set ")) from error
     return configured_method(name, model, parameters, seed=seed, family=family)
 
 

@@ -115,6 +115,16 @@ def test_padded_and_several_images(engine: Engine, model: VisionLanguageModel, n
         assert told.token_ids == expected[0]
 
 
+def test_one_picture_twice_with_two_names(engine: Engine, model: VisionLanguageModel) -> None:
+    (picture,) = demo_samples(1)[0].images
+    sample = Sample((picture, picture.copy()), "What color is the star?", ("one", "other"))
+    expected, kept = by_pipeline(model, "random", [sample], "20")
+    engine.forget()
+    (told,) = engine.ask([engine.prompt(sample, method="random", budget=20, **ids(sample))])
+    assert [image["kept"] for image in engine.recorded()] == kept and kept[0] != kept[1]
+    assert told.token_ids == expected[0]
+
+
 def mixed_prompts(engine: Engine) -> list[dict[str, Any]]:
     """Two questions about each of two scenes: unreduced, and by two methods at three budgets."""
     by_scene: dict[str, list[Sample]] = {}
