@@ -281,7 +281,7 @@ def profile_load(settings: ProfileSettings, samples: Sequence[Sample], data: str
     with running(target, settings, cases, samples, max(settings.concurrency), progress) as engine:
         load = Load(engine, model, cases, samples, settings)
         warmup = load.warm_up(turns, progress)
-        runs, interrupted = load.measure(turns, order, progress)
+        runs, ended_by = load.measure(turns, order, progress)
         info, environment = engine.info, target.environment(engine)
     done = len(runs) // len(turns)
     ids = [case.id for case in cases]
@@ -304,7 +304,8 @@ def profile_load(settings: ProfileSettings, samples: Sequence[Sample], data: str
             prompt_tokens=settings.prompt_tokens,
             image_size=samples[0].images[0].size if settings.data is None or settings.image_size else None,
         ),
-        interrupted=interrupted,
+        interrupted=isinstance(ended_by, KeyboardInterrupt),
+        failure=ended_by.message if isinstance(ended_by, MMTokError) else None,
         cases=summarise_load(ids, runs),
         equivalents=equivalents_of(ids),
         runs=runs,
@@ -350,8 +351,8 @@ class Load:
 
     def measure(
         self, turns: Sequence[tuple[int, int]], order: Sequence[Sequence[int]], progress: Progress
-    ) -> tuple[list[LoadRun], bool]:
-        """The runs of the complete rounds, and whether rounds are missing. order: of the turns in each round.
+    ) -> tuple[list[LoadRun], KeyboardInterrupt | MMTokError | None]:
+        """The runs of the complete rounds, and what ended them early. order: of the turns in each round.
 
         Raises KeyboardInterrupt and MMTokError before the end of the first round.
         """
@@ -365,10 +366,8 @@ class Load:
         except (KeyboardInterrupt, MMTokError) as error:
             if len(runs) < len(turns):
                 raise
-            if isinstance(error, MMTokError):
-                progress.note(error.message)
-        whole = whole_rounds(runs, len(turns))
-        return whole, len(whole) < len(order) * len(turns)
+            return whole_rounds(runs, len(turns)), error
+        return runs, None
 
     def run(self, case: int, concurrency: int, number: int | None) -> LoadRun:
         """One case at one concurrency in a round; None for the warm-up. Images are read before the clock starts."""

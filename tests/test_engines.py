@@ -336,22 +336,34 @@ def test_a_later_first_token_is_explained(fake: type[FakeEngine], monkeypatch: p
     assert "encoded at once in place of 4, since more of the shorter prompts fit" in notes
 
 
-def test_an_interrupted_profile_keeps_its_rounds(fake: type[FakeEngine], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "status", "failure"),
+    [(KeyboardInterrupt(), 130, None), (MMTokError("the engine stopped", "see its log"), 1, "the engine stopped")],
+    ids=["interrupted", "failed"],
+)
+def test_a_profile_that_ends_early_keeps_its_rounds(
+    fake: type[FakeEngine],
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    status: int,
+    failure: str | None,
+) -> None:
     serve = fake.run
 
-    def interrupted(
-        self: FakeEngine, requests: Any, concurrency: int, *, case: int = 0, number: int | None = None
-    ) -> Any:
+    def ended(self: FakeEngine, requests: Any, concurrency: int, *, case: int = 0, number: int | None = None) -> Any:
         if number == 3 and case == 1:
-            raise KeyboardInterrupt
+            raise error
         return serve(self, requests, concurrency, case=case, number=number)
 
-    monkeypatch.setattr(fake, "run", interrupted)
+    monkeypatch.setattr(fake, "run", ended)
     result = run("profile", "--engine", "vllm", "--methods", "mmtok", "--concurrency", 1, "--json")
-    assert result.exit_code == 130
+    assert result.exit_code == status
     found = json.loads(result.stdout)
-    assert found["interrupted"] and found["schedule"]["rounds"] == 3 and found["schedule"]["planned_rounds"] == 8
+    assert (found["interrupted"], found["failure"]) == (status == 130, failure)
+    assert found["schedule"]["rounds"] == 3 and found["schedule"]["planned_rounds"] == 8
     assert found["cases"][1]["requests"] == 3 * 8
+    shown = run("profile", "--engine", "vllm", "--methods", "mmtok", "--concurrency", 1).output
+    assert "3 of 8 rounds were measured" in shown and ("the engine stopped" in shown) == bool(failure)
 
 
 def test_a_profile_is_exported(fake: type[FakeEngine], tmp_path: Path) -> None:

@@ -146,7 +146,7 @@ def _show(
     done = attempt_all([*parts, shown])
     if found.interrupted:
         raise typer.Exit(130)
-    if not done:
+    if not done or getattr(found, "failure", None):
         raise typer.Exit(1)
 
 

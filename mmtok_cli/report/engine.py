@@ -270,8 +270,9 @@ def load_notes(profile: EngineProfile) -> list[str]:
             f"only {run} of {of} decoder layers were run and nothing is estimated: with all of them, prefill and "
             "decode take a larger share, and removing vision tokens gains more"
         )
-    if schedule.rounds < schedule.planned_rounds:
-        notes.append(f"interrupted: {schedule.rounds} of {schedule.planned_rounds} rounds were measured")
+    if profile.interrupted or profile.failure:
+        problem = f"the engine failed ({profile.failure})" if profile.failure else "interrupted"
+        notes.append(f"{problem}: {schedule.rounds} of {schedule.planned_rounds} rounds were measured")
     return notes
 
 

@@ -158,8 +158,8 @@ class EngineProfile(Record):
     """What `mmtok profile --engine … --json` prints.
 
     cases: for each concurrency the unreduced model, then the others. equivalents: budgets that are shares, as settings
-    of engines (see `Budget.engine_settings`). runs: raw values, without those of the warm-up. interrupted: whether
-    fewer rounds were measured than planned.
+    of engines (see `Budget.engine_settings`). runs: raw values, without those of the warm-up. interrupted: by the
+    user, before all rounds were measured. failure: why the engine failed before that.
     """
 
     schema_: Literal["mmtok.engine-profile/1"] = Field(default="mmtok.engine-profile/1", alias="schema")
@@ -169,6 +169,7 @@ class EngineProfile(Record):
     environment: Environment
     schedule: LoadSchedule
     interrupted: bool
+    failure: str | None = None
     cases: list[LoadResult]
     equivalents: dict[str, dict[str, float]]
     runs: list[LoadRun]
