@@ -14,7 +14,7 @@ from pathlib import Path
 from mmtok_cli.cases import Case
 from mmtok_cli.configuration import cases_of, configured_model, with_writer
 from mmtok_cli.conversation import check_conversation, require_policy
-from mmtok_cli.data.datasets import Dataset, open_dataset
+from mmtok_cli.data.datasets import Dataset
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.environment import environment_of
 from mmtok_cli.errors import MMTokError
@@ -29,6 +29,7 @@ from mmtok_cli.overlays import has_overlays, save_overlays
 from mmtok_cli.pipeline import check_sample
 from mmtok_cli.planning import (
     Estimate,
+    dataset_of,
     estimate,
     in_batches,
     make_plan,
@@ -52,7 +53,7 @@ from mmtok_cli.results.progress import (
 from mmtok_cli.results.records import Plan
 from mmtok_cli.results.run_directory import PLAN, NotWrittenError, RunDirectory, read_plan, require_no_run
 from mmtok_cli.results.schema import Comparison
-from mmtok_cli.settings import CompareSettings, column_names, option_name
+from mmtok_cli.settings import CompareSettings, option_name
 from mmtok_cli.summary import summarise_run
 from mmtok_cli.timing.gpu import open_gpu
 from mmtok_cli.timing.rounds import Measurement
@@ -361,14 +362,7 @@ def prepare_comparison(
 def _dataset(settings: CompareSettings, progress: Progress) -> Dataset:
     """The samples of --tasks or --data. Raises MMTokError where there is none."""
     if settings.tasks is None:
-        return open_dataset(
-            settings.data,
-            image_root=settings.image_root,
-            limit=settings.sample_limit,
-            question=settings.question,
-            columns=column_names(settings.columns),
-            find_metric=settings.metric is None,
-        )
+        return dataset_of(settings)
     from mmtok_cli.integrations.lmms_eval.tasks import open_tasks  # an extra
 
     with progress.task(f"loading {', '.join(settings.tasks)}"):

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from mmtok_cli.cases import Case
-from mmtok_cli.data.datasets import Dataset
+from mmtok_cli.data.datasets import Dataset, open_dataset
 from mmtok_cli.data.names import parse_name
 from mmtok_cli.data.samples import Sample, batches
 from mmtok_cli.errors import MMTokError
@@ -19,7 +19,7 @@ from mmtok_cli.profiles import known_profiles
 from mmtok_cli.results.records import CaseFailure, Plan, digest_of_samples, planned_case
 from mmtok_cli.results.schedule import rotation
 from mmtok_cli.results.schema import CaseId, Environment, OfCase, Record
-from mmtok_cli.settings import CompareSettings
+from mmtok_cli.settings import CompareSettings, column_names
 
 SHOWN_ROUNDS = 5
 DEFAULT_ROUNDS = 30  # unless more are asked for: more would hardly narrow the intervals
@@ -54,6 +54,18 @@ class Estimate(Record):
     quality_seconds: float = 0.0
     new_tokens: int | None = None
     prompt_tokens: int | None = None
+
+
+def dataset_of(settings: CompareSettings) -> Dataset:
+    """The samples of --data. Raises MMTokError for data that cannot be read."""
+    return open_dataset(
+        settings.data,
+        image_root=settings.image_root,
+        limit=settings.sample_limit,
+        question=settings.question,
+        columns=column_names(settings.columns),
+        find_metric=settings.metric is None,
+    )
 
 
 def require_whole_batches(samples: int, sizes: Sequence[int]) -> None:

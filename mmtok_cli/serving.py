@@ -34,7 +34,7 @@ from mmtok_cli.models.devices import choose_device, choose_dtype
 from mmtok_cli.models.sources import missing_weights, source_of
 from mmtok_cli.models.without_weights import save_without_weights
 from mmtok_cli.pipeline import check_sample
-from mmtok_cli.planning import timed_samples
+from mmtok_cli.planning import dataset_of, timed_samples
 from mmtok_cli.progress import Progress
 from mmtok_cli.results.engine import (
     AnswerQuality,
@@ -55,7 +55,6 @@ from mmtok_cli.settings import (
     InferSettings,
     ModelSettings,
     ProfileSettings,
-    column_names,
     image_size,
 )
 from mmtok_cli.timing.load import summarise_load, whole_rounds
@@ -398,14 +397,7 @@ def compare_quality(settings: CompareSettings, progress: Progress) -> EngineComp
     cases, target = cases_of(settings), target_of(settings)
     model = target.model
     require_cases(model, cases)
-    dataset = open_dataset(
-        settings.data,
-        image_root=settings.image_root,
-        limit=settings.sample_limit,
-        question=settings.question,
-        columns=column_names(settings.columns),
-        find_metric=settings.metric is None,
-    )
+    dataset = dataset_of(settings)
     dataset = with_metric(replace(dataset, samples=[replace(s, later=()) for s in dataset.samples]), settings.metric)
     for case in cases:
         case.check(model, _readable(dataset.samples))
