@@ -12,16 +12,14 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from rich.table import Table
 from rich.text import Text
 
-from mmtok_cli.files import write_whole
 from mmtok_cli.report.cells import Cell, Column, CsvColumn, Value, speedup_cell
 from mmtok_cli.report.columns import COLUMNS
 from mmtok_cli.report.csv_export import IDENTITY, without_formula
-from mmtok_cli.report.exports import PREDICTIONS, escaped, markdown_table, paragraph, write_predictions
+from mmtok_cli.report.exports import PREDICTIONS, escaped, markdown_table, paragraph, write_predictions, write_text
 from mmtok_cli.report.tables import equivalent_notes, narrow_text, plain_table, weights_text
-from mmtok_cli.report.text import printable_json, printable_lines, printable_record
+from mmtok_cli.report.text import printable_lines, printable_record
 from mmtok_cli.report.units import number, picture_size, plural, rate, ratio, seconds, share
 from mmtok_cli.results.engine import ENGINE_STAGES, REQUEST_STAGES, EngineComparison, EngineProfile, LoadResult
-from mmtok_cli.results.schema import json_text
 
 if TYPE_CHECKING:
     from mmtok_cli.results.engine import AnswerQuality, EngineInfo, LoadRun
@@ -450,16 +448,11 @@ def _kept(case: AnswerQuality) -> str:
 def write_engine_result(result: EngineProfile | EngineComparison, path: Path, notes: Sequence[str]) -> None:
     """Write a result as JSON, CSV or Markdown, by the suffix of the file; or predictions
     as JSON lines. Raises MMTokError if it cannot be written."""
-    kind = path.suffix.lower()
-    if kind == PREDICTIONS and isinstance(result, EngineComparison):
+    if path.suffix.lower() == PREDICTIONS and isinstance(result, EngineComparison):
         write_predictions(result.predictions, path)
         return
-    if kind == ".json":
-        text = printable_json(json_text(result, indent=2)) + "\n"
-    else:
-        shown = printable_record(result)
-        text = _csv(shown) if kind == ".csv" else _markdown(shown, notes)
-    write_whole(path, lambda part: part.write_bytes(text.encode()))
+    shown = printable_record(result)
+    write_text(result, path, {".csv": lambda: _csv(shown), ".md": lambda: _markdown(shown, notes)})
 
 
 def _csv(result: EngineProfile | EngineComparison) -> str:

@@ -11,15 +11,12 @@ from pathlib import Path
 
 from rich.table import Table
 
-from mmtok_cli.errors import MMTokError
-from mmtok_cli.files import write_whole
 from mmtok_cli.report.cells import Value
 from mmtok_cli.report.csv_export import without_formula
 from mmtok_cli.report.tables import plain_table, rules_text
-from mmtok_cli.report.text import printable_json, printable_record
+from mmtok_cli.report.text import printable_record
 from mmtok_cli.report.units import number, seconds, share, size
 from mmtok_cli.results.evaluations import Evaluation, Evaluations, MeanCost, TaskScore
-from mmtok_cli.results.schema import json_text
 
 EXPORTS = (".json", ".csv", ".md")
 COST_STAGES = ("encode", "select", "prefill", "ttft", "total")
@@ -158,16 +155,9 @@ def note_lines(found: Evaluations) -> list[str]:
 
 def write_evaluations(found: Evaluations, path: Path) -> None:
     """Write the evaluations in the format of the file's suffix. Raises MMTokError for one that is none of EXPORTS."""
-    kind = path.suffix.lower()
-    if kind == ".json":
-        text = printable_json(json_text(found, indent=2)) + "\n"
-    elif kind == ".csv":
-        text = csv_text(found)
-    elif kind == ".md":
-        text = markdown_text(found)
-    else:
-        raise MMTokError(f"{path} does not end in {', '.join(EXPORTS)}", "choose one of these")
-    write_whole(path, lambda part: part.write_bytes(text.encode()))
+    from mmtok_cli.report.exports import write_text
+
+    write_text(found, path, {".csv": lambda: csv_text(found), ".md": lambda: markdown_text(found)})
 
 
 def csv_text(found: Evaluations) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -123,6 +123,21 @@ def markdown_text(comparison: Comparison) -> str:
     fallback = comparison.environment.fallback
     head = [paragraph(f"{comparison.model}: {fallback}"), ""] if fallback else []
     return "\n".join([*head, *lines, "", "\n\n".join(map(paragraph, said)), ""])
+
+
+def write_text(found: Record, path: Path, texts: Mapping[str, Callable[[], str]]) -> None:
+    """Write a result as JSON, or as the text of the file's suffix. Raises MMTokError for another suffix.
+
+    texts: what gives the text of each further format, by suffix.
+    """
+    kind = path.suffix.lower()
+    if kind == ".json":
+        text = printable_json(json_text(found, indent=2)) + "\n"
+    elif kind in texts:
+        text = texts[kind]()
+    else:
+        raise MMTokError(f"{path} does not end in {', '.join(('.json', *texts))}", "choose one of these")
+    write_whole(path, lambda part: part.write_bytes(text.encode()))
 
 
 def markdown_table(table: Sequence[Sequence[str]]) -> list[str]:
