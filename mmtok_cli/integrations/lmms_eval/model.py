@@ -114,7 +114,7 @@ class SimpleModel(lmms):
             return [answer.result for answer in answers]
 
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[list[str]]:
-        """The answers of all rounds of each request. A round's images are reduced anew, for its own question."""
+        """The answers to each round of each request. Vision tokens are selected for the question of each round."""
         with one_clear_line():
             generations = [generation_of(request) for request in requests]
             found: list[list[str]] = []

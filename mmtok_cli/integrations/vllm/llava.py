@@ -91,10 +91,6 @@ def attention_signals(attention: Any, qkv: Tensor, signals: Sequence[str]) -> di
     dummy_inputs=llava.LlavaDummyInputsBuilder,
 )
 class ReducingLlava(ClipReducing, llava.LlavaForConditionalGeneration):
-    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self.mmtok_config = vllm_config.model_config
-
     def encode_images(self, requests: Sequence[ImageRequest], signals: Sequence[str], **inputs: Any) -> Any:
         image_input = self._parse_and_validate_image_input(**inputs)
         if not isinstance(image_input, llava.LlavaImagePixelInputs):

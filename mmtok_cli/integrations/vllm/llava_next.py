@@ -26,10 +26,6 @@ class Processor(ReducingProcessor, llava_next.LlavaNextMultiModalProcessor):
     dummy_inputs=llava.LlavaDummyInputsBuilder,
 )
 class ReducingLlavaNext(ClipReducing, llava_next.LlavaNextForConditionalGeneration):
-    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self.mmtok_config = vllm_config.model_config
-
     def encode_images(self, requests: Sequence[ImageRequest], signals: Sequence[str], **inputs: Any) -> Any:
         image_input = self._parse_and_validate_image_input(**inputs)
         if image_input is None or image_input["type"] != "pixel_values" or image_input["image_sizes"] is None:

@@ -8,6 +8,7 @@ which the image begins. vLLM has machinery of its own for that, for pruned video
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from vllm.config import CompilationConfig, CUDAGraphMode
+from vllm.config import CUDAGraphMode
 from vllm.distributed import get_pp_group, tensor_model_parallel_all_gather
 
 from mmtok_cli.errors import MMTokError
@@ -43,23 +44,21 @@ class QwenProcessor(ReducingProcessor):
 class QwenReducing(Reducing):
     """Mixed into a model class.
 
-    norm: the name of the layer inside the merger that sees each patch first. mmtok_compilation: vLLM's
-    configuration of CUDA graphs.
+    norm: the name of the layer inside the merger that sees each patch first.
     """
 
     signals = SIGNALS
     norm: str
     visual: Any
     config: Any
-    mmtok_compilation: CompilationConfig
     _kept_places: tuple[Tensor, Tensor] | None = None  # of the tokens that the next forward pass reads
 
     # ---- encoding ----
 
     @property
+    @abstractmethod
     def attention_block(self) -> int:
         """The last block that sees whole images."""
-        raise NotImplementedError
 
     def raster_order(self, sizes: Sequence[Sequence[int]], count: int, device: torch.device) -> Tensor:
         """Where each vision token in raster order comes from in the order of the encoder, [count]."""
@@ -155,7 +154,7 @@ class QwenReducing(Reducing):
         if is_multimodal is not None and any(rows.shape[1] > width for rows in embedded):
             if get_pp_group().world_size > 1:
                 raise RuntimeError("mmtok does not reduce the images of Qwen models with pipeline parallelism")
-            if self.mmtok_compilation.cudagraph_mode.mixed_mode() == CUDAGraphMode.FULL:
+            if self.mmtok_config.compilation_config.cudagraph_mode.mixed_mode() == CUDAGraphMode.FULL:
                 raise RuntimeError("mmtok does not reduce the images of Qwen models with cudagraph_mode FULL")
             places = [
                 from_digits(rows[:, width:]) if rows.shape[1] > width else rows.new_zeros(len(rows), 2).long()
@@ -175,7 +174,7 @@ class QwenReducing(Reducing):
         if self._kept_places is not None:
             columns, places = self._kept_places
             self._kept_places = None
-            # In place: CUDA graphs read the buffer that they were captured with. vLLM fills it anew for each step.
+            # Changed in place, since a CUDA graph reads the tensor that it was captured with. vLLM sets it each step.
             positions[1:, columns.to(positions.device)] += places.T.to(positions)
         return super().forward(input_ids, positions, *args, **kwargs)  # type: ignore[misc]
 

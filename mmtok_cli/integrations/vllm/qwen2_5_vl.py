@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,11 +24,6 @@ class Processor(QwenProcessor, qwen2_5_vl.Qwen2_5_VLMultiModalProcessor):
 )
 class ReducingQwen2_5_VL(QwenReducing, qwen2_5_vl.Qwen2_5_VLForConditionalGeneration):  # noqa: N801
     norm = "ln_q"
-
-    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self.mmtok_config = vllm_config.model_config
-        self.mmtok_compilation = vllm_config.compilation_config
 
     @property
     def attention_block(self) -> int:

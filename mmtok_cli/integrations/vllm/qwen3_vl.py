@@ -5,8 +5,6 @@ The features that the first decoder layers add (DeepStack) follow the rows of th
 
 from __future__ import annotations
 
-from typing import Any
-
 from vllm.model_executor.models import qwen3_vl
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
@@ -23,11 +21,6 @@ class Processor(QwenProcessor, qwen3_vl.Qwen3VLMultiModalProcessor):
 )
 class ReducingQwen3VL(QwenReducing, qwen3_vl.Qwen3VLForConditionalGeneration):
     norm = "norm"
-
-    def __init__(self, *, vllm_config: Any, prefix: str = "model") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self.mmtok_config = vllm_config.model_config
-        self.mmtok_compilation = vllm_config.compilation_config
 
     @property
     def attention_block(self) -> int:

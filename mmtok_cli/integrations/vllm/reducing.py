@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -31,21 +32,24 @@ RECORD = "MMTOK_RECORD"  # environment variable: a file to which a line is added
 class Reducing:
     """Mixed into a model class of vLLM, whose `embed_multimodal` then gives the selected tokens of each image.
 
-    A model must define `encode_images`. signals: what it can give to methods.
+    A model must define `encode_images`. signals: what it can give to methods. mmtok_config: vLLM's configuration.
     """
 
     signals: tuple[str, ...] = ()
-    mmtok_config: Any  # vLLM's configuration of the model
     _has_embedded = False
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        self.mmtok_config = vllm_config
 
     @cached_property
     def layout(self) -> VisionLanguageModel:
         """The model without its weights: tokenizer, chat template, how images are cut into crops."""
-        return outline(self.mmtok_config.model, device="cpu", attention="sdpa")
+        return outline(self.mmtok_config.model_config.model, device="cpu", attention="sdpa")
 
+    @abstractmethod
     def encode_images(self, requests: Sequence[ImageRequest], signals: Sequence[str], **inputs: Any) -> Any:
         """The vision tokens of each image, with the signals that any method reads. inputs: vLLM's."""
-        raise NotImplementedError
 
     def rows(self, vision: VisionTokens, selection: Selection) -> Tensor:
         """What enters the language model of an image, [kept, dim]."""

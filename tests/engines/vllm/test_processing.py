@@ -74,13 +74,16 @@ def test_parameters_in_the_defaults_of_a_server_leave_other_requests_alone() -> 
 
 def test_positions_of_kept_tokens_are_written_where_cuda_graphs_read_them() -> None:
     class Whole:
+        def __init__(self, **_: Any) -> None:
+            """Nothing is loaded."""
+
         def forward(self, input_ids: Any, positions: torch.Tensor) -> torch.Tensor:
             return positions
 
     class Model(QwenReducing, Whole):
         """Only what adds the positions."""
 
-    model, buffer = Model(), torch.full((3, 8), 5)
+    model, buffer = Model(vllm_config=None), torch.full((3, 8), 5)
     model._kept_places = torch.tensor([1, 3]), torch.tensor([[0, 2], [1, 4]])
     model.forward(None, buffer[:, :4])
     assert buffer[:, :4].tolist() == [[5, 5, 5, 5], [5, 5, 5, 6], [5, 7, 5, 9]]
