@@ -164,8 +164,10 @@ def test_every_command_shows_the_draft(photo: Path, tmp_path: Path) -> None:
     assert {operator["stage"] for operator in result["operators"]} >= {"draft", "encode"}
     shown = run(*command)
     assert "+ draft @ 8: with the draft (self)" in " ".join(shown.stderr.split())
-    headings = [line.split() for line in shown.stdout.splitlines() if "encode" in line and "prefill" in line]
-    assert sum("draft" in words for words in headings) == 2  # seconds and operations
+    tables = shown.stdout.split("Top operators")[0]
+    headings = [line.split() for line in tables.splitlines() if "encode" in line and "decode" in line]
+    assert sum(words.count("draft") for words in headings if "peaks" not in words) == 3  # seconds, memory, operations
+    assert "…" not in tables  # no figure and no heading is cut off
 
 
 def test_the_difference_of_paired_scores() -> None:

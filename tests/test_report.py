@@ -12,6 +12,7 @@ from rich.console import Console
 from mmtok_cli.report.catalogues import kept_map, method_details
 from mmtok_cli.report.checks import comparison_notes
 from mmtok_cli.report.overlay import FIRST_FRAME, FRAME, overlay
+from mmtok_cli.report.profiles import wrapped_table
 from mmtok_cli.report.tables import cost_and_fidelity_table, layer_notes, rules_text
 from mmtok_cli.report.units import count, number, seconds, size, spread
 from mmtok_cli.results.schema import (
@@ -168,3 +169,12 @@ def test_details_of_a_method() -> None:
     )
     assert "signals class_attention" in details
     assert "layer a whole number; default: --set random:inside.layer=2" in details
+
+
+def test_tables_of_a_narrow_terminal_cut_nothing_off() -> None:
+    stages = ["draft", "prepare", "encode", "select", "prefill", "first token", "decode", "total"]
+    rows = [("mmtok + draft @ 8", *(f"{33.3 + i} ms" for i in range(len(stages))))]
+    for width in (80, 100):
+        lines = shown(wrapped_table("Seconds", stages, rows), width)
+        assert "…" not in lines and all(str(cell) in lines for cell in rows[0][1:])
+        assert {word for stage in stages for word in stage.split()} <= set(lines.split())

@@ -147,10 +147,8 @@ def _cost_table(profile: ProfileResult) -> Table:
 def _stages(profile: ProfileResult) -> Table:
     stages = stages_of(case.seconds for case in profile.cases)
     headings = [_stage_name(stage, profile.environment) for stage in stages]
-    table = _table("Seconds per stage: medians", headings)
-    for case in profile.cases:
-        table.add_row(case.case.label, *(_median(case, stage) for stage in stages))
-    return table
+    rows = [(case.case.label, *(_median(case, stage) for stage in stages)) for case in profile.cases]
+    return wrapped_table("Seconds per stage: medians", headings, rows)
 
 
 def _median(case: CaseResult, stage: str) -> str:
@@ -159,10 +157,10 @@ def _median(case: CaseResult, stage: str) -> str:
 
 def _speedups(profile: ProfileResult) -> Table:
     baseline, *others = profile.cases
-    table = _table(f"Speedup over {baseline}", [tables.SUMS.get(stage, stage) for stage in SPEEDUPS])
-    for case in others:
-        table.add_row(case.case.label, *(tables.speedup_text(case.speedup.get(stage)) for stage in SPEEDUPS))
-    return table
+    rows: list[tuple[str | Text, ...]] = [
+        (r.case.label, *(tables.speedup_text(r.speedup.get(stage)) for stage in SPEEDUPS)) for r in others
+    ]
+    return wrapped_table(f"Speedup over {baseline}", [tables.SUMS.get(stage, stage) for stage in SPEEDUPS], rows)
 
 
 def _tokens_and_memory(profile: ProfileResult) -> Table:
@@ -171,23 +169,23 @@ def _tokens_and_memory(profile: ProfileResult) -> Table:
     stages = [stage for stage in possible if any(stage in peaks for peaks in profile.stage_peaks.values())]
     headings = ["kept", "avg", "KV cache", *(["peak"] if with_peaks else []), *stages]
     of_stages = f"; peaks within {', '.join(stages)} (trace)" if stages else ""
-    table = _table(f"Vision tokens and memory{of_stages}", headings)
+    rows = []
     for case in profile.cases:
         peaks = [size(case.memory.peak)] if with_peaks else []
         within = [size(_peak(profile, case, stage)) for stage in stages]
         average = number(round(case.tokens.layer_average, 1))
-        table.add_row(case.case.label, number(case.tokens.kept), average, size(case.memory.kv_cache), *peaks, *within)
-    return table
+        rows.append((case.case.label, number(case.tokens.kept), average, size(case.memory.kv_cache), *peaks, *within))
+    return wrapped_table(f"Vision tokens and memory{of_stages}", headings, rows)
 
 
 def _operations(profile: ProfileResult) -> Table:
     with_draft = any(DRAFT in (case.flops or ()) for case in profile.cases)
     stages = (DRAFT, *MEMORY_STAGES) if with_draft else MEMORY_STAGES
-    table = _table("FLOPs, and tokens of the text", [*stages, "text tokens", "new tokens"])
+    rows = []
     for case in profile.cases:
         flops = (_flops(case, stage) for stage in stages)
-        table.add_row(case.case.label, *flops, number(case.tokens.text), number(case.tokens.new))
-    return table
+        rows.append((case.case.label, *flops, number(case.tokens.text), number(case.tokens.new)))
+    return wrapped_table("FLOPs, and tokens of the text", [*stages, "text tokens", "new tokens"], rows)
 
 
 def _peak(profile: ProfileResult, case: CaseResult, stage: str) -> int | None:
@@ -201,11 +199,13 @@ def _flops(case: CaseResult, stage: str) -> str:
 def ceiling_table(profile: ProfileResult, ceilings: Ceilings) -> Table:
     """FLOP/s of each stage and bytes/s of decoding, and what share of the device's ceilings that is."""
     stages = ("encode", "select", "prefill")
-    table = _table("Against the device's ceilings", [f"{stage} FLOP/s" for stage in stages] + ["decode B/s"])
+    rows = []
     for case in profile.achieved:
         name = case.case.label
         flops = [_of_ceiling(case.flops_per_second.get(stage), ceilings.flops_per_second) for stage in stages]
-        table.add_row(name, *flops, _of_ceiling(case.decode_bytes_per_second, ceilings.bytes_per_second))
+        rows.append((name, *flops, _of_ceiling(case.decode_bytes_per_second, ceilings.bytes_per_second)))
+    headings = [f"{stage} FLOP/s" for stage in stages] + ["decode B/s"]
+    table = wrapped_table("Against the device's ceilings", headings, rows)
     ceiling = count(ceilings.flops_per_second)
     table.add_row("the device", *[ceiling] * len(stages), count(ceilings.bytes_per_second), style="bold")
     return table
@@ -245,11 +245,15 @@ def _of_ceiling(value: float | None, ceiling: float) -> str:
     return f"{count(value)}, {percent:.{0 if percent >= 9.95 else 1}f}%"
 
 
-def _table(title: str, headings: Sequence[str]) -> Table:
+def wrapped_table(title: str, headings: Sequence[str], rows: Sequence[tuple[str | Text, ...]]) -> Table:
+    """A table that a narrow terminal shows with its labels and headings wrapped, so that no figure is cut off."""
     table = tables.plain_table(title)
-    table.add_column("", no_wrap=True)
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=" " not in heading)
+    table.add_column("")
+    for place, heading in enumerate(headings, 1):
+        words = [*heading.split(), *(row[place] for row in rows if isinstance(row[place], str))]
+        table.add_column(heading, justify="right", min_width=max(map(len, words)))
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
