@@ -28,7 +28,8 @@ class Case:
     """A method at a budget and a batch size, under the rules of the comparison.
 
     name: what the user called the method. again: a second measurement of the baseline, which shows the noise. draft:
-    the first answer that the method reads as well.
+    the first answer that the method reads as well. repeat: which of several draws it is, from 1, of a method that is
+    drawn several times.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Case:
     batch_size: int = 1
     again: bool = False
     draft: Draft | None = None
+    repeat: int | None = None
 
     def __str__(self) -> str:
         name = f"{self.name} + draft" if self.draft else self.name
@@ -54,6 +56,7 @@ class Case:
             again=self.again,
             draft=self.draft.source if self.draft else None,
             draft_tokens=self.draft.tokens if self.draft else None,
+            repeat=self.repeat,
         )
 
     def check(self, model: VisionLanguageModel, samples: Iterable[Sample]) -> None:

@@ -24,6 +24,7 @@ from mmtok_cli.evaluation.predictions import evaluate
 from mmtok_cli.evaluation.processes import Processes
 from mmtok_cli.files import require_writable_directory
 from mmtok_cli.lengths import of_prompt_length
+from mmtok_cli.methods.kept import Replay
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.overlays import has_overlays, save_overlays
 from mmtok_cli.pipeline import check_sample
@@ -348,6 +349,10 @@ def prepare_comparison(
         dataset = replace(dataset, samples=[replace(s, later=()) if s.later else s for s in dataset.samples])
     dataset = with_metric(dataset, settings.metric)
     require_whole_batches(len(dataset.samples), settings.batch_size)
+    for case in cases:
+        if isinstance(case.method, Replay):
+            for sample in dataset.samples:
+                case.method.require(sample.image_ids, [turn.question for turn in sample.turns])
     model = model or configured_model(settings, progress, settings.layers, compiled=settings.compile_model)
     if settings.turns:
         require_conversations(dataset.samples, settings, partial(check_conversation, model))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from mmtok_cli.budget import Budget
@@ -12,11 +14,20 @@ from mmtok_cli.drafts import SELF, Draft
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.methods import accepted, make_method, method_class
 from mmtok_cli.methods.base import Method
+from mmtok_cli.methods.catalogue import REPLAY
 from mmtok_cli.methods.settings import profile_parameters, read_settings
 from mmtok_cli.models import guiding_profile, load_model
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.progress import Progress
-from mmtok_cli.settings import CasesSettings, ModelSettings, OneCaseSettings, PartSettings, ReductionSettings
+from mmtok_cli.settings import (
+    CasesSettings,
+    CompareSettings,
+    ModelSettings,
+    OneCaseSettings,
+    PartSettings,
+    ReductionSettings,
+    ReplaySettings,
+)
 
 USUAL_BUDGETS = ("192", "128", "64")  # of a model whose profile names none
 
@@ -65,7 +76,14 @@ def configured_model(
 def one_case(settings: OneCaseSettings) -> tuple[Case, Case]:
     """The case of the settings, and the baseline. Raises MMTokError for what cannot be followed."""
     cases = make_cases([(settings.method, None)], settings.budgets, settings)
+    if isinstance(settings, ReplaySettings) and settings.kept is not None:
+        return replay(settings.kept, settings), cases[0]
     return cases[-1], cases[0]
+
+
+def replay(file: Path, settings: ReductionSettings) -> Case:
+    """The case of a selection from a file. Raises MMTokError for one that cannot be read."""
+    return Case(REPLAY, make_method(REPLAY, file=str(file)), None, settings.rules)
 
 
 def cases_of(settings: CasesSettings) -> list[Case]:
@@ -73,7 +91,9 @@ def cases_of(settings: CasesSettings) -> list[Case]:
 
     Where `full` is among the methods, the baseline comes a second time. Raises MMTokError for what cannot be followed.
     """
-    cases = make_cases(settings.named_methods, settings.budgets, settings)
+    cases = make_cases(settings.named_methods, settings.budgets, settings, settings.repeats)
+    if isinstance(settings, CompareSettings):
+        cases += [replay(file, settings) for file in settings.kept]
     if "full" in settings.methods:
         cases.append(replace(cases[0], again=True))
     return [replace(case, batch_size=size) for size in settings.batch_size for case in cases]
@@ -83,10 +103,12 @@ def make_cases(
     methods: Sequence[tuple[str, Budget | None]],
     budgets: Sequence[Budget] | None,
     settings: OneCaseSettings | CasesSettings,
+    repeats: Mapping[str, int] = MappingProxyType({}),
 ) -> list[Case]:
     """The baseline, then every method at its own budget or at every budget; without and with a draft if one is set.
 
     methods: names, each with a budget of its own or None. budgets: None stands for those of the model's profile.
+    repeats: how often methods that draw at random run, each time with the next seed.
     Raises MMTokError for an unknown method, and for a budget of one that takes none.
     """
     names = [name for name, _ in methods]
@@ -103,7 +125,7 @@ def make_cases(
         method = configured_method(name, settings.model, parameters.get(name), seed=settings.seed)
         for budget in [own] if own else budgets:
             case = Case(name, method, budget if method.takes_budget else None, rules)
-            cases += [case, replace(case, draft=draft)] if draft and can_use_draft(method) else [case]
+            cases += [case, replace(case, draft=draft)] if draft and can_use_draft(method) else repeated(case, repeats)
     if draft and not any(case.draft for case in cases):
         raise MMTokError(
             f"{' and '.join(names)} cannot use a draft",
@@ -111,6 +133,15 @@ def make_cases(
             "cdpruner",
         )
     return list(dict.fromkeys(cases))
+
+
+def repeated(case: Case, repeats: Mapping[str, int]) -> list[Case]:
+    """The case as often as it is to be drawn, with a seed of its own each time."""
+    if case.name not in repeats:
+        return [case]
+    first = case.method.seed  # type: ignore[attr-defined]  # methods that draw have one
+    draws = range(repeats[case.name])
+    return [replace(case, method=replace(case.method, seed=first + i), repeat=i + 1) for i in draws]  # type: ignore[call-arg]
 
 
 def draft_of(settings: ReductionSettings) -> Draft | None:

@@ -20,7 +20,7 @@ from mmtok_cli.errors import MethodFaultError, MMTokError, first_line, is_out_of
 from mmtok_cli.methods.base import Method, package_of
 from mmtok_cli.methods.isolation import GlobalStateError, isolated
 from mmtok_cli.stages import CHECK, Stage
-from mmtok_cli.tokens import CLASS_TOKEN, Cut, LayerTokens, Selection, TextTokens, VisionTokens
+from mmtok_cli.tokens import PADDING, Cut, LayerTokens, Selection, TextTokens, VisionTokens
 
 PACKAGE = __name__.partition(".")[0]
 
@@ -211,7 +211,7 @@ def _check_values(method: Method, hook: str, selection: Selection, eligible: Ten
     rising = indices if selection.merged is None else indices.sort().values
     steps = rising[1:] - rising[:-1]
     inside = (indices >= 0) & (indices < total)
-    lowest = 0 if selection.tokens is None else CLASS_TOKEN
+    lowest = 0 if selection.tokens is None else PADDING
     own = inside if selection.merged is None else inside & ~selection.merged
     shown = eligible[indices.clamp(0, total - 1)]
     facts = {

@@ -78,7 +78,7 @@ def _plan(
     try:
         return ImagePlan(total, keep, encoded_at(smaller), short)
     except UnmetBudgetError as error:
-        if strict:
+        if strict and budget is not None and budget.count is not None:  # a share is met as nearly as possible
             raise
         return ImagePlan(total, keep, encoded_at(error.nearest), short=True)
 

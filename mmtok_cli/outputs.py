@@ -98,7 +98,7 @@ def comparison_inputs(settings: CompareSettings, run: Path | None, outputs: Sequ
     from mmtok_cli.data.pictures import is_pattern
     from mmtok_cli.data.vqav2 import annotations_beside
 
-    inputs = model_inputs(settings.model)
+    inputs = model_inputs(settings.model, *settings.kept)
     inputs.runs += [run] if run else []
     if settings.include_path is not None:
         inputs.directories.append(settings.include_path)

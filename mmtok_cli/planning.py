@@ -142,6 +142,7 @@ def with_absolute_paths(settings: CompareSettings) -> CompareSettings:
             "model": model,
             "data": absolute_data(settings.data),
             "image_root": None if root is None else Path(_absolute(str(root))),
+            "kept": tuple(Path(_absolute(str(file))) for file in settings.kept),
             "include_path": None if settings.include_path is None else Path(_absolute(str(settings.include_path))),
         }
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypedDict, cast, get_args
@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 
 from mmtok_cli.budget import Budget, parse_budgets
 from mmtok_cli.errors import MMTokError
+from mmtok_cli.protocols import protocol_of
 from mmtok_cli.rules import BudgetMeaning, Positions, Rules, Track, TurnPolicy
 
 MODEL = "Model"
@@ -351,7 +352,17 @@ class OneCaseSettings(ReductionSettings, MethodSettings, ModelSettings):
     """One case, and the model that it runs on. (Fields of the last base come first in the help.)"""
 
 
-class InferSettings(OneCaseSettings, EngineSettings):
+class ReplaySettings(Settings):
+    """A selection that was made elsewhere."""
+
+    kept: Annotated[Path | None, Option(("--kept",), REDUCTION, metavar="FILE")] = Field(
+        None,
+        description="Keep the vision tokens that a file names (.json or .safetensors, see `mmtok prune --export`), in "
+        "place of --method and --budget.",
+    )
+
+
+class InferSettings(ReplaySettings, OneCaseSettings, EngineSettings):
     """What `mmtok infer` does."""
 
     max_new_tokens: Annotated[int, Option(panel=MEASUREMENT)] = Field(
@@ -369,8 +380,20 @@ class InferSettings(OneCaseSettings, EngineSettings):
     )
 
 
-class PruneSettings(PartSettings, OneCaseSettings):
+class PruneSettings(ReplaySettings, PartSettings, OneCaseSettings):
     """What `mmtok prune` does."""
+
+    data: Annotated[str | None, Option(panel=DATA)] = Field(
+        None,
+        description="With --export, in place of IMAGE and QUESTION: a dataset (see `mmtok compare --help`), of whose "
+        "images the selections are written.",
+    )
+    image_root: Annotated[Path | None, Option(panel=DATA)] = Field(
+        None, description="Directory of the image files. Default: that of the data file."
+    )
+    limit: Annotated[int, Option(panel=DATA)] = Field(
+        USUAL_LIMIT, ge=1, le=MOST_SAMPLES, description="Maximum number of samples of --data."
+    )
 
 
 class LmmsSettings(PartSettings, OneCaseSettings):
@@ -405,6 +428,11 @@ class MethodsSettings(Settings):
     def budgets(self) -> list[Budget] | None:
         """None for those of the model's profile."""
         return None if self.budget is None else [Budget.parse(text) for text in self.budget]
+
+    @property
+    def repeats(self) -> Mapping[str, int]:
+        """How often methods that draw at random run, by their name; once unless named."""
+        return {}
 
 
 class AnswerLength(TypedDict):
@@ -540,6 +568,17 @@ class CompareSettings(CasesSettings, EngineSettings):
         "confidence. Without reference answers: of the agreement with the unreduced model. --budget names the only "
         "budgets to try.",
     )
+    kept: Annotated[tuple[Path, ...], Option(("--kept",), REDUCTION, metavar="FILE")] = Field(
+        (),
+        description="Also compare the selection in a file (.json or .safetensors, see `mmtok prune --export`). "
+        "Repeatable.",
+    )
+    protocol: Annotated[str | None, Option(panel=REDUCTION, metavar="vtc|unipruneb")] = Field(
+        None,
+        description="Budgets and controls of a published protocol. vtc (VTC-Bench): five shares from 25% to 1% beside "
+        "resize, whose errors split the samples into two groups. unipruneb (UniPruneBench): a third, two ninths and a "
+        "ninth of the tokens, beside random methods drawn three times.",
+    )
     by: Annotated[str | None, AfterValidator(_group), Option(panel=REDUCTION, metavar="kind")] = Field(
         None, description="kind: find the budget of --retain for each kind of question."
     )
@@ -607,6 +646,28 @@ class CompareSettings(CasesSettings, EngineSettings):
         None, description="Folder with further tasks for --tasks, as for lmms-eval."
     )
 
+    @classmethod
+    def of(cls, **values: Any) -> Self:
+        """The settings with these values; --protocol sets the budgets, and the methods unless they are given.
+
+        Raises MMTokError for what is not valid.
+        """
+        if values.get("protocol") is None:
+            return super().of(**values)
+        protocol = protocol_of(values["protocol"])
+        usual, methods = cls.model_fields["methods"].default, _methods(values["methods"]) if "methods" in values else ()
+        if values.get("budget") is not None and _budgets(values["budget"]) != protocol.budgets:
+            raise MMTokError(
+                f"--protocol {values['protocol']} has budgets of its own: {', '.join(protocol.budgets)}",
+                "omit --budget, or --protocol",
+            )
+        chosen = protocol.methods if methods in ((), usual) else methods
+        return super().of(**{**values, "budget": protocol.budgets, "methods": protocol.completed(chosen)})
+
+    @property
+    def repeats(self) -> Mapping[str, int]:
+        return protocol_of(self.protocol).repeats if self.protocol else {}
+
     @property
     def retained(self) -> float:
         """The share of --retain: 0.98 for 98%."""
@@ -619,8 +680,8 @@ class CompareSettings(CasesSettings, EngineSettings):
             value, option = getattr(self, name), option_name(type(self), name)
             if value == field.get_default(call_default_factory=True):
                 continue
-            if name == "parameters":
-                words += [word for one in value for word in (option, one)]
+            if name in ("parameters", "kept"):
+                words += [word for one in value for word in (option, str(one))]
             elif value is True:
                 words.append(option)
             else:
@@ -631,6 +692,18 @@ class CompareSettings(CasesSettings, EngineSettings):
     def _agree(self) -> Self:
         """Raises MMTokError for options that exclude each other."""
         self._require_tasks_alone()
+        if self.kept and self.retain:
+            raise MMTokError("--kept has no budget that --retain could find", "omit one of them")
+        for option, one in (("--protocol", self.protocol), ("--kept", self.kept)):
+            if one and self.engine != "transformers":
+                raise MMTokError(
+                    f"{option} is measured with transformers, not with --engine {self.engine}", "omit one of them"
+                )
+        if self.protocol and self.retain:
+            raise MMTokError("--protocol has budgets of its own, and --retain finds them", "omit one of them")
+        if self.protocol and not self.measures_quality:
+            option = "--no-quality" if self.no_quality else "--layers"
+            raise MMTokError(f"--protocol needs the answers, which {option} does not evaluate", f"omit {option}")
         if self.by and not self.retain:
             raise MMTokError("--by requires --retain", "add --retain, as in --retain 98%")
         if self.retain and not self.measures_quality:
@@ -683,6 +756,18 @@ def require_selections(policies: Collection[str]) -> None:
         raise MMTokError(
             "--encode-again has no effect with --turns reuse, which selects only once", "use --turns reselect or union"
         )
+
+
+def require_replay_alone(settings: ReplaySettings, given: Collection[str]) -> None:
+    """Refuse options beside --kept that say what to keep. given: those that were spelled out. Raises MMTokError."""
+    if settings.kept is None:
+        return
+    for name in ("method", "budget", "parameters", "draft", "engine", "budget_means"):
+        if name in given:
+            option = option_name(type(settings), name)
+            raise MMTokError(
+                f"--kept says which tokens are kept, so {option} has no effect", f"omit {option}, or --kept"
+            )
 
 
 def require_consistent(settings: CompareSettings | ProfileSettings, given: Collection[str]) -> None:

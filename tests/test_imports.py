@@ -19,7 +19,7 @@ import mmtok_cli
 PACKAGE = Path(mmtok_cli.__file__).parent
 SHARED = {"tokens", "budget", "errors", "rules", "stages"}
 ALLOWED = {
-    "methods": SHARED | {"methods"},
+    "methods": SHARED | {"methods", "kept"},
     "models": SHARED | {"models", "profiles"},
     "data": {"errors", "data", "demo"},
     "decoding": {"models", "errors"},
@@ -27,7 +27,9 @@ ALLOWED = {
     "fallback": SHARED
     | {"cases", "configuration", "data", "drafts", "image_plan", "lengths", "models", "profiles"}
     | {"progress", "settings", "timing"},
-    "settings": {"budget", "errors", "rules"},
+    "settings": {"budget", "errors", "protocols", "rules"},
+    "protocols": {"errors"},
+    "kept": {"errors", "files", "tokens"},
     "progress": {"errors"},
     "planning": {"cases", "data", "profiles", "results", "settings", "errors"},
     "api": SHARED
@@ -39,7 +41,7 @@ ALLOWED = {
     "pipeline": SHARED | {"models", "methods", "data", "decoding", "image_plan", "hooks"},
     "conversation": SHARED | {"models", "methods", "data", "decoding", "image_plan", "pipeline"},
     # Plain data: neither what measures it nor what runs a model.
-    "results": {"__version__", "results", "data", "settings", "budget", "errors", "files", "rules", "stages"},
+    "results": {"__version__", "results", "kept", "data", "settings", "budget", "errors", "files", "rules", "stages"},
     "drafts": SHARED | {"pipeline", "models", "methods", "data"},
     "cases": SHARED | {"drafts", "pipeline", "models", "methods", "results", "data"},
     "timing": SHARED

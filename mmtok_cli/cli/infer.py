@@ -9,8 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from mmtok_cli.cli.options import ImageArgument, JsonOption, QuestionArgument, QuietOption, with_options
-from mmtok_cli.settings import MEASUREMENT, InferSettings, require_selections
+from mmtok_cli.cli.options import (
+    ImageArgument,
+    JsonOption,
+    QuestionArgument,
+    QuietOption,
+    given_options,
+    with_options,
+)
+from mmtok_cli.settings import MEASUREMENT, InferSettings, require_replay_alone, require_selections
 
 if TYPE_CHECKING:
     from mmtok_cli.cases import Case
@@ -61,6 +68,7 @@ def infer(
     from mmtok_cli.timing.runner import run_case
     from mmtok_cli.timing.turns import run_conversation
 
+    require_replay_alone(settings, given_options(context, InferSettings))
     if chosen_engine(context, settings) != "transformers":
         infer_by_engine(settings, sample_from_file(image, question, *(more or ())), baseline, as_json, quiet)
         return
@@ -172,7 +180,7 @@ def _head(settings: InferSettings, case: Case) -> dict[str, Any]:
         "model": settings.model,
         "weights": settings.weights,
         "quantization": settings.quantization,
-        "method": settings.method,
+        "method": case.name,
         "parameters": case.id.parameters,
         "budget": case.id.budget,
         "equivalents": {} if case.budget is None else case.budget.engine_settings,

@@ -21,6 +21,9 @@ PLOTS = (".png", ".svg", ".pdf")
 ImageArgument = Annotated[Path, typer.Argument(help="Image file.", show_default=False)]
 QuestionArgument = Annotated[str, typer.Argument(help="Question about the image.", show_default=False)]
 
+OptionalImageArgument = Annotated[Path | None, typer.Argument(help="Image file.", show_default=False)]
+OptionalQuestionArgument = Annotated[str | None, typer.Argument(help="Question about the image.", show_default=False)]
+
 ExportOption = Annotated[
     list[Path] | None,
     typer.Option(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -13,14 +13,16 @@ import typer
 from mmtok_cli.cli.options import (
     OUTPUT,
     PLOTS,
-    ImageArgument,
     JsonOption,
-    QuestionArgument,
+    OptionalImageArgument,
+    OptionalQuestionArgument,
     QuietOption,
+    given_options,
+    is_given,
     with_options,
 )
 from mmtok_cli.errors import MMTokError
-from mmtok_cli.settings import PruneSettings
+from mmtok_cli.settings import CompareSettings, PruneSettings, option_name, require_replay_alone
 
 if TYPE_CHECKING:
     from mmtok_cli.cases import Case
@@ -34,12 +36,20 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 @with_options(PruneSettings)
 def prune(
-    image: ImageArgument,
-    question: QuestionArgument,
+    context: typer.Context,
     settings: PruneSettings,
+    image: OptionalImageArgument = None,
+    question: OptionalQuestionArgument = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Picture of the kept patches (.png, .jpg, .webp).", rich_help_panel=OUTPUT),
+    ] = None,
+    export: Annotated[
+        Path | None,
+        typer.Option(
+            help="File of the kept tokens (.json, .safetensors), which --kept reads. See mmtok_cli/kept.py.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = None,
     gain_curve: Annotated[
         Path | None,
@@ -57,26 +67,46 @@ def prune(
 
     [dim]mmtok prune img.jpg "What color is the car?" --budget 64 --output kept.png[/dim]
     """
+    from mmtok_cli.cli.showing import save
     from mmtok_cli.configuration import configured_model, one_case, with_writer
     from mmtok_cli.data.samples import sample_from_file
+    from mmtok_cli.kept import SUFFIXES, require_format, write_kept
     from mmtok_cli.outputs import check_outputs, model_inputs, outputs_of
     from mmtok_cli.panels import lay_out
     from mmtok_cli.profiling import time_selection
+    from mmtok_cli.replays import kept_file
     from mmtok_cli.report.console import ConsoleProgress, attempt_all, print_json
 
+    require_replay_alone(settings, given_options(context, PruneSettings))
+    if settings.data is not None:
+        others = {"IMAGE": image, "--output": output, "--gain-curve": gain_curve, "--json": as_json}
+        _export_dataset(settings, export, [name for name, value in others.items() if value], quiet)
+        return
+    if image is None or question is None:
+        what = "IMAGE" if image is None else "QUESTION"
+        raise MMTokError(f"the argument {what} is missing", 'as in mmtok prune img.jpg "What color is the car?"')
+    for option in ("image_root", "limit"):
+        if is_given(context, option):
+            raise MMTokError(f"{option_name(PruneSettings, option)} requires --data", "add --data, or omit it")
     case, _ = one_case(settings)
-    outputs = outputs_of([("--output", output, PICTURES), ("--gain-curve", gain_curve, PLOTS)])
-    check_outputs(outputs, model_inputs(settings.model, image))
+    outputs = outputs_of(
+        [("--output", output, PICTURES), ("--export", export, SUFFIXES), ("--gain-curve", gain_curve, PLOTS)]
+    )
+    check_outputs(outputs, model_inputs(settings.model, image, *([settings.kept] if settings.kept else [])))
     sample = sample_from_file(image, question)
     model = configured_model(settings, ConsoleProgress(quiet), settings.layers)
     (case,) = with_writer([case], settings, ConsoleProgress(quiet))
     case.check(model, [sample])
     selected = time_selection(model, case, sample)
-    gains = _gains(selected, settings.method) if gain_curve else None
+    gains = _gains(selected, case.name) if gain_curve else None
     shown = lay_out(model, selected.reduced, selected.selection)
     parts: list[Callable[[], object]] = []
     if output:
         parts.append(partial(_save_picture, sample, shown, mark, output, quiet))
+    if export:
+        kept = kept_file(model, case, [(sample, selected.reduced, [selected.selection])])
+        require_format(export, case.name, kept[1])
+        parts.append(partial(save, lambda: write_kept(export, *kept), export, quiet))
     if gain_curve and gains is not None:
         parts.append(partial(_save_gains, gains, case, selected, gain_curve, quiet))
     if as_json:
@@ -87,6 +117,42 @@ def prune(
         parts.append(partial(_show, settings, model, case, selected, shown, mark))
     if not attempt_all(parts):
         raise typer.Exit(1)
+
+
+def _export_dataset(settings: PruneSettings, export: Path | None, others: Sequence[str], quiet: bool) -> None:
+    """Write what is kept of every image of a dataset. others: what was given and has no meaning here."""
+    from mmtok_cli.cli.showing import save
+    from mmtok_cli.configuration import configured_model, one_case, with_writer
+    from mmtok_cli.data.datasets import open_dataset
+    from mmtok_cli.kept import SUFFIXES, require_format, write_kept
+    from mmtok_cli.outputs import check_outputs, comparison_inputs, outputs_of
+    from mmtok_cli.replays import kept_file, selections_of
+    from mmtok_cli.report.console import ConsoleProgress
+
+    if export is None:
+        raise MMTokError("--data requires --export", "add --export kept.json")
+    if others:
+        raise MMTokError(f"--data and {others[0]} contradict each other", f"omit --data, or {others[0]}")
+    data = CompareSettings.of(model=settings.model, data=settings.data, image_root=settings.image_root)
+    outputs = outputs_of([("--export", export, SUFFIXES)])
+    check_outputs(outputs, comparison_inputs(data, None, outputs))
+    case, _ = one_case(settings)
+    dataset = open_dataset(settings.data or "", image_root=settings.image_root, limit=settings.limit, find_metric=False)
+    progress = ConsoleProgress(quiet)
+    for note in dataset.notes():
+        progress.note(note)
+    model = configured_model(settings, progress, settings.layers)
+    (case,) = with_writer([case], settings, progress)
+    case.check(model, (sample.open() for sample in dataset.samples))
+    found = []
+    with progress.task("selecting", len(dataset.samples)) as update:
+        for number, sample in enumerate(dataset.samples, 1):
+            found.append(selections_of(model, case, sample.open()))
+            if number == 1:  # the user should not wait for all of them in vain
+                require_format(export, case.name, kept_file(model, case, found)[1])
+            update(number)
+    file, rows = kept_file(model, case, found)
+    save(lambda: write_kept(export, file, rows), export, quiet)
 
 
 def _save_picture(sample: Sample, shown: list[Shown], mark: int, path: Path, quiet: bool) -> None:
@@ -151,7 +217,7 @@ def _head(settings: PruneSettings, model: VisionLanguageModel, case: Case, selec
         "schema": "mmtok.prune/1",
         "model": settings.model,
         "weights": settings.weights,
-        "method": settings.method,
+        "method": case.name,
         "parameters": case.id.parameters,
         "budget": case.id.budget,
         "rules": asdict(settings.rules),

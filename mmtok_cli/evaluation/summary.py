@@ -24,6 +24,7 @@ from mmtok_cli.results.schema import (
     Fidelity,
     Flips,
     PairedAccuracy,
+    ResizeGroups,
     Score,
     TaskResult,
     YesNo,
@@ -54,7 +55,8 @@ class EvaluationSummary:
     samples: how many have a reference answer. score: F1 for POPE, (accuracy + accuracy_plus) / 2 for MME, else the
     mean. by_kind: mean score and number of samples by kind of question. retention and flips are relative to the
     baseline and None for the baseline itself; they and the scores are None without reference answers. short: how many
-    samples keep fewer tokens than the budget says. draft: what the case's draft is worth.
+    samples keep fewer tokens than the budget says. draft: what the case's draft is worth. groups: None without `resize`
+    at the same budget.
     """
 
     samples: int
@@ -67,6 +69,7 @@ class EvaluationSummary:
     fidelity: Fidelity | None
     short: int = 0
     draft: DraftEffect | None = None
+    groups: ResizeGroups | None = None
 
     def result_fields(self, *, is_baseline: bool) -> dict[str, Any]:
         """The fields of a CaseResult that describe the quality of the answers."""
@@ -83,6 +86,7 @@ class EvaluationSummary:
             "paired": self.paired,
             "fidelity": None if is_baseline else self.fidelity,
             "draft": self.draft,
+            "groups": self.groups,
         }
 
     def _counts(self) -> Score | None:
@@ -111,6 +115,7 @@ def summarise_evaluation(store: RunDirectory) -> dict[int, EvaluationSummary]:
         metric=plan.metric,
         seed=plan.seed,
         without_draft=plan.without_draft,
+        with_resize=plan.with_resize,
     )
     summaries: dict[int, EvaluationSummary] = {}
     for number, planned in enumerate(plan.cases):
@@ -187,11 +192,13 @@ def summarise_predictions(
     metric: MetricName | None,
     seed: int,
     without_draft: Mapping[int, int] = MappingProxyType({}),
+    with_resize: Mapping[int, int] = MappingProxyType({}),
 ) -> dict[int, EvaluationSummary]:
     """The summary of each case, by its number. Every case must have predictions for the same samples.
 
     labels: by the number of the sample. baseline: number of the case that the others are compared with. without_draft:
-    the same case without its draft, by the number of the one with it.
+    the same case without its draft, by the number of the one with it. with_resize: `resize` at the same budget, by the
+    number of the other case.
     """
     table: dict[int, dict[int, Prediction]] = defaultdict(dict)
     for prediction in predictions:
@@ -207,6 +214,7 @@ def summarise_predictions(
             seed,
             is_baseline=case == baseline,
             plain=table.get(without_draft.get(case, -1)),
+            resized=table.get(with_resize.get(case, -1)),
         )
         for case, mine in sorted(table.items())
     }
@@ -221,9 +229,10 @@ def _summary_of(
     *,
     is_baseline: bool,
     plain: Mapping[int, Prediction] | None = None,
+    resized: Mapping[int, Prediction] | None = None,
 ) -> EvaluationSummary:
     """The summary of one case. predictions, baseline: by sample. scored: the samples with a reference answer. plain:
-    the predictions of the same case without its draft."""
+    the predictions of the same case without its draft. resized: those of `resize` at the same budget."""
     fidelity = _fidelity(predictions.values())
     short = sum(prediction.tokens.short for prediction in predictions.values() if prediction.tokens)
     if not scored:
@@ -259,7 +268,16 @@ def _summary_of(
         fidelity=fidelity,
         short=short,
         draft=None if plain is None else _draft_effect(plain, mine, scored, clusters, metric, seed),
+        groups=None if resized is None else resize_groups(base, _scores([resized[s.sample] for s in scored]), scores),
     )
+
+
+def resize_groups(baseline: Sequence[float], resized: Sequence[float], scores: Sequence[float]) -> ResizeGroups:
+    """Correct answers in VTC-Bench's groups (`tools/analyze_results.py` of its repository), from scores of the same
+    samples: of the unreduced model, of `resize` at the same budget, and of a method."""
+    rows = [(small, mine) for full, small, mine in zip(*map(_right, (baseline, resized, scores)), strict=True) if full]
+    group_a, group_b = ([mine for small, mine in rows if small is answered] for answered in (False, True))
+    return ResizeGroups(a_right=sum(group_a), a_samples=len(group_a), b_right=sum(group_b), b_samples=len(group_b))
 
 
 def _draft_effect(

@@ -36,6 +36,7 @@ BUILT_IN = {
     "resize": "mmtok_cli.methods.resize:Resize",
     "resize:pool": "mmtok_cli.methods.pool:Pool",
 }
+REPLAY = "kept"  # needs a file, so it is not listed; see --kept
 ENTRY_POINTS = "mmtok.methods"
 
 
@@ -53,8 +54,8 @@ def method_class(name: str) -> type[Method]:
     Raises MMTokError, with the nearest names, for an unknown one, and MethodFaultError for a class of another package
     that cannot be used.
     """
-    if name in BUILT_IN:
-        module, _, attribute = BUILT_IN[name].partition(":")
+    if name in BUILT_IN or name == REPLAY:
+        module, _, attribute = (BUILT_IN | {REPLAY: "mmtok_cli.methods.kept:Replay"})[name].partition(":")
         return getattr(import_module(module), attribute)
     points = _entry_points()
     if name in points:

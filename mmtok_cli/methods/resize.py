@@ -12,8 +12,8 @@ class Resize(Method):
     methods.
 
     Encoders of fixed size (LLaVA) interpolate their position embeddings, so the budget is met exactly. A budget that
-    forms no suitable rectangle is refused with the nearest that does; if it does for other images of a dataset, an
-    image keeps the next lower number that does. LLaVA-NeXT then gets the image without crops.
+    forms no suitable rectangle is refused with the nearest that does; if it does for other images of a dataset, or is
+    a share, an image keeps the next lower number that does. LLaVA-NeXT then gets the image without crops.
     Encoders of native resolution (Qwen) get a smaller image of their usual kind, with at least 85% of the budget.
     """
 

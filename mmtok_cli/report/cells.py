@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 Value = str | float | None  # text, int or float; None: there is none
 Source = TypeVar("Source")
-TableName = Literal["speed", "throughput", "quality", "yes-no", "cost"]
+TableName = Literal["speed", "throughput", "quality", "yes-no", "groups", "cost"]
 Section = Literal["cost", "quality"]
 
 
@@ -124,6 +124,11 @@ def draft_cell(case: CaseResult) -> Cell:
     bounded = draft.low is not None and draft.high is not None
     interval = f"{points(draft.low or 0)} to {points(draft.high or 0)}" if bounded else ""
     return Cell(points(draft.points), draft.points, interval)
+
+
+def group_cell(right: int, samples: int) -> Cell:
+    """ "83.3 % (10 of 12)": correct answers in a group of samples."""
+    return Cell(share(right / samples), right / samples, f"{right} of {samples}") if samples else Cell()
 
 
 def flips_cell(case: CaseResult) -> Cell:

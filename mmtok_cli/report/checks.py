@@ -146,10 +146,34 @@ def quality_notes(comparison: Comparison) -> list[str]:
             "that only the unreduced model, or only the reduced model, answers correctly; p: probability of a "
             "difference this large by chance (McNemar's exact test)"
         )
-        notes += unable_notes(results)
+        notes += [*repeat_notes(results), *group_notes(results), *unable_notes(results)]
         if counts.asked < FEW_QUESTIONS:
             notes.append(f"with only {plural(counts.asked, 'question')}, scores vary by several points: raise --limit")
     return notes
+
+
+def repeat_notes(results: Sequence[CaseResult]) -> list[str]:
+    """The mean score of each method that was drawn several times."""
+    draws: dict[str, list[float]] = defaultdict(list)
+    for result in results:
+        if result.case.repeat is not None and result.score is not None:
+            draws[f"{result.case.method} @ {result.case.budget}"].append(result.score)
+    return [
+        f"{name}: mean score {share(fmean(scores))} of {len(scores)} draws ({share(min(scores))} to "
+        f"{share(max(scores))})"
+        for name, scores in draws.items()
+        if len(scores) > 1
+    ]
+
+
+def group_notes(results: Sequence[CaseResult]) -> list[str]:
+    """Explains the groups of samples, if they are shown."""
+    if not any(result.groups for result in results):
+        return []
+    return [
+        "groups, of the samples that the unreduced model answers correctly (VTC-Bench): A, those that resize at the "
+        "same budget answers incorrectly; B, those that it answers correctly. Group A is what tells methods apart"
+    ]
 
 
 def unable_notes(results: Sequence[CaseResult]) -> list[str]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mmtok_cli.report.cells import (
+    Cell,
     Column,
     CsvColumn,
     Section,
@@ -17,6 +18,7 @@ from mmtok_cli.report.cells import (
     Value,
     draft_cell,
     flips_cell,
+    group_cell,
     kept_cell,
     largest_batch_cell,
     retention_cell,
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
         Flips,
         GpuUse,
         PairedAccuracy,
+        ResizeGroups,
         Score,
         Speedup,
         Times,
@@ -150,6 +153,30 @@ def _paired(
         heading=heading,
         show=show,
         table="yes-no",
+    )
+
+
+def _group(
+    name: str, meaning: str, counts: Callable[[ResizeGroups], tuple[int, int]]
+) -> Iterator[CsvColumn[CaseResult]]:
+    """The share of correct answers in a group of samples, and the size of the group."""
+
+    def cell(case: CaseResult) -> Cell:
+        return group_cell(*counts(case.groups)) if case.groups else Cell()
+
+    yield Column(
+        f"group_{name}",
+        meaning,
+        lambda case: cell(case).value,
+        heading=f"group {name.upper()}",
+        cell=cell,
+        table="groups",
+        section="quality",
+    )
+    yield CsvColumn(
+        f"group_{name}_samples",
+        f"samples in group {name.upper()}",
+        lambda case: counts(case.groups)[1] if case.groups else None,
     )
 
 
@@ -352,6 +379,16 @@ COLUMNS: tuple[CsvColumn[CaseResult], ...] = (
         section="quality",
         shown=is_scored,
         in_markdown=_never,
+    ),
+    *_group(
+        "a",
+        "correct answers to samples that the unreduced model answers correctly and resize at the same budget does not",
+        lambda groups: (groups.a_right, groups.a_samples),
+    ),
+    *_group(
+        "b",
+        "correct answers to samples that both the unreduced model and resize at the same budget answer correctly",
+        lambda groups: (groups.b_right, groups.b_samples),
     ),
     Column(
         "draft_points",

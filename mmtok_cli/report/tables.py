@@ -83,6 +83,10 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
         tables.append(case_table(f"Quality (metric: {metric})" if metric else "Quality", comparison, quality))
     if yes_no := terminal_columns(comparison, "yes-no"):
         tables.append(case_table("Yes or no", comparison, yes_no))
+    if groups := terminal_columns(comparison, "groups"):
+        tables.append(
+            case_table("Correct answers where resize fails (A) and where it does not (B)", comparison, groups)
+        )
     tables.append(cost_and_fidelity_table(comparison))
     if (kinds := kind_columns(comparison)) and not comparison.tasks:
         counts = next(result.score_counts for result in comparison.results if result.score_counts)

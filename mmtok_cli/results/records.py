@@ -31,6 +31,7 @@ from mmtok_cli.results.schema import (
     Record,
     Seconds,
     Share,
+    cases_with_resize,
     cases_without_draft,
 )
 from mmtok_cli.rules import Positions, Rules, TurnPolicy
@@ -483,6 +484,11 @@ class Plan(Record):
         """The same case without its draft, by the number of the one with it."""
         return cases_without_draft([planned.case for planned in self.cases])
 
+    @property
+    def with_resize(self) -> dict[int, int]:
+        """The number of `resize` at the same budget, by that of the other case."""
+        return cases_with_resize([planned.case for planned in self.cases])
+
     def baseline_of(self, case: int) -> int:
         """The unreduced case of the same batch size: the first that has this size."""
         size = self.cases[case].case.batch_size
@@ -543,5 +549,6 @@ def _file_sizes(sample: Sample) -> list[int | None]:
 def planned_case(case: CaseId, environment: Environment, common: Mapping[str, Any]) -> PlannedCase:
     """The case with a digest of its description, the settings that all cases share, and the environment."""
     where = environment.model_dump(exclude={"command", "fallback"})  # which a comparison never has
-    without = {"draft", "draft_tokens"} if case.draft is None else set()  # keys of older runs know nothing of drafts
+    newer = ("draft", "draft_tokens", "repeat")  # keys of older runs know nothing of these
+    without = {name for name in newer if getattr(case, name) is None}
     return PlannedCase(case=case, key=digest([case.model_dump(exclude=without), where, dict(common)]))

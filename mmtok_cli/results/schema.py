@@ -11,6 +11,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -271,7 +272,7 @@ class CaseId(Record):
     budget: "64", "10%"; None where the method takes none. again: the second measurement of the baseline, as a
     check of the noise. run: the label of the run, where several runs are merged. draft: where the first answer comes
     from that the method reads as well: "self", the name of a model, or "text:" and the text; draft_tokens: the most
-    that it may have.
+    that it may have. repeat: which of several draws it is, from 1, of a method that is drawn several times.
     """
 
     method: str = Field(min_length=1)
@@ -282,6 +283,7 @@ class CaseId(Record):
     run: str | None = None
     draft: str | None = None
     draft_tokens: Annotated[int, Field(ge=1)] | None = None
+    repeat: Annotated[int, Field(ge=1)] | None = None
 
     def __str__(self) -> str:
         return self.title if self.budget is None else f"{self.title} @ {self.budget}"
@@ -289,7 +291,10 @@ class CaseId(Record):
     @property
     def title(self) -> str:
         """The case without its budget, for tables that have a column for it."""
-        name = f"{self.method}{' + draft' * (self.draft is not None)}{' (again)' * self.again}"
+        which = "" if self.repeat is None else f" (seed {self.parameters.get('seed')})"
+        if "digest" in self.parameters and "file" in self.parameters:
+            which = f" ({Path(self.parameters['file']).name})"
+        name = f"{self.method}{which}{' + draft' * (self.draft is not None)}{' (again)' * self.again}"
         return f"{self.run}: {name}" if self.run else name
 
     @property
@@ -312,6 +317,19 @@ def cases_without_draft(cases: Sequence[CaseId]) -> dict[int, int]:
     places = {case.model_dump_json(): place for place, case in enumerate(cases)}
     pairs = {place: places.get(case.without_draft.model_dump_json()) for place, case in enumerate(cases) if case.draft}
     return {place: plain for place, plain in pairs.items() if plain is not None}
+
+
+def cases_with_resize(cases: Sequence[CaseId]) -> dict[int, int]:
+    """The place of `resize` at the same budget, by the place of every other case that has a budget."""
+    places = {
+        (case.run, case.budget, case.batch_size): place for place, case in enumerate(cases) if case.method == "resize"
+    }
+    found = {
+        place: places.get((case.run, case.budget, case.batch_size))
+        for place, case in enumerate(cases)
+        if case.budget is not None and case.method != "resize"
+    }
+    return {place: resize for place, resize in found.items() if resize is not None}
 
 
 def equivalents_of(cases: Sequence[CaseId]) -> dict[str, dict[str, float]]:
@@ -346,6 +364,18 @@ class DraftEffect(Record):
     slowdown: Speedup | None = None
 
 
+class ResizeGroups(Record):
+    """Correct answers to samples that the unreduced model answers correctly, in two groups (VTC-Bench).
+
+    Group A: those that `resize` at the same budget answers incorrectly. Group B: those that it answers correctly too.
+    """
+
+    a_right: Number
+    a_samples: Number
+    b_right: Number
+    b_samples: Number
+
+
 class CaseResult(OfCase):
     """What was measured of a case. FLOPs are per sample, by stage, counted on the first batch.
 
@@ -359,7 +389,8 @@ class CaseResult(OfCase):
     of tokens. outliers: indices of its values that are far above the others. drift: of its values, if any.
     score: by the metric of the schedule: F1 for POPE, (accuracy + accuracy_plus) / 2 for MME, otherwise the mean over
     the samples. It and the fields below do not depend on the batch size; they are None if answers were not evaluated.
-    retention_low, retention_high: bounds of a 95 % interval. draft: what the draft of the case is worth.
+    retention_low, retention_high: bounds of a 95 % interval. draft: what the draft of the case is worth. groups: the
+    answers by what `resize` at the same budget answers.
     """
 
     positions: Positions
@@ -389,6 +420,7 @@ class CaseResult(OfCase):
     paired: PairedAccuracy | None = None
     fidelity: Fidelity | None = None
     draft: DraftEffect | None = None
+    groups: ResizeGroups | None = None
 
 
 class TurnResult(OfCase):
