@@ -166,8 +166,9 @@ def _settings(one: Evaluation) -> dict[str, Any]:
     if one.case is None or one.rules is None:
         return {}
     draft = {} if one.case.draft is None else {"draft": one.case.draft, "draft tokens": one.case.draft_tokens}
+    scale = {} if one.case.image_scale is None else {"image scale": one.case.image_scale}
     rules = {"track": one.rules.track, "positions": one.rules.positions, "budgets mean": one.rules.budget_means}
-    return {"model": one.model, **one.case.parameters, **draft, **rules}
+    return {"model": one.model, **one.case.parameters, **draft, **scale, **rules}
 
 
 def _files(path: Path, suffix: str) -> Iterator[Path]:

@@ -33,9 +33,9 @@ from mmtok_cli.results.schema import (
     Share,
     cases_without_draft,
 )
-from mmtok_cli.rules import Positions, Rules, TurnPolicy
+from mmtok_cli.rules import NATIVE, Positions, Rules, TurnPolicy
 from mmtok_cli.settings import MOST_SAMPLES, CompareSettings
-from mmtok_cli.stages import DRAFT, STAGES
+from mmtok_cli.stages import ALL_STAGES, STAGES
 
 SUMS = ("ttft", "total")
 
@@ -50,6 +50,8 @@ def _require_plausible(tokens: TokenCounts) -> TokenCounts:
         raise ValueError("token counts must not be negative, and no more can be kept than there are")
     if not tokens.kept - 1 <= tokens.layer_average <= tokens.total + 1:  # which allows for rounding
         raise ValueError("the layer average must be between the numbers of kept and of all vision tokens")
+    if any(not 0 < one <= 10**9 for one in tokens.encoded):
+        raise ValueError("an image must be encoded to at least one vision token")
     return tokens
 
 
@@ -183,7 +185,7 @@ class CountedFlops(FileRecord):
     @model_validator(mode="after")
     def _has_all_stages(self) -> Self:
         _require_stages(self.flops, "total")
-        if not math.isclose(self.flops["total"], sum(self.flops.get(stage, 0.0) for stage in (DRAFT, *STAGES))):
+        if not math.isclose(self.flops["total"], sum(self.flops.get(stage, 0.0) for stage in ALL_STAGES)):
             raise ValueError("the total is not the sum of the stages")
         return self
 
@@ -475,7 +477,7 @@ class Plan(Record):
             return []
         size = min(planned.case.batch_size for planned in self.cases)
         mine = [(number, each.case) for number, each in enumerate(self.cases) if each.case.batch_size == size]
-        reduced = [number for number, case in mine if case.method != "full"]
+        reduced = [number for number, case in mine if case.method != "full" or case.image_scale is not None]
         return [(mine[0][0], None), *((number, policy) for number in reduced for policy in self.options.turns)]
 
     @property
@@ -543,5 +545,9 @@ def _file_sizes(sample: Sample) -> list[int | None]:
 def planned_case(case: CaseId, environment: Environment, common: Mapping[str, Any]) -> PlannedCase:
     """The case with a digest of its description, the settings that all cases share, and the environment."""
     where = environment.model_dump(exclude={"command", "fallback"})  # which a comparison never has
-    without = {"draft", "draft_tokens"} if case.draft is None else set()  # keys of older runs know nothing of drafts
+    if where.get("pixels") in (None, NATIVE):
+        where.pop("pixels", None)
+    # Keys of older runs know nothing of drafts and of sizes of images.
+    without = {"draft", "draft_tokens"} if case.draft is None else set()
+    without |= {"image_scale"} if case.image_scale is None else set()
     return PlannedCase(case=case, key=digest([case.model_dump(exclude=without), where, dict(common)]))

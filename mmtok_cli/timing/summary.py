@@ -162,6 +162,7 @@ def _tokens(once: Sequence[TimedRun]) -> Tokens:
         text=fmean(c.text for c in counts),
         layer_average=fmean(c.layer_average for c in counts),
         new=fmean(run.steps for run in once),
+        encoded=fmean(sum(c.encoded) or c.total for c in counts) if any(c.encoded for c in counts) else None,
     )
 
 

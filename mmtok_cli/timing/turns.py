@@ -32,6 +32,7 @@ def run_conversation(
         rules=case.rules,
         max_new_tokens=max_new_tokens,
         encode_again=encode_again,
+        image_scale=case.image_scale,
     ) as conversation:
         for turn in sample.turns:
             clock = Clock(model.device)
