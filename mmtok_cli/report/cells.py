@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 Value = str | float | None  # text, int or float; None: there is none
 Source = TypeVar("Source")
-TableName = Literal["speed", "throughput", "quality", "yes-no", "cost"]
+TableName = Literal["speed", "scale", "throughput", "quality", "yes-no", "cost"]
 Section = Literal["cost", "quality"]
 
 
@@ -89,6 +89,13 @@ class Column(CsvColumn[CaseResult]):
 def kept_cell(case: CaseResult) -> Cell:
     """ "64/576"."""
     return Cell(f"{number(case.tokens.kept)}/{number(case.tokens.total)}", case.tokens.kept)
+
+
+def encoded_cell(case: CaseResult) -> Cell:
+    """ "144/576"."""
+    tokens = case.tokens
+    encoded = tokens.total if tokens.encoded is None else tokens.encoded
+    return Cell(f"{number(encoded)}/{number(tokens.total)}", encoded)
 
 
 def speedup_cell(speedup: Speedup | None) -> Cell:
