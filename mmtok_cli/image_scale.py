@@ -69,9 +69,9 @@ def share_of_detail(
 ) -> float:
     """The share of vision tokens that an image needs, from `least` to 1, by the differences between its patches.
 
-    features: [patches, dim], after the encoder's first block. The score of PACE's release, from which nothing departs:
-    the mean difference of directions, 1 - cosine, and the distances of the most unusual patches to the mean direction,
-    weighted. Values that are not finite count as 0. One patch gives `least`.
+    features: [patches, dim], after the encoder's first block. The score of PACE's release: the mean difference of
+    directions, 1 - cosine, and the distances of the most unusual patches to the mean direction, weighted. Values that
+    are not finite count as 0. One patch gives `least`, as do features that are all 0, to which the release gives 0.6.
     """
     return scores_of_detail(features, global_weight=global_weight, unusual=unusual, most=most, least=least)[0]
 
@@ -80,10 +80,9 @@ def scores_of_detail(
     features: Tensor, *, global_weight: float, unusual: float, most: float, least: float
 ) -> tuple[float, float, float]:
     """The share of `share_of_detail`, and its two parts: the mean difference and the detail, both from 0 to 1."""
-    count = len(features)
-    if count <= 1:
+    count, rows = len(features), torch.nan_to_num(features.float(), nan=0.0, posinf=0.0, neginf=0.0)
+    if count <= 1 or not rows.any():
         return least, 0.0, 0.0
-    rows = torch.nan_to_num(features.float(), nan=0.0, posinf=0.0, neginf=0.0)
     rows = rows / rows.norm(dim=-1, keepdim=True).clamp(min=1e-12)
     # The sum of all cosines, from which those of rows with themselves are taken.
     total = rows.sum(0)

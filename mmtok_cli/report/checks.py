@@ -112,7 +112,7 @@ def comparison_notes(comparison: Comparison) -> list[str]:
     ]
     notes += [
         *draft_notes(methods),
-        *overhead_notes(methods),
+        *overhead_notes([result for result in methods if result.case.method != "full"]),
         *short_notes(methods, comparison.schedule.samples),
         *layer_notes(methods),
         *largest_batch_notes(comparison.results),

@@ -160,24 +160,33 @@ def _median(case: CaseResult, stage: str) -> str:
 
 def _speedups(profile: ProfileResult) -> Table:
     baseline, *others = profile.cases
+    stages = ("encode", *SPEEDUPS) if _scaled(others) else SPEEDUPS
     rows: list[tuple[str | Text, ...]] = [
-        (r.case.label, *(tables.speedup_text(r.speedup.get(stage)) for stage in SPEEDUPS)) for r in others
+        (r.case.label, *(tables.speedup_text(r.speedup.get(stage)) for stage in stages)) for r in others
     ]
-    return wrapped_table(f"Speedup over {baseline}", [tables.SUMS.get(stage, stage) for stage in SPEEDUPS], rows)
+    return wrapped_table(f"Speedup over {baseline}", [tables.SUMS.get(stage, stage) for stage in stages], rows)
+
+
+def _scaled(cases: Sequence[CaseResult]) -> bool:
+    """Whether any of the cases encodes smaller images."""
+    return any(case.case.image_scale is not None for case in cases)
 
 
 def _tokens_and_memory(profile: ProfileResult) -> Table:
     with_peaks = any(case.memory.peak is not None for case in profile.cases)
     possible = (*OPTIONAL, *MEMORY_STAGES)
     stages = [stage for stage in possible if any(stage in peaks for peaks in profile.stage_peaks.values())]
-    headings = ["kept", "avg", "KV cache", *(["peak"] if with_peaks else []), *stages]
+    scaled = _scaled(profile.cases)
+    headings = ["kept", *(["encoded"] if scaled else []), "avg", "KV cache", *(["peak"] if with_peaks else []), *stages]
     of_stages = f"; peaks within {', '.join(stages)} (trace)" if stages else ""
     rows = []
     for case in profile.cases:
         peaks = [size(case.memory.peak)] if with_peaks else []
         within = [size(_peak(profile, case, stage)) for stage in stages]
+        encoded = [str(encoded_cell(case))] if scaled else []
         average = number(round(case.tokens.layer_average, 1))
-        rows.append((case.case.label, number(case.tokens.kept), average, size(case.memory.kv_cache), *peaks, *within))
+        cache = size(case.memory.kv_cache)
+        rows.append((case.case.label, number(case.tokens.kept), *encoded, average, cache, *peaks, *within))
     return wrapped_table(f"Vision tokens and memory{of_stages}", headings, rows)
 
 
