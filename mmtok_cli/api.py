@@ -38,9 +38,10 @@ class TimedAnswers(Answers):
         belongs to layers that were not run.
     selections: what was kept of each image, in the order of the images: `selections[i].indices` [kept].
     reduced: the prompt that entered the language model; `reduced.tokens[i]` has `total`, `kept`, `text` and
-        `layer_average` of sample i, and `short` where fewer tokens are kept than the budget says.
-    seconds: by stage: prepare, encode, select, prefill and decode; `ttft` (time to the first token: all but decode)
-        and `total`. One measurement without a warm-up, of the whole batch. The first call of a process is slower.
+        `layer_average` of sample i, `encoded`, the tokens of each smaller image, and `short` where fewer are kept than
+        the budget says.
+    seconds: by stage: prepare, encode, select, prefill and decode, and preview for images that choose their size;
+        `ttft` (time to the first token: all but decode) and `total`. One measurement without a warm-up, of the whole batch. The first call of a process is slower.
     """
 
     seconds: Mapping[str, float] = field(kw_only=True)

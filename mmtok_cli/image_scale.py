@@ -1,7 +1,13 @@
 """Smaller images: at which size each image is encoded, before a method selects from its vision tokens.
 
 A scale is a factor on both sides of an image: 0.5 leaves a quarter of its patches, as in VTC-Bench (arXiv 2510.07143).
-"auto" lets each image decide by how much detail it shows, the rule APC of PACE (arXiv 2608.27206).
+PACE (arXiv 2608.27206) speaks of shares of tokens: its fixed 50 % is the scale 0.71 here. "auto" lets each image decide
+by how much detail it shows, PACE's rule APC.
+
+Families make images smaller as they can. Qwen's encoder sees a smaller image of the usual kind. CLIP of LLaVA-1.5 sees
+a rectangle without padding, with interpolated position embeddings. LLaVA-NeXT and InternVL see the image in one piece,
+without crops and the view of the whole beside them: their processors choose crops by an image's shape rather than its
+size, so that a smaller image would often have as many.
 """
 
 from __future__ import annotations
