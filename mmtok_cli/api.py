@@ -41,8 +41,8 @@ class TimedAnswers(Answers):
         `layer_average` of sample i, `encoded`, the tokens of each smaller image, and `short` where fewer are kept than
         the budget says.
     seconds: by stage: prepare, encode, select, prefill and decode, and preview for images that choose their size;
-        `ttft` (time to the first token: all but decode) and `total`. One measurement without a warm-up, of the whole batch.
-        The first call of a process is slower.
+        `ttft` (time to the first token: all but decode) and `total`. One measurement without a warm-up, of the whole
+        batch. The first call of a process is slower.
     """
 
     seconds: Mapping[str, float] = field(kw_only=True)
