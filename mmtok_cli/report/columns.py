@@ -164,7 +164,7 @@ def _stage(
     stage: str,
     words: str,
     heading: str = "",
-    place: TableName = "speed",
+    place: TableName | None = "speed",
     *,
     always: bool = True,
     shown: Callable[[Comparison], bool] | None = None,
@@ -172,7 +172,6 @@ def _stage(
     """Seconds of a stage and its speedup; stages without a heading are in the CSV only. place: the terminal's table."""
     table: TableName | None = place if heading else None
     section: Section | None = "cost" if heading else None
-    beside = table if place != "scale" else None  # that table has what is saved in place of the speedup
     yield Column(
         f"{stage}_median_s",
         f"{words}, median",
@@ -195,7 +194,7 @@ def _stage(
         always=bool(heading) and always,
         heading=f"speedup ({heading})",
         cell=lambda case: speedup_cell(case.speedup.get(stage)),
-        table=beside,
+        table=table,
         section=section,
         shown=shown,
         narrow=True,
@@ -273,7 +272,7 @@ COLUMNS: tuple[CsvColumn[CaseResult], ...] = (
     *_stage(DRAFT, "writing a first answer that the method reads", "draft"),
     *_stage(PREVIEW, "looking at images, whose detail decides their size", "preview", "scale"),
     *_stage("prepare", "image processing and tokenisation"),
-    *_stage("encode", "vision encoder and projector", "encode", "scale", always=False, shown=_scaled),
+    *_stage("encode", "vision encoder and projector", "encode", None, always=False, shown=_scaled),
     *_stage("select", "selecting tokens and assembling the shorter prompt", "select"),
     CsvColumn("select_overhead", "select / (encode + prefill), median", lambda case: case.overhead),
     *_stage("prefill", "processing the prompt in the language model", "prefill"),
