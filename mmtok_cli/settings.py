@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 from mmtok_cli.budget import Budget, parse_budgets
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.rules import (
+    FIXED,
     NATIVE,
     BudgetMeaning,
     ImageScale,
@@ -156,8 +157,8 @@ def _scale(value: Any) -> str:
 
 
 def _pixels(value: str) -> str:
-    fixed_tokens(value)
-    return value.strip()
+    tokens = fixed_tokens(value)
+    return NATIVE if tokens is None else f"{FIXED}{tokens}"
 
 
 def _budget(value: str) -> str:
@@ -381,7 +382,7 @@ class MethodSettings(Settings):
     budget: Annotated[str, AfterValidator(_budget), Option(("--budget", "-b"), REDUCTION)] = Field(
         "64", description="Vision tokens kept per image: 64, or 10% of them."
     )
-    image_scale: Annotated[str, AfterValidator(_scale), Option(panel=REDUCTION, metavar="SCALE|auto")] = Field(
+    image_scale: Annotated[str, BeforeValidator(_scale), Option(panel=REDUCTION, metavar="SCALE|auto")] = Field(
         "1",
         description=f"{_SCALE} The method selects from what is left, and a --budget of 10% is one of the tokens at 1.",
     )
