@@ -23,7 +23,7 @@ from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.pipeline import RELEASED, Answers
 from mmtok_cli.results.retention import Retention
 from mmtok_cli.results.schema import Comparison
-from mmtok_cli.rules import Rules, TurnPolicy
+from mmtok_cli.rules import ImageScale, Rules, TurnPolicy, require_scale
 from mmtok_cli.timing.clock import Clock
 
 
@@ -38,9 +38,11 @@ class TimedAnswers(Answers):
         belongs to layers that were not run.
     selections: what was kept of each image, in the order of the images: `selections[i].indices` [kept].
     reduced: the prompt that entered the language model; `reduced.tokens[i]` has `total`, `kept`, `text` and
-        `layer_average` of sample i, and `short` where fewer tokens are kept than the budget says.
-    seconds: by stage: prepare, encode, select, prefill and decode; `ttft` (time to the first token: all but decode)
-        and `total`. One measurement without a warm-up, of the whole batch. The first call of a process is slower.
+        `layer_average` of sample i, `encoded`, the tokens of each smaller image, and `short` where fewer are kept than
+        the budget says.
+    seconds: by stage: prepare, encode, select, prefill and decode, and preview for images that choose their size;
+        `ttft` (time to the first token: all but decode) and `total`. One measurement without a warm-up, of the whole
+        batch. The first call of a process is slower.
     """
 
     seconds: Mapping[str, float] = field(kw_only=True)
@@ -101,21 +103,33 @@ def answer(
     *,
     rules: Rules = RELEASED,
     max_new_tokens: int = 32,
+    image_scale: ImageScale = 1,
 ) -> TimedAnswers:
     """Answer a batch of questions greedily, with the vision tokens that the method keeps.
 
     method: of `make_method`, or a name, which stands for `make_method(name, model)`. samples: one, or a batch.
     budget: vision tokens kept per image: 64, "64", "10%" or a Budget; None for methods that take none.
     max_new_tokens: the longest answer, in tokens.
+    image_scale: a factor on both sides of the images, of whose tokens the method then selects, or "auto", with which
+        each image decides by how much detail it shows (PACE). A budget is one of the tokens at their own size.
 
     An image that cannot meet the budget, such as one with fewer tokens that are not padding, is reduced as far as
     possible; see `reduced.tokens`. Raises MMTokError for a budget that none of the samples can meet and for a prompt
     that is longer than the context.
     """
     batch = [samples] if isinstance(samples, Sample) else list(samples)
-    chosen, kept = _checked(model, method, batch, budget, rules)
+    chosen, kept = _checked(model, method, batch, budget, rules, image_scale)
     clock = Clock(model.device)
-    answers = pipeline.answer(model, chosen, batch, kept, rules=rules, max_new_tokens=max_new_tokens, stage=clock.stage)
+    answers = pipeline.answer(
+        model,
+        chosen,
+        batch,
+        kept,
+        rules=rules,
+        max_new_tokens=max_new_tokens,
+        stage=clock.stage,
+        image_scale=image_scale,
+    )
     return TimedAnswers(
         **{field.name: getattr(answers, field.name) for field in fields(answers)}, seconds=clock.seconds()
     )
@@ -132,6 +146,7 @@ def converse(
     encode_again: bool = False,
     rules: Rules = RELEASED,
     max_new_tokens: int = 32,
+    image_scale: ImageScale = 1,
 ) -> list[TimedTurn]:
     """Answer the question of a sample and then further ones about the same images, each after the answers before it.
 
@@ -143,10 +158,18 @@ def converse(
     Also raises MMTokError for a chat template to whose prompt no turn can be appended, and for "union" with a method
     that acts inside the language model.
     """
-    chosen, kept = _checked(model, method, [sample], budget, rules)
+    chosen, kept = _checked(model, method, [sample], budget, rules, image_scale)
     turns = []
     with Conversation(
-        model, chosen, sample, kept, policy, rules=rules, max_new_tokens=max_new_tokens, encode_again=encode_again
+        model,
+        chosen,
+        sample,
+        kept,
+        policy,
+        rules=rules,
+        max_new_tokens=max_new_tokens,
+        encode_again=encode_again,
+        image_scale=image_scale,
     ) as conversation:
         for question in (sample.question, *questions):
             require_question(question)
@@ -163,6 +186,7 @@ def _checked(
     samples: Sequence[Sample],
     budget: Budget | int | str | None,
     rules: Rules,
+    image_scale: ImageScale,
 ) -> tuple[Method, Budget | None]:
     """The method, and the budget if it takes one. Raises MMTokError for a budget that none of the samples can meet."""
     chosen = make_method(method, model) if isinstance(method, str) else method
@@ -171,7 +195,8 @@ def _checked(
     if budget is not None and not isinstance(budget, Budget):
         budget = Budget.parse(str(budget))
     kept = budget if chosen.takes_budget else None
-    pipeline.check_budget(model, chosen, samples, kept, rules)
+    require_scale(image_scale)
+    pipeline.check_budget(model, chosen, samples, kept, rules, image_scale=image_scale)
     return chosen, kept
 
 
@@ -181,8 +206,8 @@ def compare(model: str = "demo", *, run_dir: Path | str | None = None, **setting
     model: name, hub id or directory; it is loaded here. run_dir: where the run is saved as it is measured, by default a
     new directory in `runs`; `mmtok compare --resume` continues it after an interruption.
     settings: the options of the command with underscores, as in `methods=["mmtok", "visionzip"]`,
-    `budget=[64, "10%"]`, `limit=100`, `batch_size=[1, 8]`; `parameters=["fastv.layer=3"]` stands for --set. All are
-    fields of `mmtok_cli.settings.CompareSettings`.
+    `budget=[64, "10%"]`, `limit=100`, `batch_size=[1, 8]`, `image_scale=[1, 0.5]`;
+    `parameters=["fastv.layer=3"]` stands for --set. All are fields of `mmtok_cli.settings.CompareSettings`.
 
     In the result, `results[i]` is one case: `case` says which, `score` and `retention` what it is worth,
     `seconds[stage].median` and `speedup[stage]` what it costs (in seconds; memory is in bytes). The first case is the

@@ -82,6 +82,7 @@ class TokenCounts:
     the decoder layers; and text tokens.
 
     short: fewer are kept than the budget says, since an image has no more tokens, or no more that may be kept.
+    encoded: vision tokens of each image as it was encoded; empty where all were encoded at their own size.
     """
 
     total: int
@@ -89,6 +90,7 @@ class TokenCounts:
     text: int
     layer_average: float
     short: bool = False
+    encoded: tuple[int, ...] = ()
 
 
 def parse_budgets(text: str) -> list[Budget]:

@@ -18,8 +18,8 @@ from mmtok_cli.methods.base import Method
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.pipeline import RELEASED, Answers, Reduced, answer, check_budget, reduce
 from mmtok_cli.results.records import parameters_of
-from mmtok_cli.results.schema import CaseId
-from mmtok_cli.rules import Rules
+from mmtok_cli.results.schema import CaseId, case_name
+from mmtok_cli.rules import ImageScale, Rules
 from mmtok_cli.stages import DRAFT, Stage, unwatched
 
 
@@ -29,7 +29,7 @@ class Case:
 
     name: what the user called the method. again: a second measurement of the baseline, which shows the noise. draft:
     the first answer that the method reads as well. repeat: which of several draws it is, from 1, of a method that is
-    drawn several times.
+    drawn several times. image_scale: see `pipeline.reduce`.
     """
 
     name: str
@@ -40,10 +40,10 @@ class Case:
     again: bool = False
     draft: Draft | None = None
     repeat: int | None = None
+    image_scale: ImageScale = 1
 
     def __str__(self) -> str:
-        name = f"{self.name} + draft" if self.draft else self.name
-        return name if self.budget is None else f"{name} @ {self.budget}"
+        return case_name(f"{self.name} + draft" if self.draft else self.name, self.budget, self.id.image_scale)
 
     @property
     def id(self) -> CaseId:
@@ -57,12 +57,13 @@ class Case:
             draft=self.draft.source if self.draft else None,
             draft_tokens=self.draft.tokens if self.draft else None,
             repeat=self.repeat,
+            image_scale=None if self.image_scale == 1 else self.image_scale,
         )
 
     def check(self, model: VisionLanguageModel, samples: Iterable[Sample]) -> None:
         """Refuse a budget that none of the samples can meet. Raises MMTokError that names the case."""
         try:
-            check_budget(model, self.method, samples, self.budget, self.rules)
+            check_budget(model, self.method, samples, self.budget, self.rules, image_scale=self.image_scale)
         except MethodFaultError:
             raise
         except MMTokError as error:
@@ -73,12 +74,20 @@ class Case:
         if self.draft is None:
             return []
         with stage(DRAFT):
-            return self.draft.write(model, self.method, samples, self.budget, self.rules)
+            return self.draft.write(model, self.method, samples, self.budget, self.rules, self.image_scale)
 
     def reduce(self, model: VisionLanguageModel, samples: Sequence[Sample], stage: Stage = unwatched) -> Reduced:
         """Reduce one batch, with `stage` around each stage of the pipeline."""
-        drafts = self.drafts(model, samples, stage)
-        return reduce(model, self.method, samples, self.budget, rules=self.rules, stage=stage, drafts=drafts)
+        return reduce(
+            model,
+            self.method,
+            samples,
+            self.budget,
+            rules=self.rules,
+            stage=stage,
+            drafts=self.drafts(model, samples, stage),
+            image_scale=self.image_scale,
+        )
 
     def answer(
         self,
@@ -100,6 +109,7 @@ class Case:
             ignore_eos=ignore_eos,
             stage=stage,
             drafts=self.drafts(model, samples, stage),
+            image_scale=self.image_scale,
         )
 
 

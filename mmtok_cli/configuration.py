@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -12,6 +13,7 @@ from mmtok_cli.budget import Budget
 from mmtok_cli.cases import Case
 from mmtok_cli.drafts import SELF, Draft
 from mmtok_cli.errors import MMTokError
+from mmtok_cli.image_scale import chooses_size, require_scalable
 from mmtok_cli.methods import accepted, make_method, method_class
 from mmtok_cli.methods.base import Method
 from mmtok_cli.methods.catalogue import REPLAY
@@ -70,6 +72,7 @@ def configured_model(
             quantization=settings.quantization,
             compiled=compiled,
             vision_tokens=vision_tokens,
+            pixels=settings.pixels,
         )
 
 
@@ -105,11 +108,12 @@ def make_cases(
     settings: OneCaseSettings | CasesSettings,
     repeats: Mapping[str, int] = MappingProxyType({}),
 ) -> list[Case]:
-    """The baseline, then every method at its own budget or at every budget; without and with a draft if one is set.
+    """The baseline, then every method at its own budget or at every budget, at every scale of the images; without and
+    with a draft if one is set. A method that makes images smaller itself has no other scale.
 
     methods: names, each with a budget of its own or None. budgets: None stands for those of the model's profile.
     repeats: how often methods that draw at random run, each time with the next seed.
-    Raises MMTokError for an unknown method, and for a budget of one that takes none.
+    Raises MMTokError for an unknown method, for a budget of one that takes none, and where no method has the scales.
     """
     names = [name for name, _ in methods]
     for name, own in methods:
@@ -120,11 +124,15 @@ def make_cases(
     if budgets is None:
         profile = guiding_profile(settings.model)
         budgets = [Budget.parse(text) for text in (profile.budgets if profile else USUAL_BUDGETS)]
-    cases = []
-    for name, own in (("full", None), *methods):
-        method = configured_method(name, settings.model, parameters.get(name), seed=settings.seed)
-        for budget in [own] if own else budgets:
-            case = Case(name, method, budget if method.takes_budget else None, rules)
+    made = {name: configured_method(name, settings.model, parameters.get(name), seed=settings.seed) for name in names}
+    scales = settings.image_scales
+    if scales != [1] and made and all(map(chooses_size, made.values())):
+        require_scalable(next(iter(made.values())))
+    cases = [Case("full", configured_method("full", settings.model, seed=settings.seed), None, rules)]
+    for name, own in methods:
+        method = made[name]
+        for budget, scale in product([own] if own else budgets, [1] if chooses_size(method) else scales):
+            case = Case(name, method, budget if method.takes_budget else None, rules, image_scale=scale)
             cases += [case, replace(case, draft=draft)] if draft and can_use_draft(method) else repeated(case, repeats)
     if draft and not any(case.draft for case in cases):
         raise MMTokError(

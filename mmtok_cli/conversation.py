@@ -18,7 +18,7 @@ from mmtok_cli.image_plan import ImagePlan
 from mmtok_cli.methods.base import Method
 from mmtok_cli.models.base import Prompt, VisionLanguageModel
 from mmtok_cli.pipeline import RELEASED, Encoded, Reduced, inside, prepare, reduce, reduce_encoded, require_room
-from mmtok_cli.rules import Rules, TurnPolicy
+from mmtok_cli.rules import ImageScale, Rules, TurnPolicy
 from mmtok_cli.stages import CHECK, Stage, unwatched
 from mmtok_cli.tokens import Selection, VisionTokens
 
@@ -67,6 +67,7 @@ class Conversation:
         reselect  tokens are selected for the new question alone, and the whole conversation is read again
         union     the tokens selected for the new question join those kept before; the whole is read again
     encode_again: whether the vision encoder runs again before a new selection; otherwise its outputs are kept.
+    image_scale: as in `reduce`; images keep the size that they have in the first turn.
 
     The history holds the tokens of the conversation's own answers. Raises MMTokError for a policy that does not suit
     the method.
@@ -83,6 +84,7 @@ class Conversation:
         rules: Rules = RELEASED,
         max_new_tokens: int = 32,
         encode_again: bool = False,
+        image_scale: ImageScale = 1,
     ) -> None:
         require_policy(method, policy)
         self._model = model
@@ -92,6 +94,7 @@ class Conversation:
         self._policy = policy
         self._rules = rules
         self._max_new_tokens = max_new_tokens
+        self._image_scale = image_scale
         self._keeps_encoded = policy != "reuse" and not encode_again
         self._history: History | None = None
         self._inside = ExitStack()  # the context inside the language model, which lives as long as the cache
@@ -108,7 +111,15 @@ class Conversation:
         before = self._history
         if before is None:
             sample = replace(self._sample, question=question)
-            reduced = reduce(self._model, self._method, [sample], self._budget, rules=self._rules, stage=stage)
+            reduced = reduce(
+                self._model,
+                self._method,
+                [sample],
+                self._budget,
+                rules=self._rules,
+                stage=stage,
+                image_scale=self._image_scale,
+            )
             return self._read(reduced, (question,), stage)
         with stage("prepare"):
             between = self._model.next_turn(before.questions, question, len(self._sample.images))

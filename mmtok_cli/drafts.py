@@ -17,7 +17,7 @@ from mmtok_cli.methods import make_method
 from mmtok_cli.methods.base import Method
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.pipeline import answer
-from mmtok_cli.rules import Rules
+from mmtok_cli.rules import ImageScale, Rules
 
 SELF = "self"
 TEXT = "text:"
@@ -46,15 +46,19 @@ class Draft:
         samples: Sequence[Sample],
         budget: Budget | None,
         rules: Rules,
+        image_scale: ImageScale = 1,
     ) -> list[str]:
         """The draft of each sample.
 
-        The model's own draft is a whole run of its own, image encoder included, with the same method and budget;
+        The model's own draft is a whole run of its own, image encoder included, with the same method, budget and scale;
         another model sees its whole image.
         """
         if self.source.startswith(TEXT):
             return [self.source.removeprefix(TEXT).strip()] * len(samples)
         if self.source == SELF:
-            return answer(model, method, samples, budget, rules=rules, max_new_tokens=self.tokens).texts
+            said = answer(
+                model, method, samples, budget, rules=rules, max_new_tokens=self.tokens, image_scale=image_scale
+            )
+            return said.texts
         assert self.model is not None, "load_writer comes first"
         return answer(self.model, make_method("full"), samples, None, max_new_tokens=self.tokens).texts

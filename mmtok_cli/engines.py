@@ -26,6 +26,8 @@ VLLM: Mapping[str, str] = {
     "turns": "vLLM answers single questions here",
     "encode_again": "vLLM answers single questions here",
     "compile_model": "vLLM has its own compilation",
+    "image_scale": "vLLM encodes images at the size that the model's processor gives them",
+    "pixels": "vLLM encodes images at the size that the model's processor gives them",
     "batch_size": "vLLM forms batches itself: see --concurrency of `mmtok profile`",
     "find_batch": "vLLM forms batches itself",
 }

@@ -45,6 +45,7 @@ def environment_of(model: VisionLanguageModel) -> Environment:
         weights_digest=weights_digest(model.model),
         quantization=model.quantization,
         compiled=model.compiled,
+        pixels=model.resolution,
         layers=(model.loaded_layers, model.layer_count) if model.loaded_layers < model.layer_count else None,
     )
 

@@ -66,7 +66,7 @@ def plan_profile(settings: ProfileSettings, cases: Sequence[Case], sample: Sampl
     cannot be run, and for files of the model that are damaged.
     """
     start = time.perf_counter()
-    model = outline(settings.model, device=settings.device, attention=settings.attention)
+    model = outline(settings.model, device=settings.device, attention=settings.attention, pixels=settings.pixels)
     for case in cases:
         case.check(model, [sample])
     tokens = sum(model.total(image) for image in sample.images) + (settings.prompt_tokens or 0)

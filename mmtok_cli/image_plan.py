@@ -12,6 +12,7 @@ from PIL.Image import Image
 from mmtok_cli import hooks
 from mmtok_cli.budget import Budget, UnmetBudgetError, rectangle
 from mmtok_cli.errors import MMTokError
+from mmtok_cli.image_scale import require_scalable
 from mmtok_cli.methods.base import Method
 from mmtok_cli.models.base import Grid, VisionLanguageModel
 from mmtok_cli.rules import Rules
@@ -32,6 +33,11 @@ class ImagePlan:
     grid: Grid | None
     short: bool = False
 
+    @property
+    def encoded(self) -> int:
+        """Vision tokens that the encoder makes of the image."""
+        return self.grid[0] * self.grid[1] if self.grid else self.total
+
 
 def plan_images(
     model: VisionLanguageModel,
@@ -41,15 +47,23 @@ def plan_images(
     rules: Rules,
     grids: Sequence[Grid] | None = None,
     *,
+    smaller: Sequence[Grid | None] | None = None,
     strict: bool = False,
 ) -> list[ImagePlan]:
     """The plan of each image.
 
-    grids: as in `pipeline.reduce`. strict: raise UnmetBudgetError for a budget that an image cannot meet, in place of
-    reducing the image as far as possible.
+    grids: as in `pipeline.reduce`. smaller: grids of smaller versions of the images, of `image_scale.encoded_grids`; a
+    budget is still one of the tokens that an image has at its own size. strict: raise UnmetBudgetError for a budget
+    that an image cannot meet, in place of reducing the image as far as possible. Raises MMTokError for a smaller
+    version and a method that makes images smaller itself.
     """
-    given: Sequence[Grid | None] = grids or [None] * len(images)
-    return [_plan(model, method, image, budget, rules, grid, strict) for image, grid in zip(images, given, strict=True)]
+    nothing: Sequence[Grid | None] = [None] * len(images)
+    if any(smaller or ()):
+        require_scalable(method)
+    return [
+        _plan(model, method, image, budget, rules, grid, size, strict)
+        for image, grid, size in zip(images, grids or nothing, smaller or nothing, strict=True)
+    ]
 
 
 def _plan(
@@ -59,15 +73,23 @@ def _plan(
     budget: Budget | None,
     rules: Rules,
     grid: Grid | None,
+    size: Grid | None,
     strict: bool,
 ) -> ImagePlan:
+    """size: the grid of a smaller version of the image."""
     total = grid[0] * grid[1] if grid else model.total(image)
-    keep, short = total, False
+    entering = size[0] * size[1] if size else total
+    keep, short = min(total, entering), False
     if budget is not None:
         keep, short = _nearest(partial(_kept, model, method, image, budget, rules, grid, total), strict)
+        if size:
+            keep, fewer = _nearest(partial(_of_smaller, keep, entering), strict)
+            short = short or fewer
         if rules.budget_means == "layer-average":
-            keep, lower = _nearest(partial(final_count, method, keep, total, model.layer_count), strict)
+            keep, lower = _nearest(partial(final_count, method, keep, entering, model.layer_count), strict)
             short = short or lower
+    if size:
+        return ImagePlan(total, keep, size, short)
     smaller = hooks.resize(method, total, keep)
     if smaller is None:
         return ImagePlan(total, keep, grid, short)
@@ -81,6 +103,17 @@ def _plan(
         if strict and budget is not None and budget.count is not None:  # a share is met as nearly as possible
             raise
         return ImagePlan(total, keep, encoded_at(error.nearest), short=True)
+
+
+def _of_smaller(keep: int, entering: int) -> int:
+    """The tokens to keep of a smaller image, of which `entering` are there."""
+    if keep > entering:
+        raise UnmetBudgetError(
+            f"the budget comes to {keep} vision tokens, and the smaller image has {entering}",
+            "lower --budget, or raise --image-scale",
+            nearest=entering,
+        )
+    return keep
 
 
 def _nearest(find: Callable[[], int], strict: bool) -> tuple[int, bool]:

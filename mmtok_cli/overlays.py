@@ -99,9 +99,9 @@ def _saved(
     """
     name, case = f"{number:06d}-{place:03d}.webp", store.plan.cases[place].case
     store.write_file(f"{FOLDER}/{name}", partial(drawn.save, format="WEBP"))
-    wanted = (number, case.method, case.budget, case.again, case.draft)
+    wanted = (number, case.method, case.budget, case.again, case.draft, case.image_scale)
     for each in predictions:
-        if (each.sample, each.method, each.budget, each.again, each.draft) == wanted:
+        if (each.sample, each.method, each.budget, each.again, each.draft, each.image_scale) == wanted:
             return SavedOverlay(file=name, caption=caption, note=f"“{each.prediction}”", flip=each.flip)
     return SavedOverlay(file=name, caption=caption, note="")
 

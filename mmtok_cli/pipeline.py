@@ -18,11 +18,12 @@ from mmtok_cli.data.samples import Sample
 from mmtok_cli.decoding import cache_bytes, decode, prefill, require_finite
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.image_plan import ImagePlan, cuts_of, layer_average, plan_images
+from mmtok_cli.image_scale import encoded_grids
 from mmtok_cli.methods.base import Method
 from mmtok_cli.models.base import Grid, Prompt, VisionLanguageModel
 from mmtok_cli.models.inside import Inside
 from mmtok_cli.models.sequences import CutImage
-from mmtok_cli.rules import Positions, Rules, Track
+from mmtok_cli.rules import AUTO, ImageScale, Positions, Rules, Track
 from mmtok_cli.stages import CHECK, Stage, unwatched
 from mmtok_cli.tokens import Cut, Selection, TextTokens, VisionTokens
 
@@ -134,19 +135,22 @@ def reduce(
     stage: Stage = unwatched,
     grids: Sequence[Grid] | None = None,
     drafts: Sequence[str] = (),
+    image_scale: ImageScale = 1,
 ) -> Reduced:
     """Encode the samples' images and keep the vision tokens that the method chooses before the language model.
 
     budget: may be None for methods that take none. An image that cannot meet it, because it has fewer tokens or fewer
     that are not padding, is reduced as far as possible. grids: one for each image, in place of the model's own choice;
     a budget is then one of the grid's tokens. drafts: one for each sample, which methods read behind the question; the
-    model does not. Tokens that the method drops inside the language model are dropped by the
-    forward pass within `inside`. Raises MMTokError where the method cannot be followed, and MethodFaultError where it
-    does not do what a method must.
+    model does not. image_scale: the method selects from smaller versions of the images (see image_scale.py), and a
+    budget is one of the tokens at their own size. Tokens that the method drops inside the language model are dropped by
+    the forward pass within `inside`. Raises MMTokError where the method cannot be followed, and MethodFaultError where
+    it does not do what a method must.
     """
     _positions(model, method, rules)
+    smaller = encoded_grids(model, images_of(samples), image_scale, stage)
     with stage("prepare"):
-        plans = plan_images(model, method, images_of(samples), budget, rules, grids)
+        plans = plan_images(model, method, images_of(samples), budget, rules, grids, smaller=smaller)
         prompt = prepare(model, samples, plans)
         if drafts:
             pairs = zip(prompt.questions, drafts, strict=True)
@@ -208,17 +212,20 @@ def check_budget(
     budget: Budget | None,
     rules: Rules = RELEASED,
     grids: Sequence[Grid] | None = None,
+    image_scale: ImageScale = 1,
 ) -> None:
     """Refuse a budget that none of the samples can meet, before anything is encoded.
 
-    Samples are read one by one until one can meet it. Padding is not known yet. Raises UnmetBudgetError, or MMTokError
-    for a method that cannot be followed on the model.
+    Samples are read one by one until one can meet it. Neither padding nor sizes that images choose are known yet.
+    Raises UnmetBudgetError, or MMTokError for a method that cannot be followed on the model.
     """
+    fixed = 1 if image_scale == AUTO else image_scale
     unmet: UnmetBudgetError | None = None
     for sample in samples:
         try:
-            for plan in plan_images(model, method, sample.images, budget, rules, grids, strict=True):
-                if cuts_of(method, plan.total, plan.keep, model):
+            smaller = encoded_grids(model, sample.images, fixed)
+            for plan in plan_images(model, method, sample.images, budget, rules, grids, smaller=smaller, strict=True):
+                if cuts_of(method, plan.encoded, plan.keep, model):
                     model.require_hooks()
         except UnmetBudgetError as error:
             unmet = unmet or error
@@ -277,13 +284,14 @@ def answer(
     ignore_eos: bool = False,
     stage: Stage = unwatched,
     drafts: Sequence[str] = (),
+    image_scale: ImageScale = 1,
 ) -> Answers:
-    """Answer a batch of questions greedily from reduced images. drafts: see `reduce`.
+    """Answer a batch of questions greedily from reduced images. drafts, image_scale: see `reduce`.
 
     ignore_eos: every answer has exactly `max_new_tokens` tokens; those that end an answer do not.
     Raises MMTokError where a budget cannot be met or the prompt is longer than the model can read.
     """
-    reduced = reduce(model, method, samples, budget, rules=rules, stage=stage, drafts=drafts)
+    reduced = reduce(model, method, samples, budget, rules=rules, stage=stage, drafts=drafts, image_scale=image_scale)
     return replace(answer_reduced(model, reduced, max_new_tokens, stage, ignore_eos=ignore_eos), drafts=tuple(drafts))
 
 
@@ -499,6 +507,13 @@ def _count_tokens(
                 text=length - sum(image.selection.kept for image in mine),
                 layer_average=sum(layer_average(image.selection.kept, image.cuts, layers) for image in mine),
                 short=any(image.short for image in mine),
+                encoded=_encoded(mine),
             )
         )
     return counts
+
+
+def _encoded(images: Sequence[ReducedImage]) -> tuple[int, ...]:
+    """Vision tokens of each image as it was encoded; nothing where all were encoded at their own size."""
+    counts = tuple(image.vision.total for image in images)
+    return () if counts == tuple(image.plan.total for image in images) else counts

@@ -19,6 +19,7 @@ from mmtok_cli.profiles import known_profiles
 from mmtok_cli.results.records import CaseFailure, Plan, digest_of_samples, planned_case
 from mmtok_cli.results.schedule import rotation
 from mmtok_cli.results.schema import CaseId, Environment, OfCase, Record
+from mmtok_cli.rules import NATIVE
 from mmtok_cli.settings import CompareSettings, column_names
 
 SHOWN_ROUNDS = 5
@@ -281,7 +282,8 @@ def _quality_seconds(plan: Plan, seconds: Sequence[float | None]) -> float:
 
 
 def _where(environment: Environment) -> dict[str, Any]:
-    return environment.model_dump(exclude={"command"})
+    where = environment.model_dump(exclude={"command"})
+    return {**where, "pixels": where["pixels"] or NATIVE}  # older runs do not say it
 
 
 def _resolved(case: CaseId) -> dict[str, Any]:

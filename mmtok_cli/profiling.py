@@ -22,8 +22,8 @@ from mmtok_cli.results.profile import ProfileResult, ScalingPoint
 from mmtok_cli.results.records import TimedRun
 from mmtok_cli.results.schedule import Turn, interleaved
 from mmtok_cli.results.schema import CaseResult, LargestBatch, Schedule, cases_without_draft, equivalents_of
-from mmtok_cli.settings import ProfileSettings
-from mmtok_cli.stages import DRAFT, unwatched
+from mmtok_cli.settings import FULL_SIZE, ProfileSettings
+from mmtok_cli.stages import ALL_STAGES, unwatched
 from mmtok_cli.timing.capacity import largest_batch
 from mmtok_cli.timing.ceilings import achieved, measure_ceilings, weights_read
 from mmtok_cli.timing.clock import Clock
@@ -38,7 +38,7 @@ from mmtok_cli.tokens import Selection
 
 Result = TypeVar("Result")
 
-SELECTION_STAGES = (DRAFT, "prepare", "encode", "select", "prefill")
+SELECTION_STAGES = ALL_STAGES[: ALL_STAGES.index("decode")]
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,10 @@ def profile(
     progress = progress or Progress()
     if scaling_sizes and settings.draft:
         raise MMTokError("--scaling does not measure drafts", "omit --draft")
+    if scaling_sizes and settings.image_scale != FULL_SIZE:
+        raise MMTokError(
+            "--scaling measures given numbers of vision tokens, not those of --image-scale", "omit one of them"
+        )
     cases = with_writer(cases_of(settings), settings, progress)
     plan = plan_profile(settings, cases, sample, progress)
     settings = plan.settings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -11,6 +12,47 @@ Track = Literal["released", "harmonised"]
 Positions = Literal["keep", "renumber"]
 TurnPolicy = Literal["reuse", "reselect", "union"]  # see conversation.py
 BudgetMeaning = Literal["final", "layer-average"]
+AUTO: Literal["auto"] = "auto"
+ImageScale = float | Literal["auto"]  # a factor on both sides of an image; see image_scale.py
+
+NATIVE = "native"  # resolution of images as the model's processor has it
+FIXED = "fixed:"  # begins a resolution that is the same for all images, in vision tokens
+FEWEST_FIXED, MOST_FIXED = 4, 65_536  # vision tokens
+
+
+def require_scale(scale: object) -> ImageScale:
+    """The scale of an image, "auto" or above 0 up to 1, from a number or its text. Raises MMTokError for others."""
+    text = str(scale).strip()
+    if text == AUTO:
+        return AUTO
+    try:
+        found = float(text)
+    except ValueError:
+        found = 0.0
+    if not 0.01 <= found <= 1:
+        raise MMTokError(
+            f"{text!r} is not a scale of images",
+            "give a factor on both sides from 0.01 to 1, or auto: 0.5 leaves a quarter of the patches",
+        )
+    return found
+
+
+def fixed_tokens(pixels: str) -> int | None:
+    """The vision tokens of every image of a resolution, from "fixed:2048"; None for "native".
+
+    Raises MMTokError for anything else.
+    """
+    text = pixels.strip()
+    if text == NATIVE:
+        return None
+    found = re.fullmatch(rf"{FIXED}\s*([0-9]{{1,6}})", text)
+    if found is None or not FEWEST_FIXED <= int(found[1]) <= MOST_FIXED:
+        raise MMTokError(
+            f"--pixels {pixels!r} is not a resolution",
+            f"give native, or fixed: and a number of vision tokens from {FEWEST_FIXED} to {MOST_FIXED}, as in "
+            "--pixels fixed:2048",
+        )
+    return int(found[1])
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,18 @@ from pydantic.fields import FieldInfo
 from mmtok_cli.budget import Budget, parse_budgets
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.protocols import protocol_of
-from mmtok_cli.rules import BudgetMeaning, Positions, Rules, Track, TurnPolicy
+from mmtok_cli.rules import (
+    FIXED,
+    NATIVE,
+    BudgetMeaning,
+    ImageScale,
+    Positions,
+    Rules,
+    Track,
+    TurnPolicy,
+    fixed_tokens,
+    require_scale,
+)
 
 MODEL = "Model"
 REDUCTION = "Reduction"
@@ -38,6 +49,7 @@ LONGEST = 7 * 24 * 3600  # seconds
 LARGEST_SEED = 2**63 - 1  # that of torch's generators
 TEXT_DRAFT = "text:"  # begins a draft that is given as a text
 LARGEST_SIDE = 10_000  # pixels of an image
+FULL_SIZE = ("1",)  # the image scales, where none are named
 
 # Of `mmtok profile`, where nothing else is asked for.
 PROFILE_ROUNDS = 20
@@ -132,6 +144,24 @@ def _turn_policy(value: str) -> str:
     return value
 
 
+def _scales(value: Any) -> Any:
+    """ "1,0.50" as ("1", "0.5")."""
+    scales = _split(value if isinstance(value, (str, list, tuple)) else [value])
+    if not scales:
+        require_scale("")
+    return tuple(dict.fromkeys(map(_scale, scales))) if isinstance(scales, tuple) else scales
+
+
+def _scale(value: Any) -> str:
+    scale = require_scale(value)
+    return scale if isinstance(scale, str) else f"{scale:.6g}"
+
+
+def _pixels(value: str) -> str:
+    tokens = fixed_tokens(value)
+    return NATIVE if tokens is None else f"{FIXED}{tokens}"
+
+
 def _budget(value: str) -> str:
     return str(Budget.parse(value))
 
@@ -215,11 +245,17 @@ def _group(value: str | None) -> str | None:
     return value
 
 
+_SCALE = (
+    "Encode smaller images. 0.5: half the width and height, a quarter of the patches. auto: each image decides by how "
+    "much detail it shows (PACE), in a stage of its own."
+)
+
 Retained = Annotated[str | None, BeforeValidator(_share)]
 Methods = Annotated[tuple[str, ...], BeforeValidator(_methods)]
 Budgets = Annotated[tuple[str, ...], BeforeValidator(_budgets)]
 TurnPolicies = Annotated[tuple[TurnPolicy, ...], BeforeValidator(_turn_policies)]
 Tasks = Annotated[tuple[str, ...], BeforeValidator(_tasks)]
+Scales = Annotated[tuple[str, ...], BeforeValidator(_scales)]
 BatchSizes = Annotated[tuple[int, ...], BeforeValidator(_batch_sizes)]
 Concurrencies = Annotated[tuple[int, ...], BeforeValidator(_concurrencies)]
 
@@ -266,6 +302,11 @@ class ModelSettings(Settings):
     )
     quantization: Annotated[str | None, Option(panel=MODEL, metavar="int8|int4|bnb-8bit|bnb-4bit")] = Field(
         None, description="Quantize the weights of linear layers, by torchao or bitsandbytes."
+    )
+    pixels: Annotated[str, AfterValidator(_pixels), Option(panel=MODEL, metavar="native|fixed:TOKENS")] = Field(
+        NATIVE,
+        description="Resolution of images, for models that see them at their own. fixed:2048: every image is scaled to "
+        "about 2048 vision tokens, as in papers.",
     )
 
 
@@ -342,10 +383,18 @@ class MethodSettings(Settings):
     budget: Annotated[str, AfterValidator(_budget), Option(("--budget", "-b"), REDUCTION)] = Field(
         "64", description="Vision tokens kept per image: 64, or 10% of them."
     )
+    image_scale: Annotated[str, BeforeValidator(_scale), Option(panel=REDUCTION, metavar="SCALE|auto")] = Field(
+        "1",
+        description=f"{_SCALE} The method selects from what is left, and a --budget of 10% is one of the tokens at 1.",
+    )
 
     @property
     def budgets(self) -> list[Budget]:
         return [Budget.parse(self.budget)]
+
+    @property
+    def image_scales(self) -> list[ImageScale]:
+        return [require_scale(self.image_scale)]
 
 
 class OneCaseSettings(ReductionSettings, MethodSettings, ModelSettings):
@@ -417,6 +466,15 @@ class MethodsSettings(Settings):
     budget: Annotated[Budgets | None, Option(("--budget", "-b"), REDUCTION)] = Field(
         None, description="Budgets, separated by commas: 64,16 or 10%,5%. Default: those of the model's profile."
     )
+    image_scale: Annotated[Scales, Option(panel=REDUCTION, metavar="SCALE,…|auto")] = Field(
+        FULL_SIZE,
+        description=f"{_SCALE} Several: 1,0.75,0.5. Every method selects from what is left, and a --budget of 10% is "
+        "one of the tokens at 1.",
+    )
+
+    @property
+    def image_scales(self) -> list[ImageScale]:
+        return [require_scale(scale) for scale in self.image_scale]
 
     @property
     def named_methods(self) -> list[tuple[str, Budget | None]]:
@@ -713,6 +771,8 @@ class CompareSettings(CasesSettings, EngineSettings):
             raise MMTokError("--retain takes one batch size", "answers do not depend on it; give one")
         if self.retain and self.turns:
             raise MMTokError("--retain searches with single questions, not with --turns", "omit one of them")
+        if self.retain and self.image_scale != FULL_SIZE:
+            raise MMTokError("--retain searches at images' own size, not with --image-scale", "omit one of them")
         for option, value in (("--retain", self.retain), ("--turns", self.turns)):
             if self.draft and value:
                 raise MMTokError(f"--draft is measured with single questions, not with {option}", "omit one of them")

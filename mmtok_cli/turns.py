@@ -11,6 +11,7 @@ from mmtok_cli.results.records import ConversationRecord, TurnRun
 from mmtok_cli.results.run_directory import RunDirectory
 from mmtok_cli.results.schema import Tokens, TurnResult
 from mmtok_cli.timing.statistics import paired_speedup, summarise
+from mmtok_cli.timing.summary import mean_encoded
 
 COMPARED = ("prefill", "ttft", "total")  # stages with a speedup
 
@@ -82,6 +83,7 @@ def _summary(
             text=fmean(run.tokens.text for run in last),
             layer_average=fmean(run.tokens.layer_average for run in last),
             new=fmean(sum(run.steps for run in talk) for talk in mine),
+            encoded=mean_encoded([run.tokens for run in last]),
         ),
         seconds={stage: summarise(values) for stage, values in seconds.items()},
         speedup={}

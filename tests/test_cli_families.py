@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from cli_helpers import run, run_json
+from cli_helpers import refused, run, run_json
 from tiny_models import FAMILIES
 
 METHODS = "mmtok,visionzip,divprune,fastv,resize"
@@ -42,6 +42,23 @@ def test_compare(directory: Path, tmp_path: Path) -> None:
     assert [case["case"]["method"] for case in others] == METHODS.split(",")
     assert all(0 < case["tokens"]["kept"] < full["tokens"]["total"] for case in others)
     assert all(case["fidelity"]["kl"] > 0 and case["score_counts"]["asked"] == 4 for case in others)
+
+
+def test_smaller_images_and_a_fixed_resolution(directory: Path, photo: Path, tmp_path: Path) -> None:
+    options = ("-m", directory, "-b", 4, "--pixels", "fixed:36", "--max-new-tokens", 2)
+    if not directory.name.startswith("qwen"):
+        refused(run("infer", photo, "How many?", *options), "sees images at a fixed resolution")
+        return
+    said = run_json("infer", photo, "How many?", *options, "--image-scale", 0.5)
+    assert said["pixels"] == "fixed:36" and 30 <= said["tokens"]["total"] <= 42
+    assert said["tokens"]["encoded"][0] <= 12 and said["tokens"]["kept"] == 4
+    if directory.name == "qwen3_vl":  # which differs in nothing that follows
+        return
+    command = ("compare", *options, "--methods", "mmtok", "--image-scale", "1,auto", "--limit", 1, "--rounds", 1)
+    shown = run(*command, "--run-dir", tmp_path / "run", "--export", tmp_path / "result.csv")
+    assert shown.exit_code == 0 and "mmtok, scale auto" in shown.stdout
+    assert "about 36 vision tokens each (fixed:36)" in " ".join(shown.output.split())
+    assert ",fixed:36," in (tmp_path / "result.csv").read_text()
 
 
 def test_a_part_is_profiled(directory: Path, tmp_path: Path) -> None:

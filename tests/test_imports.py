@@ -23,7 +23,8 @@ ALLOWED = {
     "models": SHARED | {"models", "profiles"},
     "data": {"errors", "data", "demo"},
     "decoding": {"models", "errors"},
-    "configuration": {"methods", "models", "settings", "cases", "drafts", "budget", "errors", "progress"},
+    "configuration": {"methods", "models", "settings", "cases", "drafts", "image_scale"}
+    | {"budget", "errors", "progress"},
     "fallback": SHARED
     | {"cases", "configuration", "data", "drafts", "image_plan", "lengths", "models", "profiles"}
     | {"progress", "settings", "timing"},
@@ -31,14 +32,15 @@ ALLOWED = {
     "protocols": {"errors"},
     "kept": {"errors", "files", "tokens"},
     "progress": {"errors"},
-    "planning": {"cases", "data", "profiles", "results", "settings", "errors"},
+    "planning": {"cases", "data", "profiles", "results", "settings", "errors", "rules"},
     "api": SHARED
     | {"cases", "comparison", "configuration", "conversation", "data", "evaluation", "methods", "models", "pipeline"}
     | {"results", "retention", "settings", "timing"},
     "hooks": SHARED | {"methods"},
     "lengths": {"data", "errors", "models"},
-    "image_plan": SHARED | {"models", "methods", "hooks"},
-    "pipeline": SHARED | {"models", "methods", "data", "decoding", "image_plan", "hooks"},
+    "image_scale": SHARED | {"models", "methods"},
+    "image_plan": SHARED | {"models", "methods", "hooks", "image_scale"},
+    "pipeline": SHARED | {"models", "methods", "data", "decoding", "image_plan", "image_scale", "hooks"},
     "conversation": SHARED | {"models", "methods", "data", "decoding", "image_plan", "pipeline"},
     # Plain data: neither what measures it nor what runs a model.
     "results": {"__version__", "results", "kept", "data", "settings", "budget", "errors", "files", "rules", "stages"},
@@ -48,7 +50,18 @@ ALLOWED = {
     | {"timing", "cases", "hooks", "conversation", "pipeline", "decoding", "models", "methods", "results", "data"}
     | {"files", "settings"},
     "evaluation": SHARED
-    | {"evaluation", "cases", "image_plan", "pipeline", "decoding", "models", "methods", "results", "data"},
+    | {
+        "evaluation",
+        "cases",
+        "image_plan",
+        "image_scale",
+        "pipeline",
+        "decoding",
+        "models",
+        "methods",
+        "results",
+        "data",
+    },
     "summary": {"evaluation", "timing", "results", "turns"},
     "turns": {"evaluation", "timing", "results"},
     "report": SHARED | {"report", "results", "planning", "progress", "settings", "files", "profiles"},

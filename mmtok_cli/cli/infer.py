@@ -165,11 +165,13 @@ def _show_conversation(
 
 def _show_remarks(settings: InferSettings, case: Case, weights: str, short: str) -> None:
     from mmtok_cli.report.console import results_console
-    from mmtok_cli.report.tables import equivalent_notes, rules_text, weights_text
+    from mmtok_cli.report.tables import equivalent_notes, pixels_text, rules_text, weights_text
     from mmtok_cli.results.schema import equivalents_of
+    from mmtok_cli.rules import NATIVE
 
     rules, elsewhere = rules_text(settings.rules, settings.parameters), equivalent_notes(equivalents_of([case.id]))
-    for remark in filter(None, (short, rules, weights_text(weights), *elsewhere)):
+    pixels = "" if settings.pixels == NATIVE else pixels_text(settings.pixels)
+    for remark in filter(None, (short, rules, weights_text(weights), pixels, *elsewhere)):
         results_console().print(remark, style="dim", markup=False)
 
 
@@ -183,6 +185,8 @@ def _head(settings: InferSettings, case: Case) -> dict[str, Any]:
         "method": case.name,
         "parameters": case.id.parameters,
         "budget": case.id.budget,
+        "image_scale": case.id.image_scale,
+        "pixels": settings.pixels,
         "equivalents": {} if case.budget is None else case.budget.engine_settings,
         "rules": asdict(settings.rules),
     }

@@ -47,6 +47,8 @@ def sample_row(label: SampleLabel, case: CaseId, mine: Prediction, baseline: Pre
         again=case.again,
         draft=case.draft,
         draft_tokens=case.draft_tokens,
+        image_scale=case.image_scale,
+        encoded=list(mine.tokens.encoded) if mine.tokens and mine.tokens.encoded else None,
         prediction=mine.answer,
         baseline_prediction=baseline.answer,
         kept=mine.tokens.kept if mine.tokens else None,

@@ -37,7 +37,7 @@ from mmtok_cli.results.records import (
     UnreadableSample,
 )
 from mmtok_cli.results.run_directory import RunDirectory
-from mmtok_cli.rules import Rules
+from mmtok_cli.rules import ImageScale, Rules
 from mmtok_cli.stages import unwatched
 
 
@@ -235,10 +235,19 @@ def _answers_of(
 ) -> tuple[list[str], list[Closeness], list[TokenCounts]]:
     """Answers, their closeness and token counts. Where every token of a batch agrees, its answers are the reference."""
     answers, token_ids = reference.answers, reference.answers.token_ids
-    if isinstance(case.method, Full):
+    if isinstance(case.method, Full) and case.image_scale == 1:
         return answers.texts, [Closeness(kl=0.0, top1=1.0, same=True)] * len(samples), answers.reduced.tokens
     drafts = case.drafts(model, samples)
-    logits, tokens = forced_logits(model, case.method, samples, case.budget, token_ids, rules=case.rules, drafts=drafts)
+    logits, tokens = forced_logits(
+        model,
+        case.method,
+        samples,
+        case.budget,
+        token_ids,
+        rules=case.rules,
+        drafts=drafts,
+        image_scale=case.image_scale,
+    )
     closeness = closeness_of(reference.logits, logits, reference.mask)
     if all(close.same for close in closeness):
         return answers.texts, closeness, tokens
@@ -265,6 +274,7 @@ def forced_logits(
     *,
     rules: Rules = RELEASED,
     drafts: Sequence[str] = (),
+    image_scale: ImageScale = 1,
 ) -> tuple[Tensor, list[TokenCounts]]:
     """Logits of each token of a given answer, [batch, steps, vocabulary], after the reduced prompt and the ones before;
     and the token counts of each sample.
@@ -272,7 +282,7 @@ def forced_logits(
     token_ids: [batch, steps]. They are read one by one through the cache, as in decoding, so that this also works for
     methods inside the language model.
     """
-    reduced = reduce(model, method, samples, budget, rules=rules, drafts=drafts)
+    reduced = reduce(model, method, samples, budget, rules=rules, drafts=drafts, image_scale=image_scale)
     return logits_after(model, reduced, token_ids), reduced.tokens
 
 

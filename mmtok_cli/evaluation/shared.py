@@ -13,7 +13,8 @@ from mmtok_cli.data.samples import Sample
 from mmtok_cli.decoding import answer_mask
 from mmtok_cli.evaluation.predictions import logits_after
 from mmtok_cli.image_plan import plan_images
-from mmtok_cli.models.base import VisionLanguageModel
+from mmtok_cli.image_scale import encoded_grids
+from mmtok_cli.models.base import Grid, VisionLanguageModel
 from mmtok_cli.pipeline import Answers, Encoded, Reduced, answer_reduced, images_of, prepare, reduce_encoded
 
 
@@ -25,6 +26,7 @@ class SharedBatch:
         self._model = model
         self._samples = samples
         self._encoded: dict[Any, Encoded] = {}
+        self._smaller: dict[Any, list[Grid | None]] = {}
 
     def answer(self, case: Case, max_new_tokens: int) -> Answers:
         """What the case answers. Raises MMTokError for a sample that it refuses."""
@@ -40,8 +42,11 @@ class SharedBatch:
         return shares.tolist(), reduced
 
     def _reduce(self, case: Case) -> Reduced:
-        model = self._model
-        plans = plan_images(model, case.method, images_of(self._samples), case.budget, case.rules)
+        model, images = self._model, images_of(self._samples)
+        if case.image_scale not in self._smaller:
+            self._smaller[case.image_scale] = encoded_grids(model, images, case.image_scale)
+        smaller = self._smaller[case.image_scale]
+        plans = plan_images(model, case.method, images, case.budget, case.rules, smaller=smaller)
         signals = case.method.signals_among(model.signals)
         key = (tuple(plan.grid for plan in plans), signals, case.rules)
         if key not in self._encoded:

@@ -18,6 +18,7 @@ from mmtok_cli.models.sources import (
     shortened,
     source_of,
 )
+from mmtok_cli.rules import NATIVE, fixed_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +44,7 @@ def load_model(
     quantization: str | None = None,
     compiled: bool = False,
     vision_tokens: Sequence[int] = (),
+    pixels: str = NATIVE,
 ) -> VisionLanguageModel:
     """Load a model with its processor, ready for inference.
 
@@ -53,10 +55,11 @@ def load_model(
     time a part of a model that does not fit. attention: sdpa, eager or flash_attention_2. device_map: `auto` spreads
     the model over all GPUs. quantization: int8, int4, bnb-8bit or bnb-4bit (see models/quantization.py). compiled:
     compile the language model with torch.compile, which takes minutes in the first runs. vision_tokens: of each prompt
-    of a batch, for the estimate of memory; by default those of one image of usual size.
+    of a batch, for the estimate of memory; by default those of one image of usual size. pixels: the resolution of
+    images, native or fixed:2048, at which every image has about 2048 vision tokens.
 
     Raises MMTokError for a name, device, data type or kernel that does not exist here, a model family that is not
-    supported, a model that does not fit, and weights that are missing or damaged.
+    supported, a resolution that it does not have, a model that does not fit, and weights that are missing or damaged.
     """
     import torch
 
@@ -84,6 +87,7 @@ def load_model(
     config = _checked_architecture(name, source, weights)
     missing = missing_weights(name, source) if weights == "pretrained" else None
     family, depth = family_class(config.model_type), config.text_config.num_hidden_layers
+    family.require_resolution(name, fixed_tokens(pixels))
     if layers is not None:
         config = shortened(config, layers, name)
     stored = kind or (torch.bfloat16 if weights == "random" else torch.float16)
@@ -116,17 +120,20 @@ def load_model(
     with errors_as(f"{name} cannot be used", hf.or_tested(COMPARE)):
         built = family(name, model.eval(), processor, **_text_tower(name))
     built.weights, built.depth, built.quantization, built.compiled = weights, depth, quantization, compiled
+    built.fixed_tokens = fixed_tokens(pixels)
     try_processor(built, own_template=not (profile and profile.location.startswith("package:")))
     if compiled:
         hf.compile_language_model(model)
     return built
 
 
-def outline(name: str, *, device: str, attention: str, own_processor: bool = False) -> VisionLanguageModel:
+def outline(
+    name: str, *, device: str, attention: str, own_processor: bool = False, pixels: str = NATIVE
+) -> VisionLanguageModel:
     """A model that says how it would cut up images, without memory for its weights and without any download.
 
-    own_processor: the model's processor is downloaded if need be, in place of a stand-in. Raises MMTokError for what
-    `load_model` refuses, apart from the memory and the weights.
+    own_processor: the model's processor is downloaded if need be, in place of a stand-in. pixels: as for `load_model`.
+    Raises MMTokError for what `load_model` refuses, apart from the memory and the weights.
     """
     from mmtok_cli.models import hf
     from mmtok_cli.models.foreign_errors import COMPARE, errors_as
@@ -138,12 +145,15 @@ def outline(name: str, *, device: str, attention: str, own_processor: bool = Fal
     with errors_as(f"no model can be built as config.json of {name} says", hf.or_tested(COMPARE)):
         layout = laid_out(config, None, attention)
     family = family_class(config.model_type)
+    family.require_resolution(name, fixed_tokens(pixels))
     if own_processor:
         processor = _processor(name, source, family)
     else:
         processor = _processor_without_download(name, source, family, config)
     with errors_as(f"{name} cannot be used", hf.or_tested(COMPARE)):
-        return family(name, layout.eval(), processor)
+        built = family(name, layout.eval(), processor)
+    built.fixed_tokens = fixed_tokens(pixels)
+    return built
 
 
 def _checked_architecture(name: str, source: str, weights: str) -> Any:

@@ -1,7 +1,8 @@
 """The interface that every model family implements.
 
 A family is one file with a subclass of `VisionLanguageModel`, and one line in `FAMILIES` (models/families.py). It must
-define `total`, `smaller`, `pixels`, `encode` and `panels`. Override the rest where the family differs:
+define `total`, `smaller`, `whole_grid`, `pixels`, `encode`, `first_block` and `panels`. Override the rest where the
+family differs:
 
     signals             what the encoder offers to methods; `encode` computes those that a method requests
     positions           if positions cannot be renumbered
@@ -29,7 +30,7 @@ from mmtok_cli.models import hf
 from mmtok_cli.models.foreign_errors import COMPARE, errors_as
 from mmtok_cli.models.inside import Inside
 from mmtok_cli.models.sequences import CutImage
-from mmtok_cli.rules import Positions, Track
+from mmtok_cli.rules import FIXED, NATIVE, Positions, Track
 from mmtok_cli.stages import Stage, unwatched
 from mmtok_cli.tokens import PADDING, Crops, Selection, TextTokens, VisionTokens
 
@@ -88,6 +89,8 @@ class VisionLanguageModel(ABC):
     depth: int | None = None  # decoder layers of the whole model, if only the first ones were loaded
     quantization: str | None = None  # how the weights are quantized, if they are
     compiled: bool = False  # whether the language model is compiled
+    fixed_tokens: int | None = None  # about how many vision tokens every image is scaled to, if not its own number
+    any_resolution: ClassVar[bool] = False  # whether images are seen at their own resolution
 
     def __init__(self, name: str, model: Any, processor: Any) -> None:
         self.name = name
@@ -181,6 +184,22 @@ class VisionLanguageModel(ABC):
         """The processor of a directory or hub id. Raises OSError or ValueError where there is none."""
         return hf.load_processor(source, local_files_only=local_files_only)
 
+    @property
+    def resolution(self) -> str | None:
+        """The resolution of images, as in --pixels; None for families of fixed resolution."""
+        if not self.any_resolution:
+            return None
+        return NATIVE if self.fixed_tokens is None else f"{FIXED}{self.fixed_tokens}"
+
+    @classmethod
+    def require_resolution(cls, name: str, fixed: int | None) -> None:
+        """Raises MMTokError for a number of vision tokens that images of the model cannot be scaled to."""
+        if fixed is not None and not cls.any_resolution:
+            raise MMTokError(
+                f"{name} sees images at a fixed resolution, so --pixels can only be native",
+                "omit --pixels, or make images smaller with --image-scale",
+            )
+
     @abstractmethod
     def total(self, image: Image) -> int:
         """Vision tokens of the unreduced image."""
@@ -201,6 +220,20 @@ class VisionLanguageModel(ABC):
     def smaller(self, image: Image, tokens: int) -> Grid:
         """The grid at which a smaller version of the image is encoded to `tokens` vision tokens, or slightly fewer if
         the family cannot meet the number. Raises UnmetBudgetError where there is no such grid."""
+
+    @abstractmethod
+    def whole_grid(self, image: Image) -> Grid:
+        """The grid of vision tokens that an image of its own size takes up in one piece, without padding.
+
+        Smaller versions of it have a share of its rows and columns (see image_scale.py).
+        """
+
+    @abstractmethod
+    def first_block(self, image: Image) -> Tensor:
+        """What the first block of the encoder makes of an image of its own size: [patches, dim], without padding.
+
+        Of an image that is cut into crops, the view of the whole. Use it within `torch.inference_mode()`.
+        """
 
     @abstractmethod
     def pixels(self, image: Image, grid: Grid | None) -> Tensor:

@@ -73,6 +73,11 @@ class ClipEncoded(VisionLanguageModel):
     def smaller(self, image: Image, tokens: int) -> Grid:
         return rectangle(tokens, (self.side, self.side), image.height / image.width)
 
+    def first_of(self, pixels: Tensor) -> Tensor:
+        """The output of the first block for one picture [3, height, width] of the encoder's size: [patches, dim]."""
+        batch = pixels[None].to(self.device, self.dtype)
+        return hf.first_block_of_clip(self.model, batch)[0, 1:]
+
     def resized_pixels(self, image: Image, grid: Grid) -> Tensor:
         """The whole image at so many patches, [3, height, width]: none of the budget goes to padding."""
         size = {"height": grid[0] * self.patch_size, "width": grid[1] * self.patch_size}

@@ -466,6 +466,44 @@ def vision_blocks(model: Any) -> Any:
     return part(model, "model.visual.blocks")
 
 
+class _ReachedError(Exception):
+    """Ends a forward pass whose rest is not needed."""
+
+
+def _output_of(block: nn.Module, run: Callable[[], Any]) -> Tensor:
+    """What a block returns when `run` calls it; nothing behind it is computed."""
+    found: list[Tensor] = []
+
+    def remember(_: nn.Module, __: Any, output: Any) -> None:
+        found.append(output[0] if isinstance(output, tuple) else output)
+        raise _ReachedError
+
+    handle = block.register_forward_hook(remember)
+    try:
+        run()
+    except _ReachedError:
+        return found[0]
+    finally:
+        handle.remove()
+    raise changed(f"call of {type(block).__name__}")
+
+
+def first_block_of_clip(model: Any, pixels: Tensor) -> Tensor:
+    """The output of the first block of a LLaVA model's encoder: [images, 1 + patches, dim]."""
+    return _output_of(part(vision_tower(model), "encoder.layers")[0], lambda: vision_tower(model)(pixels))
+
+
+def first_block_of_internvl(model: Any, pixels: Tensor) -> Tensor:
+    """The output of the first block of an InternVL model's encoder: [images, 1 + patches, dim]."""
+    return _output_of(part(vision_tower(model), "encoder.layer")[0], lambda: vision_tower(model)(pixels))
+
+
+def first_block_of_qwen(model: Any, pixels: Tensor, sizes: Tensor) -> Tensor:
+    """The output of the first block of a Qwen model's encoder: [patches, dim]. sizes: as in `encode_qwen`."""
+    features = part(model, "model.get_image_features")
+    return _output_of(vision_blocks(model)[0], lambda: features(pixels, sizes))
+
+
 def project(model: Any, features: Tensor) -> Tensor:
     """The projector of a LLaVA or InternVL model: [..., vision dim] to [..., dim]."""
     return part(model, "model.multi_modal_projector")(features)

@@ -103,6 +103,15 @@ class InternVL(VisionLanguageModel):
         rows, columns = self._tiles(image)
         return rectangle(tokens, (rows * self.side, columns * self.side), image.height / image.width)
 
+    def whole_grid(self, image: Image) -> Grid:
+        """The tiles side by side, over which the image is stretched."""
+        rows, columns = self._tiles(image)
+        return rows * self.side, columns * self.side
+
+    def first_block(self, image: Image) -> Tensor:
+        whole = self.pixels(image, None)[-1:].to(self.device, self.dtype)
+        return hf.first_block_of_internvl(self.model, whole)[0, 1:]
+
     def pixels(self, image: Image, grid: Grid | None) -> Tensor:
         """[tiles, 3, height, width], the whole image last; a smaller version alone."""
         options: dict[str, Any] = {"crop_to_patches": True}

@@ -35,6 +35,14 @@ class Llava(ClipEncoded):
     def total(self, image: Image) -> int:
         return self.side**2
 
+    def whole_grid(self, image: Image) -> Grid:
+        """The part of the square that is not padding."""
+        longest = max(image.size)
+        return max(1, round(self.side * image.height / longest)), max(1, round(self.side * image.width / longest))
+
+    def first_block(self, image: Image) -> Tensor:
+        return self.first_of(self.pixels(image, None))[self._eligible(image)]
+
     def pixels(self, image: Image, grid: Grid | None) -> Tensor:
         """The image padded to a square with the mean colour, as LLaVA-1.5 was trained: [3, height, width].
 

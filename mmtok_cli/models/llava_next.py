@@ -116,6 +116,14 @@ class LlavaNext(ClipEncoded):
         rows, columns = self.packing(image.height, image.width).stitched
         return rectangle(tokens, (rows * self.side, columns * self.side), image.height / image.width)
 
+    def whole_grid(self, image: Image) -> Grid:
+        """The part of the stitched crops that is not padding."""
+        height, width = self._shown(image)
+        return max(1, round(height / self.patch_size)), max(1, round(width / self.patch_size))
+
+    def first_block(self, image: Image) -> Tensor:
+        return self.first_of(self.pixels(image, None)[0])
+
     def pixels(self, image: Image, grid: Grid | None) -> Tensor:
         """[crops, 3, height, width], the whole image first; a smaller version alone."""
         if grid is not None:
@@ -190,14 +198,19 @@ class LlavaNext(ClipEncoded):
         ranks = torch.cat([torch.arange(tokens)[None], tokens + stitched.reshape(-1, tokens)])
         return Packing((rows, columns), sources, places.view(crops, tokens), ranks)
 
+    def _shown(self, image: Image) -> tuple[int, int]:
+        """Height and width of the image in the stitched crops, in pixels."""
+        rows, columns = self.packing(image.height, image.width).stitched
+        height, width = rows * self.image_size, columns * self.image_size
+        scale = min(width / image.width, height / image.height)
+        return min(math.ceil(image.height * scale), height), min(math.ceil(image.width * scale), width)
+
     def _area(self, image: Image) -> Box:
         """What the stitched crops show, in pixels of the image: its margins are padding (see transformers'
         `get_patch_output_size` and `_pad_for_patching`)."""
         rows, columns = self.packing(image.height, image.width).stitched
         height, width = rows * self.image_size, columns * self.image_size
-        scale = min(width / image.width, height / image.height)
-        shown_height = min(math.ceil(image.height * scale), height)
-        shown_width = min(math.ceil(image.width * scale), width)
+        shown_height, shown_width = self._shown(image)
         top, left = (height - shown_height) // 2, (width - shown_width) // 2
         down, across = image.height / shown_height, image.width / shown_width
         return -left * across, -top * down, (width - left) * across, (height - top) * down

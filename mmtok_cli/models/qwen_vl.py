@@ -34,6 +34,7 @@ class QwenVL(VisionLanguageModel):
     family: ClassVar[str] = "qwen2_5_vl"
     positions: ClassVar[tuple[Positions, ...]] = ("keep",)
     signals: ClassVar[tuple[str, ...]] = SIGNALS
+    any_resolution: ClassVar[bool] = True
     has_deepstack: ClassVar[bool] = False  # whether the encoder gives the first decoder layers features of their own
 
     def __init__(self, name: str, model: Any, processor: Any) -> None:
@@ -122,6 +123,15 @@ class QwenVL(VisionLanguageModel):
         assert best is not None  # one row of all cells is a grid
         return best[1]
 
+    def whole_grid(self, image: Image) -> Grid:
+        return self._grid(image)
+
+    def first_block(self, image: Image) -> Tensor:
+        pixels = self.pixels(image, None).to(self.device, self.dtype)
+        rows, columns = self._grid(image)
+        sizes = torch.tensor([[1, rows * self.merge, columns * self.merge]], device=self.device)
+        return hf.first_block_of_qwen(self.model, pixels, sizes)
+
     def pixels(self, image: Image, grid: Grid | None) -> Tensor:
         """[patches, values of a patch], cells of 2x2 patches one after another."""
         rows, columns = grid or self._grid(image)
@@ -177,7 +187,13 @@ class QwenVL(VisionLanguageModel):
 
     @property
     def _bounds(self) -> tuple[int, int]:
-        """The fewest and the most pixels at which the processor leaves an image."""
+        """The fewest and the most pixels at which the processor leaves an image.
+
+        Both are the same at a fixed resolution, as with min_pixels = max_pixels in papers; the processor's rounding to
+        whole tokens leaves a few more or less.
+        """
+        if self.fixed_tokens is not None:
+            return (self.fixed_tokens * self.token_size**2,) * 2
         size = self.processor.image_processor.size
         return size["shortest_edge"], size["longest_edge"]
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 Value = str | float | None  # text, int or float; None: there is none
 Source = TypeVar("Source")
-TableName = Literal["speed", "throughput", "quality", "yes-no", "groups", "cost"]
+TableName = Literal["speed", "scale", "throughput", "quality", "yes-no", "groups", "cost"]
 Section = Literal["cost", "quality"]
 
 
@@ -88,7 +88,19 @@ class Column(CsvColumn[CaseResult]):
 
 def kept_cell(case: CaseResult) -> Cell:
     """ "64/576"."""
-    return Cell(f"{number(case.tokens.kept)}/{number(case.tokens.total)}", case.tokens.kept)
+    return Cell(_of(case.tokens.kept, case.tokens.total), case.tokens.kept)
+
+
+def encoded_cell(case: CaseResult) -> Cell:
+    """ "144/576"."""
+    tokens = case.tokens
+    encoded = tokens.total if tokens.encoded is None else tokens.encoded
+    return Cell(_of(encoded, tokens.total), encoded)
+
+
+def _of(part: float, whole: float) -> str:
+    """ "64/576"; means of a hundred and more are rounded, as the columns are narrow."""
+    return "/".join(number(round(value) if value >= 100 else value) for value in (part, whole))
 
 
 def speedup_cell(speedup: Speedup | None) -> Cell:

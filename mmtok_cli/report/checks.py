@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from mmtok_cli.errors import MMTokError
-from mmtok_cli.report.columns import COMPARED
+from mmtok_cli.report import tables
+from mmtok_cli.report.columns import COMPARED, OPTIONAL, stages_of
 from mmtok_cli.report.tables import (
     by_batch_size,
-    ceiling,
     equivalent_notes,
     inconclusive_notes,
     largest_batch_notes,
@@ -50,7 +50,7 @@ def notes(comparison: Comparison, *, ceilings: bool = True) -> list[str]:
     parts = by_batch_size(comparison)
     for part in parts:
         head = f"batch size {part.schedule.batch_size}: " if len(parts) > 1 else ""
-        lines += [head + ceiling(result) for result in part.results if ceilings and result.case.is_baseline]
+        lines += [head + line for line in (tables.ceilings(part.results) if ceilings else ())]
         disturbed = (*outlier_notes(part.results, part.machine), *drift_notes(part.results))
         lines += [head + line for line in disturbed]
     lines += machine_notes(comparison.machine, comparison.environment)
@@ -103,15 +103,17 @@ def comparison_notes(comparison: Comparison) -> list[str]:
     """How to read the tables, and what to do about inconclusive results."""
     others = [result for result in comparison.results if not result.case.is_baseline]
     methods = [result for result in others if not result.case.again]
+    found = stages_of(result.seconds for result in others)
+    further = "".join(f"{stage}, " for stage in OPTIONAL if stage in found)
     notes = [
         "times are medians over rounds, per batch; speedups are paired within rounds, with a 95 % interval",
-        f"TTFT (time to first token): {'draft, ' * any(result.case.draft for result in others)}prepare, encode, select "
-        "and prefill. TPOT (time per output token): decode, per token after the first. KV cache and FLOPs are per "
-        "sample",
+        f"TTFT (time to first token): {further}prepare, encode, select and prefill. TPOT (time per output token): "
+        "decode, per token after the first. KV cache and FLOPs are per sample",
     ]
     notes += [
         *draft_notes(methods),
-        *overhead_notes(methods),
+        *scale_notes(methods),
+        *overhead_notes([result for result in methods if result.case.method != "full"]),
         *short_notes(methods, comparison.schedule.samples),
         *layer_notes(methods),
         *largest_batch_notes(comparison.results),
@@ -224,6 +226,16 @@ def draft_notes(results: Sequence[CaseResult]) -> list[str]:
         without = result.case.without_draft
         lines.append(f"{result}: with the draft ({result.case.draft}), compared with {without}: {', '.join(said)}")
     return lines
+
+
+def scale_notes(results: Sequence[CaseResult]) -> list[str]:
+    """How to read what smaller images save, if there are any."""
+    if all(result.case.image_scale is None for result in results):
+        return []
+    return [
+        "scale: factor on both sides of the images; encoded: vision tokens that the encoder makes of them, of those at "
+        "scale 1; saved: seconds less than the unreduced model takes, median of the differences within rounds"
+    ]
 
 
 def overhead_notes(results: Sequence[CaseResult]) -> list[str]:

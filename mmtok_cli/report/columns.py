@@ -17,6 +17,7 @@ from mmtok_cli.report.cells import (
     TableName,
     Value,
     draft_cell,
+    encoded_cell,
     flips_cell,
     group_cell,
     kept_cell,
@@ -25,6 +26,7 @@ from mmtok_cli.report.cells import (
     speedup_cell,
 )
 from mmtok_cli.report.units import count, number, p_value, rate, seconds, share, size
+from mmtok_cli.stages import DRAFT, PREVIEW
 
 if TYPE_CHECKING:
     from mmtok_cli.results.schema import (
@@ -44,12 +46,13 @@ if TYPE_CHECKING:
 
 STAGES = ("prepare", "encode", "select", "prefill", "ttft", "decode", "total")  # ttft and total are sums of stages
 COMPARED = (*(stage for stage in STAGES if stage != "select"), "tpot")  # the baseline selects nothing
-DRAFT = "draft"  # before them, in cases that have one
+OPTIONAL = (DRAFT, PREVIEW)  # before them, in cases that have them
 
 
 def stages_of(seconds: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
     """The stages of several cases, each given by its seconds."""
-    return (DRAFT, *STAGES) if any(DRAFT in stages for stages in seconds) else STAGES
+    found = {stage for stages in seconds for stage in stages}
+    return (*(stage for stage in OPTIONAL if stage in found), *STAGES)
 
 
 class LayerCounts(Protocol):
@@ -79,6 +82,10 @@ def stage_seconds(case: CaseResult, stage: str) -> float | None:
 
 
 # When a column is shown.
+
+
+def _scaled(comparison: Comparison) -> bool:
+    return any(case.case.image_scale is not None for case in comparison.results)
 
 
 def _not_scored(comparison: Comparison) -> bool:
@@ -181,7 +188,13 @@ def _group(
 
 
 def _stage(
-    stage: str, words: str, heading: str = "", place: TableName = "speed", *, always: bool = True
+    stage: str,
+    words: str,
+    heading: str = "",
+    place: TableName | None = "speed",
+    *,
+    always: bool = True,
+    shown: Callable[[Comparison], bool] | None = None,
 ) -> Iterator[CsvColumn[CaseResult]]:
     """Seconds of a stage and its speedup; stages without a heading are in the CSV only. place: the terminal's table."""
     table: TableName | None = place if heading else None
@@ -190,11 +203,12 @@ def _stage(
         f"{stage}_median_s",
         f"{words}, median",
         _of_times(stage, lambda times: times.median),
-        always=bool(heading) and always and stage != DRAFT,
+        always=bool(heading) and always and stage not in OPTIONAL,
         heading=heading,
         show=seconds,
         table=table,
         section=section,
+        shown=shown,
     )
     yield CsvColumn(f"{stage}_p10_s", f"{stage}, 10th percentile over rounds", _of_times(stage, lambda t: t.p10))
     yield CsvColumn(f"{stage}_p90_s", f"{stage}, 90th percentile over rounds", _of_times(stage, lambda t: t.p90))
@@ -209,11 +223,26 @@ def _stage(
         cell=lambda case: speedup_cell(case.speedup.get(stage)),
         table=table,
         section=section,
+        shown=shown,
         narrow=True,
     )
     interval = f"95 % interval of the speedup of {stage}"
     yield CsvColumn(f"speedup_{stage}_low", f"{interval}, lower end", _of_speedup(stage, lambda speedup: speedup.low))
     yield CsvColumn(f"speedup_{stage}_high", f"{interval}, upper end", _of_speedup(stage, lambda speedup: speedup.high))
+
+
+def _saved(stage: str, heading: str) -> Column:
+    return Column(
+        f"{stage}_saved_s",
+        f"{stage} of the unreduced model - {stage} of the case, median of the differences within rounds",
+        lambda case: case.saved.get(stage),
+        heading=f"{heading} saved",
+        show=lambda saved: f"{'-' * (saved < 0)}{seconds(abs(saved))}",
+        table="scale",
+        section="cost",
+        shown=_scaled,
+        narrow=True,
+    )
 
 
 # The columns that other modules need by name.
@@ -243,6 +272,16 @@ COLUMNS: tuple[CsvColumn[CaseResult], ...] = (
     KEPT,
     CsvColumn("total_tokens", "vision tokens of the image", lambda case: case.tokens.total, always=True),
     Column(
+        "encoded_tokens",
+        "vision tokens that the encoder made of the images, of those at their own size",
+        lambda case: case.tokens.total if case.tokens.encoded is None else case.tokens.encoded,
+        heading="encoded",
+        cell=encoded_cell,
+        table="scale",
+        section="cost",
+        shown=_scaled,
+    ),
+    Column(
         "layer_average_tokens",
         "vision tokens per decoder layer, on average",
         lambda case: case.tokens.layer_average,
@@ -258,12 +297,14 @@ COLUMNS: tuple[CsvColumn[CaseResult], ...] = (
     ),
     # Seconds and speedups, stage by stage.
     *_stage(DRAFT, "writing a first answer that the method reads", "draft"),
+    *_stage(PREVIEW, "looking at images, whose detail decides their size", "preview", "scale"),
     *_stage("prepare", "image processing and tokenisation"),
-    *_stage("encode", "vision encoder and projector"),
+    *_stage("encode", "vision encoder and projector", "encode", None, always=False, shown=_scaled),
     *_stage("select", "selecting tokens and assembling the shorter prompt", "select"),
     CsvColumn("select_overhead", "select / (encode + prefill), median", lambda case: case.overhead),
     *_stage("prefill", "processing the prompt in the language model", "prefill"),
-    *_stage("ttft", "time to first token: prepare, encode, select and prefill", "TTFT"),
+    *_stage("ttft", "time to first token: all stages before decode", "TTFT"),
+    *(_saved(stage, heading) for stage, heading in (("encode", "encode"), ("prefill", "prefill"), ("ttft", "TTFT"))),
     *_stage("decode", "generating all tokens after the first"),
     *_stage("tpot", "time per output token: decode, per token after the first", "TPOT", "throughput", always=False),
     Column(

@@ -33,6 +33,9 @@ IDENTITY: tuple[CsvColumn[CaseId], ...] = (
         "budget", "vision tokens to keep, as given; empty for methods without one", lambda c: c.budget, always=True
     ),
     CsvColumn("draft", "first answer that the method reads: self, a model or a text", lambda case: case.draft),
+    CsvColumn(
+        "image_scale", "factor on both sides of the images, or auto; empty at their own size", lambda c: c.image_scale
+    ),
     CsvColumn("batch_size", "samples in a batch", lambda case: case.batch_size, always=True),
 )
 
@@ -50,6 +53,9 @@ CONTEXT: tuple[CsvColumn[Comparison], ...] = (
     CsvColumn("model", "name of the model", lambda c: c.model, always=True),
     CsvColumn("data", "dataset", lambda c: c.schedule.data, always=True),
     CsvColumn("image_size", "width and height of the image in pixels", lambda c: picture_size(c.schedule.image_size)),
+    CsvColumn(
+        "pixels", "resolution of images: native, or fixed and a number of tokens", lambda c: c.environment.pixels
+    ),
     CsvColumn("samples", "samples that were evaluated", lambda c: c.schedule.samples, always=True),
     CsvColumn("metric", "metric that judges the answers", lambda c: c.schedule.metric, always=True),
     CsvColumn("rounds", "timed rounds over all cases", lambda c: c.schedule.rounds, always=True),

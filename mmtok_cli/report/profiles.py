@@ -9,8 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from mmtok_cli.report import tables
+from mmtok_cli.report.cells import encoded_cell
 from mmtok_cli.report.checks import drift_notes, machine_notes, outlier_notes
-from mmtok_cli.report.columns import COMPARED, DRAFT, KEPT, STAGES, layers_differ, stages_of
+from mmtok_cli.report.columns import COMPARED, KEPT, OPTIONAL, STAGES, layers_differ, stages_of
 from mmtok_cli.report.units import count, number, picture_size, plural, seconds, share, size, spread
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def profile_notes(
         baseline, *others = part.cases
         head = f"batch size {baseline.case.batch_size}: " if len(settings.batch_size) > 1 else ""
         notes = [
-            tables.ceiling(baseline),
+            *tables.ceilings(part.cases),
             *draft_notes(part.cases),
             *tables.layer_notes(part.cases),
             *outlier_notes(part.cases, profile.machine),
@@ -128,6 +129,8 @@ def _cost_table(profile: ProfileResult) -> Table:
     for case in cases:
         table.add_column(case.case.label, justify="right")
     table.add_row("vision tokens kept", *(str(KEPT.cell_of(case)) for case in cases))
+    if any(case.tokens.encoded for case in cases):
+        table.add_row("vision tokens encoded", *(str(encoded_cell(case)) for case in cases))
     if layers_differ(case.tokens for case in cases):
         table.add_row("layer average", *(number(round(case.tokens.layer_average, 1)) for case in cases))
     table.add_row("text tokens", *(number(case.tokens.text) for case in cases))
@@ -157,30 +160,39 @@ def _median(case: CaseResult, stage: str) -> str:
 
 def _speedups(profile: ProfileResult) -> Table:
     baseline, *others = profile.cases
+    stages = ("encode", *SPEEDUPS) if _scaled(others) else SPEEDUPS
     rows: list[tuple[str | Text, ...]] = [
-        (r.case.label, *(tables.speedup_text(r.speedup.get(stage)) for stage in SPEEDUPS)) for r in others
+        (r.case.label, *(tables.speedup_text(r.speedup.get(stage)) for stage in stages)) for r in others
     ]
-    return wrapped_table(f"Speedup over {baseline}", [tables.SUMS.get(stage, stage) for stage in SPEEDUPS], rows)
+    return wrapped_table(f"Speedup over {baseline}", [tables.SUMS.get(stage, stage) for stage in stages], rows)
+
+
+def _scaled(cases: Sequence[CaseResult]) -> bool:
+    """Whether any of the cases encodes smaller images."""
+    return any(case.case.image_scale is not None for case in cases)
 
 
 def _tokens_and_memory(profile: ProfileResult) -> Table:
     with_peaks = any(case.memory.peak is not None for case in profile.cases)
-    possible = (DRAFT, *MEMORY_STAGES)
+    possible = (*OPTIONAL, *MEMORY_STAGES)
     stages = [stage for stage in possible if any(stage in peaks for peaks in profile.stage_peaks.values())]
-    headings = ["kept", "avg", "KV cache", *(["peak"] if with_peaks else []), *stages]
+    scaled = _scaled(profile.cases)
+    headings = ["kept", *(["encoded"] if scaled else []), "avg", "KV cache", *(["peak"] if with_peaks else []), *stages]
     of_stages = f"; peaks within {', '.join(stages)} (trace)" if stages else ""
     rows = []
     for case in profile.cases:
         peaks = [size(case.memory.peak)] if with_peaks else []
         within = [size(_peak(profile, case, stage)) for stage in stages]
+        encoded = [str(encoded_cell(case))] if scaled else []
         average = number(round(case.tokens.layer_average, 1))
-        rows.append((case.case.label, number(case.tokens.kept), average, size(case.memory.kv_cache), *peaks, *within))
+        cache = size(case.memory.kv_cache)
+        rows.append((case.case.label, number(case.tokens.kept), *encoded, average, cache, *peaks, *within))
     return wrapped_table(f"Vision tokens and memory{of_stages}", headings, rows)
 
 
 def _operations(profile: ProfileResult) -> Table:
-    with_draft = any(DRAFT in (case.flops or ()) for case in profile.cases)
-    stages = (DRAFT, *MEMORY_STAGES) if with_draft else MEMORY_STAGES
+    further = (stage for stage in OPTIONAL if any(stage in (case.flops or ()) for case in profile.cases))
+    stages = (*further, *MEMORY_STAGES)
     rows = []
     for case in profile.cases:
         flops = (_flops(case, stage) for stage in stages)

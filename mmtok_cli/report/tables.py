@@ -13,8 +13,8 @@ from rich.text import Text
 from mmtok_cli.report.cells import Cell, Column, speedup_cell
 from mmtok_cli.report.columns import (
     COMPARED,
-    DRAFT,
     KEPT,
+    OPTIONAL,
     STAGES,
     kind_columns,
     layers_differ,
@@ -23,6 +23,8 @@ from mmtok_cli.report.columns import (
 )
 from mmtok_cli.report.text import printable
 from mmtok_cli.report.units import number, plural, seconds, size
+from mmtok_cli.rules import FIXED
+from mmtok_cli.stages import PREVIEW
 
 if TYPE_CHECKING:
     from mmtok_cli.budget import TokenCounts
@@ -76,6 +78,8 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
     tables = [speed_table(comparison)]
     if not comparison.results:
         return tables
+    if scale := terminal_columns(comparison, "scale"):
+        tables.append(case_table("Smaller images", comparison, scale))
     if terminal_columns(comparison, "throughput"):
         tables.append(throughput_table(comparison))
     if quality := terminal_columns(comparison, "quality"):
@@ -169,6 +173,11 @@ def rules_text(rules: Rules, settings: Sequence[str] | None = None) -> str:
     return ", ".join([*said, *map(printable, settings or ())])
 
 
+def encoded_text(tokens: TokenCounts) -> str:
+    """Vision tokens of each image as it was encoded, of those at their own size: "144/576", "100+144/1152"."""
+    return f"{'+'.join(map(str, tokens.encoded)) or tokens.total}/{tokens.total}"
+
+
 SHORT = "fewer tokens than the budget: the others are padding, or there are no more"
 
 
@@ -245,6 +254,31 @@ def ceiling(baseline: CaseResult) -> str:
     )
 
 
+def ceilings(results: Sequence[CaseResult]) -> list[str]:
+    """The ceiling of each baseline, and the same at each scale of the images."""
+    lines = []
+    for baseline in results:
+        if not baseline.case.is_baseline or not baseline.seconds:
+            continue
+        lines.append(ceiling(baseline))
+        scaled = [r for r in results if r.case.run == baseline.case.run and r.case.image_scale is not None]
+        first = {r.case.image_scale: r for r in reversed(scaled) if r.seconds and r.case.draft is None}
+        lines += [_ceiling_at(result, baseline) for result in reversed(first.values())]
+    return lines
+
+
+def _ceiling_at(result: CaseResult, baseline: CaseResult) -> str:
+    """The upper bound of the TTFT speedup of methods after the encoder that sees smaller images."""
+    median = {stage: times.median for stage, times in result.seconds.items()}
+    stages = [stage for stage in (PREVIEW, "prepare", "encode") if stage in median]
+    before = sum(median[stage] for stage in stages)
+    named = f"{', '.join(stages[:-1])} and {stages[-1]}"
+    return (
+        f"at scale {result.case.image_scale}, {named} take {seconds(before)}: methods after the encoder can reach a "
+        f"speedup (TTFT) of {sum(_before_and_prefill(baseline)) / before:.2f}x at most"
+    )
+
+
 def speedup_bound(baseline: CaseResult) -> float:
     """The speedup (TTFT) of a method after the encoder if neither selection nor prefill took any time."""
     before, prefill = _before_and_prefill(baseline)
@@ -260,7 +294,18 @@ def settings_text(environment: Environment) -> str:
     """Data type, quantization, attention kernel and whether the language model was compiled."""
     e = environment
     quantized = f" quantized to {e.quantization}" if e.quantization else ""
-    return f"{e.dtype}{quantized}, {e.attention} attention" + (", compiled" if e.compiled else "")
+    compiled = ", compiled" if e.compiled else ""
+    pixels = pixels_text(e.pixels)
+    return f"{e.dtype}{quantized}, {e.attention} attention{compiled}" + (f", {pixels}" if pixels else "")
+
+
+def pixels_text(pixels: str | None) -> str:
+    """The resolution of images in words; empty for models of fixed resolution."""
+    if not pixels:
+        return ""
+    if pixels.startswith(FIXED):
+        return f"images scaled to about {pixels.removeprefix(FIXED)} vision tokens each ({pixels})"
+    return f"images at {pixels} resolution"
 
 
 def environment_line(model: str, environment: Environment) -> Text:
@@ -283,7 +328,7 @@ def operator_table(operators: Sequence[Operator], top: int) -> Table:
     table.add_column("operator")
     for heading in ("calls", "CPU", "device"):
         table.add_column(heading, justify="right")
-    for stage in (DRAFT, *STAGES):
+    for stage in (*OPTIONAL, *STAGES):
         for rank, operator in enumerate([o for o in operators if o.stage == stage][:top]):
             device = seconds(operator.device_seconds) if operator.device_seconds else "–"
             first = stage if rank == 0 else ""
@@ -298,6 +343,8 @@ def answer_table(names: Sequence[str], runs: Sequence[TimedRun]) -> Table:
     for name in names:
         table.add_column(name, justify="right")
     table.add_row("vision tokens kept", *(f"{r.tokens[0].kept}/{r.tokens[0].total}" for r in runs))
+    if any(run.tokens[0].encoded for run in runs):
+        table.add_row("vision tokens encoded", *map(encoded_text, (run.tokens[0] for run in runs)))
     if layers_differ(run.tokens[0] for run in runs):
         table.add_row("layer average", *(number(round(run.tokens[0].layer_average, 1)) for run in runs))
     table.add_row("text tokens", *(str(run.tokens[0].text) for run in runs))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from mmtok_cli.report.cells import Cell, CsvColumn, Value, retention_cell, speedup_cell
-from mmtok_cli.report.tables import narrow_text, plain_table
+from mmtok_cli.report.tables import encoded_text, narrow_text, plain_table
 from mmtok_cli.report.units import number, plural, seconds, share, size
 
 if TYPE_CHECKING:
@@ -202,12 +202,16 @@ def conversation_table(name: str, turns: Sequence[TurnRun]) -> Table:
     keeping = any(turn.encoder_outputs for turn in turns)
     if keeping:
         table.add_column(ENCODED.heading, justify="right")
+    smaller = any(turn.tokens.encoded for turn in turns)
+    if smaller:
+        table.add_column("tokens encoded", justify="right")
     for place, turn in enumerate(turns, 1):
         table.add_row(
             *(str(place), f"{turn.tokens.kept}/{turn.tokens.total}", str(turn.tokens.text), str(turn.steps)),
             *(seconds(turn.seconds[stage]) for stage in TURN_STAGES),
             size(turn.kv_cache),
             *([size(turn.encoder_outputs)] if keeping else []),
+            *([encoded_text(turn.tokens)] if smaller else []),
         )
     return table
 

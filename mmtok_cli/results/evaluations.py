@@ -16,7 +16,7 @@ from mmtok_cli.errors import MMTokError
 from mmtok_cli.results.costs import SUFFIX, CostHeader, SampleCost, read_costs
 from mmtok_cli.results.run_directory import read_file, validation_message
 from mmtok_cli.results.schema import CaseId, Environment, Record
-from mmtok_cli.rules import Rules
+from mmtok_cli.rules import NATIVE, Rules
 from mmtok_cli.stages import STAGES
 
 RESULTS = "_results.json"
@@ -91,7 +91,12 @@ class Evaluation(Record):
 
     @property
     def is_baseline(self) -> bool:
-        return self.case is not None and self.case.method == "full"
+        return self.case is not None and self.case.is_baseline
+
+    @property
+    def pixels(self) -> str:
+        """The resolution of images."""
+        return (self.environment and self.environment.pixels) or NATIVE
 
 
 class Evaluations(Record):
@@ -127,7 +132,7 @@ def read_evaluations(paths: Sequence[Path]) -> Evaluations:
     newest: dict[Any, Evaluation] = {}
     for one in sorted(found, key=lambda one: one.date):
         tasks = tuple(sorted({score.task for score in one.scores}))
-        newest[one.label, one.case and one.case.model_dump_json(), one.model, one.rules, tasks] = one
+        newest[one.label, one.case and one.case.model_dump_json(), one.model, one.pixels, one.rules, tasks] = one
     kept = _distinct(sorted(newest.values(), key=lambda one: (not one.is_baseline, one.date)))
     remarks = []
     if len(kept) < len(found):
@@ -166,8 +171,9 @@ def _settings(one: Evaluation) -> dict[str, Any]:
     if one.case is None or one.rules is None:
         return {}
     draft = {} if one.case.draft is None else {"draft": one.case.draft, "draft tokens": one.case.draft_tokens}
+    scale = {} if one.case.image_scale is None else {"image scale": one.case.image_scale}
     rules = {"track": one.rules.track, "positions": one.rules.positions, "budgets mean": one.rules.budget_means}
-    return {"model": one.model, **one.case.parameters, **draft, **rules}
+    return {"model": one.model, "pixels": one.pixels, **one.case.parameters, **draft, **scale, **rules}
 
 
 def _files(path: Path, suffix: str) -> Iterator[Path]:
@@ -260,7 +266,7 @@ def _with_retention(one: Evaluation, others: Sequence[Evaluation]) -> Evaluation
     base = {
         (score.task, score.metric, score.filter): score
         for other in others
-        if other.is_baseline and other.model == one.model
+        if other.is_baseline and (other.model, other.pixels) == (one.model, one.pixels)
         for score in other.scores
     }
     scores = [

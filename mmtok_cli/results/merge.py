@@ -115,7 +115,7 @@ def _environment(comparisons: Sequence[Comparison], names: Sequence[str]) -> dic
     found: dict[str, Any] = {"compiled": all(one.environment.compiled for one in comparisons)}
     for field in type(comparisons[0].environment).model_fields:
         values = [getattr(one.environment, field) for one in comparisons]
-        texts = all(isinstance(value, str) for value in values) or field == "quantization"
+        texts = all(isinstance(value, str) for value in values) or field in ("quantization", "pixels")
         if texts and len(set(values)) > 1 and field != "git_commit":
             found[field] = ", ".join(f"{value or 'none'} ({name})" for value, name in zip(values, names, strict=True))
     return found

@@ -34,9 +34,9 @@ from mmtok_cli.results.schema import (
     cases_with_resize,
     cases_without_draft,
 )
-from mmtok_cli.rules import Positions, Rules, TurnPolicy
+from mmtok_cli.rules import NATIVE, Positions, Rules, TurnPolicy
 from mmtok_cli.settings import MOST_SAMPLES, CompareSettings
-from mmtok_cli.stages import DRAFT, STAGES
+from mmtok_cli.stages import ALL_STAGES, STAGES
 
 SUMS = ("ttft", "total")
 
@@ -51,6 +51,8 @@ def _require_plausible(tokens: TokenCounts) -> TokenCounts:
         raise ValueError("token counts must not be negative, and no more can be kept than there are")
     if not tokens.kept - 1 <= tokens.layer_average <= tokens.total + 1:  # which allows for rounding
         raise ValueError("the layer average must be between the numbers of kept and of all vision tokens")
+    if any(not 0 < one <= 10**9 for one in tokens.encoded):
+        raise ValueError("an image must be encoded to at least one vision token")
     return tokens
 
 
@@ -184,7 +186,7 @@ class CountedFlops(FileRecord):
     @model_validator(mode="after")
     def _has_all_stages(self) -> Self:
         _require_stages(self.flops, "total")
-        if not math.isclose(self.flops["total"], sum(self.flops.get(stage, 0.0) for stage in (DRAFT, *STAGES))):
+        if not math.isclose(self.flops["total"], sum(self.flops.get(stage, 0.0) for stage in ALL_STAGES)):
             raise ValueError("the total is not the sum of the stages")
         return self
 
@@ -476,7 +478,7 @@ class Plan(Record):
             return []
         size = min(planned.case.batch_size for planned in self.cases)
         mine = [(number, each.case) for number, each in enumerate(self.cases) if each.case.batch_size == size]
-        reduced = [number for number, case in mine if case.method != "full"]
+        reduced = [number for number, case in mine if case.method != "full" or case.image_scale is not None]
         return [(mine[0][0], None), *((number, policy) for number in reduced for policy in self.options.turns)]
 
     @property
@@ -549,6 +551,8 @@ def _file_sizes(sample: Sample) -> list[int | None]:
 def planned_case(case: CaseId, environment: Environment, common: Mapping[str, Any]) -> PlannedCase:
     """The case with a digest of its description, the settings that all cases share, and the environment."""
     where = environment.model_dump(exclude={"command", "fallback"})  # which a comparison never has
-    newer = ("draft", "draft_tokens", "repeat")  # keys of older runs know nothing of these
+    if where.get("pixels") in (None, NATIVE):
+        where.pop("pixels", None)
+    newer = ("draft", "draft_tokens", "repeat", "image_scale")  # keys of older runs know nothing of these
     without = {name for name in newer if getattr(case, name) is None}
     return PlannedCase(case=case, key=digest([case.model_dump(exclude=without), where, dict(common)]))

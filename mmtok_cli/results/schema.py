@@ -107,13 +107,18 @@ class Drift(Record):
 
 class Tokens(Record):
     """Per sample, on average: vision tokens before reduction, into the language model and per decoder layer; text
-    tokens of the prompt; tokens decoded, those of the longest answer of a batch."""
+    tokens of the prompt; tokens decoded, those of the longest answer of a batch.
+
+    encoded: vision tokens that the encoder made of the images; None where it saw all of them at their own size, and
+    these are `total`.
+    """
 
     total: float
     kept: float
     text: float
     layer_average: float
     new: float
+    encoded: float | None = None
 
 
 class Memory(Record):
@@ -273,6 +278,7 @@ class CaseId(Record):
     check of the noise. run: the label of the run, where several runs are merged. draft: where the first answer comes
     from that the method reads as well: "self", the name of a model, or "text:" and the text; draft_tokens: the most
     that it may have. repeat: which of several draws it is, from 1, of a method that is drawn several times.
+    image_scale: factor on both sides of the images, or "auto"; None at their own size.
     """
 
     method: str = Field(min_length=1)
@@ -284,17 +290,22 @@ class CaseId(Record):
     draft: str | None = None
     draft_tokens: Annotated[int, Field(ge=1)] | None = None
     repeat: Annotated[int, Field(ge=1)] | None = None
+    image_scale: Annotated[float, Field(gt=0, lt=1)] | Literal["auto"] | None = None
 
     def __str__(self) -> str:
-        return self.title if self.budget is None else f"{self.title} @ {self.budget}"
+        return case_name(f"{self._method}{' (again)' * self.again}", self.budget, self.image_scale)
 
     @property
     def title(self) -> str:
         """The case without its budget, for tables that have a column for it."""
+        return case_name(f"{self._method}{' (again)' * self.again}", None, self.image_scale)
+
+    @property
+    def _method(self) -> str:
         which = "" if self.repeat is None else f" (seed {self.parameters.get('seed')})"
         if "digest" in self.parameters and "file" in self.parameters:
             which = f" ({Path(self.parameters['file']).name})"
-        name = f"{self.method}{which}{' + draft' * (self.draft is not None)}{' (again)' * self.again}"
+        name = f"{self.method}{which}{' + draft' * (self.draft is not None)}"
         return f"{self.run}: {name}" if self.run else name
 
     @property
@@ -305,11 +316,17 @@ class CaseId(Record):
     @property
     def is_baseline(self) -> bool:
         """Whether this is the unreduced model that the others are compared with."""
-        return self.method == "full" and self.budget is None and not self.again
+        return self.method == "full" and self.budget is None and not self.again and self.image_scale is None
 
     @property
     def without_draft(self) -> CaseId:
         return self.model_copy(update={"draft": None, "draft_tokens": None})
+
+
+def case_name(method: str, budget: object, image_scale: float | str | None) -> str:
+    """ "mmtok @ 64, scale 0.5"; without what is None."""
+    name = method if budget is None else f"{method} @ {budget}"
+    return name if image_scale is None else f"{name}, scale {image_scale}"
 
 
 def cases_without_draft(cases: Sequence[CaseId]) -> dict[int, int]:
@@ -390,7 +407,8 @@ class CaseResult(OfCase):
     score: by the metric of the schedule: F1 for POPE, (accuracy + accuracy_plus) / 2 for MME, otherwise the mean over
     the samples. It and the fields below do not depend on the batch size; they are None if answers were not evaluated.
     retention_low, retention_high: bounds of a 95 % interval. draft: what the draft of the case is worth. groups: the
-    answers by what `resize` at the same budget answers.
+    answers by what `resize` at the same budget answers. saved: seconds that encode, prefill and ttft take less than
+    those of the baseline, median of the differences within rounds.
     """
 
     positions: Positions
@@ -421,6 +439,7 @@ class CaseResult(OfCase):
     fidelity: Fidelity | None = None
     draft: DraftEffect | None = None
     groups: ResizeGroups | None = None
+    saved: dict[str, float] = {}
 
 
 class TurnResult(OfCase):
@@ -485,7 +504,8 @@ class Environment(Record):
     weights_digest: of the model's weights, from a few values of each. quantization: how they were quantized. compiled:
     whether the language model was compiled. driver, cuda: versions, on an NVIDIA GPU. layers:
     decoder layers that were run, and those of the model, if only some were run; prefill, decode, KV cache and FLOPs are
-    then estimates. fallback: what `mmtok profile` measured in place of the model as it is, and why.
+    then estimates. fallback: what `mmtok profile` measured in place of the model as it is, and why. pixels: the
+    resolution of images, as with --pixels: "native" or "fixed:2048"; None for models of fixed resolution.
     """
 
     mmtok: str
@@ -509,6 +529,7 @@ class Environment(Record):
     compiled: bool = False
     layers: tuple[int, int] | None = None
     fallback: str | None = None
+    pixels: str | None = None
 
 
 class Schedule(Record):
@@ -550,9 +571,10 @@ class SamplePrediction(Record):
 
     run: label of the run, if several are reported together. sample: its number in the data, from 0. id: its name in the
     data, if it has one. question, references (the reference answers) and id are null in runs of versions that did not
-    record them. batch_size: of the evaluation. draft, draft_tokens: as in a CaseId. baseline_prediction,
-    baseline_score: of the unreduced model. kept, total: vision tokens. score: of this answer, by the metric; null
-    without reference answers. flip: "lost" if only the unreduced model's answer is right, "gained" if only this one is,
+    record them. batch_size: of the evaluation. draft, draft_tokens, image_scale: as in a CaseId. baseline_prediction,
+    baseline_score: of the unreduced model. kept, total: vision tokens. encoded: vision tokens of each image at the
+    size at which it was encoded, if that is not its own. score: of this answer, by the metric; null without reference
+    answers. flip: "lost" if only the unreduced model's answer is right, "gained" if only this one is,
     otherwise empty. kl, top1, same: closeness to the unreduced model, as in a Fidelity, of this sample alone (null for
     answers of a serving engine); a divergence that is not finite is a string.
     """
@@ -572,10 +594,12 @@ class SamplePrediction(Record):
     again: bool
     draft: str | None
     draft_tokens: int | None
+    image_scale: float | str | None = None
     prediction: str
     baseline_prediction: str
     kept: int | None
     total: int | None
+    encoded: list[int] | None = None
     score: float | None
     baseline_score: float | None
     flip: Literal["lost", "gained", ""]

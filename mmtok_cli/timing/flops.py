@@ -15,7 +15,7 @@ from mmtok_cli.cases import Case
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.results.schema import FlopCoverage, Flops
-from mmtok_cli.stages import CHECK, DRAFT, STAGES
+from mmtok_cli.stages import ALL_STAGES, CHECK, STAGES
 from mmtok_cli.timing.clock import Stages
 from mmtok_cli.timing.partial import last_layer, missing_layers, of_whole_model
 
@@ -74,7 +74,8 @@ def measure_flops(
     stages = Stages(counter.get_total_flops)
     with SeenOperators() as seen, counter, last_layer(model, counter.get_total_flops) as spans:
         case.answer(model, samples, max_new_tokens, stages.stage, ignore_eos=ignore_eos)
-    stages_of_case = (DRAFT, *STAGES) if case.draft else STAGES
+    seen_stages = {name for name, _, _ in stages.spans}
+    stages_of_case = tuple(name for name in ALL_STAGES if name in STAGES or name in seen_stages)
     counted, last = (dict.fromkeys(stages_of_case, 0.0) for _ in range(2))
     for flops, found in ((counted, stages.spans), (last, spans)):
         for name, start, end in found:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, median
 from typing import Literal
 
+from mmtok_cli.budget import TokenCounts
 from mmtok_cli.results.records import GpuState, MachineState, TimedRun
 from mmtok_cli.results.schema import (
     CaseId,
@@ -21,6 +22,8 @@ from mmtok_cli.results.schema import (
     Tokens,
 )
 from mmtok_cli.timing.statistics import drift, outliers, paired_speedup, summarise
+
+SAVED = ("encode", "prefill", "ttft")
 
 
 def summarise_case(
@@ -55,6 +58,7 @@ def summarise_case(
         short=sum(tokens.short for run in once for tokens in run.tokens),
         seconds=seconds,
         speedup={stage: speedup for stage, speedup in speedups.items() if speedup},
+        saved={} if baseline is None else {stage: _saved(pairs, stage) for stage in SAVED},
         overhead=median(map(_overhead, runs)),
         decode_tokens_per_second=_decode_speed(runs),
         batch_decode_tokens_per_second=_batch_decode_speed(runs),
@@ -85,6 +89,11 @@ def _speedup(pairs: Sequence[tuple[TimedRun, TimedRun | None]], stage: str) -> S
     before = [_seconds_of(base, stage) for _, base in pairs if base]
     after = [_seconds_of(run, stage) for run, base in pairs if base]
     return paired_speedup(before, after) if before and min(*before, *after) > 0 else None
+
+
+def _saved(pairs: Sequence[tuple[TimedRun, TimedRun | None]], stage: str) -> float:
+    """Seconds of a stage that a case takes less than its baseline in the same round, median."""
+    return median(base.seconds[stage] - run.seconds[stage] for run, base in pairs if base)
 
 
 def _seconds_of(run: TimedRun, stage: str) -> float:
@@ -162,7 +171,13 @@ def _tokens(once: Sequence[TimedRun]) -> Tokens:
         text=fmean(c.text for c in counts),
         layer_average=fmean(c.layer_average for c in counts),
         new=fmean(run.steps for run in once),
+        encoded=mean_encoded(counts),
     )
+
+
+def mean_encoded(counts: Sequence[TokenCounts]) -> float | None:
+    """Vision tokens that the encoder made, per sample; None where all images had their own size."""
+    return fmean(sum(c.encoded) or c.total for c in counts) if any(c.encoded for c in counts) else None
 
 
 def _first_of_each_batch(runs: Sequence[TimedRun]) -> list[TimedRun]:

@@ -23,7 +23,7 @@ from mmtok_cli.errors import MMTokError
 from mmtok_cli.files import write_whole
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.results.profile import MemoryTimeline, Operator, StageSpan
-from mmtok_cli.stages import CHECK, DRAFT, STAGES
+from mmtok_cli.stages import ALL_STAGES, CHECK
 
 # TensorBoard's profiler plugin knows the category "Runtime"; torch writes these names for the same thing.
 RUNTIME_CATEGORIES = ("cuda_runtime", "cuda_driver")
@@ -71,7 +71,7 @@ def trace_case(
     spans = [
         (event["name"], event["ts"], event["ts"] + event["dur"])
         for event in events["traceEvents"]
-        if event.get("cat") == "user_annotation" and event["name"] in (DRAFT, *STAGES)
+        if event.get("cat") == "user_annotation" and event["name"] in ALL_STAGES
     ]
     levels = _levels(events, model.device)
     operators, peaks, memory = _operators(profiler, case), _peaks(levels, spans), timeline(case.id.label, levels, spans)
@@ -107,7 +107,7 @@ def _operators(profiler: Any, case: Case) -> list[Operator]:
     spans = [
         (e.name, e.time_range.start, e.time_range.end)
         for e in events
-        if e.name in (DRAFT, *STAGES, CHECK) and e.is_user_annotation
+        if e.name in (*ALL_STAGES, CHECK) and e.is_user_annotation
     ]
     spans.sort(key=lambda span: span[2] - span[1])  # of nested stages the inner one counts
     totals: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0, 0.0, 0.0])
@@ -124,7 +124,7 @@ def _operators(profiler: Any, case: Case) -> list[Operator]:
         Operator(case=case.id.label, stage=stage, name=name, calls=int(calls), cpu_seconds=cpu, device_seconds=device)
         for (stage, name), (calls, cpu, device) in totals.items()
     ]
-    return sorted(operators, key=lambda o: ((DRAFT, *STAGES).index(o.stage), -(o.device_seconds or o.cpu_seconds)))
+    return sorted(operators, key=lambda o: (ALL_STAGES.index(o.stage), -(o.device_seconds or o.cpu_seconds)))
 
 
 def _levels(trace: dict[str, Any], device: torch.device) -> list[Level]:

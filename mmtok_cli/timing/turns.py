@@ -7,8 +7,8 @@ from mmtok_cli.conversation import Conversation
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.results.records import TurnRun
-from mmtok_cli.rules import TurnPolicy
-from mmtok_cli.stages import STAGES
+from mmtok_cli.rules import AUTO, TurnPolicy
+from mmtok_cli.stages import PREVIEW, STAGES
 from mmtok_cli.timing.clock import Clock, with_sums
 
 
@@ -32,7 +32,9 @@ def run_conversation(
         rules=case.rules,
         max_new_tokens=max_new_tokens,
         encode_again=encode_again,
+        image_scale=case.image_scale,
     ) as conversation:
+        stages = (*STAGES, PREVIEW) if case.image_scale == AUTO else STAGES
         for turn in sample.turns:
             clock = Clock(model.device)
             answer = conversation.ask(turn.question, clock.stage)
@@ -40,7 +42,7 @@ def run_conversation(
                 TurnRun(
                     answer=answer.text,
                     score=None,
-                    seconds=with_sums(dict.fromkeys(STAGES, 0.0) | clock.stages()),
+                    seconds=with_sums(dict.fromkeys(stages, 0.0) | clock.stages()),
                     tokens=answer.tokens,
                     steps=len(answer.token_ids),
                     kv_cache=answer.kv_cache_bytes,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from PIL.Image import Image
 
 from mmtok_cli.report import checks, tables
-from mmtok_cli.report.cells import Column, missing, rows
+from mmtok_cli.report.cells import Column, rows
 from mmtok_cli.report.columns import KEPT, kind_columns, section_columns
 from mmtok_cli.report.page import charts
 from mmtok_cli.report.page.environment import batch_sizes, environment_facts
@@ -83,7 +83,7 @@ def page_text(comparison: Comparison, overlays: Sequence[OverlayGroup] = ()) -> 
         overlays=list(map(_overlays, overlays)),
         turns=shown_columns(comparison),
         turn_rows=_turn_rows(comparison),
-        ceiling="" if missing(comparison.results[0]) else tables.ceiling(comparison.results[0]),
+        ceiling="; ".join(tables.ceilings(comparison.results)),
         notes=checks.notes(comparison, ceilings=False),
         environment=environment_facts(comparison),
         command=shlex.join(comparison.environment.command),

@@ -6,15 +6,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mmtok_cli.report.columns import DRAFT, is_scored, stage_seconds
+from mmtok_cli.report.columns import is_scored, stage_seconds
 from mmtok_cli.report.page.scales import Scale, linear, logarithmic
 from mmtok_cli.report.page.scores import PlottedScore, plotted_score
 from mmtok_cli.report.units import number, seconds, share
+from mmtok_cli.stages import ALL_STAGES
 
 if TYPE_CHECKING:
     from mmtok_cli.results.schema import CaseResult, Comparison, OfCase
 
-STACKED = (DRAFT, "prepare", "encode", "select", "prefill", "decode")
+STACKED = ALL_STAGES
 
 
 @dataclass(frozen=True)
