@@ -44,7 +44,7 @@ test-newest: .venv/installed-test ## run the tests marked compat with the newest
 test-engines: test-vllm test-lmms ## run the tests with vLLM and lmms-eval, in .venv-vllm and .venv-lmms
 
 test-vllm test-lmms: test-%: .venv-%/installed
-	.venv-$*/bin/pytest --confcutdir tests/engines tests/engines/$*
+	.venv-$*/bin/pytest --confcutdir tests/engines tests/engines/$* $(SELECT)
 
 check: .venv/installed-test ## lint, format and types
 	$(BIN)/ruff check .

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import mmtok_cli
 
 EXAMPLE = Path(mmtok_cli.__file__).parent / "demo" / "example.png"
@@ -30,6 +32,7 @@ def printed(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.extended
 def test_profile_under_load(tmp_path: Path) -> None:
     command = "profile --engine vllm --method mmtok,random --budget 64 --concurrency 1,4 --rounds 6 --requests 6 --json"
     found = printed(mmtok(tmp_path, *command.split(), "--export", "load.md"))
@@ -56,6 +59,7 @@ def test_profile_under_load(tmp_path: Path) -> None:
     assert mmtok_["speedup"].keys() >= {"throughput", "ttft"} and mmtok_["speedup"]["ttft"]["low"] is not None
 
 
+@pytest.mark.extended
 def test_quality_is_that_without_an_engine(tmp_path: Path) -> None:
     """The same samples, metric and cases: the same answers, one by one."""
     command = ["compare", "--methods", "mmtok,random", "--budget", "16,10%", "--limit", 40, "--json"]

@@ -34,7 +34,10 @@ def picture(size: tuple[int, int], seed: int) -> Image.Image:
     return Image.fromarray((cells * 255).byte().numpy()).resize(size, Image.Resampling.NEAREST)
 
 
-@pytest.fixture(scope="module", params=list(SIZES))
+@pytest.fixture(
+    scope="module",
+    params=["llava_next", pytest.param("qwen2_5_vl", marks=pytest.mark.extended), "qwen3_vl"],
+)
 def engine(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, start: Callable[..., Engine]
 ) -> Any:
