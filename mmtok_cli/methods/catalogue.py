@@ -29,6 +29,7 @@ BUILT_IN = {
     "vispruner": "mmtok_cli.methods.vispruner:VisPruner",
     "divprune": "mmtok_cli.methods.divprune:DivPrune",
     "cdpruner": "mmtok_cli.methods.cdpruner:CDPruner",
+    "gots": "mmtok_cli.methods.gots:GOTS",
     "fastv": "mmtok_cli.methods.fastv:FastV",
     "sparsevlm": "mmtok_cli.methods.sparsevlm:SparseVLM",
     "sparsevlm:v2": "mmtok_cli.methods.sparsevlm:SparseVLM2",
