@@ -30,6 +30,7 @@ BUILT_IN = {
     "divprune": "mmtok_cli.methods.divprune:DivPrune",
     "cdpruner": "mmtok_cli.methods.cdpruner:CDPruner",
     "gots": "mmtok_cli.methods.gots:GOTS",
+    "scope": "mmtok_cli.methods.scope:SCOPE",
     "fastv": "mmtok_cli.methods.fastv:FastV",
     "sparsevlm": "mmtok_cli.methods.sparsevlm:SparseVLM",
     "sparsevlm:v2": "mmtok_cli.methods.sparsevlm:SparseVLM2",
