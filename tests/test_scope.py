@@ -70,7 +70,7 @@ def test_what_cannot_be_picked_is_refused() -> None:
         salient_coverage(features, saliency.index_fill(1, torch.tensor(4), torch.nan), 2)
     with pytest.raises(MMTokError, match="an exponent of -1"):
         make_method("scope", alpha=-1.0)
-    with pytest.raises(MMTokError, match="scope.combine cannot be 'max'"):
+    with pytest.raises(MMTokError, match=r"scope\.combine cannot be 'max'"):
         make_method("scope", combine="max")
 
 

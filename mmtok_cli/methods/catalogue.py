@@ -31,6 +31,7 @@ BUILT_IN = {
     "cdpruner": "mmtok_cli.methods.cdpruner:CDPruner",
     "gots": "mmtok_cli.methods.gots:GOTS",
     "scope": "mmtok_cli.methods.scope:SCOPE",
+    "hiprune": "mmtok_cli.methods.hiprune:HiPrune",
     "fastv": "mmtok_cli.methods.fastv:FastV",
     "sparsevlm": "mmtok_cli.methods.sparsevlm:SparseVLM",
     "sparsevlm:v2": "mmtok_cli.methods.sparsevlm:SparseVLM2",
