@@ -32,6 +32,7 @@ BUILT_IN = {
     "gots": "mmtok_cli.methods.gots:GOTS",
     "scope": "mmtok_cli.methods.scope:SCOPE",
     "hiprune": "mmtok_cli.methods.hiprune:HiPrune",
+    "otprune": "mmtok_cli.methods.otprune:OTPrune",
     "fastv": "mmtok_cli.methods.fastv:FastV",
     "sparsevlm": "mmtok_cli.methods.sparsevlm:SparseVLM",
     "sparsevlm:v2": "mmtok_cli.methods.sparsevlm:SparseVLM2",

@@ -188,37 +188,68 @@ def greedy_lazy(
         order `[b, k]`, gains `[b, k]` with the prior, and how many gains were evaluated in all. Order and gains equal
         those of `greedy_exhaustive` to the bit: every gain is summed afresh, and the lowest index wins a tie.
     """
-    batch, n, targets = matrix.shape
-    rows = matrix.view(batch * n, targets)
-    first_row = torch.arange(0, batch * n, n, device=matrix.device).unsqueeze(1)
-    best = matrix.new_zeros(batch, 1, targets)
-    buffer = matrix.new_empty(batch * min(_LARGEST_BLOCK, n), targets)
-    bound = _with_prior(matrix.sum(-1), factor, bonus).masked_fill_(excluded, -torch.inf)
-    order, gains, evaluated = [], [], 0
+    lazy = LazyGains(matrix, excluded, factor, bonus)
+    order, gains = [], []
     for _ in range(k):
-        size = min(_FIRST_BLOCK, n)
-        old, block = bound.topk(size, sorted=False)
+        gain, winner = lazy.best()
+        order.append(winner)
+        gains.append(gain)
+        lazy.take(winner)
+    return _joined(order, matrix, torch.int64), _joined(gains, matrix, matrix.dtype), lazy.evaluated
+
+
+class LazyGains:
+    """What tokens would add to the present coverage, evaluated only for those that may be the best.
+
+    Arguments as in `greedy_lazy`. cover: `[b, 1, targets]`, how well each target is covered. evaluated: how many gains
+    were computed in all.
+    """
+
+    def __init__(
+        self, matrix: Tensor, excluded: Tensor, factor: Tensor | None = None, bonus: Tensor | None = None
+    ) -> None:
+        self.batch, self.tokens, targets = matrix.shape
+        self.rows = matrix.view(self.batch * self.tokens, targets)
+        self.first_row = torch.arange(0, len(self.rows), self.tokens, device=matrix.device).unsqueeze(1)
+        self.buffer = matrix.new_empty(self.batch * min(_LARGEST_BLOCK, self.tokens), targets)
+        self.prior, self.has_prior = (factor, bonus), factor is not None or bonus is not None
+        self.bound = _with_prior(matrix.sum(-1), factor, bonus).masked_fill_(excluded, -torch.inf)
+        self.cover = matrix.new_zeros(self.batch, 1, targets)
+        self.evaluated = 0
+
+    def best(self) -> tuple[Tensor, Tensor]:
+        """The largest gain of each image and its token, `[b, 1]` each: the lowest index on ties."""
+        size = min(_FIRST_BLOCK, self.tokens)
+        old, block = self.bound.topk(size, sorted=False)
         while True:
-            chosen = torch.index_select(rows, 0, (block + first_row).view(-1), out=buffer[: batch * size])
-            fresh = chosen.view(batch, size, targets).sub_(best).relu_().sum(-1)
-            fresh = _with_prior(fresh, *(x if x is None else x.gather(1, block) for x in (factor, bonus)))
-            evaluated += batch * size
             # Bounds only go down, so picked and excluded tokens stay at minus infinity.
-            bound.scatter_(1, block, torch.minimum(old, fresh))
-            gain, winner = bound.max(1, keepdim=True)
+            self.bound.scatter_(1, block, torch.minimum(old, self.gains(block)))
+            gain, winner = self.bound.max(1, keepdim=True)
             # The winner must itself be fresh. Comparing its gain with the next bound instead would let a token with
             # a higher index win a tie.
             if bool((block == winner).any(1).all()):
-                break
-            size = min(2 * size, _LARGEST_BLOCK, n)
-            old, block = bound.topk(size, sorted=False)
+                return gain, winner
+            size = min(2 * size, _LARGEST_BLOCK, self.tokens)
+            old, block = self.bound.topk(size, sorted=False)
             # Among more ties than a block holds, topk may leave the winner out for ever.
             old[:, -1:], block[:, -1:] = gain, winner
-        order.append(winner)
-        gains.append(gain)
-        bound.scatter_(1, winner, -torch.inf)
-        best = torch.maximum(best, rows.index_select(0, (winner + first_row).view(-1)).unsqueeze(1))
-    return _joined(order, matrix, torch.int64), _joined(gains, matrix, matrix.dtype), evaluated
+
+    def gains(self, block: Tensor) -> Tensor:
+        """What the tokens of a block `[b, size]` would add: `[b, size]`."""
+        batch, size = block.shape
+        out = self.buffer[: batch * size]
+        chosen = torch.index_select(self.rows, 0, (block + self.first_row).view(-1), out=out)
+        fresh = chosen.view(batch, size, -1).sub_(self.cover).relu_().sum(-1)
+        self.evaluated += batch * size
+        if self.has_prior:
+            fresh = _with_prior(fresh, *(x if x is None else x.gather(1, block) for x in self.prior))
+        return fresh
+
+    def take(self, winner: Tensor) -> None:
+        """Cover what the tokens `[b, 1]` cover, and never offer them again."""
+        self.bound.scatter_(1, winner, -torch.inf)
+        rows = self.rows.index_select(0, (winner + self.first_row).view(-1))
+        self.cover = torch.maximum(self.cover, rows.unsqueeze(1))
 
 
 def greedy_exhaustive(
