@@ -44,7 +44,7 @@ Hooks, in the order in which they are called
     cuts      inside the language model: before which decoder layers tokens are dropped, and how many stay (see Cut)
     queries   for cuts that read attention: the text tokens whose attention is read
     choose    at each cut: which tokens stay (see LayerTokens)
-    `count` (how a percentage is rounded), `across_crops` and `select_batch` are rarely needed.
+    `count` (how a percentage is rounded), `across_crops`, `select_crops` and `select_batch` are rarely needed.
     select and choose return a Selection: indices in ascending order, each once, exactly as many as asked for. What a
     hook returns is checked in every run, and whatever it raises is reported as the method's fault. Tensors that a hook
     is given must not be changed in place: rows of the method's own go into `Selection.tokens`.
@@ -123,8 +123,9 @@ class Method:
     nested: the picks at a smaller budget are the first picks at a larger one, in `Selection.order`; `compare --retain`
         then selects once for all budgets.
     per_crop: where a model cuts an image into crops, `select` is called for each crop with a part of the budget, as in
-        methods that act on the encoder's output (see `across_crops`); otherwise once for the packed sequence of all
-        crops, line ends included. A method that reads signals must set it.
+        methods that act on the encoder's output (see `across_crops`, and `select_crops` for one budget over all crops);
+        otherwise once for the packed sequence of all crops, line ends included. A method that reads signals must set
+        it.
     positions: "keep" or "renumber": whether the authors' code leaves kept tokens at their positions in the whole
         prompt, as FastV's does, or numbers them consecutively.
     keeps_padding: in the authors' code padding can be selected; the released track then shows all tokens as eligible.
@@ -193,6 +194,14 @@ class Method:
         Called once for each image, for methods that are `per_crop`. Put results into the crops' `signals`.
         """
         return crops
+
+    def select_crops(self, crops: Sequence[VisionTokens], text: TextTokens, budget: int) -> list[Selection]:
+        """Choose `budget` tokens of all crops of an image together: a Selection for each crop, which may be empty.
+
+        Called in place of `across_crops` and `select` for methods that are `per_crop` and override it. Others get each
+        crop with an even share of the budget.
+        """
+        raise NotImplementedError
 
     def select(self, vision: VisionTokens, text: TextTokens, budget: int) -> Selection:
         """Choose `budget` of the image's vision tokens, fewer than `vision.total`."""

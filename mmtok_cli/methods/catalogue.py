@@ -21,6 +21,7 @@ BUILT_IN = {
     "mmtok": "mmtok_cli.methods.mmtok:MMTok",
     "mmtok:text": "mmtok_cli.methods.mmtok:TextCoverage",
     "mmtok:vision": "mmtok_cli.methods.mmtok:VisionCoverage",
+    "mmtok:stack": "mmtok_cli.methods.stacktok:StackTok",
     "mmtok:loop": "mmtok_cli.methods.greedy_loop:GreedyLoop",
     "random": "mmtok_cli.methods.random:Random",
     "random:inside": "mmtok_cli.methods.random:RandomInside",
