@@ -98,8 +98,13 @@ def conditional_kernel(projected: Tensor, relevance: Tensor) -> Tensor:
 
     projected: `[batch, n, d]`, behind the projector; relevance: `[batch, n]`.
     """
+    import torch
+
+    from mmtok_cli.methods.coverage import self_product
+
     unit, weight = unit_rows(projected.float()), relevance.float()
-    return weight.unsqueeze(2) * (unit @ unit.mT) * weight.unsqueeze(1)
+    cosines = torch.stack([self_product(rows) for rows in unit])
+    return cosines.mul_(weight.unsqueeze(2)).mul_(weight.unsqueeze(1))
 
 
 @without_gradients

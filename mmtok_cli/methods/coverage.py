@@ -289,13 +289,15 @@ def released_unit_rows(x: Tensor) -> Tensor:
     return (x / length.where(length > 0, 1)).float()
 
 
-def self_product(x: Tensor, out: Tensor) -> None:
-    """`x @ x.T` into `out`, which is symmetric, so the part below the blocks on the diagonal is copied."""
+def self_product(x: Tensor, out: Tensor | None = None) -> Tensor:
+    """`x @ x.T`, into `out` if given. It is symmetric, so the part below the blocks on the diagonal is copied."""
     n = len(x)
+    out = x.new_empty(n, n) if out is None else out
     for start in range(0, n, _PRODUCT_BLOCK):
         stop = min(start + _PRODUCT_BLOCK, n)
         torch.mm(x[start:stop], x[start:].T, out=out[start:stop, start:])
         out[stop:, start:stop] = out[start:stop, stop:].T
+    return out
 
 
 def _with_batch(x: _Given, dim: int) -> _Given:

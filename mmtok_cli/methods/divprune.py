@@ -92,5 +92,6 @@ def farthest_points(features: Tensor, k: int, excluded: Tensor | None = None) ->
 
 def cosine_distances(features: Tensor) -> Tensor:
     """One minus the cosine between all rows of `[n, d]`: `[n, n]`. A zero row is at distance 1 from every row."""
-    unit = unit_rows(features)
-    return 1 - unit @ unit.T
+    from mmtok_cli.methods.coverage import self_product
+
+    return 1 - self_product(unit_rows(features))

@@ -62,7 +62,8 @@ def gated_coverage(
     if not 0 <= k <= left:
         raise MMTokError(f"cannot keep {k} vision tokens: {left} are eligible")
     temperatures = {"text_temperature": text_temperature, "vision_temperature": vision_temperature}
-    crops = [_Crop(text, *crop, k, temperatures, beta) for crop in zip(projected, features, excluded, strict=True)]
+    given = zip(projected, features, excluded, strict=True)
+    crops = [_Crop(text, *crop, k, temperatures, beta, competes=len(projected) > 1) for crop in given]
     for _ in range(k):
         max(crops, key=lambda crop: crop.nominee[0]).take()
     found = []
@@ -78,7 +79,8 @@ def gated_coverage(
 class _Crop:
     """Coverage of the question and of the image by the tokens of one crop.
 
-    nominee: what its next token adds to both coverages, minus infinity where no token is left, and that token.
+    nominee: what its next token adds to both coverages, minus infinity where no token is left, and that token. Without
+    other crops the first is not computed.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class _Crop:
         k: int,
         temperatures: dict[str, float],
         beta: tuple[float, float],
+        competes: bool,
     ) -> None:
         self.for_text, self.for_image = (
             coverage_matrix(words, projected[None].float(), patches, alpha=1, **temperatures)[0]
@@ -104,6 +107,7 @@ class _Crop:
         self.demands = (self.beta * self.curve).tolist()
         self.lazy = LazyGains(self.for_image[None], excluded[None])
         self.text_cover = torch.zeros_like(self.for_text[0])
+        self.competes = competes
         self.order: list[int] = []
         self.nominee = self._nominate()
 
@@ -128,12 +132,14 @@ class _Crop:
             gain, token = served[1]()
         if gain <= 0:
             token = int(self.free.int().argmax())
+        if not self.competes:
+            return 0.0, token
         text_gain = float((self.for_text[token] - self.text_cover).relu().sum())
         return text_gain + float(self.lazy.gains(torch.tensor([[token]], device=self.free.device))), token
 
     def _for_text(self) -> tuple[float, int]:
-        gains = (self.for_text - self.text_cover).relu_().sum(1).masked_fill_(~self.free, -math.inf)
-        gain, token = gains.max(0)
+        gains = (self.for_text - self.text_cover).relu_().sum(1)
+        gain, token = gains.where(self.free, -math.inf).max(0)
         return float(gain), int(token)
 
     def _for_image(self) -> tuple[float, int]:

@@ -68,9 +68,7 @@ def covariance_kernel(features: Tensor, gamma: float) -> Tensor:
     from mmtok_cli.methods.coverage import self_product
 
     columns = features.float()
-    lengths = columns.norm(dim=0)
-    products, kernel = (columns.new_empty(len(columns), len(columns)) for _ in range(2))
-    self_product(columns / torch.where(lengths > 0, lengths, 1), out=products)
-    self_product(products, out=kernel)
-    kernel.mul_(gamma).diagonal().add_(1)
+    lengths = columns.square().sum(0).sqrt()  # `norm` over the first axis takes ten times as long
+    kernel = self_product(self_product(columns / torch.where(lengths > 0, lengths, 1))).mul_(gamma)
+    kernel.diagonal().add_(1)
     return kernel

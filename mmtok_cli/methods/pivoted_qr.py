@@ -68,21 +68,19 @@ def _above(order: Tensor, energies: Tensor, floor: float) -> tuple[Tensor, Tenso
     return order[~noise], energies[~noise]
 
 
-def _direction(row: Tensor, basis: Tensor, energy: Tensor | float) -> Tensor:
-    """What a row adds to the earlier directions [picks, d], over the root of its residual energy: [d]."""
-    residual = torch.addmv(row, basis.T, basis @ row, alpha=-1) if len(basis) else row
-    return residual / energy**0.5
-
-
 def _sweep(x: Tensor, norms: Tensor, k: int, floor: float) -> tuple[Tensor, Tensor]:
     """`k` picks with the energies of all rows updated each time; nothing waits for the device."""
-    energy, basis = norms.clone(), x.new_zeros(k, x.shape[1])
+    energy, basis, along = norms.clone(), x.new_empty(k, x.shape[1]), x.new_empty(k, len(x))
     order, energies = [], []
     least = max(floor, torch.finfo(torch.float32).tiny)
     for step in range(k):
         best, pick = energy.max(0, keepdim=True)
-        basis[step] = _direction(x[pick].squeeze(0), basis[:step], best.clamp(min=least))
-        energy = energy.addcmul(*2 * [x @ basis[step]], value=-1).index_fill_(0, pick, -torch.inf)
+        row = x.index_select(0, pick).squeeze(0)
+        if step:
+            row.addmv_(basis[:step].T, along[:step].index_select(1, pick).squeeze(1), alpha=-1)
+        torch.mul(row, best.clamp(min=least).rsqrt(), out=basis[step])
+        torch.mv(x, basis[step], out=along[step])
+        energy.addcmul_(along[step], along[step], value=-1).index_fill_(0, pick, -torch.inf)
         order.append(pick)
         energies.append(best)
     return torch.cat(order), torch.cat(energies)
@@ -151,8 +149,10 @@ class _Lazy:
         return row, best
 
     def _add_direction(self, row: Tensor, energy: float) -> None:
+        """Add what a row of this residual energy has outside of the earlier directions, to length 1."""
+        basis, new = self.basis[: self.step], self.basis[self.step]
         if energy > 0:
-            self.basis[self.step] = _direction(row, self.basis[: self.step], energy)
+            torch.addmv(row, basis.T, basis @ row, alpha=-1, out=new).mul_(energy**-0.5)
         self.step += 1
 
     def _admit(self, row: int) -> None:

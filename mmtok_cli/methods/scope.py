@@ -115,8 +115,8 @@ def salient_coverage(
     if not 0 <= k <= eligible:
         raise MMTokError(f"cannot keep {k} vision tokens: {eligible} of {n} are eligible")
     cosines = torch.empty(batch, n, n, device=features.device)
-    for image in range(batch):
-        self_product(unit_rows(features[image].float()), out=cosines[image])
+    for image, out in zip(features, cosines, strict=True):
+        self_product(unit_rows(image.float()), out=out)
     # A token that is not finite spoils its entry in every row, so one row shows them all.
     if not bool(cosines[:, :1].isfinite().all() & saliency.isfinite().all()):
         raise MMTokError("features or saliency hold NaN or infinity", "score in a wider dtype")
