@@ -66,6 +66,17 @@ def select(
     return list(selections)
 
 
+def select_crops(method: Method, crops: Sequence[VisionTokens], text: TextTokens, budget: int) -> list[Selection]:
+    """`Method.select_crops`: one Selection for each crop, `budget` tokens in all."""
+    with _calling(method, "select_crops"):
+        selections = method.select_crops(crops, text, budget)
+    if not isinstance(selections, (list, tuple)) or len(selections) != len(crops):
+        raise fault(method, "select_crops", f"must return a list of {len(crops)} selections, one for each crop")
+    for tokens, selection in zip(crops, selections, strict=True):
+        _check_shapes(method, "select_crops", selection, tokens.projected)
+    return list(selections)
+
+
 def check_selections(
     method: Method, vision: Sequence[VisionTokens], budgets: Sequence[int], selections: Sequence[Selection]
 ) -> None:

@@ -410,16 +410,24 @@ def select(
             "per_crop",
             "must be True: the method reads signals of the encoder, which this model has for each crop of an image",
         )
+    joint = {number: task for number, task in enumerate(tasks) if _crops_are_joint(method, task)}
+    together = {number: _select_crops(method, task, stage) for number, task in joint.items()}
+    if len(together) == len(tasks):
+        return [*together.values()]
     with stage("select"):
-        parts = [_crop_tasks(method, task) for task in tasks]
+        parts = [[] if number in joint else _crop_tasks(method, task) for number, task in enumerate(tasks)]
         # A crop without a share of the budget is not shown to the method.
         shown: dict[tuple[int, int], SelectionTask] = {}
         for number, (task, crops) in enumerate(zip(tasks, parts, strict=True)):
-            shown |= {(number, place): crop for place, crop in enumerate(crops or [task]) if crop.budget or not crops}
+            if number not in joint:
+                places = enumerate(crops or [task])
+                shown |= {(number, place): crop for place, crop in places if crop.budget or not crops}
     chosen, selections = iter(_select_shown(method, shown, stage, picks)), []
     with stage("select"):
-        for task, crops in zip(tasks, parts, strict=True):
-            if task.vision.crops is None or not crops:
+        for number, (task, crops) in enumerate(zip(tasks, parts, strict=True)):
+            if number in together:
+                selections.append(together[number])
+            elif task.vision.crops is None or not crops:
                 selections.append(next(chosen))
             else:
                 nothing = Selection(torch.empty(0, dtype=torch.int64, device=task.vision.projected.device))
@@ -451,6 +459,27 @@ def _select_shown(
         found = zip(shown, selected, strict=True)
         picks |= {(method, *place): selection for place, selection in found if selection.order is not None}
     return selected
+
+
+def _crops_are_joint(method: Method, task: SelectionTask) -> bool:
+    """Whether the method chooses among all crops of the image at once."""
+    overrides = type(method).select_crops is not Method.select_crops
+    return overrides and method.per_crop and task.vision.crops is not None and task.budget < task.vision.total
+
+
+def _select_crops(method: Method, task: SelectionTask, stage: Stage) -> Selection:
+    crops = task.vision.crops
+    assert crops is not None  # see `_crops_are_joint`
+
+    def given() -> list[Tensor]:
+        return [tensor for crop in crops.tokens for tensor in (crop.projected, crop.eligible)]
+
+    with hooks.unchanged(method, given, stage), stage("select"):
+        chosen = hooks.select_crops(method, crops.tokens, task.text, task.budget)
+    with stage(CHECK):
+        hooks.check_selections(method, crops.tokens, [selection.kept for selection in chosen], chosen)
+    with stage("select"):
+        return crops.join(chosen)
 
 
 def _crop_tasks(method: Method, task: SelectionTask) -> list[SelectionTask]:

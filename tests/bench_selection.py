@@ -1,5 +1,7 @@
 """Selection speed against the plain loop of the paper: `python tests/bench_selection.py [--quick] [--all]`.
 
+The methods that are compared with mmtok, and their own plain loops, follow (see bench_methods.py).
+
 Both sides run on the same features in alternation; the ratio is the median over the rounds. On one thread the clock
 is that thread's CPU time, which other programs disturb less; on more it is the wall clock. The plain side is
 rebuilt from the paper (arXiv 2508.18264, algorithm 2) in the form of the authors' release: similarities, softmax
@@ -14,15 +16,15 @@ import platform
 import statistics
 import sys
 import threading
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+import bench_methods
 import psutil
 import torch
+from bench_inputs import human, make_features, timed
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -33,7 +35,6 @@ from mmtok_cli.methods.plain_loop import compiled_loop, plain_matrix
 LONG = 5000  # tokens from which the plain loop is extrapolated
 SAMPLED_PICKS = 6
 
-Result = TypeVar("Result")
 Inputs = tuple[Tensor, Tensor, Tensor]  # text, projected, features
 
 
@@ -74,17 +75,6 @@ WORKLOADS = (
 )
 
 
-def make_features(kind: str, images: int, tokens: int, dim: int, generator: torch.Generator) -> Tensor:
-    """Like a ViT's ("clustered": a common part, 24 kinds of patches, variation within a kind), or plain noise."""
-    noise = torch.randn(images, tokens, dim, generator=generator)
-    if kind == "iid":
-        return noise
-    kinds = torch.randn(images, 24, dim, generator=generator)
-    which = torch.randint(24, (images, tokens), generator=generator)
-    own = kinds.gather(1, which.unsqueeze(-1).expand(-1, -1, dim))
-    return noise.mul_(0.5).add_(own).add_(torch.randn(images, 1, dim, generator=generator))
-
-
 def make_inputs(load: Workload) -> Inputs:
     generator = torch.Generator().manual_seed(load.tokens + load.kept)
     text = torch.randn(load.words, 4096, generator=generator)
@@ -103,13 +93,6 @@ def one_buffer_loop(matrix: Tensor, k: int) -> Tensor:
         taken.index_fill_(0, winner, -torch.inf)
         best = torch.maximum(best, matrix.index_select(1, winner))
     return torch.cat(order)
-
-
-def timed(function: Callable[[], Result]) -> tuple[float, Result]:
-    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-    start = clock()
-    result = function()
-    return clock() - start, result
 
 
 def peak_memory(load: Workload) -> float:
@@ -223,10 +206,6 @@ def table_of(results: list[dict[str, Any]], title: str) -> Table:
     return table
 
 
-def human(value: float) -> str:
-    return f"{value * 1e3:.1f} ms" if value < 1 else f"{value:.1f} s"
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help=f"leave out the rows from {LONG} tokens")
@@ -247,9 +226,13 @@ def main() -> int:
     clock = "CPU time of the thread" if args.threads == 1 else "wall clock"
     where = f"torch {torch.__version__}, {platform.machine()}, {args.threads} thread(s), {clock}"
     console.print(table_of(results, f"Selection speed, medians; ratio = plain / ours (demanded). {where}"))
+    others = bench_methods.measure_all(args.rounds, args.tokens)
+    for table in bench_methods.tables_of(others):
+        console.print(table)
     if args.json:
-        Path(args.json).write_text(json.dumps({"environment": where, "results": results}, indent=1) + "\n")
-    return 0 if all(r["passed"] for r in results) else 1
+        found = {"environment": where, "results": results, **others}
+        Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
+    return 0 if all(r["passed"] for r in (*results, *others["loops"], *others["methods"])) else 1
 
 
 if __name__ == "__main__":

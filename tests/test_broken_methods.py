@@ -22,6 +22,7 @@ from mmtok_cli.methods.base import Method, highest
 from mmtok_cli.methods.declaration import declaration_fault
 from mmtok_cli.models.llava import Llava
 from mmtok_cli.pipeline import answer
+from mmtok_cli.rules import Rules
 from mmtok_cli.tokens import Cut, LayerTokens, Selection, TextTokens, VisionTokens
 
 Select = Callable[[VisionTokens, int], Any]
@@ -257,6 +258,26 @@ def test_across_crops(crops: Callable[..., Any], samples: list[Sample]) -> None:
     hooks = {"across_crops": lambda self, each: crops(each), "select": lambda self, v, t, b: best(v, b)}
     with pytest.raises(MethodFaultError, match="across_crops"):
         answer(FAMILIES["llava_next"]("sdpa"), overriding(per_crop=True, **hooks), samples[:1], Budget(count=20))
+
+
+@pytest.mark.parametrize(
+    ("selected", "words"),
+    [
+        (lambda crops: [best(crop, 4) for crop in crops[1:]], "must return a list"),
+        (lambda crops: [crop.projected for crop in crops], "must return a Selection"),
+        (lambda crops: [best(crop, 4) for crop in crops], "kept 12 tokens"),
+        (
+            lambda crops: [Selection(torch.tensor([0, 0, 1, 36, 37])), *[best(crop, 0) for crop in crops[1:]]],
+            "returned",
+        ),
+    ],
+)
+def test_select_crops(selected: Callable[..., Any], words: str, samples: list[Sample]) -> None:
+    method = overriding(
+        per_crop=True, select=lambda self, v, t, b: best(v, b), select_crops=lambda self, crops, t, b: selected(crops)
+    )
+    with pytest.raises(MethodFaultError, match=words):
+        answer(FAMILIES["llava_next"]("sdpa"), method, samples[:1], Budget(count=8), rules=Rules("harmonised"))
 
 
 DECLARATIONS: dict[str, tuple[dict[str, Any], str]] = {

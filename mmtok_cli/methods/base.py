@@ -44,7 +44,7 @@ Hooks, in the order in which they are called
     cuts      inside the language model: before which decoder layers tokens are dropped, and how many stay (see Cut)
     queries   for cuts that read attention: the text tokens whose attention is read
     choose    at each cut: which tokens stay (see LayerTokens)
-    `count` (how a percentage is rounded), `across_crops` and `select_batch` are rarely needed.
+    `count` (how a percentage is rounded), `across_crops`, `select_crops` and `select_batch` are rarely needed.
     select and choose return a Selection: indices in ascending order, each once, exactly as many as asked for. What a
     hook returns is checked in every run, and whatever it raises is reported as the method's fault. Tensors that a hook
     is given must not be changed in place: rows of the method's own go into `Selection.tokens`.
@@ -52,10 +52,11 @@ Hooks, in the order in which they are called
 What a method reads
     `vision.projected` and `vision.features` are always there. Name anything else in the class attribute `signals`; it
     is then computed and put into `vision.signals`. A family that does not offer a signal refuses the method.
-    class_attention       [heads, tokens]    attention of CLIP's class token to each patch (LLaVA families)
+    class_attention       [heads, tokens]    attention of the class token to each patch (LLaVA families, InternVL)
     class_feature         [vision dim]       the class token itself (LLaVA families)
     mean_keys             [tokens, head dim] keys of the encoder's attention, averaged over heads (all families)
-    received_attention    [tokens]           attention that a patch receives on average (Qwen families)
+    received_attention    [tokens]           attention that a patch receives in the same layer (all families)
+    middle_attention      [tokens]           the same in a layer in the middle of the encoder (all families)
     clip_image_embeds     [tokens, clip dim] patches in the space of CLIP (LLaVA families with a known CLIP model)
     clip_text_embeds      [pieces, clip dim] the question there, one row for each piece that CLIP can read
 
@@ -100,12 +101,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+RECORDED_OUTPUTS = "recorded outputs"  # of the authors' code
+DESCRIPTION_ONLY = "description only"  # the paper's
+
+
 @dataclass(frozen=True)
 class Method:
     """One way to reduce vision tokens. Override the hook at which the method acts; the others keep everything.
 
     Class attributes, which `mmtok methods` prints:
-    summary: a few words for the list. source: the paper, as in "arXiv 2403.06764".
+    summary: a few words for the list. source: the paper, as in "arXiv 2403.06764". venue: where it was published, as in
+        "ECCV 2024". licence: of the authors' release. checked: what this implementation was compared with,
+        RECORDED_OUTPUTS or DESCRIPTION_ONLY. What is left empty is shown as not stated.
     reads_question: the choice depends on the question, so a second question may not find what it needs.
     training_free: works on a model as it is. takes_budget: False for methods whose count is fixed. exact: keeps as many
         tokens as the budget says; False for methods that may keep fewer, such as those that form rectangles.
@@ -116,8 +123,9 @@ class Method:
     nested: the picks at a smaller budget are the first picks at a larger one, in `Selection.order`; `compare --retain`
         then selects once for all budgets.
     per_crop: where a model cuts an image into crops, `select` is called for each crop with a part of the budget, as in
-        methods that act on the encoder's output (see `across_crops`); otherwise once for the packed sequence of all
-        crops, line ends included. A method that reads signals must set it.
+        methods that act on the encoder's output (see `across_crops`, and `select_crops` for one budget over all crops);
+        otherwise once for the packed sequence of all crops, line ends included. A method that reads signals must set
+        it.
     positions: "keep" or "renumber": whether the authors' code leaves kept tokens at their positions in the whole
         prompt, as FastV's does, or numbers them consecutively.
     keeps_padding: in the authors' code padding can be selected; the released track then shows all tokens as eligible.
@@ -127,6 +135,9 @@ class Method:
 
     summary: ClassVar[str]
     source: ClassVar[str] = ""
+    venue: ClassVar[str] = ""
+    licence: ClassVar[str] = ""
+    checked: ClassVar[str] = ""
     reads_question: ClassVar[bool] = False
     training_free: ClassVar[bool] = True
     takes_budget: ClassVar[bool] = True
@@ -183,6 +194,14 @@ class Method:
         Called once for each image, for methods that are `per_crop`. Put results into the crops' `signals`.
         """
         return crops
+
+    def select_crops(self, crops: Sequence[VisionTokens], text: TextTokens, budget: int) -> list[Selection]:
+        """Choose `budget` tokens of all crops of an image together: a Selection for each crop, which may be empty.
+
+        Called in place of `across_crops` and `select` for methods that are `per_crop` and override it. Others get each
+        crop with an even share of the budget.
+        """
+        raise NotImplementedError
 
     def select(self, vision: VisionTokens, text: TextTokens, budget: int) -> Selection:
         """Choose `budget` of the image's vision tokens, fewer than `vision.total`."""

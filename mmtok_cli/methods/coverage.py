@@ -110,15 +110,25 @@ def _select(
     text: Tensor | None, projected: Tensor, features: Tensor | None, k: int, excluded: Tensor, **options: float
 ) -> tuple[Tensor, Tensor]:
     matrix = coverage_matrix(text, projected, features, **options)
-    n, on_cpu = matrix.shape[1], matrix.device.type == "cpu"
     if matrix.shape[2] == 0:
         raise MMTokError("there is nothing to cover", "give text tokens, or features with alpha above 0")
     # Every entry of a row has been through a softmax over all tokens: one row shows whatever is wrong with any.
     if not bool(matrix[:, :1].isfinite().all()):
         raise MMTokError("text, projected or features hold NaN or infinity", "score in a wider dtype")
-    if n < (_EXHAUSTIVE_BELOW_CPU if on_cpu else _EXHAUSTIVE_BELOW_GPU):
-        return greedy_exhaustive(matrix, k, excluded)
-    return greedy_lazy(matrix, k, excluded)[:2]
+    return greedy(matrix, k, excluded)
+
+
+def greedy(
+    matrix: Tensor, k: int, excluded: Tensor, factor: Tensor | None = None, bonus: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Greedy maximum coverage in the form that is faster for the size and the device: order and gains, `[b, k]` each.
+
+    Arguments and results as in `greedy_lazy`.
+    """
+    exhaustive_below = _EXHAUSTIVE_BELOW_CPU if matrix.device.type == "cpu" else _EXHAUSTIVE_BELOW_GPU
+    if matrix.shape[1] < exhaustive_below:
+        return greedy_exhaustive(matrix, k, excluded, factor, bonus)
+    return greedy_lazy(matrix, k, excluded, factor, bonus)[:2]
 
 
 def coverage_matrix(
@@ -153,7 +163,7 @@ def coverage_matrix(
     matrix[..., :m] = of_text.mT
     vision = matrix[..., m:]  # from here on everything happens in place: at 16384 tokens this is a gigabyte
     for image in range(batch):
-        _self_product(released_unit_rows(features[image]), out=vision[image])
+        self_product(released_unit_rows(features[image]), out=vision[image])
     # Self-similarity is 1, so subtracting it keeps the exponentials in range. The matrix is still symmetric here:
     # its row sums, which lie contiguous, are the denominators of the columns.
     vision.sub_(1).div_(vision_temperature).exp_()
@@ -162,51 +172,89 @@ def coverage_matrix(
     return matrix
 
 
-def greedy_lazy(matrix: Tensor, k: int, excluded: Tensor) -> tuple[Tensor, Tensor, int]:
+def greedy_lazy(
+    matrix: Tensor, k: int, excluded: Tensor, factor: Tensor | None = None, bonus: Tensor | None = None
+) -> tuple[Tensor, Tensor, int]:
     """Greedy maximum coverage (paper, algorithm 2), re-evaluating only tokens that may be the best.
 
     Args:
         matrix: `[b, n, targets]`, not negative.
         k: picks; at most the number of tokens of each image that are not excluded.
         excluded: bool `[b, n]`.
+        factor, bonus: `[b, n]`, a prior of each token: its gain is multiplied by the one, which must not be negative,
+            and the other is added. Gains still only shrink.
 
     Returns:
-        order `[b, k]`, gains `[b, k]`, and how many gains were evaluated in all. Order and gains equal those of
-        `greedy_exhaustive` to the bit: every gain is summed afresh, and the lowest index wins a tie.
+        order `[b, k]`, gains `[b, k]` with the prior, and how many gains were evaluated in all. Order and gains equal
+        those of `greedy_exhaustive` to the bit: every gain is summed afresh, and the lowest index wins a tie.
     """
-    batch, n, targets = matrix.shape
-    rows = matrix.view(batch * n, targets)
-    first_row = torch.arange(0, batch * n, n, device=matrix.device).unsqueeze(1)
-    best = matrix.new_zeros(batch, 1, targets)
-    buffer = matrix.new_empty(batch * min(_LARGEST_BLOCK, n), targets)
-    bound = matrix.sum(-1).masked_fill_(excluded, -torch.inf)
-    order, gains, evaluated = [], [], 0
+    lazy = LazyGains(matrix, excluded, factor, bonus)
+    order, gains = [], []
     for _ in range(k):
-        size = min(_FIRST_BLOCK, n)
-        old, block = bound.topk(size, sorted=False)
+        gain, winner = lazy.best()
+        order.append(winner)
+        gains.append(gain)
+        lazy.take(winner)
+    return _joined(order, matrix, torch.int64), _joined(gains, matrix, matrix.dtype), lazy.evaluated
+
+
+class LazyGains:
+    """What tokens would add to the present coverage, evaluated only for those that may be the best.
+
+    Arguments as in `greedy_lazy`. cover: `[b, 1, targets]`, how well each target is covered. evaluated: how many gains
+    were computed in all.
+    """
+
+    def __init__(
+        self, matrix: Tensor, excluded: Tensor, factor: Tensor | None = None, bonus: Tensor | None = None
+    ) -> None:
+        self.batch, self.tokens, targets = matrix.shape
+        self.rows = matrix.view(self.batch * self.tokens, targets)
+        self.first_row = torch.arange(0, len(self.rows), self.tokens, device=matrix.device).unsqueeze(1)
+        self.buffer = matrix.new_empty(self.batch * min(_LARGEST_BLOCK, self.tokens), targets)
+        self.prior, self.has_prior = (factor, bonus), factor is not None or bonus is not None
+        self.bound = _with_prior(matrix.sum(-1), factor, bonus).masked_fill_(excluded, -torch.inf)
+        self.cover = matrix.new_zeros(self.batch, 1, targets)
+        self.evaluated = 0
+
+    def best(self) -> tuple[Tensor, Tensor]:
+        """The largest gain of each image and its token, `[b, 1]` each: the lowest index on ties."""
+        size = min(_FIRST_BLOCK, self.tokens)
+        old, block = self.bound.topk(size, sorted=False)
         while True:
-            chosen = torch.index_select(rows, 0, (block + first_row).view(-1), out=buffer[: batch * size])
-            fresh = chosen.view(batch, size, targets).sub_(best).relu_().sum(-1)
-            evaluated += batch * size
             # Bounds only go down, so picked and excluded tokens stay at minus infinity.
-            bound.scatter_(1, block, torch.minimum(old, fresh))
-            gain, winner = bound.max(1, keepdim=True)
+            self.bound.scatter_(1, block, torch.minimum(old, self.gains(block)))
+            gain, winner = self.bound.max(1, keepdim=True)
             # The winner must itself be fresh. Comparing its gain with the next bound instead would let a token with
             # a higher index win a tie.
             if bool((block == winner).any(1).all()):
-                break
-            size = min(2 * size, _LARGEST_BLOCK, n)
-            old, block = bound.topk(size, sorted=False)
+                return gain, winner
+            size = min(2 * size, _LARGEST_BLOCK, self.tokens)
+            old, block = self.bound.topk(size, sorted=False)
             # Among more ties than a block holds, topk may leave the winner out for ever.
             old[:, -1:], block[:, -1:] = gain, winner
-        order.append(winner)
-        gains.append(gain)
-        bound.scatter_(1, winner, -torch.inf)
-        best = torch.maximum(best, rows.index_select(0, (winner + first_row).view(-1)).unsqueeze(1))
-    return _joined(order, matrix, torch.int64), _joined(gains, matrix, matrix.dtype), evaluated
+
+    def gains(self, block: Tensor) -> Tensor:
+        """What the tokens of a block `[b, size]` would add: `[b, size]`."""
+        batch, size = block.shape
+        out = self.buffer[: batch * size]
+        chosen = torch.index_select(self.rows, 0, (block + self.first_row).view(-1), out=out)
+        fresh = chosen.view(batch, size, -1).sub_(self.cover).relu_().sum(-1)
+        self.evaluated += batch * size
+        if self.has_prior:
+            fresh = _with_prior(fresh, *(x if x is None else x.gather(1, block) for x in self.prior))
+        return fresh
+
+    def take(self, winner: Tensor) -> None:
+        """Cover what the tokens `[b, 1]` cover, and never offer them again."""
+        self.bound.scatter_(1, winner, -torch.inf)
+        rows = self.rows.index_select(0, (winner + self.first_row).view(-1))
+        self.cover = torch.maximum(self.cover, rows.unsqueeze(1))
 
 
-def greedy_exhaustive(matrix: Tensor, k: int, excluded: Tensor) -> tuple[Tensor, Tensor]:
+def greedy_exhaustive(
+    matrix: Tensor, k: int, excluded: Tensor, factor: Tensor | None = None, bonus: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Greedy maximum coverage that evaluates every token at every pick; arguments and results as in `greedy_lazy`.
 
     It never waits for the device, and for few tokens it beats the lazy form.
@@ -216,12 +264,18 @@ def greedy_exhaustive(matrix: Tensor, k: int, excluded: Tensor) -> tuple[Tensor,
     barred = torch.zeros_like(matrix[..., 0]).masked_fill_(excluded, -torch.inf)
     order, gains = [], []
     for _ in range(k):
-        gain, winner = torch.sub(matrix, best, out=buffer).relu_().sum(-1).add_(barred).max(1, keepdim=True)
+        gains_now = _with_prior(torch.sub(matrix, best, out=buffer).relu_().sum(-1), factor, bonus)
+        gain, winner = gains_now.add_(barred).max(1, keepdim=True)
         order.append(winner)
         gains.append(gain)
         barred.scatter_(1, winner, -torch.inf)
         best = torch.maximum(best, matrix.gather(1, winner.unsqueeze(-1).expand_as(best)))
     return _joined(order, matrix, torch.int64), _joined(gains, matrix, matrix.dtype)
+
+
+def _with_prior(gains: Tensor, factor: Tensor | None, bonus: Tensor | None) -> Tensor:
+    gains = gains if factor is None else gains.mul_(factor)
+    return gains if bonus is None else gains.add_(bonus)
 
 
 def _joined(picks: list[Tensor], matrix: Tensor, dtype: torch.dtype) -> Tensor:
@@ -235,13 +289,15 @@ def released_unit_rows(x: Tensor) -> Tensor:
     return (x / length.where(length > 0, 1)).float()
 
 
-def _self_product(x: Tensor, out: Tensor) -> None:
-    """`x @ x.T` into `out`, which is symmetric, so the part below the blocks on the diagonal is copied."""
+def self_product(x: Tensor, out: Tensor | None = None) -> Tensor:
+    """`x @ x.T`, into `out` if given. It is symmetric, so the part below the blocks on the diagonal is copied."""
     n = len(x)
+    out = x.new_empty(n, n) if out is None else out
     for start in range(0, n, _PRODUCT_BLOCK):
         stop = min(start + _PRODUCT_BLOCK, n)
         torch.mm(x[start:stop], x[start:].T, out=out[start:stop, start:])
         out[stop:, start:stop] = out[start:stop, stop:].T
+    return out
 
 
 def _with_batch(x: _Given, dim: int) -> _Given:

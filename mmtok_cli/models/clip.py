@@ -14,7 +14,15 @@ from mmtok_cli.budget import rectangle
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.models import hf
 from mmtok_cli.models.base import Grid, VisionLanguageModel
-from mmtok_cli.models.clip_signals import ATTENTION_SIGNALS, SIGNALS, TOWER_SIGNALS, Encoded, inputs_of
+from mmtok_cli.models.clip_signals import (
+    ATTENTION_SIGNALS,
+    MIDDLE_LAYER,
+    MIDDLE_SIGNALS,
+    SIGNALS,
+    TOWER_SIGNALS,
+    Encoded,
+    inputs_of,
+)
 from mmtok_cli.models.clip_text import ClipText
 from mmtok_cli.profiles import known_profiles
 from mmtok_cli.stages import Stage
@@ -102,9 +110,9 @@ class ClipEncoded(VisionLanguageModel):
         """
         self.require_signals(signals)
         attention = self._attention() if ATTENTION_SIGNALS.keys() & set(signals) else None
-        watched: AbstractContextManager[list[Tensor]] = inputs_of(attention) if attention else nullcontext([])
+        middle = self._middle_attention() if MIDDLE_SIGNALS.keys() & set(signals) else None
         grid = pixels.shape[2] // self.patch_size, pixels.shape[3] // self.patch_size
-        with watched as seen:
+        with _watched(attention) as seen, _watched(middle) as seen_in_middle:
             states = hf.clip_hidden_states(
                 self.model, pixels, self._layers(), interpolate=grid != (self.side, self.side)
             )
@@ -113,7 +121,7 @@ class ClipEncoded(VisionLanguageModel):
         found: dict[str, Any] = {}
         if signals:
             with stage("select"):
-                encoded = Encoded(hidden, questions, attention, seen, self._text_tower)
+                encoded = Encoded(hidden, questions, attention, seen, self._text_tower, middle, seen_in_middle)
                 found = {name: SIGNALS[name](encoded) for name in signals}
         eligible = torch.ones(grid[0] * grid[1], dtype=torch.bool, device=pixels.device)
         return [
@@ -162,6 +170,15 @@ class ClipEncoded(VisionLanguageModel):
             )
         return hf.clip_attention(self.model, index)
 
+    def _middle_attention(self) -> torch.nn.Module:
+        """The attention module of the ninth layer of 24, and in proportion of encoders of other depths."""
+        depth = self.model.config.vision_config.num_hidden_layers
+        return hf.clip_attention(self.model, max(0, round(depth * MIDDLE_LAYER) - 1))
+
     def _layers(self) -> list[int]:
         layers = self.model.config.vision_feature_layer
         return [layers] if isinstance(layers, int) else list(layers)
+
+
+def _watched(module: torch.nn.Module | None) -> AbstractContextManager[list[Tensor]]:
+    return inputs_of(module) if module else nullcontext([])

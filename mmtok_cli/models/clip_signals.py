@@ -13,6 +13,9 @@ from torch import Tensor
 
 from mmtok_cli.models import hf
 from mmtok_cli.models.clip_text import ClipText
+from mmtok_cli.models.qwen_signals import column_sums
+
+MIDDLE_LAYER = 9 / 24  # of HiPrune for CLIP ViT-L, as a share of the layers
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,7 @@ class Encoded:
     hidden: [images, 1 + tokens, dim], output of the layer that the features come from, the class token first.
     attention, seen: the attention module inside that layer, and the hidden states [images, 1 + tokens, dim] that it
         was called with; None and empty unless a signal reads them.
+    middle, seen_in_middle: the same of a layer in the middle of the encoder.
     tower: gives the other half of CLIP.
     """
 
@@ -30,6 +34,8 @@ class Encoded:
     attention: Any
     seen: Sequence[Tensor]
     tower: Callable[[], ClipText]
+    middle: Any = None
+    seen_in_middle: Sequence[Tensor] = ()
 
     @cached_property
     def keys(self) -> Tensor:
@@ -85,6 +91,21 @@ def class_probabilities(query: Tensor, key: Tensor, scale: float) -> Tensor:
     return logits.softmax(-1)[:, 0, 1:]
 
 
+def received_attention(attention: Any, hidden: Tensor, keys: Tensor) -> Tensor:
+    """How much attention each patch receives from the class token and all patches: [batch, patches], in float32.
+
+    The mean over the heads, summed over the queries. Arguments as in `class_attention`.
+    """
+    queries, scale = hf.clip_queries(attention, hidden), hf.clip_attention_scale(attention)
+    return torch.stack([column_sums(q, k, scale)[1:] for q, k in zip(queries, keys, strict=True)])
+
+
+def middle_attention(encoded: Encoded) -> Tensor:
+    """`received_attention` of the layer in the middle."""
+    (hidden,) = encoded.seen_in_middle
+    return received_attention(encoded.middle, hidden, patch_keys(encoded.middle, hidden))
+
+
 def mean_keys(keys: Tensor) -> Tensor:
     """Keys of each patch, averaged over the heads: [batch, patches, head dim]. keys: of `patch_keys`."""
     return keys[:, :, 1:].mean(1)
@@ -95,7 +116,9 @@ Signal = Callable[[Encoded], Tensor | list[Tensor]]
 ATTENTION_SIGNALS: dict[str, Signal] = {
     "class_attention": lambda e: class_attention(e.attention, e.seen[0], e.keys),  # [heads, tokens]
     "mean_keys": lambda e: mean_keys(e.keys),  # [tokens, head dim]
+    "received_attention": lambda e: received_attention(e.attention, e.seen[0], e.keys),  # [tokens]
 }
+MIDDLE_SIGNALS: dict[str, Signal] = {"middle_attention": middle_attention}  # [tokens]
 TOWER_SIGNALS: dict[str, Signal] = {
     "clip_image_embeds": lambda e: e.tower().image_embeds(e.hidden[:, 1:]),  # [tokens, clip dim]
     "clip_text_embeds": Encoded.text_embeds,  # [pieces, clip dim]
@@ -103,5 +126,6 @@ TOWER_SIGNALS: dict[str, Signal] = {
 SIGNALS: dict[str, Signal] = {
     "class_feature": lambda e: e.hidden[:, 0],  # [dim]
     **ATTENTION_SIGNALS,
+    **MIDDLE_SIGNALS,
     **TOWER_SIGNALS,
 }

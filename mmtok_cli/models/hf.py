@@ -912,9 +912,9 @@ def encode_internvl(model: Any, pixels: Tensor, patches: tuple[int, int]) -> tup
     return features, project(model, features)
 
 
-def internvl_attention(model: Any) -> Any:
-    """The attention module of the encoder's last layer."""
-    return part(part(vision_tower(model), "encoder.layer")[-1], "attention")
+def internvl_attention(model: Any, index: int) -> Any:
+    """The attention module of an encoder layer."""
+    return part(part(vision_tower(model), "encoder.layer")[index], "attention")
 
 
 def internvl_queries_and_keys(attention: Any, hidden: Tensor) -> tuple[Tensor, Tensor, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -16,8 +16,9 @@ from mmtok_cli.budget import rectangle
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.models import hf
 from mmtok_cli.models.base import Grid, Panel, Prompt, VisionLanguageModel, cells
-from mmtok_cli.models.clip_signals import inputs_of
+from mmtok_cli.models.clip_signals import MIDDLE_LAYER, inputs_of
 from mmtok_cli.models.processors import ImageTextProcessor
+from mmtok_cli.models.qwen_signals import MIDDLE, column_sums
 from mmtok_cli.stages import Stage, unwatched
 from mmtok_cli.tokens import Crops, Selection, VisionTokens
 
@@ -40,7 +41,7 @@ class InternVL(VisionLanguageModel):
     """
 
     family: ClassVar[str] = "internvl"
-    signals: ClassVar[tuple[str, ...]] = ("class_attention", "received_attention", "mean_keys")
+    signals: ClassVar[tuple[str, ...]] = ("class_attention", "received_attention", "mean_keys", MIDDLE)
 
     def __init__(self, name: str, model: Any, processor: Any) -> None:
         super().__init__(name, model, processor)
@@ -168,14 +169,15 @@ class InternVL(VisionLanguageModel):
         """The vision tokens of pictures of one size [pictures, 3, height, width], each by itself."""
         patches = pixels.shape[2] // self.patch_size, pixels.shape[3] // self.patch_size
         grid = patches[0] // self.merge, patches[1] // self.merge
-        attention = hf.internvl_attention(self.model) if signals else None
-        watched: AbstractContextManager[list[Tensor]] = inputs_of(attention) if attention else nullcontext([])
-        with watched as seen:
+        last, middle = hf.internvl_attention(self.model, -1), hf.internvl_attention(self.model, self._middle_layer)
+        with _watched(last, {*signals} - {MIDDLE}) as seen, _watched(middle, {*signals} & {MIDDLE}) as seen_in_middle:
             features, projected = hf.encode_internvl(self.model, pixels, patches)
         values: dict[str, Tensor] = {}
         if signals:
             with stage("select"):
-                values = {name: self._signal(name, attention, seen[0], grid) for name in signals}
+                values = {name: self._signal(name, last, seen[0], grid) for name in signals if name != MIDDLE}
+                if seen_in_middle:
+                    values[MIDDLE] = self._signal("received_attention", middle, seen_in_middle[0], grid)
         return [
             VisionTokens(
                 projected=projected[i],
@@ -190,7 +192,7 @@ class InternVL(VisionLanguageModel):
         ]
 
     def _signal(self, name: str, attention: Any, hidden: Tensor, grid: Grid) -> Tensor:
-        """A signal of the last layer, by picture; the values of the patches of a token are averaged or, where they are
+        """A signal of a layer, by picture; the values of the patches of a token are averaged or, where they are
         shares of the class token's attention, added up. hidden: [pictures, 1 + patches, dim]."""
         queries, keys, scale = hf.internvl_queries_and_keys(attention, hidden)
         if name == "mean_keys":
@@ -198,12 +200,13 @@ class InternVL(VisionLanguageModel):
         if name == "class_attention":
             shares = (queries[:, :, :1].float() @ keys.float().mT * scale).softmax(-1)[:, :, 0, 1:]
             return self.merge**2 * self._merged(shares.mT, grid).mT
-        # Picture by picture: the whole matrix of one head and picture has a million entries.
-        received = [
-            (q[:, 1:].float() @ k.float().mT * scale).softmax(-1).mean(0).sum(0)[1:]
-            for q, k in zip(queries, keys, strict=True)
-        ]
+        received = [column_sums(q[:, 1:], k, scale)[1:] for q, k in zip(queries, keys, strict=True)]
         return self._merged(torch.stack(received)[:, :, None], grid)[:, :, 0]
+
+    @property
+    def _middle_layer(self) -> int:
+        """The ninth of 24 layers, and in proportion of encoders of other depths, as for CLIP."""
+        return max(0, round(self.model.config.vision_config.num_hidden_layers * MIDDLE_LAYER) - 1)
 
     def _merged(self, values: Tensor, grid: Grid) -> Tensor:
         """The mean over the patches of each token: [pictures, patches, dim] to [pictures, tokens, dim]."""
@@ -221,3 +224,7 @@ class InternVL(VisionLanguageModel):
             project=tiles[0].project,
             crops=Crops(tokens=tuple(tiles), places=places, ranks=places),
         )
+
+
+def _watched(attention: Any, signals: Set[str]) -> AbstractContextManager[list[Tensor]]:
+    return inputs_of(attention) if signals else nullcontext([])

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mmtok_cli.models import hf
 
+MIDDLE = "middle_attention"
 QUERIES_AT_ONCE = 256
 Call = tuple[Tensor, tuple[Tensor, Tensor]]  # what the attention module was called with: hidden states and rotary
 
@@ -36,17 +37,22 @@ def calls_of(attention: torch.nn.Module, *, wanted: bool) -> Iterator[list[Call]
 def received_attention(queries: Tensor, keys: Tensor, scale: float, lengths: Sequence[int]) -> Tensor:
     """How much attention each patch receives from the patches of its image: [patches], in float32.
 
-    The mean over the heads, summed over the queries, as in VisionZip's code for Qwen2.5-VL. Rows of the matrix are
-    computed some at a time. queries, keys: [heads, patches, head dim], after the rotary embedding. lengths: patches of
-    each image.
+    The mean over the heads, summed over the queries, as in VisionZip's code for Qwen2.5-VL. queries, keys: [heads,
+    patches, head dim], after the rotary embedding. lengths: patches of each image.
     """
-    received = []
-    for q, k in zip(queries.split(list(lengths), 1), keys.split(list(lengths), 1), strict=True):
-        total = torch.zeros(k.shape[1], device=k.device)
-        for rows in q.float().split(QUERIES_AT_ONCE, 1):
-            total += (rows @ k.float().mT * scale).softmax(-1).mean(0).sum(0)
-        received.append(total)
-    return torch.cat(received)
+    images = zip(queries.split(list(lengths), 1), keys.split(list(lengths), 1), strict=True)
+    return torch.cat([column_sums(q, k, scale) for q, k in images])
+
+
+def column_sums(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """The attention matrix of one image, averaged over the heads and summed over the queries: [patches], in float32.
+
+    Rows of the matrix are computed some at a time. queries, keys: [heads, patches, head dim].
+    """
+    total = torch.zeros(keys.shape[1], device=keys.device)
+    for rows in queries.float().split(QUERIES_AT_ONCE, 1):
+        total += (rows @ keys.float().mT * scale).softmax(-1).mean(0).sum(0)
+    return total
 
 
 def signals_of(attention: Any, call: Call, lengths: Sequence[int], names: Sequence[str]) -> dict[str, Tensor]:

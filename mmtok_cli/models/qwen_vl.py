@@ -16,7 +16,7 @@ from mmtok_cli.errors import MMTokError
 from mmtok_cli.models import hf
 from mmtok_cli.models.base import Grid, Panel, Prompt, VisionLanguageModel, cells
 from mmtok_cli.models.foreign_errors import COMPARE
-from mmtok_cli.models.qwen_signals import SIGNALS, calls_of, signals_of
+from mmtok_cli.models.qwen_signals import MIDDLE, SIGNALS, calls_of, signals_of
 from mmtok_cli.rules import Positions
 from mmtok_cli.stages import Stage, unwatched
 from mmtok_cli.tokens import Selection, VisionTokens
@@ -33,7 +33,7 @@ class QwenVL(VisionLanguageModel):
 
     family: ClassVar[str] = "qwen2_5_vl"
     positions: ClassVar[tuple[Positions, ...]] = ("keep",)
-    signals: ClassVar[tuple[str, ...]] = SIGNALS
+    signals: ClassVar[tuple[str, ...]] = (*SIGNALS, MIDDLE)
     any_resolution: ClassVar[bool] = True
     has_deepstack: ClassVar[bool] = False  # whether the encoder gives the first decoder layers features of their own
 
@@ -144,7 +144,11 @@ class QwenVL(VisionLanguageModel):
         self.require_signals(signals)
         grids, sizes = self._sizes(prompt)
         counts = [rows * columns for rows, columns in grids]
-        with calls_of(self._last_attention(), wanted=bool(signals)) as calls:
+        last, middle = self._last_attention(), self._middle_attention()
+        with (
+            calls_of(last, wanted=bool({*signals} - {MIDDLE})) as calls,
+            calls_of(middle, wanted=MIDDLE in signals) as middle_calls,
+        ):
             out = hf.encode_qwen(self.model, torch.cat(prompt.pixel_values), sizes, deepstack=self.has_deepstack)
         order = self._raster_order(sizes)
         cells_of_patches = out.patches.unflatten(0, (-1, self.merge**2))
@@ -153,7 +157,11 @@ class QwenVL(VisionLanguageModel):
         if signals:
             with stage("select"):
                 patches = [n * self.merge**2 for n in counts]
-                for name, values in signals_of(self._last_attention(), calls[0], patches, signals).items():
+                of_patches = signals_of(last, calls[0], patches, signals) if calls else {}
+                if middle_calls:
+                    received = signals_of(middle, middle_calls[0], patches, ("received_attention",))
+                    of_patches[MIDDLE] = received["received_attention"]
+                for name, values in of_patches.items():
                     per_token = values.unflatten(0, (-1, self.merge**2)).mean(1)
                     found[name] = per_token[order].split(counts)
         return [
@@ -219,8 +227,16 @@ class QwenVL(VisionLanguageModel):
 
     def _last_attention(self) -> Any:
         """The attention of the last block that sees whole images."""
-        last = max(self.model.config.vision_config.fullatt_block_indexes)
-        return hf.vision_attention(hf.vision_blocks(self.model)[last])
+        return hf.vision_attention(hf.vision_blocks(self.model)[self._whole_image_blocks()[-1]])
+
+    def _middle_attention(self) -> Any:
+        """The attention of the block before the middle, of Qwen2.5-VL the nearest one that sees whole images."""
+        depth = self.model.config.vision_config.depth
+        block = min(self._whole_image_blocks(), key=lambda index: abs(index - (depth // 2 - 1)))
+        return hf.vision_attention(hf.vision_blocks(self.model)[block])
+
+    def _whole_image_blocks(self) -> Sequence[int]:
+        return sorted(self.model.config.vision_config.fullatt_block_indexes)
 
     def _project(self, features: Tensor) -> Tensor:
         raise MMTokError(
@@ -255,5 +271,5 @@ class Qwen3VL(QwenVL):
     def _raster_order(self, sizes: Tensor) -> Tensor:
         return torch.arange(int(sizes.prod(-1).sum()) // self.merge**2, device=self.device)
 
-    def _last_attention(self) -> Any:
-        return hf.vision_attention(hf.vision_blocks(self.model)[-1])
+    def _whole_image_blocks(self) -> Sequence[int]:
+        return range(self.model.config.vision_config.depth)

@@ -1,0 +1,90 @@
+"""HiPrune: tokens attended to in the middle of the encoder, their neighbours, and those attended to at its end
+(arXiv 2508.00553)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from mmtok_cli.errors import MMTokError
+from mmtok_cli.methods.base import RECORDED_OUTPUTS, Method, ranking
+from mmtok_cli.methods.cosine import without_gradients
+from mmtok_cli.tokens import Selection, TextTokens, VisionTokens
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class HiPrune(Method):
+    """Keeps the tokens that receive most attention in a middle layer of the encoder (anchors), the neighbours of these
+    (buffers), and fills the budget with the tokens that receive most attention in the last one (registers).
+
+    As in the authors' code: of k tokens, round(k * alpha / 5) are anchors, halves to even; a token's neighbours are the
+    places before and after it in raster order, so that the ends of rows have neighbours in other rows, and those above
+    and below; the middle layer is the 9th of CLIP's 24 and the 16th of Qwen2.5-VL's 32, in proportion for encoders of
+    other depths (on Qwen2.5-VL the nearest block that sees whole images); "last" is the layer that LLaVA's features
+    come from; padding can be selected (not on the harmonised track), and a percentage is rounded to the nearest whole
+    number. Corrected: exactly k tokens are kept. The code for Qwen may take an anchor again as a register, and keeps
+    fewer then; where anchors and buffers are more than k, it fails. Here the buffers that receive least attention in
+    the middle layer are left out. Of equal values the lowest index goes first. InternVL is treated as LLaVA is, but for
+    the class token, whose attention does not count.
+
+    alpha: share of the budget for anchors and buffers, if no neighbours coincide.
+    """
+
+    summary: ClassVar[str] = "anchors + registers"
+    source: ClassVar[str] = "arXiv 2508.00553"
+    venue: ClassVar[str] = "AAAI 2026, abstract"
+    licence: ClassVar[str] = "MIT"
+    checked: ClassVar[str] = RECORDED_OUTPUTS
+    signals: ClassVar[tuple[str, ...]] = ("middle_attention", "received_attention")
+    per_crop: ClassVar[bool] = True
+    keeps_padding: ClassVar[bool] = True
+
+    alpha: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise MMTokError(f"an alpha of {self.alpha} is not between 0 and 1", "the default is 0.1")
+
+    def count(self, share: float, total: int, signals: Sequence[str] = ()) -> int:
+        return round(share * total)
+
+    def select(self, vision: VisionTokens, text: TextTokens, budget: int) -> Selection:
+        if budget == vision.total:
+            return Selection.everything(vision)
+        order = hierarchical(
+            vision.signals["middle_attention"],
+            vision.signals["received_attention"],
+            vision.grid,
+            budget,
+            round(budget * self.alpha / 5),
+            vision.eligible,
+        )
+        return Selection(order.sort().values, order)
+
+
+@without_gradients
+def hierarchical(
+    middle: Tensor, last: Tensor, grid: tuple[int, int], k: int, anchors: int, eligible: Tensor | None = None
+) -> Tensor:
+    """`k` tokens of a grid (rows, columns): [k] indices, anchors first, then buffers, then registers.
+
+    middle, last: [tokens], attention that each token receives in the two layers. anchors: how many of the tokens that
+    `middle` is highest for are kept together with their neighbours, as far as there is room. eligible: [tokens], False
+    for tokens never to be kept; at least `k` must be eligible.
+    """
+    import torch
+
+    eligible = torch.ones_like(middle, dtype=torch.bool) if eligible is None else eligible
+    by_middle = ranking(middle, eligible)[: int(eligible.sum())]
+    found = by_middle[: min(anchors, k)]
+    steps = found.new_tensor([-1, 1, -grid[1], grid[1]])
+    near = torch.zeros_like(eligible).index_fill(0, (found[:, None] + steps).clamp(0, len(middle) - 1).flatten(), True)
+    near = near.index_fill(0, found, False)
+    buffers = by_middle[near[by_middle]][: k - len(found)]
+    cross = torch.cat([found, buffers])
+    left = eligible.index_fill(0, cross, False)
+    return torch.cat([cross, ranking(last, left)[: k - len(cross)]])
