@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from mmtok_cli.errors import MethodFaultError, MMTokError, first_line, is_out_of
 from mmtok_cli.methods.base import Method, package_of
 from mmtok_cli.methods.isolation import GlobalStateError, isolated
 from mmtok_cli.stages import CHECK, Stage
-from mmtok_cli.tokens import CLASS_TOKEN, Cut, LayerTokens, Selection, TextTokens, VisionTokens
+from mmtok_cli.tokens import CLASS_TOKEN, Cut, LayerTokens, Rows, Selection, TextTokens, VisionTokens
 
 PACKAGE = __name__.partition(".")[0]
 
@@ -113,10 +113,7 @@ def cuts(method: Method, total: int, budget: int, layers: int) -> tuple[Cut, ...
     """`Method.cuts`: a tuple of Cut."""
     with _calling(method, "cuts"):
         found = method.cuts(total, budget, layers)
-    if not isinstance(found, (list, tuple)) or not all(
-        isinstance(cut, Cut) and _is_int(cut.before) and _is_int(cut.keep) and (cut.reads is None or _is_int(cut.reads))
-        for cut in found
-    ):
+    if not isinstance(found, (list, tuple)) or not all(_is_cut(cut) for cut in found):
         raise fault(method, "cuts", f"must return a tuple of Cut, not {_shown(found)}")
     return tuple(found)
 
@@ -138,7 +135,11 @@ def queries(method: Method, vision: Tensor, text: Tensor, stage: Stage) -> Tenso
 
 def choose(method: Method, tokens: LayerTokens, cut: Cut, stage: Stage) -> Selection:
     """`Method.choose`: `cut.keep` of the tokens that are left."""
-    with unchanged(method, lambda: [tokens.hidden, tokens.eligible], stage), _calling(method, "choose"):
+    def given() -> list[Tensor]:
+        seen = [tokens.hidden, tokens.eligible, *tokens.earlier.values()]
+        return seen if tokens.vision is None else [*seen, tokens.vision.projected, *tokens.vision.signals.values()]
+
+    with unchanged(method, given, stage), _calling(method, "choose"):
         selection = method.choose(tokens, cut)
     _check_shapes(method, "choose", selection, tokens.hidden)
     if selection.kept != cut.keep:
@@ -175,6 +176,18 @@ def _calling(method: Method, hook: str) -> Iterator[None]:
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_cut(value: Any) -> bool:
+    return (
+        isinstance(value, Cut)
+        and _is_int(value.before)
+        and _is_int(value.keep)
+        and (value.reads is None or _is_int(value.reads))
+        and value.rows in get_args(Rows)
+        and isinstance(value.earlier, tuple)
+        and all(_is_int(layer) for layer in value.earlier)
+    )
 
 
 def _check_shapes(method: Method, hook: str, selection: Selection, rows: Tensor) -> None:

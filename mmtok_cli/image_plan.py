@@ -122,6 +122,8 @@ def cuts_of(method: Method, entering: int, keep: int, model: VisionLanguageModel
             problem = f"`keep` must be 1 to {tokens}, the tokens that are left"
         elif cut.reads not in (None, cut.before - 1, cut.before):
             problem = f"`reads` must be {cut.before - 1}, {cut.before} or None"
+        elif not all(0 <= layer < cut.before for layer in cut.earlier):
+            problem = f"`earlier` must name layers from 0 to {cut.before - 1}"
         else:
             problem = ""
         if problem:

@@ -396,7 +396,8 @@ def select(
 
     Images of which everything is kept stay whole, with the line ends that no crop has. picks: as in Encoded.
     """
-    if method.signals and not method.per_crop and any(task.vision.crops for task in tasks):
+    chooses = type(method).select is not Method.select or type(method).select_batch is not Method.select_batch
+    if chooses and method.signals and not method.per_crop and any(task.vision.crops for task in tasks):
         raise hooks.fault(
             method,
             "per_crop",
@@ -481,7 +482,8 @@ def _cut_images(
         entered = image.selection.indices
         eligible = image.eligible[entered] | (entered < 0)
         queries, choose = partial(hooks.queries, method), partial(hooks.choose, method)
-        cut.append(CutImage(row, start, eligible, image.vision.image_id, image.cuts, queries, choose))
+        vision = image.vision
+        cut.append(CutImage(row, start, eligible, vision.image_id, image.cuts, queries, choose, vision, entered))
     return cut
 
 

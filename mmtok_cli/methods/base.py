@@ -90,7 +90,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.rules import Positions
@@ -98,6 +98,8 @@ from mmtok_cli.tokens import Cut, LayerTokens, Selection, TextTokens, VisionToke
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -254,6 +256,13 @@ def attention_at(tokens: LayerTokens) -> Tensor:
     if tokens.attention is None:
         raise ValueError("choose reads attention, but Cut.reads is None")
     return tokens.attention
+
+
+def known(value: T | None, name: str) -> T:
+    """A field of LayerTokens that is there at a cut inside a model. Raises ValueError where it is None."""
+    if value is None:
+        raise ValueError(f"choose reads LayerTokens.{name}, which is None here: keys need Cut.reads")
+    return value
 
 
 def ranking(scores: Tensor, eligible: Tensor) -> Tensor:
