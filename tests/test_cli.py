@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -218,6 +219,7 @@ def test_catalogues() -> None:
     assert not any(method["multi_turn"] and method["reads_question"] for method in methods)
     listed = run("methods").stdout
     assert all(name in listed for name in method_names()) and "turns: " in listed
+    assert re.search(r"mmtok:text +2508.18264 +ICLR 2026 +Apache-2.0 +recorded outputs", listed)
     assert "--set fastv.layer=2" in run("methods", "fastv").stdout
     models = run_json("models")["models"]
     assert models[0]["name"] == "demo" and {"llava-1.5-7b", "llava-1.5-13b"} <= {m["name"] for m in models}

@@ -17,6 +17,8 @@ from mmtok_cli.cli.main import app
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.methods import accepted, make_method, method_class, method_names
+from mmtok_cli.methods.base import DESCRIPTION_ONLY, RECORDED_OUTPUTS
+from mmtok_cli.methods.catalogue import BUILT_IN
 from mmtok_cli.methods.full import Full
 from mmtok_cli.methods.parameters import parameter_defaults, parameter_types, setting_text
 from mmtok_cli.methods.settings import profile_parameters, read_settings
@@ -248,3 +250,12 @@ def test_ablations_of_mmtok_differ_as_they_should() -> None:
     assert not make_method("mmtok:text").select(image, other, 5).indices.equal(text.indices)
     assert both.order is not None and text.order is not None
     assert both.order[0] == text.order[0]  # the text term is far sharper
+
+
+@pytest.mark.parametrize("name", [name for name in BUILT_IN if method_class(name).source])
+def test_published_methods_say_where_and_what_they_were_checked_against(name: str) -> None:
+    kind = method_class(name)
+    assert kind.venue and kind.licence and kind.checked in (RECORDED_OUTPUTS, DESCRIPTION_ONLY)
+    files = {parent.__module__.rpartition(".")[2] for parent in kind.__mro__}  # a variant's are those of its base too
+    recorded = [folder.name for folder in (Path(__file__).parent / "golden").iterdir() if folder.name in files]
+    assert bool(recorded) == (kind.checked == RECORDED_OUTPUTS)

@@ -151,6 +151,9 @@ def test_details_of_a_method() -> None:
         "name": "random:inside",
         "summary": "tokens drawn at random after a few layers",
         "source": "arXiv 2403.06764",
+        "venue": "ECCV 2024",
+        "licence": "",
+        "checked": "recorded outputs",
         "acts": "inside the language model",
         "reads_question": True,
         "training_free": True,
@@ -158,6 +161,7 @@ def test_details_of_a_method() -> None:
         "positions": "keep",
         "keeps_padding": True,
         "signals": ["class_attention"],
+        "alternative_signals": [["received_attention", "mean_keys"]],
         "parameters": {"layer": 2},
         "expected": {"layer": "a whole number"},
         "settings": {"layer": "random:inside.layer=2"},
@@ -167,7 +171,8 @@ def test_details_of_a_method() -> None:
     assert (
         "positions kept on the released track" in details and "padding can be selected on the released track" in details
     )
-    assert "signals class_attention" in details
+    assert "signals class_attention or received_attention, mean_keys" in details
+    assert "published ECCV 2024 licence of the authors' release: not stated checked against recorded outputs" in details
     assert "layer a whole number; default: --set random:inside.layer=2" in details
 
 

@@ -17,7 +17,13 @@ def methods(
 ) -> None:
     """List the reduction methods, or show one with its parameters and their defaults."""
     from mmtok_cli.methods import method_names
-    from mmtok_cli.report.catalogues import METHODS_LEGEND, method_details, methods_table
+    from mmtok_cli.report.catalogues import (
+        METHODS_LEGEND,
+        PAPERS_LEGEND,
+        method_details,
+        methods_table,
+        papers_table,
+    )
     from mmtok_cli.report.console import print_json, results_console
     from mmtok_cli.report.text import printable
 
@@ -29,6 +35,8 @@ def methods(
     else:
         results_console().print(methods_table(listed))
         results_console().print(METHODS_LEGEND, style="dim")
+        results_console().print(papers_table(listed))
+        results_console().print(PAPERS_LEGEND, style="dim")
         for method in listed:
             if "fault" in method:
                 results_console().print(printable(method["fault"]), style="yellow", markup=False)
@@ -52,6 +60,9 @@ def _describe(name: str) -> dict[str, Any]:
         "name": name,
         "summary": method.summary,
         "source": method.source,
+        "venue": method.venue,
+        "licence": method.licence,
+        "checked": method.checked,
         "acts": method.acts(),
         "reads_question": method.reads_question,
         "training_free": method.training_free,
@@ -60,6 +71,7 @@ def _describe(name: str) -> dict[str, Any]:
         "positions": method.positions,
         "keeps_padding": method.keeps_padding,
         "signals": list(method.signals),
+        "alternative_signals": [list(names) for names in method.alternative_signals],
         "parameters": defaults,
         "expected": {parameter: expected(kind) for parameter, kind in types.items()},
         "settings": {parameter: setting_text(name, parameter, value) for parameter, value in defaults.items()},

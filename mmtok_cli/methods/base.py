@@ -102,12 +102,18 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+RECORDED_OUTPUTS = "recorded outputs"  # of the authors' code
+DESCRIPTION_ONLY = "description only"  # the paper's
+
+
 @dataclass(frozen=True)
 class Method:
     """One way to reduce vision tokens. Override the hook at which the method acts; the others keep everything.
 
     Class attributes, which `mmtok methods` prints:
-    summary: a few words for the list. source: the paper, as in "arXiv 2403.06764".
+    summary: a few words for the list. source: the paper, as in "arXiv 2403.06764". venue: where it was published, as in
+        "ECCV 2024". licence: of the authors' release. checked: what this implementation was compared with,
+        RECORDED_OUTPUTS or DESCRIPTION_ONLY. What is left empty is shown as not stated.
     reads_question: the choice depends on the question, so a second question may not find what it needs.
     training_free: works on a model as it is. takes_budget: False for methods whose count is fixed. exact: keeps as many
         tokens as the budget says; False for methods that may keep fewer, such as those that form rectangles.
@@ -129,6 +135,9 @@ class Method:
 
     summary: ClassVar[str]
     source: ClassVar[str] = ""
+    venue: ClassVar[str] = ""
+    licence: ClassVar[str] = ""
+    checked: ClassVar[str] = ""
     reads_question: ClassVar[bool] = False
     training_free: ClassVar[bool] = True
     takes_budget: ClassVar[bool] = True

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from mmtok_cli.errors import MMTokError
-from mmtok_cli.methods.base import Method
+from mmtok_cli.methods.base import RECORDED_OUTPUTS, Method
 from mmtok_cli.methods.cosine import unit_rows, without_gradients
 from mmtok_cli.rules import Positions
 from mmtok_cli.tokens import Selection, TextTokens, VisionTokens
@@ -35,6 +35,9 @@ class CDPruner(Method):
 
     summary: ClassVar[str] = "relevant + diverse ones"
     source: ClassVar[str] = "arXiv 2506.10967"
+    venue: ClassVar[str] = "NeurIPS 2025"
+    licence: ClassVar[str] = "Apache-2.0"
+    checked: ClassVar[str] = RECORDED_OUTPUTS
     reads_question: ClassVar[bool] = True
     signals: ClassVar[tuple[str, ...]] = ("clip_image_embeds", "clip_text_embeds")
     nested: ClassVar[bool] = True

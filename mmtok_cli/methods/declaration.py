@@ -44,8 +44,9 @@ def _fault_of_attributes(kind: type[Method]) -> str | None:
     description = getdoc(kind) or ""
     if not vars(kind).get("__doc__") or not description or description.startswith(f"{kind.__name__}("):
         return "it has no docstring, which `mmtok methods NAME` prints"
-    if not isinstance(kind.source, str):
-        return "source must be text"
+    for name in ("source", "venue", "licence", "checked"):
+        if not isinstance(getattr(kind, name), str):
+            return f"{name} must be text, not {getattr(kind, name)!r}"
     for name in FLAGS:
         if not isinstance(getattr(kind, name), bool):
             return f"{name} must be True or False, not {getattr(kind, name)!r}"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from mmtok_cli.errors import MMTokError
-from mmtok_cli.methods.base import Method
+from mmtok_cli.methods.base import RECORDED_OUTPUTS, Method
 from mmtok_cli.methods.cosine import unit_rows, without_gradients
 from mmtok_cli.rules import Positions
 from mmtok_cli.tokens import Selection, TextTokens, VisionTokens
@@ -31,6 +31,9 @@ class DivPrune(Method):
 
     summary: ClassVar[str] = "mutually distant tokens"
     source: ClassVar[str] = "arXiv 2503.02175"
+    venue: ClassVar[str] = "CVPR 2025"
+    licence: ClassVar[str] = "CC BY-NC 4.0"
+    checked: ClassVar[str] = RECORDED_OUTPUTS
     positions: ClassVar[Positions] = "renumber"
     nested: ClassVar[bool] = True
     keeps_padding: ClassVar[bool] = True

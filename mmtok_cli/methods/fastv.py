@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mmtok_cli.methods.base import Method, attention_at, highest, require_layers
+from mmtok_cli.methods.base import RECORDED_OUTPUTS, Method, attention_at, highest, require_layers
 from mmtok_cli.rules import Positions
 from mmtok_cli.tokens import Cut, LayerTokens, Selection
 
@@ -25,6 +25,9 @@ class FastV(Method):
 
     summary: ClassVar[str] = "last token's attention"
     source: ClassVar[str] = "arXiv 2403.06764"
+    venue: ClassVar[str] = "ECCV 2024"
+    licence: ClassVar[str] = "no licence file"
+    checked: ClassVar[str] = RECORDED_OUTPUTS
     reads_question: ClassVar[bool] = True
     positions: ClassVar[Positions] = "keep"
     keeps_padding: ClassVar[bool] = True

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from mmtok_cli.methods.base import Method
+from mmtok_cli.methods.base import RECORDED_OUTPUTS, Method
 from mmtok_cli.methods.keywords import keywords
 from mmtok_cli.tokens import Selection, TextTokens, VisionTokens
 
@@ -31,6 +31,9 @@ class MMTok(Method):
 
     summary: ClassVar[str] = "covers question + image"
     source: ClassVar[str] = "arXiv 2508.18264"
+    venue: ClassVar[str] = "ICLR 2026"
+    licence: ClassVar[str] = "Apache-2.0"
+    checked: ClassVar[str] = RECORDED_OUTPUTS
     reads_question: ClassVar[bool] = True
     nested: ClassVar[bool] = True
     per_crop: ClassVar[bool] = True

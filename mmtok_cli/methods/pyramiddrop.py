@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mmtok_cli.methods.base import Method, attention_at, highest, require_layers
+from mmtok_cli.methods.base import RECORDED_OUTPUTS, Method, attention_at, highest, require_layers
 from mmtok_cli.tokens import Cut, LayerTokens, Selection
 
 
@@ -24,6 +24,9 @@ class PyramidDrop(Method):
 
     summary: ClassVar[str] = "fastv in three steps"
     source: ClassVar[str] = "arXiv 2410.17247"
+    venue: ClassVar[str] = "CVPR 2025"
+    licence: ClassVar[str] = "MIT"
+    checked: ClassVar[str] = RECORDED_OUTPUTS
     reads_question: ClassVar[bool] = True
     keeps_padding: ClassVar[bool] = True
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mmtok_cli.methods.base import Method
+from mmtok_cli.methods.base import DESCRIPTION_ONLY, Method
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,9 @@ class Resize(Method):
 
     summary: ClassVar[str] = "a smaller image"
     source: ClassVar[str] = "arXiv 2510.07143"
+    venue: ClassVar[str] = "ACL 2026"
+    licence: ClassVar[str] = "Apache-2.0"
+    checked: ClassVar[str] = DESCRIPTION_ONLY
     exact: ClassVar[bool] = False
 
     def resize(self, total: int, budget: int) -> int | None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from mmtok_cli.errors import MMTokError
-from mmtok_cli.methods.base import Method, attention_at, highest, ranking, require_layers
+from mmtok_cli.methods.base import RECORDED_OUTPUTS, Method, attention_at, highest, ranking, require_layers
 from mmtok_cli.rules import Positions
 from mmtok_cli.tokens import Cut, LayerTokens, Selection
 
@@ -36,6 +36,9 @@ class SparseVLM2(Method):
 
     summary: ClassVar[str] = "key words' attention"
     source: ClassVar[str] = "arXiv 2410.04417"
+    venue: ClassVar[str] = "ICML 2025"
+    licence: ClassVar[str] = "Apache-2.0"
+    checked: ClassVar[str] = RECORDED_OUTPUTS
     reads_question: ClassVar[bool] = True
     positions: ClassVar[Positions] = "keep"
     keeps_padding: ClassVar[bool] = True

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 from mmtok_cli.errors import MMTokError
-from mmtok_cli.methods.base import Method, ranking
+from mmtok_cli.methods.base import RECORDED_OUTPUTS, Method, ranking
 from mmtok_cli.methods.cosine import in_float64
 from mmtok_cli.tokens import Selection, TextTokens, VisionTokens
 
@@ -48,6 +48,9 @@ class VisionZip(Method):
 
     summary: ClassVar[str] = "dominant + merged tokens"
     source: ClassVar[str] = "arXiv 2412.04467"
+    venue: ClassVar[str] = "CVPR 2025"
+    licence: ClassVar[str] = "Apache-2.0"
+    checked: ClassVar[str] = RECORDED_OUTPUTS
     signals: ClassVar[tuple[str, ...]] = ("class_attention", "mean_keys", "class_feature")
     alternative_signals: ClassVar[tuple[tuple[str, ...], ...]] = (("received_attention", "mean_keys"),)
     per_crop: ClassVar[bool] = True

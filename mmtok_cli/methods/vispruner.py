@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from mmtok_cli.errors import MMTokError
-from mmtok_cli.methods.base import Method
+from mmtok_cli.methods.base import RECORDED_OUTPUTS, Method
 from mmtok_cli.methods.cosine import in_float64
 from mmtok_cli.tokens import Selection, TextTokens, VisionTokens
 
@@ -38,6 +38,9 @@ class VisPruner(Method):
 
     summary: ClassVar[str] = "important + diverse ones"
     source: ClassVar[str] = "arXiv 2412.01818"
+    venue: ClassVar[str] = "ICCV 2025"
+    licence: ClassVar[str] = "Apache-2.0"
+    checked: ClassVar[str] = RECORDED_OUTPUTS
     signals: ClassVar[tuple[str, ...]] = ("class_attention",)
     per_crop: ClassVar[bool] = True
     keeps_padding: ClassVar[bool] = True

@@ -20,12 +20,18 @@ PLACES = {  # where methods act, for a narrow column
     "between encoder and language model": "tokens",
     "inside the language model": "layers",
 }
+READS = {(True, True): "both", (True, False): "question", (False, True): "encoder", (False, False): "–"}
 METHODS_LEGEND = (
-    "paper: number on arXiv. on: where the method acts: the image before the encoder, the tokens between encoder and "
-    "language model, or layers of the language model. asks: reads the question. free: needs no training. turns: safe "
-    "for a second question, because the selection does not depend on the first. `mmtok methods NAME` shows the details "
-    "and parameters."
+    "on: where the method acts: the image before the encoder, the tokens between encoder and language model, or layers "
+    "of the language model. reads: the question, signals of the encoder such as its attention, or both. free: needs no "
+    "training. turns: safe for a second question, because the selection does not depend on the first. `mmtok methods "
+    "NAME` shows the details and parameters."
 )
+PAPERS_LEGEND = (
+    "paper: number on arXiv. licence: of the authors' release. checked: against outputs recorded from the authors' "
+    "code, or against the paper's description only."
+)
+NOT_STATED = "not stated"
 
 
 def models_table(profiles: Sequence[Profile], here: Sequence[bool]) -> Table:
@@ -60,19 +66,31 @@ def methods_table(methods: Sequence[dict[str, Any]]) -> Table:
     table = plain_table()
     table.add_column("name", no_wrap=True)
     table.add_column("keeps")
-    for heading in ("paper", "on", "asks", "free", "turns"):
+    for heading in ("on", "reads", "free", "turns"):
         table.add_column(heading, no_wrap=True)
     for method in map(printable_data, methods):
         if "fault" in method:
-            table.add_row(method["name"], "cannot be used, see below", *["–"] * 5)
+            table.add_row(method["name"], "cannot be used, see below", *["–"] * 4)
             continue
         table.add_row(
             method["name"],
             method["summary"],
-            method["source"].removeprefix("arXiv ") or "–",
             ", ".join(short for place, short in PLACES.items() if place in method["acts"]) or "–",
-            *(yes_or_no(method[fact]) for fact in ("reads_question", "training_free", "multi_turn")),
+            READS[bool(method["reads_question"]), bool(method["signals"])],
+            *(yes_or_no(method[fact]) for fact in ("training_free", "multi_turn")),
         )
+    return table
+
+
+def papers_table(methods: Sequence[dict[str, Any]]) -> Table:
+    """Where methods were published, one line each for those that were; `PAPERS_LEGEND` explains the headings."""
+    table = plain_table()
+    for heading in ("name", "paper", "published", "licence", "checked"):
+        table.add_column(heading, no_wrap=heading in ("name", "paper"))
+    for method in map(printable_data, methods):
+        if method.get("source"):
+            facts = (method[fact] or NOT_STATED for fact in ("venue", "licence", "checked"))
+            table.add_row(method["name"], method["source"].removeprefix("arXiv "), *facts)
     return table
 
 
@@ -85,6 +103,10 @@ def method_details(method: dict[str, Any]) -> Table:
     table.add_column()
     table.add_row(method["name"], method["description"])
     table.add_row("paper", method["source"] or "–")
+    if method["source"]:
+        table.add_row("published", method["venue"] or NOT_STATED)
+        table.add_row("licence", f"of the authors' release: {method['licence'] or NOT_STATED}")
+        table.add_row("checked against", method["checked"] or NOT_STATED)
     table.add_row("acts", method["acts"])
     table.add_row("reads question", yes_or_no(method["reads_question"]))
     table.add_row("training-free", yes_or_no(method["training_free"]))
@@ -93,7 +115,8 @@ def method_details(method: dict[str, Any]) -> Table:
     table.add_row("positions", f"{positions} on the released track")
     padding = "can be selected on the released track" if method["keeps_padding"] else "never selected"
     table.add_row("padding", padding)
-    table.add_row("signals", ", ".join(method["signals"]) or "none of the encoder")
+    signals = " or ".join(", ".join(names) for names in (method["signals"], *method["alternative_signals"]))
+    table.add_row("signals", signals or "none of the encoder")
     if not method["parameters"]:
         table.add_row("parameters", "none")
     for name, setting in method["settings"].items():
