@@ -135,6 +135,7 @@ def queries(method: Method, vision: Tensor, text: Tensor, stage: Stage) -> Tenso
 
 def choose(method: Method, tokens: LayerTokens, cut: Cut, stage: Stage) -> Selection:
     """`Method.choose`: `cut.keep` of the tokens that are left."""
+
     def given() -> list[Tensor]:
         seen = [tokens.hidden, tokens.eligible, *tokens.earlier.values()]
         return seen if tokens.vision is None else [*seen, tokens.vision.projected, *tokens.vision.signals.values()]

@@ -219,8 +219,8 @@ class Cut:
     reads: index of the decoder layer whose attention is read, `before - 1` (it has just run) or `before` (it is about
         to run). None: no attention is read.
     rows: the part of that attention which is computed: "queries", the rows of the text tokens that the method's
-        `queries` chooses; "mean", the mean over the rows of all tokens of the prompt, which is summed up a few rows at a
-        time; "none", nothing but the keys, where `LayerTokens.keys` is called.
+        `queries` chooses; "mean", the mean over the rows of all tokens of the prompt, summed up a few rows at a time;
+        "none", nothing but the keys, where `LayerTokens.keys` is called.
     earlier: indices of decoder layers below `before`, for `LayerTokens.earlier`.
     """
 

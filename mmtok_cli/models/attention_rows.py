@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -52,15 +51,15 @@ def mean_attention(layer: Any, hidden: Tensor, rotary: Rotary, keys: Tensor | No
 
 
 def keys_at(
-    layer: Any, hidden: Tensor, rotary: Rotary, groups: Sequence[Tensor], keys: Tensor | None = None
-) -> tuple[Tensor, ...]:
-    """The keys of some groups of a sequence's tokens: for each, [KV heads, tokens of the group, head dim].
+    layer: Any, hidden: Tensor, rotary: Rotary, vision: Tensor, text: Tensor, keys: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The keys of some tokens of a sequence, twice [KV heads, tokens, head dim].
 
-    groups: indices of tokens. The other arguments are those of `attention_rows`.
+    vision, text: [tokens], indices of the tokens. The other arguments are those of `attention_rows`.
     """
     if keys is None:
         keys = hf.keys(layer, hidden, rotary)
-    return tuple(keys[:, group] for group in groups)
+    return keys[:, vision], keys[:, text]
 
 
 def rotary_response(layer: Any, rotary: Rotary, queries: Tensor, tokens: Tensor) -> Tensor:

@@ -295,7 +295,7 @@ class Inside:
                 attention = attention_rows(layer, seen, (cos, sin), queries, cached)[:, :, image.start : image.end]
             elif cut.rows == "mean":
                 attention = mean_attention(layer, seen, (cos, sin), cached)[:, None, image.start : image.end]
-            keys = partial(keys_at, layer, seen, (cos, sin), (places, text), cached)
+            keys = partial(keys_at, layer, seen, (cos, sin), places, text, cached)
         return LayerTokens(
             hidden=hidden[image.start : image.end],
             attention=attention,
