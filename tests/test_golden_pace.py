@@ -46,15 +46,17 @@ def test_there_are_cases() -> None:
     require_cases("pace")
 
 
-@pytest.mark.parametrize("case", [param for param in DDAE if param.values[0]["params"]["vision"]])
+@pytest.mark.parametrize("case", DDAE)
 def test_fused_scores(case: dict[str, Any]) -> None:
     expected, method = golden_tensors("pace", case), method_of(case)
     everything = torch.ones(case["params"]["image_length"], dtype=torch.bool)
     read, atol = attention_of(case, expected).mean((0, 1)), case["tolerance"]["scores_abs"]
     torch.testing.assert_close(read, expected["expected_llm_score"], atol=atol, rtol=0)
-    weights = method.weights(torch.stack([scaled(s, everything) for s in (read, expected["vision_score"])]))
-    assert weights.tolist() == pytest.approx([case["expected_alpha"], case["expected_beta"]], abs=atol)
-    fused = method.fused(read, expected["vision_score"], everything)
+    seen = expected.get("vision_score")
+    if seen is not None:
+        weights = method.weights(torch.stack([scaled(scores, everything) for scores in (read, seen)]))
+        assert weights.tolist() == pytest.approx([case["expected_alpha"], case["expected_beta"]], abs=atol)
+    fused = method.fused(read, seen, everything)
     torch.testing.assert_close(fused, expected["expected_combined"], atol=atol, rtol=0)
 
 

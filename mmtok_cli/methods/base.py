@@ -58,6 +58,10 @@ What a method reads
     received_attention    [tokens]           attention that a patch receives on average (Qwen families)
     clip_image_embeds     [tokens, clip dim] patches in the space of CLIP (LLaVA families with a known CLIP model)
     clip_text_embeds      [pieces, clip dim] the question there, one row for each piece that CLIP can read
+    A cut inside the language model shows `tokens.hidden`, and the image as it left the encoder: `tokens.vision`, of
+    which `tokens.places` are left. Anything else is named in the Cut and computed for it alone: the attention of a
+    layer (`reads`), of the text tokens that `queries` chooses or on average over the prompt (`rows`), the layer's keys
+    (`rows="none"` without its attention), and what earlier layers were called with (`earlier`).
 
 Padding
     LLaVA-1.5 pads an image to a square. Tokens of padding are False in `vision.eligible` (and `tokens.eligible`) and
@@ -125,7 +129,8 @@ class Method:
         then selects once for all budgets.
     per_crop: where a model cuts an image into crops, `select` is called for each crop with a part of the budget, as in
         methods that act on the encoder's output (see `across_crops`); otherwise once for the packed sequence of all
-        crops, line ends included. A method that reads signals must set it.
+        crops, line ends included. A method whose `select` reads signals must set it; where a cut reads them, see
+        `VisionTokens.scores`.
     positions: "keep" or "renumber": whether the authors' code leaves kept tokens at their positions in the whole
         prompt, as FastV's does, or numbers them consecutively.
     keeps_padding: in the authors' code padding can be selected; the released track then shows all tokens as eligible.
@@ -268,9 +273,9 @@ def attention_at(tokens: LayerTokens) -> Tensor:
 
 
 def known(value: T | None, name: str) -> T:
-    """A field of LayerTokens that is there at a cut inside a model. Raises ValueError where it is None."""
+    """A field of LayerTokens that has a value at the cuts of a model. Raises ValueError where it is None."""
     if value is None:
-        raise ValueError(f"choose reads LayerTokens.{name}, which is None here: keys need Cut.reads")
+        raise ValueError(f"choose reads LayerTokens.{name}, which is None" + (" without Cut.reads" * (name == "keys")))
     return value
 
 

@@ -31,9 +31,9 @@ class PACE(Method):
     positions are kept. The encoder's attention is `received_attention`: of the last block, averaged over heads, queries
     and the patches of a token. On LLaVA families, for which there is no release, it is the attention of the class token
     in the layer that the features come from, averaged over heads; crops are scaled together, and ends of lines get the
-    lowest score. Not as released: the attention matrix is not held, only sums of 32 MiB of it at a time; a single token
-    is not scored (the standard deviation of one is NaN there); several images have a budget each, and batches work. Of
-    equal scores the first token is kept.
+    lowest score. Not as released: the attention matrix is not held but summed up, 32 MiB at a time, which takes about
+    as long as the layer's own attention; a single token is not scored (the standard deviation of one is NaN there);
+    several images have a budget each, and batches work. Of equal scores the first token is kept.
     """
 
     summary: ClassVar[str] = "attention, LM and encoder"
@@ -77,7 +77,7 @@ class PACE(Method):
         import torch
 
         if seen is None:
-            return read
+            return scaled(read, eligible)
         scores = torch.stack([scaled(read, eligible), scaled(seen, eligible)])
         return self.weights(scores[:, eligible]) @ scores
 

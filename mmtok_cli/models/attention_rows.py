@@ -26,9 +26,9 @@ def attention_rows(layer: Any, hidden: Tensor, rotary: Rotary, queries: Tensor, 
     if keys is None:
         keys = hf.keys(layer, hidden, rotary)
     grouped = rows.float().unflatten(0, (keys.shape[0], -1))  # query heads that share a key head
-    logits = (grouped @ keys.float().unsqueeze(1).transpose(2, 3)).flatten(0, 1) * hf.attention_scale(layer)
+    logits = (grouped @ keys.float().unsqueeze(1).transpose(2, 3)).flatten(0, 1).mul_(hf.attention_scale(layer))
     ahead = torch.arange(hidden.shape[0], device=hidden.device) > queries[:, None]
-    return logits.masked_fill(ahead, float("-inf")).softmax(-1)
+    return logits.masked_fill_(ahead, float("-inf")).softmax(-1)
 
 
 def mean_attention(layer: Any, hidden: Tensor, rotary: Rotary, keys: Tensor | None = None) -> Tensor:
