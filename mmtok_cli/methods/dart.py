@@ -33,7 +33,7 @@ class DART(Method):
     summary: ClassVar[str] = "tokens unlike the pivots"
     source: ClassVar[str] = "arXiv 2502.11494"
     venue: ClassVar[str] = "EMNLP 2025"
-    licence: ClassVar[str] = "Apache-2.0, of copies"
+    licence: ClassVar[str] = "Apache-2.0"
     checked: ClassVar[str] = DESCRIPTION_ONLY
     reads_question: ClassVar[bool] = True
     positions: ClassVar[Positions] = "keep"
