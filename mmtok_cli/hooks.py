@@ -43,6 +43,17 @@ def resize(method: Method, total: int, budget: int) -> int | None:
     return tokens
 
 
+def entering(method: Method, total: int, budget: int) -> int:
+    """`Method.entering`: a number of tokens from `budget` to `total`; the latter where nothing is dropped."""
+    if budget == total:
+        return total
+    with _calling(method, "entering"):
+        tokens = method.entering(total, budget)
+    if not _is_int(tokens) or not budget <= tokens <= total:
+        raise fault(method, "entering", f"must return a number from {budget} to {total}, not {_shown(tokens)}")
+    return tokens
+
+
 def across_crops(method: Method, crops: Sequence[VisionTokens]) -> list[VisionTokens]:
     """`Method.across_crops`: one VisionTokens for each crop."""
     with _calling(method, "across_crops"):
@@ -70,17 +81,14 @@ def check_selections(
     method: Method, vision: Sequence[VisionTokens], budgets: Sequence[int], selections: Sequence[Selection]
 ) -> None:
     """Check the values of what `select` returned, which reads them from the device."""
-    has_cuts = type(method).cuts is not Method.cuts
     for tokens, budget, selection in zip(vision, budgets, selections, strict=True):
-        if not has_cuts:
-            check_kept(method, selection.kept, budget, tokens)
+        check_kept(method, selection.kept, budget, tokens, "select")
         if selection.kept != tokens.total or selection.tokens is not None:
             _check_values(method, "select", selection, tokens.eligible)
 
 
-def check_kept(method: Method, kept: int, budget: int, tokens: VisionTokens) -> None:
-    """Check the number of tokens that are left of an image after the last reduction."""
-    hook = "cuts" if type(method).cuts is not Method.cuts else "select"
+def check_kept(method: Method, kept: int, budget: int, tokens: VisionTokens, hook: str) -> None:
+    """Check the number of tokens that a hook leaves of an image."""
     if method.takes_budget and (kept > budget or (method.exact and kept < budget)):
         raise fault(method, hook, f"kept {kept} tokens of {tokens.image_id} at a budget of {budget}")
     if kept > tokens.total:

@@ -381,8 +381,13 @@ def test_impossible_cuts_are_named(cuts: tuple[Cut, ...], tiny_sdpa: Llava, samp
 class Halving(Everything):
     """Half of the tokens before the language model, the rest inside."""
 
+    takes_budget: ClassVar[bool] = True
+
+    def entering(self, total: int, budget: int) -> int:
+        return max(budget, total // 2)
+
     def select(self, vision: VisionTokens, text: TextTokens, budget: int) -> Selection:
-        return Selection(torch.arange(0, vision.total, 2))
+        return Selection(torch.arange(0, vision.total, 2)[:budget])
 
     def cuts(self, total: int, budget: int, layers: int) -> tuple[Cut, ...]:
         return (Cut(2, budget),)
@@ -395,8 +400,15 @@ def test_method_that_acts_at_two_places(tiny: Llava, samples: list[Sample]) -> N
     said = answer(tiny, Halving(), samples, BUDGET, max_new_tokens=2)
     assert [s.indices.tolist() for s in said.selections] == [list(range(2, 18, 2))] * 3
     assert [(t.kept, t.layer_average) for t in said.reduced.tokens] == [(8, 13)] * 3
-    with pytest.raises(MMTokError, match="does not apply to a method that drops tokens both"):
-        answer(tiny, Halving(), samples, Budget(count=20), rules=Rules(budget_means="layer-average"))
+    average = answer(tiny, Halving(), samples, Budget(count=13), rules=Rules(budget_means="layer-average"))
+    assert [(t.kept, t.layer_average) for t in average.reduced.tokens] == [(8, 13)] * 3
+
+    class Generous(Halving):
+        def select(self, vision: VisionTokens, text: TextTokens, budget: int) -> Selection:
+            return Selection(torch.arange(budget + 1))
+
+    with pytest.raises(MMTokError, match=r"Generous\.select kept 19 tokens of picture-0 at a budget of 18"):
+        answer(tiny, Generous(), samples, BUDGET)
 
 
 def test_merged_tokens_are_marked(tiny: Llava, samples: list[Sample]) -> None:

@@ -40,6 +40,7 @@ receive in the layer before:
 
 Hooks, in the order in which they are called
     resize    before the encoder: how many tokens a smaller version of the image has
+    entering  for methods that override both `select` and `cuts`: how many tokens `select` leaves to the cuts
     select    between encoder and language model: `budget` of the image's tokens (see VisionTokens, TextTokens)
     cuts      inside the language model: before which decoder layers tokens are dropped, and how many stay (see Cut)
     queries   for cuts that read attention: the text tokens whose attention is read
@@ -160,11 +161,15 @@ class Method:
         """Where the method acts, which follows from the hooks that it overrides."""
         places = {
             "before the encoder": cls.resize is not Method.resize,
-            "between encoder and language model": cls.select is not Method.select
-            or cls.select_batch is not Method.select_batch,
+            "between encoder and language model": cls.selects(),
             "inside the language model": cls.cuts is not Method.cuts,
         }
         return " and ".join(place for place, is_used in places.items() if is_used) or "nowhere"
+
+    @classmethod
+    def selects(cls) -> bool:
+        """Whether the method keeps less than everything between encoder and language model."""
+        return cls.select is not Method.select or cls.select_batch is not Method.select_batch
 
     @classmethod
     def signals_among(cls, offered: Sequence[str]) -> tuple[str, ...]:
@@ -192,6 +197,14 @@ class Method:
         as it can.
         """
         return None
+
+    def entering(self, total: int, budget: int) -> int:
+        """How many of an image's `total` vision tokens enter the language model where `budget` are left at its end.
+
+        `select` is asked for so many, and `cuts` is told them as its `total`. Override it together with `select` and
+        `cuts`; methods that act at one of these places need not.
+        """
+        return total if type(self).cuts is not Method.cuts and not self.selects() else budget
 
     def across_crops(self, crops: Sequence[VisionTokens]) -> Sequence[VisionTokens]:
         """The crops of one image as `select` sees them; override it where a choice depends on the other crops.

@@ -29,11 +29,12 @@ class PACE(Method):
 
     As released (for Qwen2.5-VL): the attention over all rows favours early tokens, which more tokens can see, and
     positions are kept. The encoder's attention is `received_attention`: of the last block, averaged over heads, queries
-    and the patches of a token. On LLaVA families, for which there is no release, it is the attention of the class token
-    in the layer that the features come from, averaged over heads; crops are scaled together, and ends of lines get the
-    lowest score. Not as released: the attention matrix is not held but summed up, 32 MiB at a time, which takes about
-    as long as the layer's own attention; a single token is not scored (the standard deviation of one is NaN there);
-    several images have a budget each, and batches work. Of equal scores the first token is kept.
+    and the patches of a token. Where a family does not offer it, it is the attention of the class token in the layer
+    that the features come from, averaged over heads. Of LLaVA-NeXT, for which there is no release, the crops are scaled
+    together, and ends of lines get the lowest score. Not as released: the attention matrix is not held but summed up,
+    32 MiB at a time, which takes about as long as the layer's own attention; a single token is not scored (the standard
+    deviation of one is NaN there); several images have a budget each, and batches work. Of equal scores the first token
+    is kept.
     """
 
     summary: ClassVar[str] = "attention, LM and encoder"
