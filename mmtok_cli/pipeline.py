@@ -346,7 +346,8 @@ def _reduce_images(
     for plan, tokens, task, kept in zip(plans, vision, tasks, selections, strict=True):
         cuts = cuts_of(method, kept.kept, min(plan.keep, kept.kept), model)
         image = ReducedImage(plan, tokens, task.vision.eligible, kept, cuts)
-        hooks.check_kept(method, image.kept, plan.keep, tokens, "cuts" if cuts else "select")
+        hook = "select" if type(method).cuts is Method.cuts else "cuts"
+        hooks.check_kept(method, image.kept, plan.keep, tokens, hook)
         images.append(image)
     return images
 
