@@ -18,7 +18,7 @@ from mmtok_cli.configuration import configured_model
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.drafts import SELF
 from mmtok_cli.errors import MMTokError
-from mmtok_cli.image_plan import cuts_of, plan_images
+from mmtok_cli.image_plan import plan_images, planned_cuts
 from mmtok_cli.lengths import of_prompt_length
 from mmtok_cli.models import outline
 from mmtok_cli.models.base import VisionLanguageModel
@@ -165,7 +165,7 @@ def _layers_until_last_cut(model: VisionLanguageModel, cases: Sequence[Case], sa
             cut.before + 1
             for case in cases
             for plan in plan_images(model, case.method, sample.images, case.budget, case.rules, None)
-            for cut in cuts_of(case.method, plan.total, plan.keep, model)
+            for cut in planned_cuts(case.method, plan, model)
         ),
         default=1,
     )

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from mmtok_cli.errors import MethodFaultError, MMTokError, first_line, is_out_of
 from mmtok_cli.methods.base import Method, package_of
 from mmtok_cli.methods.isolation import GlobalStateError, isolated
 from mmtok_cli.stages import CHECK, Stage
-from mmtok_cli.tokens import PADDING, Cut, LayerTokens, Selection, TextTokens, VisionTokens
+from mmtok_cli.tokens import PADDING, Cut, LayerTokens, Rows, Selection, TextTokens, VisionTokens
 
 PACKAGE = __name__.partition(".")[0]
 
@@ -40,6 +40,17 @@ def resize(method: Method, total: int, budget: int) -> int | None:
         tokens = method.resize(total, budget)
     if tokens is not None and not (_is_int(tokens) and 1 <= tokens <= total):
         raise fault(method, "resize", f"must return None or a number from 1 to {total}, not {_shown(tokens)}")
+    return tokens
+
+
+def entering(method: Method, total: int, budget: int) -> int:
+    """`Method.entering`: a number of tokens from `budget` to `total`; the latter where nothing is dropped."""
+    if budget == total:
+        return total
+    with _calling(method, "entering"):
+        tokens = method.entering(total, budget)
+    if not _is_int(tokens) or not budget <= tokens <= total:
+        raise fault(method, "entering", f"must return a number from {budget} to {total}, not {_shown(tokens)}")
     return tokens
 
 
@@ -81,17 +92,14 @@ def check_selections(
     method: Method, vision: Sequence[VisionTokens], budgets: Sequence[int], selections: Sequence[Selection]
 ) -> None:
     """Check the values of what `select` returned, which reads them from the device."""
-    has_cuts = type(method).cuts is not Method.cuts
     for tokens, budget, selection in zip(vision, budgets, selections, strict=True):
-        if not has_cuts:
-            check_kept(method, selection.kept, budget, tokens)
+        check_kept(method, selection.kept, budget, tokens, "select")
         if selection.kept != tokens.total or selection.tokens is not None:
             _check_values(method, "select", selection, tokens.eligible)
 
 
-def check_kept(method: Method, kept: int, budget: int, tokens: VisionTokens) -> None:
-    """Check the number of tokens that are left of an image after the last reduction."""
-    hook = "cuts" if type(method).cuts is not Method.cuts else "select"
+def check_kept(method: Method, kept: int, budget: int, tokens: VisionTokens, hook: str) -> None:
+    """Check the number of tokens that a hook leaves of an image."""
     if method.takes_budget and (kept > budget or (method.exact and kept < budget)):
         raise fault(method, hook, f"kept {kept} tokens of {tokens.image_id} at a budget of {budget}")
     if kept > tokens.total:
@@ -124,10 +132,7 @@ def cuts(method: Method, total: int, budget: int, layers: int) -> tuple[Cut, ...
     """`Method.cuts`: a tuple of Cut."""
     with _calling(method, "cuts"):
         found = method.cuts(total, budget, layers)
-    if not isinstance(found, (list, tuple)) or not all(
-        isinstance(cut, Cut) and _is_int(cut.before) and _is_int(cut.keep) and (cut.reads is None or _is_int(cut.reads))
-        for cut in found
-    ):
+    if not isinstance(found, (list, tuple)) or not all(_is_cut(cut) for cut in found):
         raise fault(method, "cuts", f"must return a tuple of Cut, not {_shown(found)}")
     return tuple(found)
 
@@ -149,7 +154,12 @@ def queries(method: Method, vision: Tensor, text: Tensor, stage: Stage) -> Tenso
 
 def choose(method: Method, tokens: LayerTokens, cut: Cut, stage: Stage) -> Selection:
     """`Method.choose`: `cut.keep` of the tokens that are left."""
-    with unchanged(method, lambda: [tokens.hidden, tokens.eligible], stage), _calling(method, "choose"):
+
+    def given() -> list[Tensor]:
+        seen = [tokens.hidden, tokens.eligible, *tokens.earlier.values()]
+        return seen if tokens.vision is None else [*seen, tokens.vision.projected, *tokens.vision.signals.values()]
+
+    with unchanged(method, given, stage), _calling(method, "choose"):
         selection = method.choose(tokens, cut)
     _check_shapes(method, "choose", selection, tokens.hidden)
     if selection.kept != cut.keep:
@@ -186,6 +196,18 @@ def _calling(method: Method, hook: str) -> Iterator[None]:
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_cut(value: Any) -> bool:
+    return (
+        isinstance(value, Cut)
+        and _is_int(value.before)
+        and _is_int(value.keep)
+        and (value.reads is None or _is_int(value.reads))
+        and value.rows in get_args(Rows)
+        and isinstance(value.earlier, tuple)
+        and all(_is_int(layer) for layer in value.earlier)
+    )
 
 
 def _check_shapes(method: Method, hook: str, selection: Selection, rows: Tensor) -> None:

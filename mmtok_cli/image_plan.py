@@ -141,6 +141,11 @@ def _kept(
     return budget.resolve(total) if grid else model.keep(image, budget, rules.track)
 
 
+def planned_cuts(method: Method, plan: ImagePlan, model: VisionLanguageModel) -> tuple[Cut, ...]:
+    """The cuts of an image that is reduced as planned, of which all tokens are eligible; see `cuts_of`."""
+    return cuts_of(method, hooks.entering(method, plan.encoded, plan.keep), plan.keep, model)
+
+
 def cuts_of(method: Method, entering: int, keep: int, model: VisionLanguageModel) -> tuple[Cut, ...]:
     """The method's cuts of an image of which `entering` tokens enter the language model.
 
@@ -155,6 +160,8 @@ def cuts_of(method: Method, entering: int, keep: int, model: VisionLanguageModel
             problem = f"`keep` must be 1 to {tokens}, the tokens that are left"
         elif cut.reads not in (None, cut.before - 1, cut.before):
             problem = f"`reads` must be {cut.before - 1}, {cut.before} or None"
+        elif not all(0 <= layer < cut.before for layer in cut.earlier):
+            problem = f"`earlier` must name layers from 0 to {cut.before - 1}"
         else:
             problem = ""
         if problem:
@@ -188,9 +195,9 @@ def final_count(method: Method, wanted: int, total: int, layers: int) -> int:
 
     Raises UnmetBudgetError with the range where the layers before the first cut alone exceed it.
     """
-    if not hooks.cuts(method, total, 1, layers):
+    if type(method).cuts is Method.cuts:
         return wanted
-    averages = {n: layer_average(total, hooks.cuts(method, total, n, layers), layers) for n in range(1, total + 1)}
+    averages = {n: _average_of(method, total, n, layers) for n in range(1, total + 1)}
     lowest = min(averages.values())
     if wanted < lowest:
         raise UnmetBudgetError(
@@ -200,3 +207,9 @@ def final_count(method: Method, wanted: int, total: int, layers: int) -> int:
             nearest=1,
         )
     return min(averages, key=lambda n: abs(averages[n] - wanted))
+
+
+def _average_of(method: Method, total: int, keep: int, layers: int) -> float:
+    """The layer average of an image of `total` vision tokens of which `keep` are left."""
+    entering = hooks.entering(method, total, keep)
+    return layer_average(entering, hooks.cuts(method, entering, keep, layers), layers)

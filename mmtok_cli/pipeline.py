@@ -17,7 +17,7 @@ from mmtok_cli.budget import Budget, TokenCounts, UnmetBudgetError
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.decoding import cache_bytes, decode, prefill, require_finite
 from mmtok_cli.errors import MMTokError
-from mmtok_cli.image_plan import ImagePlan, cuts_of, layer_average, plan_images
+from mmtok_cli.image_plan import ImagePlan, cuts_of, layer_average, plan_images, planned_cuts
 from mmtok_cli.image_scale import encoded_grids
 from mmtok_cli.methods.base import Method
 from mmtok_cli.models.base import Grid, Prompt, VisionLanguageModel
@@ -225,7 +225,7 @@ def check_budget(
         try:
             smaller = encoded_grids(model, sample.images, fixed)
             for plan in plan_images(model, method, sample.images, budget, rules, grids, smaller=smaller, strict=True):
-                if cuts_of(method, plan.encoded, plan.keep, model):
+                if planned_cuts(method, plan, model):
                     model.require_hooks()
         except UnmetBudgetError as error:
             unmet = unmet or error
@@ -352,17 +352,11 @@ def _reduce_images(
     images = []
     selections = select(method, tasks, stage, encoded.picks)
     for plan, tokens, task, kept in zip(plans, vision, tasks, selections, strict=True):
-        image = ReducedImage(plan, tokens, task.vision.eligible, kept, cuts_of(method, kept.kept, task.budget, model))
-        hooks.check_kept(method, image.kept, plan.keep, tokens)
+        cuts = cuts_of(method, kept.kept, min(plan.keep, kept.kept), model)
+        image = ReducedImage(plan, tokens, task.vision.eligible, kept, cuts)
+        hook = "select" if type(method).cuts is Method.cuts else "cuts"
+        hooks.check_kept(method, image.kept, plan.keep, tokens, hook)
         images.append(image)
-    if rules.budget_means == "layer-average" and any(
-        image.cuts and image.selection.kept < image.vision.total for image in images
-    ):
-        raise MMTokError(
-            "--budget-means layer-average does not apply to a method that drops tokens both before and inside the "
-            "language model",
-            "use --budget-means final",
-        )
     return images
 
 
@@ -379,8 +373,7 @@ def selection_tasks(
         seen = [_as_seen(tokens, method, track) for tokens in vision]
     reachable = [_within_reach(plan, tokens, method) for plan, tokens in zip(plans, seen, strict=True)]
     return reachable, [
-        # A smaller image may have fewer tokens than the budget.
-        SelectionTask(tokens, text, min(plan.keep, tokens.total))
+        SelectionTask(tokens, text, _entering(method, plan, tokens))
         for plan, tokens, text in zip(reachable, seen, texts, strict=True)
     ]
 
@@ -389,9 +382,21 @@ def _within_reach(plan: ImagePlan, seen: VisionTokens, method: Method) -> ImageP
     """The plan of an image that was encoded at its own size: unless all are kept, no more tokens than are eligible."""
     if plan.keep == plan.total or plan.grid:
         return plan
-    parts = seen.crops.tokens if seen.crops and method.per_crop else (seen,)
-    eligible = sum(int(part.eligible.sum()) for part in parts)
+    eligible = _eligible(seen, method)
     return plan if plan.keep <= eligible else replace(plan, keep=eligible, short=True)
+
+
+def _entering(method: Method, plan: ImagePlan, seen: VisionTokens) -> int:
+    """How many tokens of an image `select` keeps. A smaller image may have fewer tokens than the budget."""
+    keep = min(plan.keep, seen.total)
+    tokens = hooks.entering(method, seen.total, keep)
+    return min(tokens, _eligible(seen, method)) if keep < tokens < seen.total else tokens
+
+
+def _eligible(seen: VisionTokens, method: Method) -> int:
+    """How many tokens of an image the method may keep."""
+    parts = seen.crops.tokens if seen.crops and method.per_crop else (seen,)
+    return sum(int(part.eligible.sum()) for part in parts)
 
 
 def select(
@@ -404,7 +409,7 @@ def select(
 
     Images of which everything is kept stay whole, with the line ends that no crop has. picks: as in Encoded.
     """
-    if method.signals and not method.per_crop and any(task.vision.crops for task in tasks):
+    if method.selects() and method.signals and not method.per_crop and any(task.vision.crops for task in tasks):
         raise hooks.fault(
             method,
             "per_crop",
@@ -518,7 +523,8 @@ def _cut_images(
         entered = image.selection.indices
         eligible = image.eligible[entered] | (entered < 0)
         queries, choose = partial(hooks.queries, method), partial(hooks.choose, method)
-        cut.append(CutImage(row, start, eligible, image.vision.image_id, image.cuts, queries, choose))
+        vision = image.vision
+        cut.append(CutImage(row, start, eligible, vision.image_id, image.cuts, queries, choose, vision, entered))
     return cut
 
 

@@ -38,13 +38,13 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
         "vtc": Protocol(
             "VTC-Bench, arXiv 2510.07143",
             budgets=("25%", "11.12%", "6.25%", "4%", "1%"),  # sides divided by 2, 3, 4, 5 and 10
-            methods=("mmtok", "visionzip", "fastv"),
+            methods=("mmtok", "visionzip", "fastv", "dart"),
             controls=("resize",),
         ),
         "unipruneb": Protocol(
             "UniPruneBench, arXiv 2511.02650",
             budgets=("33.34%", "22.23%", "11.12%"),
-            methods=("mmtok", "divprune", "vispruner", "fastv", "pyramiddrop"),
+            methods=("mmtok", "divprune", "vispruner", "fastv", "dart", "pyramiddrop"),
             controls=("random", "random:inside"),
             repeats=MappingProxyType({"random": 3, "random:inside": 3}),
         ),

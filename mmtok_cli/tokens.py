@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 CLASS_TOKEN = -1  # indices that stand for no place in the image
 PADDING = -2
+Rows = Literal["queries", "mean", "none"]
 GROUP = 2**40  # offset between groups in the sort keys of `Crops.join`, above any rank
 
 
@@ -44,6 +45,21 @@ class VisionTokens:
     @property
     def total(self) -> int:
         return self.projected.shape[0]
+
+    def scores(self, score: Callable[[VisionTokens], Tensor]) -> Tensor:
+        """What `score` gives for the image, [tokens], in float32: for each crop by itself, where there are any.
+
+        Tokens that belong to no crop, such as the ends of lines, get the lowest value.
+        """
+        import torch
+
+        if self.crops is None:
+            return score(self).float()
+        values = torch.stack([score(crop).float() for crop in self.crops.tokens])
+        shown = self.crops.places >= 0
+        found = values[shown].min().repeat(self.total)
+        found[self.crops.places[shown]] = values[shown]
+        return found
 
 
 @dataclass(frozen=True)
@@ -198,13 +214,21 @@ class Cut:
 
     before: index of the first decoder layer that sees the shorter sequence.
     keep: vision tokens of the image from there on; those that arise by merging count.
-    reads: index of the decoder layer whose attention the choice is made from, `before - 1` (it has just run) or
-        `before` (it is about to run). None: no attention is computed.
+
+    What the choice is made from, besides the tokens themselves; nothing else is computed or held:
+    reads: index of the decoder layer whose attention is read, `before - 1` (it has just run) or `before` (it is about
+        to run). None: no attention is read.
+    rows: the part of that attention which is computed: "queries", the rows of the text tokens that the method's
+        `queries` chooses; "mean", the mean over the rows of all tokens of the prompt, summed up a few rows at a time;
+        "none", nothing but the keys, where `LayerTokens.keys` is called.
+    earlier: indices of decoder layers below `before`, for `LayerTokens.earlier`.
     """
 
     before: int
     keep: int
     reads: int | None = None
+    rows: Rows = "queries"
+    earlier: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -213,10 +237,20 @@ class LayerTokens:
 
     hidden: [tokens, dim], on their way into the layer `cut.before`.
     attention: [heads, queries, tokens], probabilities (softmax in float32 over the whole sequence) with which the
-        method's queries attend to them in the layer `cut.reads`; None where the cut reads none.
+        method's queries attend to them in the layer `cut.reads`; [heads, 1, tokens], the mean over all tokens of the
+        prompt, if `cut.rows` is "mean"; None where the cut reads none.
     rotary_response: gives [queries, tokens], what the layer's attention logits would be if every query and key
         were a vector of ones, so that rotary position alone decides.
     eligible: [tokens], as in VisionTokens. image_id: as in VisionTokens.
+
+    earlier: by the layers in `cut.earlier`, [tokens, dim], the same tokens on their way into that layer. A merged token
+        has there what the place that it stands for had before the merge.
+    text: gives [text tokens, dim], the text tokens after the image, on their way into the layer `cut.before`.
+    keys: gives the keys of the layer `cut.reads`, after the rotary embedding, of the vision tokens and of the text
+        tokens after the image: [KV heads, tokens, head dim] and [KV heads, text tokens, head dim].
+    norm: the norm behind the last decoder layer, for rows [..., dim].
+    vision: the image as it left the encoder, with the method's signals.
+    places: [tokens], where in `vision` they stand (below zero for those without a place, as in Selection).
     """
 
     hidden: Tensor
@@ -224,3 +258,9 @@ class LayerTokens:
     rotary_response: Callable[[], Tensor]
     eligible: Tensor
     image_id: str
+    earlier: Mapping[int, Tensor] = field(default_factory=dict)
+    text: Callable[[], Tensor] | None = None
+    keys: Callable[[], tuple[Tensor, Tensor]] | None = None
+    norm: Callable[[Tensor], Tensor] | None = None
+    vision: VisionTokens | None = None
+    places: Tensor | None = None

@@ -18,7 +18,7 @@ from tiny_models import FAMILIES
 from mmtok_cli.budget import Budget
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.errors import MethodFaultError, MMTokError
-from mmtok_cli.methods.base import Method, highest
+from mmtok_cli.methods.base import Method, highest, known
 from mmtok_cli.methods.declaration import declaration_fault
 from mmtok_cli.models.llava import Llava
 from mmtok_cli.pipeline import answer
@@ -190,6 +190,11 @@ def hidden_in_place(tokens: LayerTokens, cut: Cut) -> Selection:
     return Selection(torch.arange(cut.keep))
 
 
+def earlier_in_place(self: Method, tokens: LayerTokens, cut: Cut) -> Selection:
+    tokens.earlier[1].zero_()
+    return Selection(torch.arange(cut.keep))
+
+
 HOOKS: dict[str, tuple[dict[str, Any], str]] = {
     "resize to nothing": ({"resize": lambda self, total, budget: 0}, "resize must return None or a number from 1 to"),
     "resize to more": ({"resize": lambda self, total, budget: total + 1}, "resize must return None or"),
@@ -210,6 +215,12 @@ HOOKS: dict[str, tuple[dict[str, Any], str]] = {
     "cut to another number": ({"cuts": one_cut(2, 9), "choose": first}, "cuts kept 9 tokens of picture-0 at a budget"),
     "no cut": ({"cuts": lambda self, *_: (), "choose": first}, "cuts kept 36 tokens of picture-0 at a budget of 8"),
     "reads another layer": ({"cuts": one_cut(2, 8, 0), "choose": first}, "an impossible cut"),
+    "reads the future": ({"cuts": one_cut(2, 8, 1, "none", (2,)), "choose": first}, "an impossible cut.*0 to 1"),
+    "rows of nobody": ({"cuts": one_cut(2, 8, 1, "last"), "choose": first}, "must return a tuple of Cut"),
+    "enters more": (
+        {"cuts": one_cut(2, 8), "choose": first, "entering": lambda self, total, budget: total + 1},
+        "entering must return a number from 8 to 36, not 37",
+    ),
     "cuts fails": ({"cuts": lambda self, *_: 1 / 0, "choose": first}, "cuts failed: ZeroDivisionError"),
     "choose nothing": (choosing(lambda tokens, cut: None), "choose must return a Selection"),
     "choose too few": (choosing(lambda t, c: Selection(torch.arange(c.keep - 1))), "choose kept 7 .*announced 8"),
@@ -223,6 +234,11 @@ HOOKS: dict[str, tuple[dict[str, Any], str]] = {
         "tokens that are not finite",
     ),
     "hidden in place": (choosing(hidden_in_place), "changed its input in place"),
+    "earlier in place": (
+        {"cuts": one_cut(2, 8, None, "none", (1,)), "choose": earlier_in_place},
+        "changed its input in place",
+    ),
+    "reads no keys": (choosing(lambda t, c: known(t.keys, "keys")()), "keys, which is None without Cut.reads"),
     "reads no attention": (choosing(lambda t, c: Selection(t.attention.mean(0))), "choose failed: AttributeError"),
     "queries beyond": (
         {"cuts": one_cut(2, 8, 1), "choose": first, "queries": lambda self, v, t: torch.tensor([len(t)])},

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import pytest
@@ -15,9 +16,9 @@ from mmtok_cli.budget import Budget
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.methods import make_method
-from mmtok_cli.methods.base import Method
+from mmtok_cli.methods.base import Method, attention_at
 from mmtok_cli.models import hf
-from mmtok_cli.models.attention_rows import attention_rows
+from mmtok_cli.models.attention_rows import attention_rows, mean_attention
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.models.llava import Llava
 from mmtok_cli.pipeline import Reduced, answer, inside, reduce
@@ -33,6 +34,9 @@ INSIDE = {
     "pyramiddrop": make_method("pyramiddrop", layers=(1, 2)),
     "sparsevlm": make_method("sparsevlm", layers=(0, 1, 2)),
     "sparsevlm:v2": make_method("sparsevlm:v2", layers=(0, 1, 2)),
+    "dart": make_method("dart", layer=1),
+    "v2drop": make_method("v2drop", layers=(1, 2, 3)),
+    "pace": make_method("pace", layer=2),
 }
 DROPPING = [name for name in INSIDE if name != "sparsevlm"]  # merged tokens have no masked counterpart
 POLICIES = pytest.mark.parametrize("positions", ["keep", "renumber"])
@@ -217,6 +221,82 @@ def test_images_of_different_counts(name: str, tiny: Llava, samples: list[Sample
         assert all(a.indices.equal(b.indices) for a, b in zip(alone.selections, mine, strict=True))
 
 
+@dataclass(frozen=True)
+class Watching(Everything):
+    """Drops every other token before layer 2 and, seeing all that a cut may show, of what is left before layer 3."""
+
+    signals: ClassVar[tuple[str, ...]] = ("received_attention",)
+    alternative_signals: ClassVar[tuple[tuple[str, ...], ...]] = (("class_attention",),)
+    seen: ClassVar[list[LayerTokens]] = []
+
+    def cuts(self, total: int, budget: int, layers: int) -> tuple[Cut, ...]:
+        first = Cut(2, total // 2, reads=1, rows="mean", earlier=(0, 1))
+        return (first, Cut(3, total // 4, reads=2, rows="none", earlier=(1, 2)))
+
+    def choose(self, tokens: LayerTokens, cut: Cut) -> Selection:
+        self.seen.append(tokens)
+        return Selection(torch.arange(0, 2 * cut.keep, 2))
+
+
+@torch.inference_mode()
+@POLICIES
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_what_a_cut_shows(positions: Positions, use_cache: bool, vlm: VisionLanguageModel) -> None:
+    """Two images in one row of a batch, padding in the other: the states, keys and attention of the plain model."""
+    if positions not in vlm.positions or vlm.first_cut:
+        pytest.skip(f"{vlm.family} cannot {positions}, or reports states without what DeepStack adds to them")
+    pair = Sample((picture(84, 84, 5), picture(160, 100, 6)), "Is there a star?", ("a", "b"))
+    single = Sample((picture(84, 84, 7),), "What is it?", ("c",))
+    reduced, method = reduce(vlm, Watching(), [pair, single], None, rules=Rules(positions=positions)), Watching()
+    assert not bool(reduced.inputs["attention_mask"].all())
+    mask, placeholders = reduced.inputs["attention_mask"].bool(), reduced.inputs["input_ids"] == vlm.image_token_id
+    kernel = vlm.attention
+    vlm.model.set_attn_implementation("eager")
+    try:
+        plain = vlm.model(**reduced.inputs, output_hidden_states=True, output_attentions=True, use_cache=True)
+    finally:
+        vlm.model.set_attn_implementation(kernel)
+    method.seen.clear()
+    with inside(vlm, reduced) as cut:
+        vlm.model(**reduced.inputs, use_cache=use_cache)
+        assert cut is not None and not cut._read  # nothing is held after the last cut
+    close = partial(torch.testing.assert_close, atol=2e-5, rtol=1e-4)
+    for number, image in enumerate(reduced.cuts):
+        first, second = method.seen[number], method.seen[len(reduced.cuts) + number]
+        row, total = image.row, len(image.eligible)
+        live = mask[row].nonzero().squeeze(1)
+        places = image.start + torch.arange(total)
+        text = live[(live >= image.start + total) & ~placeholders[row, live]]
+        states = plain.hidden_states
+        close(first.hidden, states[2][row, places])
+        close(first.earlier[0], states[0][row, places])
+        close(first.earlier[1], states[1][row, places])
+        close(second.earlier[1], states[1][row, places][::2][: total // 2])
+        close(second.earlier[2], first.hidden[::2][: total // 2])
+        assert first.text and first.keys and first.norm and first.vision and first.places is not None
+        close(first.text(), states[2][row, text])
+        keys = hf.cached_keys(hf.cache_of(plain), 1)[row]
+        close(first.keys()[0], keys[:, places])
+        close(first.keys()[1], keys[:, text])
+        close(attention_at(first)[:, 0], plain.attentions[1][row][:, live].mean(1)[:, places])
+        close(first.norm(states[2][row]), hf.final_norm(hf.language_model(vlm.model))(states[2][row]))
+        assert first.vision is reduced.images[number].vision and first.places.equal(torch.arange(total))
+        assert second.attention is None and second.places is not None
+        assert second.places.equal(torch.arange(0, 2 * (total // 2), 2))
+
+
+@torch.inference_mode()
+def test_mean_attention_in_blocks(tiny: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = hf.decoder_layers(hf.language_model(tiny.model))[0]
+    hidden = torch.randn(50, tiny.model.config.text_config.hidden_size)
+    rotary = hf.rotary_embedding(hf.language_model(tiny.model), hidden[None], torch.arange(50)[None])
+    rotary = (rotary[0][0], rotary[1][0])
+    whole = mean_attention(layer, hidden, rotary)
+    torch.testing.assert_close(whole, attention_rows(layer, hidden, rotary, torch.arange(50)).mean(1))
+    monkeypatch.setattr("mmtok_cli.models.attention_rows.BLOCK", 7 * whole.numel())
+    torch.testing.assert_close(mean_attention(layer, hidden, rotary), whole)
+
+
 def test_attention_row_equals_eager(samples: list[Sample], tiny: Llava) -> None:
     reduced = reduce(tiny, make_method("full"), samples[:1], None)
     layers, seen = tiny.model.model.language_model.layers, {}
@@ -301,8 +381,13 @@ def test_impossible_cuts_are_named(cuts: tuple[Cut, ...], tiny_sdpa: Llava, samp
 class Halving(Everything):
     """Half of the tokens before the language model, the rest inside."""
 
+    takes_budget: ClassVar[bool] = True
+
+    def entering(self, total: int, budget: int) -> int:
+        return max(budget, total // 2)
+
     def select(self, vision: VisionTokens, text: TextTokens, budget: int) -> Selection:
-        return Selection(torch.arange(0, vision.total, 2))
+        return Selection(torch.arange(0, vision.total, 2)[:budget])
 
     def cuts(self, total: int, budget: int, layers: int) -> tuple[Cut, ...]:
         return (Cut(2, budget),)
@@ -315,8 +400,15 @@ def test_method_that_acts_at_two_places(tiny: Llava, samples: list[Sample]) -> N
     said = answer(tiny, Halving(), samples, BUDGET, max_new_tokens=2)
     assert [s.indices.tolist() for s in said.selections] == [list(range(2, 18, 2))] * 3
     assert [(t.kept, t.layer_average) for t in said.reduced.tokens] == [(8, 13)] * 3
-    with pytest.raises(MMTokError, match="does not apply to a method that drops tokens both"):
-        answer(tiny, Halving(), samples, Budget(count=20), rules=Rules(budget_means="layer-average"))
+    average = answer(tiny, Halving(), samples, Budget(count=13), rules=Rules(budget_means="layer-average"))
+    assert [(t.kept, t.layer_average) for t in average.reduced.tokens] == [(8, 13)] * 3
+
+    class Generous(Halving):
+        def select(self, vision: VisionTokens, text: TextTokens, budget: int) -> Selection:
+            return Selection(torch.arange(budget + 1))
+
+    with pytest.raises(MMTokError, match=r"Generous\.select kept 19 tokens of picture-0 at a budget of 18"):
+        answer(tiny, Generous(), samples, BUDGET)
 
 
 def test_merged_tokens_are_marked(tiny: Llava, samples: list[Sample]) -> None:

@@ -24,6 +24,9 @@ TINY_LAYERS = {  # of a language model of four
     "pyramiddrop": {"layers": (1, 3)},
     "sparsevlm": {"layers": (0, 1, 2)},
     "sparsevlm:v2": {"layers": (0, 1, 2)},
+    "dart": {"layer": 2},
+    "v2drop": {"layers": (1, 2, 3)},
+    "pace": {"layer": 2},
 }
 MERGING = ("visionzip", "sparsevlm")  # whose merged tokens stand last
 

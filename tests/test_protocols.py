@@ -47,7 +47,7 @@ def test_shares_of_the_protocols_give_the_published_numbers_of_tokens(budget: st
 def test_a_protocol_sets_budgets_and_adds_its_controls() -> None:
     vtc = CompareSettings.of(protocol="vtc", methods="mmtok,divprune")
     assert vtc.budget == PROTOCOLS["vtc"].budgets and vtc.methods == ("mmtok", "divprune", "resize")
-    assert CompareSettings.of(protocol="vtc").methods == ("mmtok", "visionzip", "fastv", "resize")
+    assert CompareSettings.of(protocol="vtc").methods == ("mmtok", "visionzip", "fastv", "dart", "resize")
     assert CompareSettings.of(**json.loads(vtc.model_dump_json())) == vtc  # as a plan keeps it
     seeds = [
         case.id.parameters["seed"]

@@ -13,7 +13,7 @@ from mmtok_cli.methods import make_method
 from mmtok_cli.methods.sparsevlm import V1_COUNTS, cluster_and_merge, kept_before_recycling, raters
 from mmtok_cli.tokens import Cut, LayerTokens
 
-CUTTING = ("fastv", "random:inside", "pyramiddrop", "sparsevlm", "sparsevlm:v2")
+CUTTING = ("fastv", "random:inside", "pyramiddrop", "sparsevlm", "sparsevlm:v2", "dart", "v2drop", "pace")
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,10 @@ CUTTING = ("fastv", "random:inside", "pyramiddrop", "sparsevlm", "sparsevlm:v2")
         ("sparsevlm:v2", {}, 118, [300, 200, 118], 206.8),
         ("sparsevlm:v2", {}, 60, [238, 108, 60], 144.1),
         ("sparsevlm:v2", {}, 20, [66, 34, 20], 81.8),
+        ("dart", {}, 8 * (192 // 8) + 4, [196], 219.8),
+        ("dart", {}, 8 * (64 // 8) + 4, [68], 99.8),
+        ("v2drop", {}, 1, [288, 144, 1], 202.8),
+        ("v2drop", {"layers": (3, 16, 22), "shares": (0.25, 0.05)}, 1, [144, 7, 1], 114.1),
     ],
 )
 def test_published_schedules(

@@ -27,7 +27,7 @@ from mmtok_cli.methods.testing import CHECKS, check_declaration, check_method
 from mmtok_cli.models.tiny import tiny_families
 from mmtok_cli.tokens import Cut, LayerTokens, Selection, TextTokens, VisionTokens
 
-DART = Path(__file__).parent / "dart"
+UNLIKE = Path(__file__).parent / "unlike"
 LAYERS = {
     "fastv": {"layer": 1},
     "pyramiddrop": {"layers": (1, 3)},
@@ -46,57 +46,57 @@ def installed(directory: Path, module: str, code: str, entry_point: str) -> None
 
 
 @pytest.fixture()
-def dart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    installed(tmp_path, "dart", (DART / "dart.py").read_text(), "dart = dart:Dart")
+def unlike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    installed(tmp_path, "unlike", (UNLIKE / "unlike.py").read_text(), "unlike = unlike:Unlike")
     monkeypatch.syspath_prepend(str(tmp_path))
     yield tmp_path
-    sys.modules.pop("dart", None)
+    sys.modules.pop("unlike", None)
 
 
-def test_every_check_by_pytest(dart: Path) -> None:
-    shutil.copy(DART / "checks.py", dart / "test_dart.py")
-    paths = os.pathsep.join([str(dart), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_dart.py"]
-    done = subprocess.run(command, cwd=dart, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True)
+def test_every_check_by_pytest(unlike: Path) -> None:
+    shutil.copy(UNLIKE / "checks.py", unlike / "test_unlike.py")
+    paths = os.pathsep.join([str(unlike), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_unlike.py"]
+    done = subprocess.run(command, cwd=unlike, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     assert f"{1 + len(CHECKS) * 2 * len(tiny_families())} passed" in done.stdout
 
 
-def test_commands(dart: Path, tmp_path: Path) -> None:
-    assert "dart" in run("methods").stdout and "tokens unlike the pivots" in run("methods").stdout
-    assert "--set dart.pivots=4" in run("methods", "dart").stdout
-    options = ("-b", 16, "--set", "dart.pivots=2", "--limit", 2, "--rounds", 1)
-    results = run_json("compare", "--methods", "dart,uniform", *options)["results"]
-    assert [result["case"]["method"] for result in results] == ["full", "dart", "uniform"]
+def test_commands(unlike: Path, tmp_path: Path) -> None:
+    assert "unlike" in run("methods").stdout and "tokens unlike the pivots" in run("methods").stdout
+    assert "--set unlike.pivots=4" in run("methods", "unlike").stdout
+    options = ("-b", 16, "--set", "unlike.pivots=2", "--limit", 2, "--rounds", 1)
+    results = run_json("compare", "--methods", "unlike,uniform", *options)["results"]
+    assert [result["case"]["method"] for result in results] == ["full", "unlike", "uniform"]
     assert results[1]["case"]["parameters"] == {"pivots": 2} and results[1]["tokens"]["kept"] == 16
 
     oblong = tmp_path / "oblong.png"
     Image.new("RGB", (300, 90), "orange").save(oblong)
-    question = (oblong, "What color is it?", "--method", "dart", "--max-new-tokens", 1)
+    question = (oblong, "What color is it?", "--method", "unlike", "--max-new-tokens", 1)
     assert run_json("infer", *question, "-b", "100%")["tokens"]["kept"] == 576
     assert run_json("infer", *question, "-b", "90%")["tokens"]["kept"] == 192  # all that is not padding
 
 
-@pytest.mark.usefixtures("dart")
+@pytest.mark.usefixtures("unlike")
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
-        ("dart.pivots=0", "dart: pivots must be 1 or more, not 0"),
-        ("dart.pivots=two", "dart.pivots cannot be 'two'"),
-        ("dart.pivot=2", "dart has no parameter 'pivot', only pivots"),
+        ("unlike.pivots=0", "unlike: pivots must be 1 or more, not 0"),
+        ("unlike.pivots=two", "unlike.pivots cannot be 'two'"),
+        ("unlike.pivot=2", "unlike has no parameter 'pivot', only pivots"),
     ],
 )
 def test_values_that_the_method_does_not_accept(setting: str, words: str, photo: Path) -> None:
-    refused(run("infer", photo, "What is it?", "-b", 4, "--method", "dart", "--set", setting), words)
+    refused(run("infer", photo, "What is it?", "-b", 4, "--method", "unlike", "--set", setting), words)
 
 
-@pytest.mark.usefixtures("dart")
+@pytest.mark.usefixtures("unlike")
 def test_in_python() -> None:
-    assert mmtok.make_method("dart", "demo", pivots=3).pivots == 3
+    assert mmtok.make_method("unlike", "demo", pivots=3).pivots == 3
     with pytest.raises(mmtok.MMTokError, match="pivots must be 1 or more"):
-        mmtok.make_method("dart", pivots=0)
-    with pytest.raises(mmtok.MMTokError, match="dart has no parameter 'pivot', only pivots"):
-        mmtok.make_method("dart", "demo", pivot=3)
+        mmtok.make_method("unlike", pivots=0)
+    with pytest.raises(mmtok.MMTokError, match="unlike has no parameter 'pivot', only pivots"):
+        mmtok.make_method("unlike", "demo", pivot=3)
 
 
 @pytest.mark.parametrize(
@@ -121,31 +121,33 @@ def test_packages_that_cannot_be_used(code: str, words: str, tmp_path: Path, mon
     sys.modules.pop("broken_method", None)
 
 
-def test_methods_are_found_without_reading_all_metadata(dart: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_methods_are_found_without_reading_all_metadata(unlike: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unread(package: Distribution) -> None:
         raise AssertionError("metadata was read")
 
     monkeypatch.setattr(Distribution, "metadata", property(unread))
-    assert "dart" in method_names()
+    assert "unlike" in method_names()
 
 
 @pytest.mark.parametrize("file", ["METADATA", "entry_points.txt"])
-def test_packages_whose_metadata_cannot_be_read(file: str, dart: Path) -> None:
+def test_packages_whose_metadata_cannot_be_read(file: str, unlike: Path) -> None:
     """Methods of other packages are there all the same."""
-    installed(dart, "damaged_method", "import nowhere", "damaged = damaged_method:Damaged")
-    (dart / "damaged_method-1.0.dist-info" / file).write_bytes(b"[mmtok.methods]\n\xff")
-    assert "dart" in method_names() and method_class("dart")
+    installed(unlike, "damaged_method", "import nowhere", "damaged = damaged_method:Damaged")
+    (unlike / "damaged_method-1.0.dist-info" / file).write_bytes(b"[mmtok.methods]\n\xff")
+    assert "unlike" in method_names() and method_class("unlike")
     with pytest.raises(mmtok.MMTokError, match="damaged"):
         method_class("damaged")
-    assert "dart" in run("methods").stdout
+    assert "unlike" in run("methods").stdout
 
 
-def test_of_two_releases_the_one_that_is_imported_counts(dart: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_of_two_releases_the_one_that_is_imported_counts(
+    unlike: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     other = tmp_path_factory.mktemp("other")
-    installed(other, "dart", "", "older = dart:Older")
+    installed(other, "unlike", "", "older = unlike:Older")
     sys.path.append(str(other))
     try:
-        assert "dart" in method_names() and "older" not in method_names()
+        assert "unlike" in method_names() and "older" not in method_names()
     finally:
         sys.path.remove(str(other))
 

@@ -40,6 +40,7 @@ receive in the layer before:
 
 Hooks, in the order in which they are called
     resize    before the encoder: how many tokens a smaller version of the image has
+    entering  for methods that override both `select` and `cuts`: how many tokens `select` leaves to the cuts
     select    between encoder and language model: `budget` of the image's tokens (see VisionTokens, TextTokens)
     cuts      inside the language model: before which decoder layers tokens are dropped, and how many stay (see Cut)
     queries   for cuts that read attention: the text tokens whose attention is read
@@ -59,6 +60,10 @@ What a method reads
     middle_attention      [tokens]           the same in a layer in the middle of the encoder (all families)
     clip_image_embeds     [tokens, clip dim] patches in the space of CLIP (LLaVA families with a known CLIP model)
     clip_text_embeds      [pieces, clip dim] the question there, one row for each piece that CLIP can read
+    A cut inside the language model shows `tokens.hidden`, and the image as it left the encoder: `tokens.vision`, of
+    which `tokens.places` are left. Anything else is named in the Cut and computed for it alone: the attention of a
+    layer (`reads`), of the text tokens that `queries` chooses or on average over the prompt (`rows`), the layer's keys
+    (`rows="none"` without its attention), and what earlier layers were called with (`earlier`).
 
 Padding
     LLaVA-1.5 pads an image to a square. Tokens of padding are False in `vision.eligible` (and `tokens.eligible`) and
@@ -91,7 +96,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.rules import Positions
@@ -99,6 +104,8 @@ from mmtok_cli.tokens import Cut, LayerTokens, Selection, TextTokens, VisionToke
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+T = TypeVar("T")
 
 
 RECORDED_OUTPUTS = "recorded outputs"  # of the authors' code
@@ -124,8 +131,8 @@ class Method:
         then selects once for all budgets.
     per_crop: where a model cuts an image into crops, `select` is called for each crop with a part of the budget, as in
         methods that act on the encoder's output (see `across_crops`, and `select_crops` for one budget over all crops);
-        otherwise once for the packed sequence of all crops, line ends included. A method that reads signals must set
-        it.
+        otherwise once for the packed sequence of all crops, line ends included. A method whose `select` reads signals
+        must set it; where a cut reads them, see `VisionTokens.scores`.
     positions: "keep" or "renumber": whether the authors' code leaves kept tokens at their positions in the whole
         prompt, as FastV's does, or numbers them consecutively.
     keeps_padding: in the authors' code padding can be selected; the released track then shows all tokens as eligible.
@@ -155,11 +162,15 @@ class Method:
         """Where the method acts, which follows from the hooks that it overrides."""
         places = {
             "before the encoder": cls.resize is not Method.resize,
-            "between encoder and language model": cls.select is not Method.select
-            or cls.select_batch is not Method.select_batch,
+            "between encoder and language model": cls.selects(),
             "inside the language model": cls.cuts is not Method.cuts,
         }
         return " and ".join(place for place, is_used in places.items() if is_used) or "nowhere"
+
+    @classmethod
+    def selects(cls) -> bool:
+        """Whether the method keeps less than everything between encoder and language model."""
+        return cls.select is not Method.select or cls.select_batch is not Method.select_batch
 
     @classmethod
     def signals_among(cls, offered: Sequence[str]) -> tuple[str, ...]:
@@ -187,6 +198,14 @@ class Method:
         as it can.
         """
         return None
+
+    def entering(self, total: int, budget: int) -> int:
+        """How many of an image's `total` vision tokens enter the language model where `budget` are left at its end.
+
+        `select` is asked for so many, and `cuts` is told them as its `total`. Override it together with `select` and
+        `cuts`; methods that act at one of these places need not.
+        """
+        return total if type(self).cuts is not Method.cuts and not self.selects() else budget
 
     def across_crops(self, crops: Sequence[VisionTokens]) -> Sequence[VisionTokens]:
         """The crops of one image as `select` sees them; override it where a choice depends on the other crops.
@@ -273,6 +292,13 @@ def attention_at(tokens: LayerTokens) -> Tensor:
     if tokens.attention is None:
         raise ValueError("choose reads attention, but Cut.reads is None")
     return tokens.attention
+
+
+def known(value: T | None, name: str) -> T:
+    """A field of LayerTokens that has a value at the cuts of a model. Raises ValueError where it is None."""
+    if value is None:
+        raise ValueError(f"choose reads LayerTokens.{name}, which is None" + (" without Cut.reads" * (name == "keys")))
+    return value
 
 
 def ranking(scores: Tensor, eligible: Tensor) -> Tensor:

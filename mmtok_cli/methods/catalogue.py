@@ -38,6 +38,9 @@ BUILT_IN = {
     "sparsevlm": "mmtok_cli.methods.sparsevlm:SparseVLM",
     "sparsevlm:v2": "mmtok_cli.methods.sparsevlm:SparseVLM2",
     "pyramiddrop": "mmtok_cli.methods.pyramiddrop:PyramidDrop",
+    "dart": "mmtok_cli.methods.dart:DART",
+    "v2drop": "mmtok_cli.methods.v2drop:V2Drop",
+    "pace": "mmtok_cli.methods.pace:PACE",
     "resize": "mmtok_cli.methods.resize:Resize",
     "resize:pool": "mmtok_cli.methods.pool:Pool",
 }

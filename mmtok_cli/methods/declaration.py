@@ -63,6 +63,8 @@ def _fault_of_attributes(kind: type[Method]) -> str | None:
 def _fault_of_hooks(kind: type[Method]) -> str | None:
     if (kind.choose is Method.choose) != (kind.cuts is Method.cuts):
         return "cuts and choose belong together: override both or neither"
+    if kind.selects() and kind.cuts is not Method.cuts and kind.entering is Method.entering:
+        return "it overrides select and cuts: override entering too, the number of tokens between the two"
     if kind.acts() == "nowhere":
         return "it overrides none of the hooks resize, select and cuts"
     return None

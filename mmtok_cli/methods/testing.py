@@ -4,10 +4,10 @@ With pytest, one test for each check, family and track:
 
     from mmtok_cli.methods.testing import MethodTests
 
-    class TestDart(MethodTests):
-        method = Dart(pivots=2)
+    class TestUnlike(MethodTests):
+        method = Unlike(pivots=2)
 
-Without it, `check_method(Dart(pivots=2))` raises AssertionError with what is wrong. The models are tiny, built from
+Without it, `check_method(Unlike(pivots=2))` raises AssertionError with what is wrong. The models are tiny, built from
 configurations with random weights; nothing is downloaded. Their language models have four decoder layers, so set
 parameters that name layers to values that fit: cuts can be before layer 1, 2 or 3.
 
@@ -226,6 +226,8 @@ def check_removed_equals_masked(method: Method, model: VisionLanguageModel, trac
     """Dropping tokens inside the language model equals hiding them from all others with an attention mask."""
     if not method.cuts(36, 8, model.layer_count):
         return
+    if method.selects() and model.family == "llava_next" and track == "released":
+        return  # padding of crops may enter, which has no position to keep
     sample, rules = samples()[1], Rules(track, positions="keep")
     reduced = _reduce(model, method, sample, rules)
     (image,) = reduced.cuts

@@ -665,6 +665,11 @@ def final_norm(language: Any) -> Any:
     return part(language, "norm")
 
 
+def normed(language: Any, rows: Tensor) -> Tensor:
+    """Rows [..., dim] through the norm after a language model's last layer, past any hooks on it."""
+    return final_norm(language).forward(rows).to(rows.device)
+
+
 def rotary_embedding(language: Any, hidden: Tensor, position_ids: Tensor) -> Rotary:
     """Cosine and sine, [batch, tokens, head dim] each, of positions. hidden says the device and the data type."""
     return part(language, "rotary_emb")(hidden, position_ids)

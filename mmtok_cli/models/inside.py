@@ -2,12 +2,13 @@
 
 Layers after a cut see a shorter sequence and cache no more than that, so the KV cache becomes ragged. Nothing of the
 model is changed, and no attention matrix is built: what a method reads of the attention is computed for its few
-queries alone. Written for decoder layers such as those of transformers' Llama, Mistral and Qwen.
+queries alone, or summed up a few rows at a time. What a layer was called with is held only where a cut asks for it.
+Written for decoder layers such as those of transformers' Llama, Mistral and Qwen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -19,7 +20,7 @@ from torch.nn.functional import pad
 
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.models import hf
-from mmtok_cli.models.attention_rows import attention_rows, rotary_response
+from mmtok_cli.models.attention_rows import attention_rows, keys_at, mean_attention, rotary_response
 from mmtok_cli.models.sequences import CutImage, ImageTokens, LayerSequence, Row, causal_mask, gather_slots, step_mask
 from mmtok_cli.rules import Positions
 from mmtok_cli.tokens import Cut, LayerTokens, Selection
@@ -62,13 +63,13 @@ class Inside:
                 "set the tokenizer's padding_side to left",
             )
         self._cut_layers = {cut.before for image in images for cut in image.cuts}
-        self._read_layers = {cut.reads for image in images for cut in image.cuts}
+        self._held = _held_until(cut for image in images for cut in image.cuts)
         self._handles: list[Any] = []
         self._prefilled = 0  # tokens of the last prefill's rows, padding included
         self._cached = 0  # tokens in the cache after the last forward pass
         self._reached: LayerSequence | None = None  # at the layer that a prefill has come to
         self._behind: dict[int, LayerSequence] = {}  # after the cut before each layer
-        self._read: dict[int | None, Tensor] = {}  # what the layers that are read from were called with
+        self._read: dict[int, Tensor] = {}  # what the layers that are read from were called with
         self._generated = 0  # tokens after the prompt at a step of decoding, and the arguments of that step
         self._step: dict[int, dict[str, Any]] = {}
 
@@ -86,6 +87,7 @@ class Inside:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._read.clear()
 
     def _enter_layer(self, index: int, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # The final norm is called with hidden states alone.
@@ -101,8 +103,7 @@ class Inside:
                 hidden, now = self._cut(index, now, hidden, call.cache if call else None)
             self._reached = now
             self._behind[index] = replace(now, mask=None)  # decoding builds its own
-            self._read.clear()
-        if index in self._read_layers:
+        if self._held.get(index, index) > index:
             self._read[index] = hidden
         if self._behind and call:
             kwargs = kwargs | hf.layer_arguments(now.mask, now.position_ids, now.rotary)
@@ -159,7 +160,7 @@ class Inside:
                     if plan.row == number // copies
                 ),
             )
-            if self._read_layers - {None}:
+            if any(image.plan.asks for image in row.images):
                 with self._stage("select"):
                     row = self._with_queries(row, hidden[number, width - row.length :])
             rows.append(row)
@@ -179,6 +180,9 @@ class Inside:
     def _with_queries(self, row: Row, hidden: Tensor) -> Row:
         images = []
         for image in row.images:
+            if not image.plan.asks:
+                images.append(image)
+                continue
             text = hidden[row.text_behind(image, hidden.device)]
             if not len(text):
                 raise MMTokError(
@@ -207,6 +211,8 @@ class Inside:
         if min(lengths) < width:
             missing = torch.tensor([width - length for length in lengths], device=hidden.device)
             live = torch.arange(width, device=hidden.device) >= missing[:, None]
+        needed = {read: states for read, states in self._read.items() if self._held[read] > layer}
+        self._read = {read: gather_slots(states, index) for read, states in needed.items()}
         position_ids, rotary = now.position_ids, now.rotary
         removed = [row.length - length for row, length in zip(now.rows, lengths, strict=True)]
         remaining = torch.stack([pad(s, (0, 0, width - len(s), 0)) for s in states])
@@ -274,25 +280,34 @@ class Inside:
         self, cut: Cut, now: LayerSequence, image: ImageTokens, number: int, hidden: Tensor, cache: Any
     ) -> LayerTokens:
         """What the method sees of an image at a cut. hidden: [length, dim], the live tokens of its row."""
-        row = now.rows[number]
+        row, device = now.rows[number], hidden.device
         offset = now.width - row.length
-        text = row.text_behind(image, hidden.device)
+        text, places = row.text_behind(image, device), torch.arange(image.start, image.end, device=device)
         queries = text[:0] if image.queries is None else text[image.queries]
         cos, sin = (part.expand(len(now.rows), -1, -1)[number, offset:] for part in now.rotary)
-        attention = None
+        attention, keys = None, None
         if cut.reads is not None:
-            layer, seen, keys = self._layers[cut.reads], hidden, None
+            layer, seen, cached = self._layers[cut.reads], hidden, None
             if cut.reads < cut.before:
                 seen = self._read[cut.reads][number, offset:]
-                keys = None if cache is None else hf.cached_keys(cache, cut.reads)[number, :, offset:]
-            attention = attention_rows(layer, seen, (cos, sin), queries, keys)[:, :, image.start : image.end]
-        places = torch.arange(image.start, image.end, device=hidden.device)
+                cached = None if cache is None else hf.cached_keys(cache, cut.reads)[number, :, offset:]
+            if cut.rows == "queries":
+                attention = attention_rows(layer, seen, (cos, sin), queries, cached)[:, :, image.start : image.end]
+            elif cut.rows == "mean":
+                attention = mean_attention(layer, seen, (cos, sin), cached)[:, None, image.start : image.end]
+            keys = partial(keys_at, layer, seen, (cos, sin), places, text, cached)
         return LayerTokens(
             hidden=hidden[image.start : image.end],
             attention=attention,
             rotary_response=partial(rotary_response, self._layers[0], (cos, sin), queries, places),
             eligible=image.eligible,
             image_id=image.plan.image_id,
+            earlier={read: self._read[read][number, offset:][image.start : image.end] for read in cut.earlier},
+            text=lambda: hidden[text],
+            keys=keys,
+            norm=partial(hf.normed, self._model),
+            vision=image.plan.vision,
+            places=image.places if image.plan.entered is None else image.plan.entered[image.places],
         )
 
     def _step_arguments(self, index: int, call: hf.LayerCall) -> dict[str, Any]:
@@ -309,3 +324,12 @@ class Inside:
                 rotary = hf.rotary_embedding(self._model, call.hidden, position_ids)
             self._step[behind] = hf.layer_arguments(mask, position_ids, rotary)
         return self._step[behind]
+
+
+def _held_until(cuts: Iterable[Cut]) -> dict[int, int]:
+    """The layers whose input a cut is made from, and the last layer that comes before such a cut."""
+    held: dict[int, int] = {}
+    for cut in cuts:
+        for layer in (*cut.earlier, *(() if cut.reads is None else (cut.reads,))):
+            held[layer] = max(held.get(layer, 0), cut.before)
+    return held

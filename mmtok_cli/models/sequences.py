@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from mmtok_cli.models.hf import Rotary
 from mmtok_cli.stages import Stage
-from mmtok_cli.tokens import Cut, LayerTokens, Selection
+from mmtok_cli.tokens import Cut, LayerTokens, Selection, VisionTokens
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class CutImage:
 
     row, start: where in the prompt its vision tokens stand, side by side. eligible: [total], those that may be kept.
     queries, choose: the method's (see methods/base.py); they get the stage context for the checks of their results.
+    vision: the image as it left the encoder. entered: [tokens], which of them these are; None is all.
     """
 
     row: int
@@ -29,6 +30,13 @@ class CutImage:
     cuts: tuple[Cut, ...]
     queries: Callable[[Tensor, Tensor, Stage], Tensor]
     choose: Callable[[LayerTokens, Cut, Stage], Selection]
+    vision: VisionTokens | None = None
+    entered: Tensor | None = None
+
+    @property
+    def asks(self) -> bool:
+        """Whether a cut reads the attention of chosen text tokens."""
+        return any(cut.reads is not None and cut.rows == "queries" for cut in self.cuts)
 
 
 @dataclass(frozen=True)

@@ -166,8 +166,7 @@ def needed_memory(model: VisionLanguageModel, case: Case, tokens: int) -> int:
     cache, the widest activations and, under eager attention, one layer's weights."""
     config, width = model.model.config.text_config, model.dtype.itemsize
     kept = tokens if case.budget is None else case.budget.resolve(tokens)
-    inner = bool(hooks.cuts(case.method, tokens, kept, model.layer_count))
-    entering = tokens if inner or case.budget is None else kept
+    entering = hooks.entering(case.method, tokens, kept)
     head = hf.head_width(config)
     cache = 2 * config.num_hidden_layers * config.num_key_value_heads * head * entering * width
     activations = 3 * config.intermediate_size * entering * width

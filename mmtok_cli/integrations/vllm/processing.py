@@ -207,7 +207,7 @@ class ReducingProcessor:
                 parameter="mm_processor_kwargs",
             )
         (selection,) = select(method, [task])
-        hooks.check_kept(method, selection.kept, task.budget, vision)
+        hooks.check_kept(method, selection.kept, task.budget, vision, "select")
         return task.budget, selection.kept
 
     def _square(self, picture: Picture | None) -> Image:

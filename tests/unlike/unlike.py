@@ -1,4 +1,4 @@
-"""DART as a user of mmtok would add it: tokens that repeat a few pivots are dropped (arXiv 2502.11494)."""
+"""A method as a user of mmtok would add it: tokens that repeat a few pivots are dropped, after arXiv 2502.11494."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mmtok_cli.tokens import Selection, TextTokens, VisionTokens
 
 
 @dataclass(frozen=True)
-class Dart(Method):
+class Unlike(Method):
     """Takes the tokens of largest norm as pivots, then drops the tokens that are most similar to one of them.
 
     Simplified from the paper, which drops tokens inside the language model.
