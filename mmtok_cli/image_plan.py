@@ -143,7 +143,8 @@ def _kept(
 
 def planned_cuts(method: Method, plan: ImagePlan, model: VisionLanguageModel) -> tuple[Cut, ...]:
     """The cuts of an image that is reduced as planned, of which all tokens are eligible; see `cuts_of`."""
-    return cuts_of(method, hooks.entering(method, plan.encoded, plan.keep), plan.keep, model)
+    keep = min(plan.keep, plan.encoded)  # a smaller image may have a few less than the budget
+    return cuts_of(method, hooks.entering(method, plan.encoded, keep), keep, model)
 
 
 def cuts_of(method: Method, entering: int, keep: int, model: VisionLanguageModel) -> tuple[Cut, ...]:
