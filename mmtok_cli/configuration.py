@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 from mmtok_cli.budget import Budget
 from mmtok_cli.cases import Case
@@ -17,10 +17,12 @@ from mmtok_cli.image_scale import chooses_size, require_scalable
 from mmtok_cli.methods import accepted, make_method, method_class
 from mmtok_cli.methods.base import Method
 from mmtok_cli.methods.catalogue import REPLAY
+from mmtok_cli.methods.kept import Replay
 from mmtok_cli.methods.settings import profile_parameters, read_settings
 from mmtok_cli.models import guiding_profile, load_model
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.progress import Progress
+from mmtok_cli.rules import require_scale
 from mmtok_cli.settings import (
     CasesSettings,
     CompareSettings,
@@ -80,13 +82,17 @@ def one_case(settings: OneCaseSettings) -> tuple[Case, Case]:
     """The case of the settings, and the baseline. Raises MMTokError for what cannot be followed."""
     cases = make_cases([(settings.method, None)], settings.budgets, settings)
     if isinstance(settings, ReplaySettings) and settings.kept is not None:
-        return replay(settings.kept, settings), cases[0]
+        case = replay(settings.kept, settings)
+        return case if settings.image_scales == [1] else replace(case, image_scale=settings.image_scales[0]), cases[0]
     return cases[-1], cases[0]
 
 
 def replay(file: Path, settings: ReductionSettings) -> Case:
-    """The case of a selection from a file. Raises MMTokError for one that cannot be read."""
-    return Case(REPLAY, make_method(REPLAY, file=str(file)), None, settings.rules)
+    """The case of a selection from a file, at the scale that it was made at. Raises MMTokError for a file that cannot
+    be read."""
+    method = make_method(REPLAY, file=str(file))
+    scale = cast(Replay, method).selections.file.image_scale
+    return Case(REPLAY, method, None, settings.rules, image_scale=1 if scale is None else require_scale(scale))
 
 
 def cases_of(settings: CasesSettings) -> list[Case]:

@@ -36,7 +36,8 @@ class Kept(BaseModel):
     """What is kept of one image.
 
     image: its name in the data: that of the file, or what the dataset calls it. question: None if the selection holds
-    for every question about the image. total: vision tokens of the unreduced image; None if it is not to be checked.
+    for every question about the image. total: vision tokens of the image as it was encoded, at the scale at which it
+    was; None if it is not to be checked.
     indices: places of the kept tokens among them, in the order in which the tokens enter the language model, which
     ascends except for merged tokens; -1 is the encoder's class token, -2 padding of a crop that the unreduced prompt
     leaves out. Empty in the metadata of a .safetensors file.
@@ -60,6 +61,7 @@ class KeptFile(BaseModel):
     method: str | None = None
     parameters: dict[str, Any] = {}
     budget: str | None = None
+    image_scale: float | str | None = None
     acts: str | None = Field(
         None, description="Where the method acts; a replay drops tokens before the language model."
     )

@@ -46,6 +46,7 @@ def kept_file(
         method=case.name,
         parameters=case.id.parameters,
         budget=case.id.budget,
+        image_scale=case.id.image_scale,
         acts=case.method.acts(),
         selections=tuple(selections.values()),
     )

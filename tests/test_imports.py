@@ -24,7 +24,7 @@ ALLOWED = {
     "data": {"errors", "data", "demo"},
     "decoding": {"models", "errors"},
     "configuration": {"methods", "models", "settings", "cases", "drafts", "image_scale"}
-    | {"budget", "errors", "progress"},
+    | {"budget", "errors", "progress", "rules"},
     "fallback": SHARED
     | {"cases", "configuration", "data", "drafts", "image_plan", "lengths", "models", "profiles"}
     | {"progress", "settings", "timing"},

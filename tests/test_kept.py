@@ -55,6 +55,11 @@ def test_the_file_of_a_photo_is_replayed_by_every_command(photo: Path, tmp_path:
     assert run_json("prune", photo, QUESTION, "--kept", kept)["images"][0]["indices"] == selection["indices"]
     plain, replayed = (run_json("infer", photo, QUESTION, *how) for how in (("-b", 8), ("--kept", kept)))
     assert replayed["answer"] == plain["answer"] and replayed["tokens"]["kept"] == 8 and replayed["method"] == "kept"
+    smaller = tmp_path / "smaller.json"
+    assert run("prune", photo, QUESTION, "-b", 8, "--image-scale", 0.5, "--export", smaller).exit_code == 0
+    tokens = run_json("infer", photo, QUESTION, "--kept", smaller)["tokens"]  # at the scale that the file names
+    assert (tokens["kept"], tokens["encoded"], tokens["total"]) == (8, [96], 576)
+    refused(run("infer", photo, QUESTION, "--kept", smaller, "--image-scale", 0.75), "is of 96 vision tokens")
     data = tmp_path / "data.jsonl"
     data.write_text(json.dumps({"image": str(photo), "question": QUESTION, "answer": "red"}))
     options = ("--data", data, "--rounds", 1, "--warmup", 0, "-b", 8, "--run-dir", tmp_path / "run")
