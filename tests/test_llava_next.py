@@ -84,6 +84,17 @@ def test_next_packs_as_the_model_does(tiny_next: LlavaNext) -> None:
         assert not bool(vision.features[~vision.eligible].any())
 
 
+def test_next_scores_of_the_crops_in_the_order_of_the_prompt(tiny_next: LlavaNext) -> None:
+    prompt = tiny_next.prepare(["What?"], [(picture(160, 100),)], [("x",)], [None])
+    with torch.inference_mode():
+        (vision,) = tiny_next.encode(prompt, ("class_attention",))
+    scores = vision.scores(lambda crop: crop.signals["class_attention"].mean(0))
+    assert vision.crops is not None and len(scores) == vision.total
+    for crop, places in zip(vision.crops.tokens, vision.crops.places, strict=True):
+        assert scores[places[places >= 0]].equal(crop.signals["class_attention"].mean(0)[places >= 0])
+    assert set(scores[~vision.eligible].tolist()) == {float(scores[vision.eligible].min())}
+
+
 def test_next_prompt_is_the_processors_own(tiny_next: LlavaNext) -> None:
     image = picture(160, 100, 3)
     text = tiny_next.chat("What digit is it?", 1)

@@ -29,12 +29,11 @@ class PACE(Method):
 
     As released (for Qwen2.5-VL): the attention over all rows favours early tokens, which more tokens can see, and
     positions are kept. The encoder's attention is `received_attention`: of the last block, averaged over heads, queries
-    and the patches of a token. Where a family does not offer it, it is the attention of the class token in the layer
-    that the features come from, averaged over heads. Of LLaVA-NeXT, for which there is no release, the crops are scaled
-    together, and ends of lines get the lowest score. Not as released: the attention matrix is not held but summed up,
-    32 MiB at a time, which takes about as long as the layer's own attention; a single token is not scored (the standard
-    deviation of one is NaN there); several images have a budget each, and batches work. Of equal scores the first token
-    is kept.
+    and the patches of a token. On LLaVA families, for which there is no release, it is that of the layer that the
+    features come from, with the class token among the queries; crops are scaled together, and ends of lines get the
+    lowest score. Not as released: the attention matrix is not held but summed up, 32 MiB at a time, which takes about
+    as long as the layer's own attention; a single token is not scored (the standard deviation of one is NaN there);
+    several images have a budget each, and batches work. Of equal scores the first token is kept.
     """
 
     summary: ClassVar[str] = "attention, LM and encoder"
@@ -44,7 +43,6 @@ class PACE(Method):
     checked: ClassVar[str] = RECORDED_OUTPUTS
     reads_question: ClassVar[bool] = True
     signals: ClassVar[tuple[str, ...]] = ("received_attention",)
-    alternative_signals: ClassVar[tuple[tuple[str, ...], ...]] = (("class_attention",),)
     positions: ClassVar[Positions] = "keep"
     keeps_padding: ClassVar[bool] = True
 
@@ -92,11 +90,9 @@ class PACE(Method):
 def saliency(vision: VisionTokens, places: Tensor) -> Tensor | None:
     """The attention that the tokens at [tokens] places receive in the encoder: [tokens]; None without a signal."""
     shown = vision if vision.crops is None else vision.crops.tokens[0]
-    if "received_attention" in shown.signals:
-        return vision.scores(lambda crop: crop.signals["received_attention"])[places]
-    if "class_attention" in shown.signals:
-        return vision.scores(lambda crop: crop.signals["class_attention"].mean(0))[places]
-    return None
+    if "received_attention" not in shown.signals:
+        return None
+    return vision.scores(lambda crop: crop.signals["received_attention"])[places]
 
 
 def scaled(scores: Tensor, eligible: Tensor) -> Tensor:

@@ -285,6 +285,7 @@ class Inside:
         text, places = row.text_behind(image, device), torch.arange(image.start, image.end, device=device)
         queries = text[:0] if image.queries is None else text[image.queries]
         cos, sin = (part.expand(len(now.rows), -1, -1)[number, offset:] for part in now.rotary)
+        earlier = {read: self._read[read][number, offset:] for read in cut.earlier}
         attention, keys = None, None
         if cut.reads is not None:
             layer, seen, cached = self._layers[cut.reads], hidden, None
@@ -302,7 +303,7 @@ class Inside:
             rotary_response=partial(rotary_response, self._layers[0], (cos, sin), queries, places),
             eligible=image.eligible,
             image_id=image.plan.image_id,
-            earlier={read: self._read[read][number, offset:][image.start : image.end] for read in cut.earlier},
+            earlier={read: states[image.start : image.end].to(device) for read, states in earlier.items()},
             text=lambda: hidden[text],
             keys=keys,
             norm=partial(hf.normed, self._model),
