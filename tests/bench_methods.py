@@ -60,7 +60,7 @@ LOOPS = (
     Loop("gots", 2880, 1280, 640, "uneven", 3),
     Loop("gots", 2880, 1280, 640, "clustered", 1.5),
     Loop("gots", 2880, 1280, 640, "iid", 0.9),
-    Loop("gots", 576, 1280, 64, "clustered", 0.9),
+    Loop("gots", 576, 1280, 64, "clustered", 0.8),
     Loop("scope", 2880, 1024, 640, "clustered", 10),
     Loop("scope", 576, 1024, 64, "clustered", 1),
 )

@@ -50,10 +50,11 @@ def test_selection(case: dict[str, Any]) -> None:
 
 def received_by_tokens(tensors: dict[str, Tensor], layer: str, n: int) -> Tensor:
     """The attention that each token receives: a class token comes first and is dropped, patches are averaged."""
-    q, k = tensors[f"q_{layer}"], tensors[f"k_{layer}"]
-    received = column_sums(q, k, q.shape[2] ** -0.5)
-    if len(received) == n + 1:
-        return received[1:] / len(received)
+    q, k = (tensors[f"{name}_{layer}"] for name in "qk")
+    crops = zip(q.view(-1, *q.shape[-3:]), k.view(-1, *k.shape[-3:]), strict=True)
+    received = torch.stack([column_sums(*crop, q.shape[-1] ** -0.5) for crop in crops])
+    if received.shape[1] == n + 1:
+        return received[:, 1:].flatten() / (n + 1)
     received = received.view(n, -1).mean(1)
     return received[tensors["reverse_indices"]] if "reverse_indices" in tensors else received
 

@@ -11,6 +11,8 @@ from mmtok_cli.errors import MMTokError
 from mmtok_cli.methods.cdpruner import greedy_determinant
 from mmtok_cli.methods.otprune import OTPrune, covariance_kernel
 
+DECIDED = 2e-5  # gap above which rounding does not decide
+
 
 def pick(case: dict[str, Any], features: Tensor) -> tuple[Tensor, Tensor]:
     k = OTPrune().count(case["params"]["ratio"], len(features))
@@ -43,5 +45,6 @@ def test_degenerate_is_better_than_released(case: dict[str, Any]) -> None:
     order, gains = pick(case, features)
     assert len(set(order.tolist())) == case["params"]["k"]
     assert bool(gains.isfinite().all()) and bool((gains > 0.99).all())  # the kernel holds the identity
-    if features.dtype == torch.float32 and case["fp64_masked_gives_same_order"]:
+    gap = case["min_rel_gap"]
+    if features.dtype == torch.float32 and isinstance(gap, float) and gap > DECIDED:
         assert order.tolist() == golden_tensors("otprune", case)["expected_pick_order"].tolist()

@@ -12,13 +12,16 @@ from mmtok_cli.methods.scope import SCOPE, salient_coverage
 from mmtok_cli.models.qwen_signals import received_attention
 
 KINDS = {"core", "port_end_to_end", "degenerate"}
-COMBINE = {"multi": "multiply", "add": "add"}
+
+
+def combine_of(case: dict[str, Any]) -> str:
+    return {"multi": "multiply", "add": "add"}[case["params"].get("combined", "multi")]
 
 
 def pick(case: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     features, params = tensors["features"], case["params"]
     saliency = tensors.get("saliency", torch.ones(features.shape[:2]))
-    return salient_coverage(features, saliency, params["k"], alpha=params["alpha"], combine=COMBINE[params["combined"]])
+    return salient_coverage(features, saliency, params["k"], alpha=params["alpha"], combine=combine_of(case))
 
 
 def test_cases_are_there_and_of_known_kinds() -> None:
@@ -78,11 +81,9 @@ def test_degenerate_is_better_than_released(case: dict[str, Any]) -> None:
             pick(case, tensors)
         return
     order, gains = pick(case, tensors)
-    exact, _ = salient_coverage(
-        features.double(), saliency, k, alpha=case["params"]["alpha"], combine=COMBINE[case["params"]["combined"]]
-    )
+    exact, _ = salient_coverage(features.double(), saliency, k, alpha=case["params"]["alpha"], combine=combine_of(case))
     assert order.tolist() == exact.tolist()
     assert all(len(set(picks)) == k for picks in order.tolist()) and bool(gains.isfinite().all())
     for rows, picks in zip(features, order, strict=True):
         zero = (rows[picks] == 0).all(1)
-        assert case["params"]["combined"] == "add" or not bool(zero[: k - int(zero.sum())].any())  # those come last
+        assert combine_of(case) == "add" or not bool(zero[: k - int(zero.sum())].any())  # those come last

@@ -25,7 +25,7 @@ class GOTS(Method):
 
     summary: ClassVar[str] = "spans the features"
     source: ClassVar[str] = "arXiv 2607.23913"
-    venue: ClassVar[str] = "preprint, 2026"
+    venue: ClassVar[str] = "preprint 2026"
     licence: ClassVar[str] = "Apache-2.0, no file"
     checked: ClassVar[str] = RECORDED_OUTPUTS
     nested: ClassVar[bool] = True

@@ -36,7 +36,7 @@ class HiPrune(Method):
 
     summary: ClassVar[str] = "anchors + registers"
     source: ClassVar[str] = "arXiv 2508.00553"
-    venue: ClassVar[str] = "AAAI 2026, abstract"
+    venue: ClassVar[str] = "AAAI 2026"
     licence: ClassVar[str] = "MIT"
     checked: ClassVar[str] = RECORDED_OUTPUTS
     signals: ClassVar[tuple[str, ...]] = ("middle_attention", "received_attention")

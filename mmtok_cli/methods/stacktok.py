@@ -36,7 +36,7 @@ class StackTok(Method):
 
     summary: ClassVar[str] = "mmtok with a gate"
     source: ClassVar[str] = "arXiv 2609.16841"
-    venue: ClassVar[str] = "preprint, 2026"
+    venue: ClassVar[str] = "preprint 2026"
     licence: ClassVar[str] = "Apache-2.0, no file"
     checked: ClassVar[str] = RECORDED_OUTPUTS
     reads_question: ClassVar[bool] = True
