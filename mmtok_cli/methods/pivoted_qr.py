@@ -179,7 +179,8 @@ class _Lazy:
         if first == self.step:
             return self.far[block]
         along = rows @ self.basis[first : self.step].T
-        along.masked_fill_(self.numbers[first : self.step] < known[:, None], 0)
+        if int(known.max()) > first:
+            along.masked_fill_(self.numbers[first : self.step] < known[:, None], 0)
         return self.far[block] - along.square_().sum(1)
 
     def _catch_up(self) -> None:
@@ -192,9 +193,14 @@ class _Lazy:
         self.top, self.caught_up = best, self.step
 
     def _refresh(self, stale: Tensor) -> None:
-        for block in stale[self.known[stale].argsort(stable=True)].split(_CHUNK):
-            rows = torch.index_select(self.x, 0, block, out=self.gathered[: len(block)])
-            self.far[block] = self.bound[block] = self._fresh(block, rows)
+        if not len(stale):
+            return
+        stale = stale[self.known[stale].argsort(stable=True)]  # rows that lack the same directions side by side
+        fresh = [
+            self._fresh(block, torch.index_select(self.x, 0, block, out=self.gathered[: len(block)]))
+            for block in stale.split(_CHUNK)
+        ]
+        self.far[stale] = self.bound[stale] = torch.cat(fresh)
         self.known[stale] = self.step
 
     def _release(self, keep: int) -> None:
