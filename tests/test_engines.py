@@ -179,7 +179,7 @@ def test_fewer_requests_than_are_to_be_in_flight(fake: type[FakeEngine]) -> None
     assert run(*arguments, 4, "--rounds", 1).exit_code == 0
 
 
-@pytest.mark.parametrize("method", ["fastv", "resize", "none", "sparsevlm:v2", "pyramiddrop"])
+@pytest.mark.parametrize("method", ["fastv", "resize", "none", "sparsevlm:v2", "pyramiddrop", "hiprune"])
 def test_methods_that_no_engine_runs_are_refused_before_it_starts(fake: type[FakeEngine], method: str) -> None:
     fake.seen = []
     refused(run("compare", "--engine", "vllm", "--methods", method, "--budget", 64), method)

@@ -192,6 +192,7 @@ def test_one_of_two_images_is_cached(engine: Engine) -> None:
         ({"method": "resize", "budget": 16}, "resize makes the image smaller"),
         ({"method": "none"}, "none has no budget"),
         ({"method": "cdpruner", "budget": 16}, "cdpruner reads clip_image_embeds, clip_text_embeds"),
+        ({"method": "hiprune", "budget": 16}, "hiprune reads middle_attention, received_attention"),
         ({"method": "mmtokk", "budget": 16}, "did you mean mmtok"),
         ({"methd": "mmtok"}, "did you mean 'method'?"),
         ({"method": "mmtok"}, "mmtok needs a budget"),
