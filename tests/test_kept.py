@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +18,8 @@ from mmtok_cli.errors import MMTokError
 from mmtok_cli.kept import Kept, KeptFile, read_kept, write_kept
 from mmtok_cli.methods import make_method
 from mmtok_cli.models.base import VisionLanguageModel
-from mmtok_cli.pipeline import answer
-from mmtok_cli.replays import kept_file, selections_of
+from mmtok_cli.pipeline import Reduced, answer
+from mmtok_cli.replays import OneSample, kept_file, selections_of
 
 QUESTION = "What color is the star?"
 
@@ -119,6 +121,9 @@ def test_options_that_contradict_a_replay_are_refused(photo: Path, tmp_path: Pat
     refused(run("infer", photo, QUESTION, "--kept", photo), "neither a .json nor a .safetensors")
     refused(run("prune", photo, QUESTION, "--kept", kept, "--export", kept), "kept.json")
     refused(run("prune", photo, QUESTION, "--method", "visionzip", "--export", tmp_path / "new.json"), "merged tokens")
+    for images in ((photo, QUESTION), ("--data", "demo")):
+        smaller = run("prune", *images, "--method", "resize", "-b", 16, "--export", tmp_path / "new.json")
+        refused(smaller, "resize makes images smaller itself")
     refused(run("prune", "--data", "demo"), "--data requires --export")
     refused(run("prune", "--data", "demo", "--export", kept, photo), "IMAGE")
     refused(run("prune", photo), "QUESTION")
@@ -135,3 +140,20 @@ def test_damaged_tensors_are_refused(tmp_path: Path) -> None:
     write_kept(path, file, {0: (torch.zeros(1, 8), None)})
     with pytest.raises(MMTokError, match="a row for each of the 2 indices"):
         read_kept(path)
+
+
+def test_vision_tokens_of_a_dataset_are_not_held_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[weakref.ref[Reduced]] = []
+
+    def watched(*args: Any) -> OneSample:
+        assert sum(one() is not None for one in held) < 3
+        found = selections_of(*args)
+        held.append(weakref.ref(found[1]))
+        return found
+
+    monkeypatch.setattr("mmtok_cli.replays.selections_of", watched)
+    shown = run(
+        "prune", "--data", "demo", "--limit", 6, "--method", "uniform", "-b", 4, "--export", tmp_path / "k.json"
+    )
+    assert shown.exit_code == 0, shown.output
+    assert len(held) == 6
