@@ -13,6 +13,7 @@ from cli_helpers import refused, run, run_json
 
 from mmtok_cli.budget import Budget
 from mmtok_cli.cases import Case
+from mmtok_cli.configuration import cases_of
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.kept import Kept, KeptFile, read_kept, write_kept
@@ -20,6 +21,7 @@ from mmtok_cli.methods import make_method
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.pipeline import Reduced, answer
 from mmtok_cli.replays import OneSample, kept_file, selections_of
+from mmtok_cli.settings import CompareSettings
 
 QUESTION = "What color is the star?"
 
@@ -99,6 +101,7 @@ BROKEN = [
         "64 vision tokens, and the image has 576",
     ),
     ('{"schema": "mmtok.kept/1", "selections": [{"image": "a"}, {"image": "a"}]}', "occurs twice"),
+    ('{"schema": "mmtok.kept/1", "image_scale": 2, "selections": [{"image": "a"}]}', "kept.json image_scale"),
 ]
 
 
@@ -117,6 +120,9 @@ def test_options_that_contradict_a_replay_are_refused(photo: Path, tmp_path: Pat
     assert run_json("infer", photo, QUESTION, "--kept", kept)["tokens"]["kept"] == 2  # as written by hand
     for option in (("-b", 8), ("--method", "random"), ("--set", "mmtok.alpha=1"), ("--draft", "self")):
         refused(run("infer", photo, QUESTION, "--kept", kept, *option), "has no effect")
+    refused(run("infer", photo, QUESTION, "--method", "kept"), "replay a file by --kept FILE")
+    twice = CompareSettings.of(methods="mmtok", budget="8", kept=[kept, kept])
+    assert [str(case) for case in cases_of(twice)] == ["full", "mmtok @ 8", "kept (kept.json)"]
     refused(run("infer", photo, QUESTION, "--kept", tmp_path / "absent.json"), "cannot be read")
     refused(run("infer", photo, QUESTION, "--kept", photo), "neither a .json nor a .safetensors")
     refused(run("prune", photo, QUESTION, "--kept", kept, "--export", kept), "kept.json")
