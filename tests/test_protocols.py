@@ -9,12 +9,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import typer
 from cli_helpers import run, run_json
 from comparisons import case as case_result
 from PIL import Image
+from typer.testing import CliRunner
 
 from mmtok_cli.budget import Budget
 from mmtok_cli.cases import Case
+from mmtok_cli.cli.options import with_options
 from mmtok_cli.configuration import cases_of
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.evaluation.summary import resize_groups
@@ -56,12 +59,29 @@ def test_a_protocol_sets_budgets_and_adds_its_controls() -> None:
     assert vtc.budget == PROTOCOLS["vtc"].budgets and vtc.methods == ("mmtok", "divprune", "resize")
     assert CompareSettings.of(protocol="vtc").methods == ("mmtok", "visionzip", "fastv", "dart", "resize")
     assert CompareSettings.of(**json.loads(vtc.model_dump_json())) == vtc  # as a plan keeps it
+    usual = CompareSettings.of().methods
+    assert CompareSettings.of(protocol="vtc", methods=usual).methods == usual  # as they were asked for
     seeds = [
         case.id.parameters["seed"]
         for case in cases_of(CompareSettings.of(protocol="unipruneb", methods="mmtok", seed=5))
         if case.name == "random" and str(case.budget) == "11.12%"
     ]
     assert seeds == [5, 6, 7]
+
+
+def test_the_usual_methods_may_be_named_beside_a_protocol() -> None:
+    seen: list[CompareSettings] = []
+    app = typer.Typer()
+
+    @app.command()
+    @with_options(CompareSettings)
+    def command(context: typer.Context, settings: CompareSettings) -> None:
+        seen.append(settings)
+
+    usual = CompareSettings.of().methods
+    for methods in ([], ["--methods", ",".join(usual)]):
+        assert CliRunner().invoke(app, ["--protocol", "vtc", *methods]).exit_code == 0
+    assert [settings.methods for settings in seen] == [CompareSettings.of(protocol="vtc").methods, usual]
 
 
 @pytest.mark.parametrize(
