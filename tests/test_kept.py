@@ -137,6 +137,13 @@ def test_options_that_contradict_a_replay_are_refused(photo: Path, tmp_path: Pat
     assert json.loads(kept.read_text())["selections"][0]["indices"] == [3, 40]
 
 
+def test_padding_is_replayed_on_the_released_track_alone(photo: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "kept.json"
+    write_kept(kept, KeptFile(selections=(Kept(image=photo.name, indices=(0, 300)),)), {})  # the photo is wide
+    assert run_json("infer", photo, QUESTION, "--kept", kept)["tokens"]["kept"] == 2
+    refused(run("infer", photo, QUESTION, "--kept", kept, "--track", "harmonised"), "keeps padding (index 0)")
+
+
 def test_damaged_tensors_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "kept.safetensors"
     path.write_bytes(b"\x00" * 40)
