@@ -118,7 +118,7 @@ def answer(
     that is longer than the context.
     """
     batch = [samples] if isinstance(samples, Sample) else list(samples)
-    chosen, kept = _checked(model, method, batch, budget, rules, image_scale)
+    chosen, kept, scale = _checked(model, method, batch, budget, rules, image_scale)
     clock = Clock(model.device)
     answers = pipeline.answer(
         model,
@@ -128,7 +128,7 @@ def answer(
         rules=rules,
         max_new_tokens=max_new_tokens,
         stage=clock.stage,
-        image_scale=image_scale,
+        image_scale=scale,
     )
     return TimedAnswers(
         **{field.name: getattr(answers, field.name) for field in fields(answers)}, seconds=clock.seconds()
@@ -158,7 +158,7 @@ def converse(
     Also raises MMTokError for a chat template to whose prompt no turn can be appended, and for "union" with a method
     that acts inside the language model.
     """
-    chosen, kept = _checked(model, method, [sample], budget, rules, image_scale)
+    chosen, kept, scale = _checked(model, method, [sample], budget, rules, image_scale)
     turns = []
     with Conversation(
         model,
@@ -169,7 +169,7 @@ def converse(
         rules=rules,
         max_new_tokens=max_new_tokens,
         encode_again=encode_again,
-        image_scale=image_scale,
+        image_scale=scale,
     ) as conversation:
         for question in (sample.question, *questions):
             require_question(question)
@@ -187,17 +187,20 @@ def _checked(
     budget: Budget | int | str | None,
     rules: Rules,
     image_scale: ImageScale,
-) -> tuple[Method, Budget | None]:
-    """The method, and the budget if it takes one. Raises MMTokError for a budget that none of the samples can meet."""
+) -> tuple[Method, Budget | None, ImageScale]:
+    """The method, the budget if it takes one, and the scale.
+
+    Raises MMTokError for a budget that none of the samples can meet, and for what is no scale.
+    """
     chosen = make_method(method, model) if isinstance(method, str) else method
     if chosen.takes_budget and budget is None:
         raise MMTokError(f"{type(chosen).__name__} needs a budget", 'give the vision tokens to keep: 64, or "10%"')
     if budget is not None and not isinstance(budget, Budget):
         budget = Budget.parse(str(budget))
     kept = budget if chosen.takes_budget else None
-    require_scale(image_scale)
-    pipeline.check_budget(model, chosen, samples, kept, rules, image_scale=image_scale)
-    return chosen, kept
+    scale = require_scale(image_scale)
+    pipeline.check_budget(model, chosen, samples, kept, rules, image_scale=scale)
+    return chosen, kept, scale
 
 
 def compare(model: str = "demo", *, run_dir: Path | str | None = None, **settings: Any) -> Comparison:

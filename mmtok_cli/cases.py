@@ -18,7 +18,7 @@ from mmtok_cli.methods.base import Method
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.pipeline import RELEASED, Answers, Reduced, answer, check_budget, reduce
 from mmtok_cli.results.records import parameters_of
-from mmtok_cli.results.schema import CaseId, case_name
+from mmtok_cli.results.schema import CaseId
 from mmtok_cli.rules import ImageScale, Rules
 from mmtok_cli.stages import DRAFT, Stage, unwatched
 
@@ -43,7 +43,7 @@ class Case:
     image_scale: ImageScale = 1
 
     def __str__(self) -> str:
-        return case_name(f"{self.name} + draft" if self.draft else self.name, self.budget, self.id.image_scale)
+        return str(self.id)
 
     @property
     def id(self) -> CaseId:

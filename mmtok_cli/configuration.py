@@ -102,7 +102,7 @@ def cases_of(settings: CasesSettings) -> list[Case]:
     """
     cases = make_cases(settings.named_methods, settings.budgets, settings, settings.repeats)
     if isinstance(settings, CompareSettings):
-        cases += [replay(file, settings) for file in settings.kept]
+        cases += dict.fromkeys(replay(file, settings) for file in settings.kept)
     if "full" in settings.methods:
         cases.append(replace(cases[0], again=True))
     return [replace(case, batch_size=size) for size in settings.batch_size for case in cases]

@@ -17,7 +17,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -61,7 +61,7 @@ class KeptFile(BaseModel):
     method: str | None = None
     parameters: dict[str, Any] = {}
     budget: str | None = None
-    image_scale: float | str | None = None
+    image_scale: Annotated[float, Field(ge=0.01, le=1)] | Literal["auto"] | None = None
     acts: str | None = Field(
         None, description="Where the method acts; a replay drops tokens before the language model."
     )

@@ -99,10 +99,10 @@ def _saved(
     """
     name, case = f"{number:06d}-{place:03d}.webp", store.plan.cases[place].case
     store.write_file(f"{FOLDER}/{name}", partial(drawn.save, format="WEBP"))
-    wanted = (number, case.method, case.budget, case.again, case.draft, case.image_scale)
-    for each in predictions:
-        if (each.sample, each.method, each.budget, each.again, each.draft, each.image_scale) == wanted:
-            return SavedOverlay(file=name, caption=caption, note=f"“{each.prediction}”", flip=each.flip)
+    wanted = (number, case.method, case.parameters, case.budget, case.again, case.draft, case.image_scale)
+    for p in predictions:
+        if (p.sample, p.method, p.parameters, p.budget, p.again, p.draft, p.image_scale) == wanted:
+            return SavedOverlay(file=name, caption=caption, note=f"“{p.prediction}”", flip=p.flip)
     return SavedOverlay(file=name, caption=caption, note="")
 
 

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from mmtok_cli.cases import Case
 from mmtok_cli.data.samples import Sample
+from mmtok_cli.errors import MMTokError
+from mmtok_cli.image_scale import chooses_size
 from mmtok_cli.kept import Kept, KeptFile
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.pipeline import Reduced
@@ -15,6 +17,15 @@ from mmtok_cli.stages import unwatched
 from mmtok_cli.tokens import Selection
 
 OneSample = tuple[Sample, Reduced, Sequence[Selection]]
+
+
+def require_exportable(case: Case) -> None:
+    """Raises MMTokError for a method that makes images smaller itself: a replay would not know to which size."""
+    if chooses_size(case.method):
+        raise MMTokError(
+            f"{case.name} makes images smaller itself, which a file of kept tokens does not say",
+            "omit --export, or use --method full --image-scale 0.5 for a smaller image",
+        )
 
 
 def selections_of(model: VisionLanguageModel, case: Case, sample: Sample) -> OneSample:

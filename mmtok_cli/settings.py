@@ -713,14 +713,13 @@ class CompareSettings(CasesSettings, EngineSettings):
         if values.get("protocol") is None:
             return super().of(**values)
         protocol = protocol_of(values["protocol"])
-        usual, methods = cls.model_fields["methods"].default, _methods(values["methods"]) if "methods" in values else ()
+        methods = _methods(values["methods"]) if "methods" in values else protocol.methods
         if values.get("budget") is not None and _budgets(values["budget"]) != protocol.budgets:
             raise MMTokError(
                 f"--protocol {values['protocol']} has budgets of its own: {', '.join(protocol.budgets)}",
                 "omit --budget, or --protocol",
             )
-        chosen = protocol.methods if methods in ((), usual) else methods
-        return super().of(**{**values, "budget": protocol.budgets, "methods": protocol.completed(chosen)})
+        return super().of(**{**values, "budget": protocol.budgets, "methods": protocol.completed(methods)})
 
     @property
     def repeats(self) -> Mapping[str, int]:

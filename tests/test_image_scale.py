@@ -14,6 +14,7 @@ from cli_helpers import QUESTION, refused, run, run_json
 from conftest import picture
 from tiny_models import FAMILIES
 
+from mmtok_cli import api
 from mmtok_cli.budget import Budget
 from mmtok_cli.cases import Case
 from mmtok_cli.configuration import cases_of
@@ -266,6 +267,13 @@ def test_a_fixed_number_of_tokens(family: str, samples: list[Sample]) -> None:
     require_same_environment(before.model_copy(update={"pixels": None}), before)
     with pytest.raises(MMTokError, match="pixels native then, fixed:64 now"):
         require_same_environment(before, environment_of(model))
+
+
+def test_a_scale_may_be_given_as_a_text_in_python(tiny_sdpa: VisionLanguageModel, samples: list[Sample]) -> None:
+    found = [api.answer(tiny_sdpa, "mmtok", samples[0], 2, max_new_tokens=1, image_scale=s) for s in (0.5, "0.5")]  # type: ignore[arg-type]
+    assert found[0].reduced.tokens == found[1].reduced.tokens and found[0].reduced.tokens[0].encoded
+    with pytest.raises(MMTokError, match="'half' is not a scale"):
+        api.answer(tiny_sdpa, "mmtok", samples[0], 2, image_scale="half")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_next", "internvl"])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,13 +13,15 @@ from cli_helpers import refused, run, run_json
 
 from mmtok_cli.budget import Budget
 from mmtok_cli.cases import Case
+from mmtok_cli.configuration import cases_of
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.kept import Kept, KeptFile, read_kept, write_kept
 from mmtok_cli.methods import make_method
 from mmtok_cli.models.base import VisionLanguageModel
-from mmtok_cli.pipeline import answer
-from mmtok_cli.replays import kept_file, selections_of
+from mmtok_cli.pipeline import Reduced, answer
+from mmtok_cli.replays import OneSample, kept_file, selections_of
+from mmtok_cli.settings import CompareSettings
 
 QUESTION = "What color is the star?"
 
@@ -97,6 +101,7 @@ BROKEN = [
         "64 vision tokens, and the image has 576",
     ),
     ('{"schema": "mmtok.kept/1", "selections": [{"image": "a"}, {"image": "a"}]}', "occurs twice"),
+    ('{"schema": "mmtok.kept/1", "image_scale": 2, "selections": [{"image": "a"}]}', "kept.json image_scale"),
 ]
 
 
@@ -115,15 +120,28 @@ def test_options_that_contradict_a_replay_are_refused(photo: Path, tmp_path: Pat
     assert run_json("infer", photo, QUESTION, "--kept", kept)["tokens"]["kept"] == 2  # as written by hand
     for option in (("-b", 8), ("--method", "random"), ("--set", "mmtok.alpha=1"), ("--draft", "self")):
         refused(run("infer", photo, QUESTION, "--kept", kept, *option), "has no effect")
+    refused(run("infer", photo, QUESTION, "--method", "kept"), "replay a file by --kept FILE")
+    twice = CompareSettings.of(methods="mmtok", budget="8", kept=[kept, kept])
+    assert [str(case) for case in cases_of(twice)] == ["full", "mmtok @ 8", "kept (kept.json)"]
     refused(run("infer", photo, QUESTION, "--kept", tmp_path / "absent.json"), "cannot be read")
     refused(run("infer", photo, QUESTION, "--kept", photo), "neither a .json nor a .safetensors")
     refused(run("prune", photo, QUESTION, "--kept", kept, "--export", kept), "kept.json")
     refused(run("prune", photo, QUESTION, "--method", "visionzip", "--export", tmp_path / "new.json"), "merged tokens")
+    for images in ((photo, QUESTION), ("--data", "demo")):
+        smaller = run("prune", *images, "--method", "resize", "-b", 16, "--export", tmp_path / "new.json")
+        refused(smaller, "resize makes images smaller itself")
     refused(run("prune", "--data", "demo"), "--data requires --export")
     refused(run("prune", "--data", "demo", "--export", kept, photo), "IMAGE")
     refused(run("prune", photo), "QUESTION")
     refused(run("prune", photo, QUESTION, "--limit", 3), "--limit requires --data")
     assert json.loads(kept.read_text())["selections"][0]["indices"] == [3, 40]
+
+
+def test_padding_is_replayed_on_the_released_track_alone(photo: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "kept.json"
+    write_kept(kept, KeptFile(selections=(Kept(image=photo.name, indices=(0, 300)),)), {})  # the photo is wide
+    assert run_json("infer", photo, QUESTION, "--kept", kept)["tokens"]["kept"] == 2
+    refused(run("infer", photo, QUESTION, "--kept", kept, "--track", "harmonised"), "keeps padding (index 0)")
 
 
 def test_damaged_tensors_are_refused(tmp_path: Path) -> None:
@@ -135,3 +153,20 @@ def test_damaged_tensors_are_refused(tmp_path: Path) -> None:
     write_kept(path, file, {0: (torch.zeros(1, 8), None)})
     with pytest.raises(MMTokError, match="a row for each of the 2 indices"):
         read_kept(path)
+
+
+def test_vision_tokens_of_a_dataset_are_not_held_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[weakref.ref[Reduced]] = []
+
+    def watched(*args: Any) -> OneSample:
+        assert sum(one() is not None for one in held) < 3
+        found = selections_of(*args)
+        held.append(weakref.ref(found[1]))
+        return found
+
+    monkeypatch.setattr("mmtok_cli.replays.selections_of", watched)
+    shown = run(
+        "prune", "--data", "demo", "--limit", 6, "--method", "uniform", "-b", 4, "--export", tmp_path / "k.json"
+    )
+    assert shown.exit_code == 0, shown.output
+    assert len(held) == 6

@@ -5,17 +5,27 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import typer
 from cli_helpers import run, run_json
+from comparisons import case as case_result
+from PIL import Image
+from typer.testing import CliRunner
 
 from mmtok_cli.budget import Budget
+from mmtok_cli.cases import Case
+from mmtok_cli.cli.options import with_options
 from mmtok_cli.configuration import cases_of
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.evaluation.summary import resize_groups
 from mmtok_cli.methods import make_method
+from mmtok_cli.overlays import _saved
 from mmtok_cli.protocols import PROTOCOLS
-from mmtok_cli.results.schema import CaseId, cases_with_resize
+from mmtok_cli.report.checks import repeat_notes
+from mmtok_cli.results.schema import CaseId, CaseResult, SamplePrediction, cases_with_resize
 from mmtok_cli.settings import CompareSettings
 
 
@@ -49,12 +59,29 @@ def test_a_protocol_sets_budgets_and_adds_its_controls() -> None:
     assert vtc.budget == PROTOCOLS["vtc"].budgets and vtc.methods == ("mmtok", "divprune", "resize")
     assert CompareSettings.of(protocol="vtc").methods == ("mmtok", "visionzip", "fastv", "dart", "resize")
     assert CompareSettings.of(**json.loads(vtc.model_dump_json())) == vtc  # as a plan keeps it
+    usual = CompareSettings.of().methods
+    assert CompareSettings.of(protocol="vtc", methods=usual).methods == usual  # as they were asked for
     seeds = [
         case.id.parameters["seed"]
         for case in cases_of(CompareSettings.of(protocol="unipruneb", methods="mmtok", seed=5))
         if case.name == "random" and str(case.budget) == "11.12%"
     ]
     assert seeds == [5, 6, 7]
+
+
+def test_the_usual_methods_may_be_named_beside_a_protocol() -> None:
+    seen: list[CompareSettings] = []
+    app = typer.Typer()
+
+    @app.command()
+    @with_options(CompareSettings)
+    def command(context: typer.Context, settings: CompareSettings) -> None:
+        seen.append(settings)
+
+    usual = CompareSettings.of().methods
+    for methods in ([], ["--methods", ",".join(usual)]):
+        assert CliRunner().invoke(app, ["--protocol", "vtc", *methods]).exit_code == 0
+    assert [settings.methods for settings in seen] == [CompareSettings.of(protocol="vtc").methods, usual]
 
 
 @pytest.mark.parametrize(
@@ -101,6 +128,37 @@ def test_the_mean_of_several_draws_is_told(tmp_path: Path) -> None:
     assert shown.exit_code == 0, shown.output
     assert "random (seed 2)" in shown.stdout
     assert "random @ 11.12%: mean score" in shown.stderr and "of 3 draws" in " ".join(shown.stderr.split())
+
+
+def test_draws_are_averaged_by_scale_and_once_for_all_batch_sizes() -> None:
+    def drawn(seed: int, score: float, **more: Any) -> CaseResult:
+        found = case_result("random", 64, score=score)
+        described = {"parameters": {"seed": seed}, "repeat": seed + 1, **more}
+        return found.model_copy(update={"case": found.case.model_copy(update=described)})
+
+    results = [drawn(0, 0.5), drawn(1, 0.7), drawn(0, 0.1, image_scale=0.5), drawn(1, 0.3, image_scale=0.5)]
+    results += [drawn(0, 0.5, batch_size=8), drawn(1, 0.7, batch_size=8)]
+    assert repeat_notes(results) == [
+        "random @ 64: mean score 60.0 % of 2 draws (50.0 % to 70.0 %)",
+        "random @ 64, scale 0.5: mean score 20.0 % of 2 draws (10.0 % to 30.0 %)",
+    ]
+
+
+def test_pictures_of_several_draws_have_the_answers_of_their_draw() -> None:
+    cases = [CaseId(method="random", parameters={"seed": seed}, budget="8", repeat=seed + 1) for seed in range(2)]
+    fields = dict.fromkeys(SamplePrediction.model_fields) | {"sample": 0, "flip": "", "again": False}
+    said = [
+        SamplePrediction.model_construct(**fields | case.model_dump() | {"prediction": f"draw {case.repeat}"})
+        for case in cases
+    ]
+    store = SimpleNamespace(
+        plan=SimpleNamespace(cases=[SimpleNamespace(case=case) for case in cases]), write_file=lambda *_: None
+    )
+    picture = Image.new("RGB", (8, 8))
+    notes = [_saved(store, picture, 0, place, str(case), said).note for place, case in enumerate(cases)]  # type: ignore[arg-type]
+    assert notes == ["“draw 1”", "“draw 2”"]
+    method = make_method("random", seed=1)
+    assert str(Case("random", method, Budget(count=8), repeat=2)) == "random (seed 1) @ 8"
 
 
 def test_keys_of_cases_that_are_drawn_once_are_those_of_older_runs() -> None:

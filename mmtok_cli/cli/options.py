@@ -49,9 +49,11 @@ def with_options(settings: type[Settings]) -> Callable[[Callable[..., Any]], Cal
 
         @functools.wraps(command)
         def run(**values: Any) -> Any:
-            # An option that may be repeated is None where it was not given.
+            # An option that may be repeated is None where it was not given. What was not given is left out, so that
+            # settings can tell it from the default spelled out.
+            context = values.get("context")
             given = {p.name: values.pop(p.name) for p in generated}
-            chosen = {name: value for name, value in given.items() if value is not None}
+            chosen = {name: value for name, value in given.items() if value is not None and not _left(context, name)}
             return command(settings=settings.of(**chosen), **values)
 
         first = [p for p in own if _is_argument(p) or p.annotation is typer.Context]
@@ -63,6 +65,12 @@ def with_options(settings: type[Settings]) -> Callable[[Callable[..., Any]], Cal
         return run
 
     return decorate
+
+
+def _left(context: typer.Context | None, name: str) -> bool:
+    """Whether an option was left at its default; not known without a context."""
+    source = context.get_parameter_source(name) if context else None
+    return source is not None and source.name == "DEFAULT"
 
 
 def is_given(context: typer.Context, name: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from mmtok_cli.models.base import VisionLanguageModel
     from mmtok_cli.panels import Shown
     from mmtok_cli.profiling import Selected
+    from mmtok_cli.replays import OneSample
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -74,7 +75,7 @@ def prune(
     from mmtok_cli.outputs import check_outputs, model_inputs, outputs_of
     from mmtok_cli.panels import lay_out
     from mmtok_cli.profiling import time_selection
-    from mmtok_cli.replays import kept_file
+    from mmtok_cli.replays import kept_file, require_exportable
     from mmtok_cli.report.console import ConsoleProgress, attempt_all, print_json
 
     require_replay_alone(settings, given_options(context, PruneSettings))
@@ -89,6 +90,8 @@ def prune(
         if is_given(context, option):
             raise MMTokError(f"{option_name(PruneSettings, option)} requires --data", "add --data, or omit it")
     case, _ = one_case(settings)
+    if export:
+        require_exportable(case)
     outputs = outputs_of(
         [("--output", output, PICTURES), ("--export", export, SUFFIXES), ("--gain-curve", gain_curve, PLOTS)]
     )
@@ -126,7 +129,7 @@ def _export_dataset(settings: PruneSettings, export: Path | None, others: Sequen
     from mmtok_cli.data.datasets import open_dataset
     from mmtok_cli.kept import SUFFIXES, require_format, write_kept
     from mmtok_cli.outputs import check_outputs, comparison_inputs, outputs_of
-    from mmtok_cli.replays import kept_file, selections_of
+    from mmtok_cli.replays import kept_file, require_exportable, selections_of
     from mmtok_cli.report.console import ConsoleProgress
 
     if export is None:
@@ -137,6 +140,7 @@ def _export_dataset(settings: PruneSettings, export: Path | None, others: Sequen
     outputs = outputs_of([("--export", export, SUFFIXES)])
     check_outputs(outputs, comparison_inputs(data, None, outputs))
     case, _ = one_case(settings)
+    require_exportable(case)
     dataset = open_dataset(settings.data or "", image_root=settings.image_root, limit=settings.limit, find_metric=False)
     progress = ConsoleProgress(quiet)
     for note in dataset.notes():
@@ -144,14 +148,17 @@ def _export_dataset(settings: PruneSettings, export: Path | None, others: Sequen
     model = configured_model(settings, progress, settings.layers)
     (case,) = with_writer([case], settings, progress)
     case.check(model, (sample.open() for sample in dataset.samples))
-    found = []
-    with progress.task("selecting", len(dataset.samples)) as update:
-        for number, sample in enumerate(dataset.samples, 1):
-            found.append(selections_of(model, case, sample.open()))
-            if number == 1:  # the user should not wait for all of them in vain
-                require_format(export, case.name, kept_file(model, case, found)[1])
-            update(number)
-    file, rows = kept_file(model, case, found)
+
+    def selected() -> Iterator[OneSample]:
+        """One sample after another: the vision tokens of all of them together may be more than memory holds."""
+        with progress.task("selecting", len(dataset.samples)) as update:
+            for number, sample in enumerate(dataset.samples, 1):
+                found = selections_of(model, case, sample.open())
+                require_format(export, case.name, kept_file(model, case, [found])[1])  # before the others run in vain
+                yield found
+                update(number)
+
+    file, rows = kept_file(model, case, selected())
     save(lambda: write_kept(export, file, rows), export, quiet)
 
 

@@ -7,7 +7,7 @@ from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any
 
 from mmtok_cli.errors import MethodFaultError, MMTokError, first_line, suggestion
-from mmtok_cli.methods.catalogue import method_class, method_names
+from mmtok_cli.methods.catalogue import REPLAY, method_class, method_names
 from mmtok_cli.methods.isolation import isolated
 from mmtok_cli.methods.parameters import as_tuples, checked, parameter_types
 
@@ -32,7 +32,8 @@ def make_method(name: str, **parameters: Any) -> Method:
         parameters[key] = checked(f"{name}.{key}", types[key], as_tuples(value), value, strict=True)
     for field in fields(kind):
         if field.default is MISSING and field.default_factory is MISSING and field.name in types.keys() - parameters:
-            raise MMTokError(f"{name} needs a value for {field.name}", f"give one: --set {name}.{field.name}=VALUE")
+            setting = "replay a file by --kept FILE" if name == REPLAY else f"give one: --set {name}.{field.name}=VALUE"
+            raise MMTokError(f"{name} needs a value for {field.name}", setting)
     from mmtok_cli.methods.base import package_of
 
     try:

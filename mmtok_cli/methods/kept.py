@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.kept import KeptSelections, read_kept
 from mmtok_cli.methods.base import Method
 from mmtok_cli.tokens import CLASS_TOKEN, Selection, TextTokens, VisionTokens
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class Replay(Method):
         indices = torch.tensor(one.indices, dtype=torch.int64, device=device)
         if number not in kept.rows:
             _require_places(indices.tolist(), vision, self.file)
+            _require_eligible(indices, vision, self.file)
             return Selection(indices.sort().values)
         tokens, merged = kept.rows[number]
         if tokens.shape[1] != vision.projected.shape[1]:
@@ -72,10 +76,23 @@ class Replay(Method):
                 f"{vision.projected.shape[1]}",
                 "use the model with which the selection was made",
             )
+        own = indices if merged is None else indices[~merged.to(device)]
+        _require_eligible(own[own < vision.total], vision, self.file)
         return Selection(
             indices,
             tokens=tokens.to(device, vision.projected.dtype),
             merged=None if merged is None else merged.to(device),
+        )
+
+
+def _require_eligible(indices: Tensor, vision: VisionTokens, file: str) -> None:
+    """Raises MMTokError for padding where it must not be kept."""
+    places = indices[indices >= 0]
+    padding = places[~vision.eligible[places]]
+    if len(padding):
+        raise MMTokError(
+            f"the selection of {vision.image_id} in {file} keeps padding (index {int(padding[0])})",
+            "padding is never kept on the harmonised track: use --track released, or another selection",
         )
 
 

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.methods.base import RECORDED_OUTPUTS, Method
 from mmtok_cli.methods.keywords import keywords
 from mmtok_cli.tokens import Selection, TextTokens, VisionTokens
-
-if TYPE_CHECKING:
-    pass
 
 Swap = Literal["auto", "always", "never"]
 

@@ -155,14 +155,15 @@ def quality_notes(comparison: Comparison) -> list[str]:
 
 
 def repeat_notes(results: Sequence[CaseResult]) -> list[str]:
-    """The mean score of each method that was drawn several times."""
-    draws: dict[str, list[float]] = defaultdict(list)
+    """The mean score of each case that was drawn several times."""
+    draws: dict[str, dict[int, float]] = defaultdict(dict)  # scores by the draw: all batch sizes have the same
     for result in results:
         if result.case.repeat is not None and result.score is not None:
-            draws[f"{result.case.method} @ {result.case.budget}"].append(result.score)
+            name = str(result.case.model_copy(update={"repeat": None}))
+            draws[name].setdefault(result.case.repeat, result.score)
     return [
-        f"{name}: mean score {share(fmean(scores))} of {len(scores)} draws ({share(min(scores))} to "
-        f"{share(max(scores))})"
+        f"{name}: mean score {share(fmean(scores.values()))} of {len(scores)} draws ({share(min(scores.values()))} to "
+        f"{share(max(scores.values()))})"
         for name, scores in draws.items()
         if len(scores) > 1
     ]
