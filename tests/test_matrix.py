@@ -37,6 +37,7 @@ def tiny_method(name: str) -> Method:
 
 BUDGETED = [name for name in ALL if tiny_method(name).takes_budget]
 INSIDE = [name for name in ALL if tiny_method(name).cuts(36, 8, 4)]
+READ_ATTENTION = {"full", *INSIDE, *(name for name in ALL if tiny_method(name).signals)}  # and depend on its kernel
 TRACKS = pytest.mark.parametrize("track", ["released", "harmonised"])
 
 
@@ -48,6 +49,8 @@ REFUSED = {  # their signals come of a class token, or of CLIP
 
 
 def skip_refused(name: str, vlm: VisionLanguageModel, track: Track = "released") -> None:
+    if vlm.attention == "eager" and name not in READ_ATTENTION:
+        pytest.skip(f"{name} reads no attention, so that it cannot depend on the kernel")
     if name in REFUSED.get(vlm.family, ()):
         pytest.skip(f"{vlm.family} cannot show {name} what it needs")
     if name == "resize:pool" and vlm.family == "llava_next" and track == "harmonised":
