@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from comparisons import case
+from comparisons import comparison as usual_comparison
 from PIL import Image
 from rich.console import Console
 
@@ -13,7 +15,7 @@ from mmtok_cli.report.catalogues import kept_map, method_details
 from mmtok_cli.report.checks import comparison_notes
 from mmtok_cli.report.overlay import FIRST_FRAME, FRAME, overlay
 from mmtok_cli.report.profiles import wrapped_table
-from mmtok_cli.report.tables import cost_and_fidelity_table, layer_notes, rules_text
+from mmtok_cli.report.tables import comparison_tables, cost_and_fidelity_table, layer_notes, rules_text
 from mmtok_cli.report.units import count, number, seconds, size, spread
 from mmtok_cli.results.schema import (
     CaseId,
@@ -53,6 +55,20 @@ def test_overlay_leaves_padding_out() -> None:
     drawn = overlay(image, boxes, kept=[0, 12], order=None)
     assert drawn.size == (720, 360)
     assert drawn.getpixel((0, 100)) == FRAME and max(drawn.getpixel((300, 10))) < 100
+
+
+def test_long_names_wrap_in_a_narrow_terminal_and_cut_off_no_figure() -> None:
+    named = {"method": "random:inside", "parameters": {"seed": 2}, "repeat": 3, "image_scale": 0.75}
+    drawn, replayed = case("random:inside", 64), case("kept", 64)
+    file = {"budget": None, "parameters": {"file": "/data/selections-of-a-paper.safetensors", "digest": "0"}}
+    cases = [case("full", 576)] + [
+        one.model_copy(update={"case": one.case.model_copy(update=described)})
+        for one, described in ((drawn, named), (replayed, file))
+    ]
+    for table in comparison_tables(usual_comparison(cases)):
+        text = shown(table, 80)
+        assert "…" not in text and max(map(len, text.splitlines())) <= 80
+        assert "64/576" in text
 
 
 def test_kept_map() -> None:

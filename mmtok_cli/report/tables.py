@@ -36,12 +36,19 @@ if TYPE_CHECKING:
 
 SUMS = {"ttft": "first token", "total": "total"}
 STAGE_TITLES = SUMS | {"tpot": "TPOT"}  # of stages that the tables call by another name
+LONGEST_NAME = 20  # of a case, that is never wrapped
 
 
 def plain_table(title: str = "") -> Table:
     return Table(
         title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
     )
+
+
+def add_names(table: Table, names: Sequence[str]) -> None:
+    """The column of the cases' names. Long ones are wrapped in a narrow terminal, so that no figure is cut off."""
+    short = max(map(len, names), default=0) <= LONGEST_NAME
+    table.add_column("method", no_wrap=short, overflow="ellipsis" if short else "fold")
 
 
 def speedup_text(speedup: Speedup | None) -> Text:
@@ -128,7 +135,7 @@ def case_table(title: str, comparison: Comparison, columns: Sequence[Column], *,
     """A row for each case that was measured; `tight` saves a space between columns."""
     table = plain_table(title)
     table.padding = (0, 0 if tight else 1, 0, 0)
-    table.add_column("method", no_wrap=True)
+    add_names(table, [result.case.title for result in comparison.results])
     table.add_column("kept", justify="right", no_wrap=True)
     for column in columns:
         table.add_column(column.heading, justify="right", no_wrap=not column.narrow)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from mmtok_cli.report.cells import Cell, CsvColumn, Value, retention_cell, speedup_cell
-from mmtok_cli.report.tables import encoded_text, narrow_text, plain_table
+from mmtok_cli.report.tables import add_names, encoded_text, narrow_text, plain_table
 from mmtok_cli.report.units import number, plural, seconds, share, size
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ def _by_turn(title: str, comparison: Comparison, column: TurnColumn | None, besi
     shown: list[int | None] = [*turns[: SHOWN_TURNS - len(beside)], None] if column else []
     table = plain_table(title)
     table.padding = (0, 0 if beside else 1, 0, 0)
-    table.add_column("method", no_wrap=True)
+    add_names(table, [str(result) for result in comparison.turns])
     for heading in (KEPT.heading, POLICY.heading):
         table.add_column(heading, justify="right", no_wrap=True)
     for turn in shown:
