@@ -82,9 +82,8 @@ def _plan(
     keep, short = min(total, entering), False
     if budget is not None:
         keep, short = _nearest(partial(_kept, model, method, image, budget, rules, grid, total), strict)
-        if size:
-            keep, fewer = _nearest(partial(_of_smaller, keep, entering), strict)
-            short = short or fewer
+        if keep > entering:  # a smaller image keeps all that it has, whatever the other scales can meet
+            keep, short = entering, True
         if rules.budget_means == "layer-average":
             keep, lower = _nearest(partial(final_count, method, keep, entering, model.layer_count), strict)
             short = short or lower
@@ -103,17 +102,6 @@ def _plan(
         if strict and budget is not None and budget.count is not None:  # a share is met as nearly as possible
             raise
         return ImagePlan(total, keep, encoded_at(error.nearest), short=True)
-
-
-def _of_smaller(keep: int, entering: int) -> int:
-    """The tokens to keep of a smaller image, of which `entering` are there."""
-    if keep > entering:
-        raise UnmetBudgetError(
-            f"the budget comes to {keep} vision tokens, and the smaller image has {entering}",
-            "lower --budget, or raise --image-scale",
-            nearest=entering,
-        )
-    return keep
 
 
 def _nearest(find: Callable[[], int], strict: bool) -> tuple[int, bool]:
