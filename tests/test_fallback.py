@@ -167,21 +167,24 @@ def test_methods_that_cut_deeper_than_what_fits(small: str, limited: Callable[..
     refused(run("profile", "--model", small, *PROFILE, *method), "before decoder layer 5 of small", "only 3 layers fit")
 
 
+FEW = ("--rounds", 1, "--warmup", 0, "--methods", "mmtok", "--budget", 160)  # in place of the profile's fourteen cases
+
+
 @pytest.mark.parametrize("layers", [None, 2])
 @pytest.mark.parametrize(
     ("command", "more"),
     [
         (("infer", "PHOTO", QUESTION), ()),
         (("prune", "PHOTO", QUESTION), ()),
-        (("compare", "--no-quality"), ("--limit", 1, "--rounds", 1, "--warmup", 0)),
-        (("compare", "--limit", "1"), ("--rounds", 1, "--warmup", 0)),
-        (("compare", "--layers=6", "--limit=1"), ("--rounds", 1, "--warmup", 0)),
-        (("compare", "--retain", "90%", "--by=kind", "--limit", "1"), ("--rounds", 1, "--warmup", 0)),
+        (("compare", "--no-quality"), ("--limit", 1, *FEW)),
+        (("compare", "--limit", "1"), FEW),
+        (("compare", "--layers=6", "--limit=1"), FEW),
+        (("compare", "--retain", "90%", "--by=kind", "--limit", "1"), FEW),
         (
             ("compare", "--turns=reselect", "--encode-again", "--data", "demo:conversations", "--limit", "1"),
-            ("--rounds", 1, "--warmup", 0),
+            FEW,
         ),
-        (("compare", "--plot", "x.png", "--export=x.jsonl", "--limit", "1"), ("--rounds", 1, "--warmup", 0)),
+        (("compare", "--plot", "x.png", "--export=x.jsonl", "--limit", "1"), FEW),
     ],
 )
 def test_other_commands_refuse_and_name_a_command_that_works(

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+MOST_PIVOTS = 10_000
+
+
 @dataclass(frozen=True)
 class DART(Method):
     """Runs `layer` decoder layers on every token. Pivots are the `image_pivots` vision tokens and the `text_pivots`
@@ -44,8 +47,8 @@ class DART(Method):
     text_pivots: int = 4
 
     def __post_init__(self) -> None:
-        if self.image_pivots < 1 or self.text_pivots < 0:
-            raise ValueError("dart.image_pivots must be 1 or more, and dart.text_pivots 0 or more")
+        if not 1 <= self.image_pivots <= MOST_PIVOTS or not 0 <= self.text_pivots <= MOST_PIVOTS:
+            raise ValueError(f"dart.image_pivots must be 1 to {MOST_PIVOTS}, and dart.text_pivots 0 to {MOST_PIVOTS}")
 
     def cuts(self, total: int, budget: int, layers: int) -> tuple[Cut, ...]:
         require_layers("dart.layer", (self.layer,), layers)
