@@ -124,8 +124,10 @@ def test_a_comparison_by_protocol(tmp_path: Path) -> None:
 
 def test_the_mean_of_several_draws_is_told(tmp_path: Path) -> None:
     options = ("--limit", 8, "--batch-size", 8, "--rounds", 1, "--warmup", 0, "--run-dir", tmp_path / "run")
-    shown = run("compare", "--protocol", "unipruneb", "--methods", "random", *options)
+    page = tmp_path / "out.html"
+    shown = run("compare", "--protocol", "unipruneb", "--methods", "random", *options, "--export", page)
     assert shown.exit_code == 0, shown.output
+    assert "2 methods at budgets of 33.34%, 22.23%, 11.12%" in page.read_text()  # however often they are drawn
     assert "random (seed 2)" in shown.stdout
     assert "random @ 11.12%: mean score" in shown.stderr and "of 3 draws" in " ".join(shown.stderr.split())
 

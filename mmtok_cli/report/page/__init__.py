@@ -126,12 +126,14 @@ def _turn_rows(comparison: Comparison) -> list[dict[str, Any]]:
 
 def _subtitle(comparison: Comparison) -> str:
     schedule, environment = comparison.schedule, comparison.environment
-    others: list[CaseResult] = comparison.results[1:]
-    methods = dict.fromkeys(result.case.title for result in others)
+    others: list[CaseResult] = [result for result in comparison.results[1:] if not result.case.again]
+    methods = dict.fromkeys(result.case.method for result in others)
+    scales = dict.fromkeys(str(result.case.image_scale or 1) for result in others)
     budgets = dict.fromkeys(result.case.budget for result in others if result.case.budget)
     said = [
         plural(len(methods), "method")
         + (f" at {'a budget' if len(budgets) == 1 else 'budgets'} of {', '.join(budgets)}" if budgets else ""),
+        f"images at scales {', '.join(scales)}" if len(scales) > 1 else "",
         plural(schedule.samples, "sample"),
         f"batch size {batch_sizes(comparison)}",
         f"{environment.processor} ({environment.device}, {environment.dtype})",
