@@ -70,8 +70,7 @@ def select(
     """`Method.select_batch`: one Selection for each image. `check_selections` checks what they hold."""
     with _calling(method, "select"):
         selections = method.select_batch(vision, text, budgets)
-    if not isinstance(selections, (list, tuple)) or len(selections) != len(vision):
-        raise fault(method, "select_batch", f"must return a list of {len(vision)} selections, one for each image")
+    _require_one_each(method, "select_batch", selections, len(vision), "image")
     for tokens, selection in zip(vision, selections, strict=True):
         _check_shapes(method, "select", selection, tokens.projected)
     return list(selections)
@@ -81,8 +80,7 @@ def select_crops(method: Method, crops: Sequence[VisionTokens], text: TextTokens
     """`Method.select_crops`: one Selection for each crop, `budget` tokens in all."""
     with _calling(method, "select_crops"):
         selections = method.select_crops(crops, text, budget)
-    if not isinstance(selections, (list, tuple)) or len(selections) != len(crops):
-        raise fault(method, "select_crops", f"must return a list of {len(crops)} selections, one for each crop")
+    _require_one_each(method, "select_crops", selections, len(crops), "crop")
     for tokens, selection in zip(crops, selections, strict=True):
         _check_shapes(method, "select_crops", selection, tokens.projected)
     return list(selections)
@@ -192,6 +190,12 @@ def _calling(method: Method, hook: str) -> Iterator[None]:
         frame = next((frame for frame in reversed(frames) if frame.filename == own), frames[-1])
         where = f"{Path(frame.filename).name}, line {frame.lineno}"
         raise fault(method, hook, f"failed: {type(error).__name__}: {first_line(error)} ({where})") from error
+
+
+def _require_one_each(method: Method, hook: str, selections: Any, count: int, what: str) -> None:
+    """Check that a hook returned a list with one selection for each image or crop."""
+    if not isinstance(selections, (list, tuple)) or len(selections) != count:
+        raise fault(method, hook, f"must return a list of {count} selections, one for each {what}")
 
 
 def _is_int(value: Any) -> bool:
