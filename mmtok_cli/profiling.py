@@ -21,13 +21,13 @@ from mmtok_cli.progress import Progress
 from mmtok_cli.results.profile import ProfileResult, ScalingPoint
 from mmtok_cli.results.records import TimedRun
 from mmtok_cli.results.schedule import Turn, interleaved
-from mmtok_cli.results.schema import CaseResult, LargestBatch, Schedule, cases_without_draft, equivalents_of
+from mmtok_cli.results.schema import CaseResult, Flops, LargestBatch, Schedule, cases_without_draft, equivalents_of
 from mmtok_cli.settings import FULL_SIZE, ProfileSettings
 from mmtok_cli.stages import ALL_STAGES, unwatched
 from mmtok_cli.timing.capacity import largest_batch
 from mmtok_cli.timing.ceilings import achieved, measure_ceilings, weights_read
 from mmtok_cli.timing.clock import Clock
-from mmtok_cli.timing.flops import count_flops
+from mmtok_cli.timing.flops import measure_flops
 from mmtok_cli.timing.machine import Machine
 from mmtok_cli.timing.partial import last_layer, missing_layers, of_whole_model
 from mmtok_cli.timing.runner import run_case, run_round
@@ -126,13 +126,13 @@ def profile(
     remainder = Remainder()
     rounds = _time(model, cases, sample, order, plan, progress, remainder)
     planned_rounds = plan.rounds if remainder.interrupted or remainder.problems else len(rounds)
-    flops: list[dict[str, float]] = []
+    flops: list[Flops | None] = []
     traces: dict[str, Trace] = {}
     with progress.task("tracing", len(cases)) as update:
         for number, case in enumerate(cases, 1):
             samples = [sample] * case.batch_size
-            count = partial(count_flops, model, case, samples, **settings.timed_length)
-            flops.append(remainder.attempt(f"the FLOPs of {case.id.label}", count) or {})
+            count = partial(measure_flops, model, case, samples, **settings.timed_length)
+            flops.append(remainder.attempt(f"the FLOPs of {case.id.label}", count))
             run = partial(trace_case, model, case, samples, trace_dir, **settings.timed_length)
             if trace := remainder.attempt(f"the trace of {case.id.label}", run):
                 traces[case.id.label] = trace
@@ -247,7 +247,7 @@ def _time(
 def _results(
     cases: Sequence[Case],
     rounds: Sequence[Sequence[TimedRun]],
-    flops: Sequence[dict[str, float]],
+    flops: Sequence[Flops | None],
     *,
     exact_length: bool,
 ) -> list[CaseResult]:
@@ -258,7 +258,9 @@ def _results(
     results = []
     for i, case in enumerate(cases):
         baseline = None if first[case.batch_size] == i else runs[first[case.batch_size]]
-        result = summarise_case(case.id, runs[i], baseline, flops[i], exact_length=exact_length)
+        counted = flops[i]
+        stages, coverage = (counted.stages, counted.coverage) if counted else ({}, None)
+        result = summarise_case(case.id, runs[i], baseline, stages, coverage, exact_length=exact_length)
         plain = without_draft.get(i)
         results.append(result if plain is None else with_slowdown(result, runs[i], runs[plain]))
     return results

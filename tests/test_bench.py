@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from mmtok_cli import hooks
 from mmtok_cli.budget import Budget
@@ -27,7 +28,7 @@ from mmtok_cli.results.schema import Comparison, Environment, Schedule
 from mmtok_cli.rules import Rules
 from mmtok_cli.stages import STAGES
 from mmtok_cli.timing.clock import Clock
-from mmtok_cli.timing.flops import SeenOperators, count_flops, coverage, measure_flops
+from mmtok_cli.timing.flops import SeenOperators, count_flops, coverage, formulas, measure_flops
 from mmtok_cli.timing.runner import run_case, run_round
 from mmtok_cli.timing.summary import summarise_case
 
@@ -106,6 +107,53 @@ def test_products_that_no_formula_counts_are_named() -> None:
     with SeenOperators() as counter:
         torch.ones(2, 2) @ torch.ones(2)
     assert coverage(counter.calls, formulas).missed == {"mv": 1}
+
+
+@pytest.fixture()
+def flash_attn() -> Iterator[None]:
+    """Operators with the names and arguments that flash-attn 2.7 and later registers, which compute nothing."""
+    with torch.library._scoped_library("flash_attn", "FRAGMENT") as library:
+        library.define("_flash_attn_forward(Tensor q, Tensor k, Tensor v, float dropout_p) -> Tensor")
+        library.define(
+            "_flash_attn_varlen_forward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
+            "SymInt max_seqlen_q, SymInt max_seqlen_k) -> Tensor"
+        )
+        library.define("fwd(Tensor q) -> Tensor")
+        for name in ("_flash_attn_forward", "_flash_attn_varlen_forward", "fwd"):
+            library.impl(name, lambda q, *_: q.clone(), "CPU")
+        yield
+
+
+def test_flash_attention_is_counted_like_torchs_own(flash_attn: None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 5, 4, 8, generator=generator), torch.randn(2, 7, 2, 8, generator=generator)
+    packed, bounds = torch.randn(10, 4, 8, generator=generator), torch.tensor([0, 3, 10])
+
+    def flops(run: Callable[[], Any], **custom: Any) -> int:
+        counter = FlopCounterMode(display=False, custom_mapping=formulas())
+        with torch.inference_mode(), SeenOperators() as seen, counter:
+            run()
+        covered = coverage(seen.calls, counter.flop_registry, "flash_attention_2")
+        assert covered.missed == {} and "attn" in next(iter(covered.counted))
+        return counter.get_total_flops()
+
+    ops = torch.ops.flash_attn
+    assert flops(lambda: ops._flash_attn_forward(q, k, k, 0.0)) == 2 * 2 * (2 * 4) * 5 * 7 * 8
+    expected = 2 * 2 * 4 * (3**2 + 7**2) * 8
+    assert flops(lambda: ops._flash_attn_varlen_forward(packed, packed, packed, bounds, bounds, 7, 7)) == expected
+
+
+def test_attention_that_no_formula_counts_is_named(flash_attn: None) -> None:
+    aten, ops = torch.ops.aten, torch.ops.flash_attn
+    known = {aten.mm, *formulas()}
+    named = {str(ops._flash_attn_forward), str(aten._scaled_dot_product_flash_attention_for_cpu)}
+    assert named <= set(map(str, known))
+    calls = Counter({aten.mm: 3, ops.fwd: 2, aten._cudnn_attention_forward: 1, aten.add: 1})
+    seen = coverage(calls, known, "flash_attention_2")
+    assert seen.missed == {"flash_attn.fwd": 2, "_cudnn_attention_forward": 1}
+    # What an older release runs is not seen at all, and must not be taken for counted.
+    assert coverage(Counter({aten.mm: 3}), known, "flash_attention_2").missed == {"flash_attention_2": 0}
+    assert coverage(Counter({aten.mm: 3}), known, "sdpa").missed == {}
 
 
 def test_running_out_of_memory_has_many_faces() -> None:

@@ -139,3 +139,4 @@ def test_profile_shows_them(tiny_directory: Path, photo: Path, tmp_path: Path, m
     on_screen = run(*command)
     assert "Against the device's ceilings" in on_screen.stdout and "the device" in on_screen.stdout
     assert "ceilings, measured in this run" in on_screen.stderr
+    assert case["flop_coverage"]["missed"] == {} and "FLOPs cover" in on_screen.stderr

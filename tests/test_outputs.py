@@ -316,7 +316,7 @@ def test_profile_with_a_full_disk_still_shows_what_it_measured(place: Path, monk
     assert json.loads((place / "t.json").read_text())["cases"][1]["seconds"]["prefill"]["values"]
 
 
-@pytest.mark.parametrize("stage", ["count_flops", "trace_case", "measure_ceilings"])
+@pytest.mark.parametrize("stage", ["measure_flops", "trace_case", "measure_ceilings"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError("out"), OSError(28, "No space left on device")])
 def test_profile_keeps_its_times_when_what_follows_is_stopped(
     stage: str, error: BaseException, place: Path, monkeypatch: pytest.MonkeyPatch

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from mmtok_cli.report import tables
 from mmtok_cli.report.cells import encoded_cell
-from mmtok_cli.report.checks import drift_notes, machine_notes, outlier_notes
+from mmtok_cli.report.checks import drift_notes, flop_notes, machine_notes, outlier_notes
 from mmtok_cli.report.columns import COMPARED, KEPT, OPTIONAL, STAGES, layers_differ, stages_of
 from mmtok_cli.report.units import count, number, picture_size, plural, seconds, share, size, spread
 
@@ -79,7 +79,7 @@ def profile_notes(
         ]
         lines += [head + note for note in notes]
     lines += [*tables.largest_batch_notes(profile.cases), *machine_notes(profile.machine, profile.environment)]
-    lines += ceiling_notes(profile)
+    lines += [*ceiling_notes(profile), *flop_notes(profile.cases)]
     if sizes:
         lines += scaling_notes(profile, context_length)
     if profile.schedule.rounds < planned_rounds:

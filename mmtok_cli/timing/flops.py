@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
@@ -20,17 +21,57 @@ from mmtok_cli.timing.clock import Stages
 from mmtok_cli.timing.partial import last_layer, missing_layers, of_whole_model
 
 
-def _attention_on_cpu(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+def _attention(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    """Shapes [batch, heads, tokens, head dim]. Like torch's own formulas, without regard to a causal mask."""
     return sdpa_flop_count(query, key, value)
 
 
-# torch only has formulas for the attention kernels of GPUs.
-CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_on_cpu}
+def _flash_attention(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    """Shapes [batch, tokens, heads, head dim]."""
+    return sdpa_flop_count(*((batch, heads, n, dim) for batch, n, heads, dim in (query, key, value)))
+
+
+def _packed_flash_attention(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *args: Any, **kwargs: Any
+) -> int:
+    """[tokens, heads, head dim] each, of several sequences that begin and end at cu_seqlens: [sequences + 1]."""
+    lengths = zip(cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist(), strict=True)
+    shapes = [tensor.shape[1:] for tensor in (query, key, value)]
+    return sum(
+        sdpa_flop_count(*((1, heads, n, dim) for n, (heads, dim) in zip((of_query, n, n), shapes, strict=True)))
+        for of_query, n in lengths
+    )
+
+
+_packed_flash_attention._get_raw = True  # type: ignore[attr-defined]  # torch then passes tensors, not shapes
+
+# Torch has formulas for the attention kernels of NVIDIA GPUs alone, and none for operators of other packages.
+FORMULAS = {
+    "aten._scaled_dot_product_flash_attention_for_cpu": _attention,
+    "aten._scaled_dot_product_attention_math_for_mps": _attention,
+    "aten._scaled_dot_product_fused_attention_overrideable": _attention,  # XPU
+    "flash_attn._flash_attn_forward": _flash_attention,
+    "flash_attn._flash_attn_varlen_forward": _packed_flash_attention,
+}
 
 # Words in the names of operators that multiply matrices: products, convolutions, attention, recurrent cells.
 PRODUCTS = re.compile(
-    r"(^|_)([a-z0-9]*m[mv]|matmul|v?dot|linear|einsum|conv(olution|\dd)?|attention|lstm|gru|rnn)(_|$)"
+    r"(^|_)([a-z0-9]*m[mv]|matmul|v?dot|linear|einsum|conv(olution|\dd)?|attention|attn|mha|sdpa|lstm|gru|rnn)(_|$)"
 )
+# Packages of attention kernels name what runs one fwd, and themselves in the namespace: flash_attn_3.fwd.
+ATTENTION_PACKAGE, FORWARD = re.compile(r"(^|_)attn\d*(_|$)"), re.compile(r"(^|_)(fwd|forward)(_|$)")
+PLAIN_ATTENTION = ("sdpa", "eager")  # kernels of torch itself
+
+
+def formulas() -> dict[Any, Callable[..., int]]:
+    """The formulas beside torch's own, of operators that exist here."""
+    found = {}
+    for name, formula in FORMULAS.items():
+        namespace, _, operator = name.partition(".")
+        packet = getattr(getattr(torch.ops, namespace), operator, None)
+        if packet is not None:
+            found[packet] = formula
+    return found
 
 
 class SeenOperators(TorchDispatchMode):
@@ -70,7 +111,7 @@ def measure_flops(
     torch counts matrix products, convolutions and attention, two operations for each multiply-accumulate. Element-wise
     operators (softmax, normalisation, MMTok's greedy loop) are not counted.
     """
-    counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
+    counter = FlopCounterMode(display=False, custom_mapping=formulas())
     stages = Stages(counter.get_total_flops)
     with SeenOperators() as seen, counter, last_layer(model, counter.get_total_flops) as spans:
         case.answer(model, samples, max_new_tokens, stages.stage, ignore_eos=ignore_eos)
@@ -83,17 +124,32 @@ def measure_flops(
                 flops[name] += (end - start) / len(samples)
     whole = of_whole_model(counted, last, missing_layers(model))
     total = sum(whole[name] for name in stages_of_case)
-    return Flops(stages={**whole, "total": total}, coverage=coverage(seen.calls, counter.flop_registry))
+    return Flops(
+        stages={**whole, "total": total}, coverage=coverage(seen.calls, counter.flop_registry, model.attention)
+    )
 
 
-def coverage(calls: Counter[Any], formulas: Any) -> FlopCoverage:
-    """Calls of all operators, of those with a formula, and of matrix products without one."""
+def coverage(calls: Counter[Any], formulas: Any, attention: str = "sdpa") -> FlopCoverage:
+    """Calls of all operators, of those with a formula, and of matrix products without one.
+
+    attention: the kernel in use. Where none of its operators was seen, it is missed as a whole: releases of flash-attn
+    before 2.7 call their kernels past torch's dispatcher.
+    """
     counted: dict[str, int] = {}
     missed: dict[str, int] = {}
     for operator, number in calls.most_common():
         name = str(operator).removeprefix("aten.")
         if operator in formulas:
             counted[name] = number
-        elif PRODUCTS.search(name.split(".")[-1]):
+        elif _multiplies(name):
             missed[name] = number
+    kind = attention.partition("_")[0]
+    if attention not in PLAIN_ATTENTION and not any(kind in name for name in (*counted, *missed)):
+        missed[attention] = 0
     return FlopCoverage(calls=calls.total(), counted=counted, missed=missed)
+
+
+def _multiplies(name: str) -> bool:
+    """Whether the name of an operator says that it multiplies matrices."""
+    namespace, _, operator = name.rpartition(".")
+    return bool(PRODUCTS.search(operator) or (ATTENTION_PACKAGE.search(namespace) and FORWARD.search(operator)))
