@@ -44,20 +44,21 @@ class MethodFaultError(MMTokError):
 
 LONGEST_LINE = 300
 OUT_OF_MEMORY = re.compile(
-    r"out of memory|(can't|cannot) allocate memory|not enough memory|_STATUS_ALLOC_FAILED", re.IGNORECASE
+    r"out of memory|(can't|cannot) allocate memory|not enough memory|_ALLOC(ATION)?_FAILED", re.IGNORECASE
 )
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means that memory ran out, on the device or on the host.
 
-    Only some parts of torch raise OutOfMemoryError for that; TorchScript, cuBLAS and the allocators of other devices
-    have nothing but a message.
+    Only some parts of torch raise OutOfMemoryError for that; TorchScript, cuBLAS, cuDNN, safetensors and the allocators
+    of other devices have nothing but a message.
     """
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    # The error of TorchScript is called Error, and derives from neither.
-    known = isinstance(error, (RuntimeError, OSError)) or type(error).__module__.startswith("torch")
+    # The errors of TorchScript and safetensors derive from neither.
+    package = type(error).__module__.partition(".")[0]
+    known = isinstance(error, (RuntimeError, OSError)) or package in ("torch", "safetensors")
     return known and bool(OUT_OF_MEMORY.search(" ".join(map(str, error.args))))
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmtok_cli import hooks
@@ -21,6 +22,7 @@ from mmtok_cli.data.samples import Sample
 from mmtok_cli.environment import environment_of
 from mmtok_cli.errors import is_out_of_memory
 from mmtok_cli.methods import make_method
+from mmtok_cli.models.foreign_errors import errors_as
 from mmtok_cli.models.llava import Llava
 from mmtok_cli.results.records import TimedRun
 from mmtok_cli.results.schedule import Turn, interleaved
@@ -158,8 +160,30 @@ def test_attention_that_no_formula_counts_is_named(flash_attn: None) -> None:
 
 def test_running_out_of_memory_has_many_faces() -> None:
     gone = "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"
-    for error in (torch.OutOfMemoryError("CUDA out of memory."), MemoryError(), RuntimeError(gone)):
-        assert is_out_of_memory(error)
+    errors = [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        torch.AcceleratorError("CUDA error: out of memory", 2),
+        MemoryError(),
+        OSError(12, "Cannot allocate memory"),
+        SafetensorError("Error while memory-mapping: Cannot allocate memory (os error 12)"),
+        *map(
+            RuntimeError,
+            (
+                gone,
+                "DefaultCPUAllocator: not enough memory: you tried to allocate 1 bytes.",
+                "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
+                "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+                "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+                "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+                "cusolver error: CUSOLVER_STATUS_ALLOC_FAILED",
+                "MPS backend out of memory (MPS allocated: 1 GB, other allocations: 2 GB, max allowed: 3 GB).",
+            ),
+        ),
+    ]
+    for error in errors:
+        assert is_out_of_memory(error), error
+        with pytest.raises(type(error)), errors_as("the weights cannot be loaded", ""):  # it is no damage of files
+            raise error
     for error in (RuntimeError("shapes do not fit"), ValueError(gone), KeyboardInterrupt()):
         assert not is_out_of_memory(error)
     with pytest.raises(RuntimeError) as caught:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -186,6 +188,28 @@ def test_running_out_of_memory_all_the_same_is_no_crash(
     monkeypatch.setattr(scaling, "prefill", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         measure_size(tiny_sdpa, [case("full")], samples[0], 16, runs=1, warmup=0, seed=0)
+
+
+def test_memory_may_run_out_in_a_timed_run(
+    tiny_sdpa: Llava, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a warm-up that fits: the case has no result, and the others have theirs."""
+    runs: Counter[str] = Counter()
+    monkeypatch.setattr(scaling, "release_memory", lambda device: runs.update(["released"]))
+
+    def tight(model: Llava, reducing: Case, *args: Any) -> float:
+        runs[reducing.name] += 1
+        if reducing.name == "full" and runs["full"] == 3:
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+        return run_once(model, reducing, *args)
+
+    run_once = scaling._run
+    monkeypatch.setattr(scaling, "_run", tight)
+    cases = [case("full"), case("mmtok", Budget(count=4))]
+    full, ours = measure_size(tiny_sdpa, cases, samples[0], 16, runs=4, warmup=1, seed=0)
+    assert full.refused == "needs more memory than is free" and full.select_seconds is None
+    assert runs["full"] == 3 and runs["released"] == 1
+    assert ours.refused is None and len(ours.select_values) == 4
 
 
 def test_slow_cases_are_run_less_often(

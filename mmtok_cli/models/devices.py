@@ -7,7 +7,7 @@ import shutil
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from mmtok_cli.errors import MMTokError, first_line
+from mmtok_cli.errors import MMTokError, first_line, is_out_of_memory
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +33,8 @@ def choose_device(name: str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         raise MMTokError(f"device {name!r} cannot be used: {first_line(error)}", "use --device auto") from error
 
 

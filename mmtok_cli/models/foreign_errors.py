@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
-from mmtok_cli.errors import MMTokError
+from mmtok_cli.errors import MMTokError, is_out_of_memory
 
 COMPARE = "compare it with the original, or download it again"
 LONGEST_MESSAGE = 200  # characters of another library's message; some list every class that they know
@@ -17,13 +15,16 @@ LONGEST_MESSAGE = 200  # characters of another library's message; some list ever
 def errors_as(what: str, hint: str) -> Iterator[None]:
     """Turn the errors that other libraries raise over damaged files into an MMTokError that begins with `what`.
 
-    They raise whatever the damage leads to, a TypeError, KeyError or ZeroDivisionError as often as a ValueError.
+    They raise whatever the damage leads to, a TypeError, KeyError or ZeroDivisionError as often as a ValueError. That
+    memory ran out is no damage, and raised as it is.
     """
     try:
         yield
-    except (MMTokError, MemoryError, torch.OutOfMemoryError):
+    except MMTokError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         if "trust_remote_code" in str(error):
             raise MMTokError(
                 f"{what}: it needs Python code of its own (auto_map), which is never run",

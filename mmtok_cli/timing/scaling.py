@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
 
 import torch
 
 from mmtok_cli import hooks
-from mmtok_cli.cases import Case
+from mmtok_cli.cases import Case, release_memory
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.decoding import prefill
 from mmtok_cli.errors import MMTokError, is_out_of_memory
@@ -106,15 +107,13 @@ def measure_size(
     refused: dict[int, str] = {}
     measured = {i: _Runs() for i in range(len(cases))}
     for i, case in enumerate(cases):
-        try:
-            _warm_up(model, case, sample, tokens, measured[i], runs, warmup)
-        except _TooLargeError as error:
-            refused[i] = str(error)
+        warm_up = partial(_warm_up, model, case, sample, tokens, measured[i], runs, warmup)
+        _unless_too_large(model.device, i, refused, warm_up)
     order = interleaved(len(cases), max(done.wanted for done in measured.values()), seed)
     for permutation in order:
         for i in permutation:
-            if len(measured[i].seconds) < measured[i].wanted:
-                _run(model, cases[i], sample, tokens, measured[i])
+            if i not in refused and len(measured[i].seconds) < measured[i].wanted:
+                _unless_too_large(model.device, i, refused, partial(_run, model, cases[i], sample, tokens, measured[i]))
     return [_point(case, tokens, measured[i], refused.get(i)) for i, case in enumerate(cases)]
 
 
@@ -178,6 +177,20 @@ class _TooLargeError(Exception):
     """Not enough memory for a point, in words."""
 
 
+def _unless_too_large(device: torch.device, number: int, refused: dict[int, str], run: Callable[[], object]) -> None:
+    """Run a case; where memory does not suffice, before or in the run, note in `refused` why there is no result."""
+    try:
+        run()
+        return
+    except _TooLargeError as error:
+        refused[number] = str(error)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        refused[number] = "needs more memory than is free"
+    release_memory(device)  # only here, since the error holds on to the memory of the failed run
+
+
 def _check(model: VisionLanguageModel, case: Case, sample: Sample, tokens: int) -> None:
     check_budget(model, case.method, [sample], case.budget, case.rules, [_grid(tokens)] * len(sample.images))
 
@@ -196,12 +209,7 @@ def _warm_up(
     spent: list[float] = []
     while not spent or (len(spent) < warmup and sum(spent) + spent[-1] <= PATIENCE):
         done.seconds.clear()
-        try:
-            spent.append(_run(model, case, sample, tokens, done))
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            raise _TooLargeError("needs more memory than is free") from error
+        spent.append(_run(model, case, sample, tokens, done))
     if spent[-1] >= NEVER_TWICE:
         done.wanted = 1
     else:
