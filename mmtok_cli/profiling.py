@@ -18,7 +18,7 @@ from mmtok_cli.lengths import of_prompt_length
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.pipeline import Reduced, check_sample, require_room
 from mmtok_cli.progress import Progress
-from mmtok_cli.results.profile import ProfileResult, ScalingPoint
+from mmtok_cli.results.profile import ProfileResult, ScalingPoint, launch_bound
 from mmtok_cli.results.records import TimedRun
 from mmtok_cli.results.schedule import Turn, interleaved
 from mmtok_cli.results.schema import CaseResult, Flops, LargestBatch, Schedule, cases_without_draft, equivalents_of
@@ -139,6 +139,7 @@ def profile(
             update(number)
     with progress.task("measuring ceilings"):
         ceilings = remainder.attempt("the ceilings", partial(measure_ceilings, model.device, model.dtype))
+    kernels = [each for trace in traces.values() for each in trace.kernels]
     exact = settings.new_tokens is not None
     results, read = _results(cases, rounds, flops, exact_length=exact), weights_read(model)
     if settings.find_batch:
@@ -174,6 +175,8 @@ def profile(
         achieved=achieved(results, read),
         machine=summarise_machine(rounds),
         equivalents=equivalents_of([case.id for case in cases]),
+        kernels=kernels,
+        launch_bound=launch_bound(kernels, results),
     )
     if scaling_sizes:
         found = _with_scaling(model, cases, sample, scaling_sizes, found, progress, remainder)

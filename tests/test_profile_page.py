@@ -15,15 +15,18 @@ from test_page_in_browser import CHROMIUM, FLAGS, TEXT_COLOURS, contrast
 from mmtok_cli.report.exports import write_profile
 from mmtok_cli.report.page.profile import profile_page_text
 from mmtok_cli.report.page.profile_charts import binary, memory_charts, scaling_plots, shares_of_ceilings
+from mmtok_cli.report.profiles import launch_notes, profile_tables
 from mmtok_cli.results.profile import (
     Achieved,
     Ceilings,
     Growth,
+    KernelTime,
     MemoryTimeline,
     Operator,
     ProfileResult,
     ScalingPoint,
     StageSpan,
+    launch_bound,
 )
 from mmtok_cli.stages import STAGES
 from mmtok_cli.timing.traces import MOST_MOMENTS, timeline
@@ -116,6 +119,35 @@ def test_the_page_holds_every_part_of_a_profile() -> None:
     assert "full: peak 5 MiB" in text and "aten::mm" in text and "1.20 (1.10–1.30)" in text and "A Processor" in text
     assert ">50.0 %<" in text and ">25.0 %<" in text and "500 G, 50%" in text  # as the terminal has it
     assert "Times are medians" in text and not re.search(r"""(src|href)=["']?(https?:|//)|@import|url\(""", text)
+
+
+def test_stages_that_launches_hold_up_are_named_beside_their_speedup() -> None:
+    """Medians of prefill: 20 ms unreduced and 5 ms reduced; of encode 20 ms."""
+    plain = profile()
+    full, ours = (each.case.label for each in plain.cases)
+
+    def kernels(case: str, stage: str, seconds: float) -> KernelTime:
+        return KernelTime(case=case, stage=stage, seconds=seconds, launches=1270)
+
+    times = [kernels(full, "prefill", 0.0139), kernels(ours, "prefill", 0.0036), kernels(full, "encode", 0.019)]
+    held = launch_bound(times, plain.cases)
+    assert [(each.case, each.stage) for each in held] == [(full, "prefill")]  # 0.0036 is 72 %
+    assert held[0].share == pytest.approx(0.0139 / 0.02) and held[0].launches == 1270
+    marked = plain.model_copy(update={"kernels": times, "launch_bound": held})
+    (note,) = launch_notes(marked)
+    assert note.startswith("† prefill is bound by launches") and f"{full} 69.5 % (1270 launches)" in note
+    cells = [str(cell) for column in profile_tables(marked)[0].columns for cell in column.cells]
+    assert sum(cell.endswith("†") for cell in cells) == 1
+    many = marked.model_copy(update={"cases": [*marked.cases, *profile("fastv").cases[1:]]})
+    cells = [str(cell) for column in profile_tables(many)[1].columns for cell in column.cells]
+    assert sum(cell.endswith("†") for cell in cells) == 2  # the baseline's stage counts for both
+    assert launch_notes(plain) == [] and "†" not in profile_page_text(plain, [])
+    # Of a part of the model, what was measured counts, not the estimate of the whole.
+    part = [
+        each.model_copy(update={"seconds": {**each.seconds, "measured_prefill": each.seconds["select"]}})
+        for each in plain.cases
+    ]
+    assert launch_bound(times, part) == []
 
 
 def test_a_page_of_a_profile_that_was_cut_short() -> None:

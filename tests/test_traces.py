@@ -23,7 +23,7 @@ from mmtok_cli.data.samples import Sample
 from mmtok_cli.methods import make_method
 from mmtok_cli.models.llava import Llava
 from mmtok_cli.stages import STAGES
-from mmtok_cli.timing.traces import RUNTIME_CATEGORIES, Trace, trace_case
+from mmtok_cli.timing.traces import RUNTIME_CATEGORIES, Trace, kernel_times, trace_case
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +55,42 @@ def test_traces_stay_in_their_directory(name: str, tiny_sdpa: Llava, samples: li
     written = trace_case(tiny_sdpa, Case(name, make_method("none"), None), samples[:1], place, max_new_tokens=1)
     assert written.path and written.path.resolve().parent.parent == place.resolve()
     assert list(tmp_path.iterdir()) == [place] and written.path.parent.name.isprintable()
+
+
+def launch(moment: float, number: int) -> dict:
+    return {"cat": "Runtime", "name": "cudaLaunchKernel", "ts": moment, "dur": 1, "args": {"correlation": number}}
+
+
+def kernel(begin: float, duration: float, number: int, category: str = "kernel") -> dict:
+    return {"cat": category, "name": "k", "ts": begin, "dur": duration, "args": {"correlation": number}}
+
+
+def test_kernels_belong_to_the_stage_that_launched_them() -> None:
+    """However late the GPU comes to them, in the inner one of nested stages, and not to checks."""
+    spans = [("encode", 0, 100), ("prefill", 100, 300), ("select", 120, 160), ("check", 200, 220)]
+    events = [
+        *(launch(moment, i) for i, moment in enumerate((10, 20, 110, 130, 140, 210, 400))),
+        kernel(11, 5, 0),
+        kernel(150, 1000, 1),  # launched while encoding, run long after
+        kernel(1150, 7, 2),
+        kernel(1157, 2, 3, "gpu_memcpy"),
+        kernel(1159, 3, 4),
+        kernel(1162, 50, 5),
+        kernel(1212, 9, 6),  # after the last stage
+        kernel(1300, 9, 99),  # of which no launch is known
+        {"cat": "cpu_op", "name": "aten::mm", "ts": 10, "dur": 5, "args": {}},
+        {"name": "[memory]", "ts": 10, "args": {"Bytes": 1}},
+        {"ph": "M", "name": "process_name", "args": {"name": "python"}},
+        {"cat": "gpu_user_annotation", "name": "encode", "ts": 11, "dur": 2000, "args": {"correlation": 0}},
+    ]
+    found = kernel_times("full", events, spans)
+    assert [(each.stage, each.launches) for each in found] == [("encode", 2), ("select", 2), ("prefill", 1)]
+    assert [each.seconds for each in found] == pytest.approx([1005e-6, 5e-6, 7e-6])
+    assert all(each.case == "full" for each in found)
+
+
+def test_without_a_gpu_there_are_no_kernels(trace: Trace) -> None:
+    assert trace.kernels == []
 
 
 @pytest.fixture(scope="module")

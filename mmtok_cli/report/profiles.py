@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from mmtok_cli.report.units import count, number, picture_size, plural, seconds,
 
 if TYPE_CHECKING:
     from mmtok_cli.results.profile import Ceilings, ProfileResult
-    from mmtok_cli.results.schema import CaseResult, Environment, Times
+    from mmtok_cli.results.schema import CaseResult, Environment, Speedup, Times
     from mmtok_cli.settings import ProfileSettings
 
 FAR_BELOW = 0.2  # share of the expected rate; virtual CPUs that share a core reach half of it
@@ -24,6 +25,7 @@ SIDE_BY_SIDE = 2  # cases that fit beside each other with their spread
 ESTIMATED = ("prefill", "ttft", "decode", "total")  # if only some layers are run
 SPEEDUPS = ("prefill", "ttft", "total")
 MEMORY_STAGES = ("encode", "select", "prefill", "decode")
+HELD_UP = "†"  # beside a speedup of which a stage is bound by launches
 
 
 def profile_tables(profile: ProfileResult) -> list[Table]:
@@ -79,7 +81,7 @@ def profile_notes(
         ]
         lines += [head + note for note in notes]
     lines += [*tables.largest_batch_notes(profile.cases), *machine_notes(profile.machine, profile.environment)]
-    lines += [*ceiling_notes(profile), *flop_notes(profile.cases)]
+    lines += [*launch_notes(profile), *ceiling_notes(profile), *flop_notes(profile.cases)]
     if sizes:
         lines += scaling_notes(profile, context_length)
     if profile.schedule.rounds < planned_rounds:
@@ -116,7 +118,7 @@ def _stage_table(profile: ProfileResult) -> Table:
         ]
         for case in others:
             gain = case.speedup.get(stage) if stage in COMPARED else None
-            row += [_spread(case.seconds.get(stage)), tables.speedup_text(gain)]
+            row += [_spread(case.seconds.get(stage)), _speedup(profile, case, stage, gain)]
         table.add_row(*row, style="bold" if stage in tables.SUMS else "")
     return table
 
@@ -162,9 +164,30 @@ def _speedups(profile: ProfileResult) -> Table:
     baseline, *others = profile.cases
     stages = ("encode", *SPEEDUPS) if _scaled(others) else SPEEDUPS
     rows: list[tuple[str | Text, ...]] = [
-        (r.case.label, *(tables.speedup_text(r.speedup.get(stage)) for stage in stages)) for r in others
+        (r.case.label, *(_speedup(profile, r, stage, r.speedup.get(stage)) for stage in stages)) for r in others
     ]
     return wrapped_table(f"Speedup over {baseline}", [tables.SUMS.get(stage, stage) for stage in stages], rows)
+
+
+def _speedup(profile: ProfileResult, case: CaseResult, stage: str, gain: Speedup | None) -> Text:
+    """A speedup over the first case, marked where launches hold up this stage of either."""
+    text, labels = tables.speedup_text(gain), (case.case.label, profile.cases[0].case.label)
+    held = any(one.stage == stage and one.case in labels for one in profile.launch_bound)
+    return text.append(HELD_UP) if held and gain else text
+
+
+def launch_notes(profile: ProfileResult) -> list[str]:
+    """Which stages are bound by launches, if any are."""
+    from mmtok_cli.results.profile import LAUNCH_BOUND
+
+    stages: dict[str, list[str]] = defaultdict(list)
+    for one in profile.launch_bound:
+        stages[one.stage].append(f"{one.case} {share(one.share)} ({plural(one.launches, 'launch', 'launches')})")
+    return [
+        f"{HELD_UP} {stage} is bound by launches, not by work: kernels take less than {LAUNCH_BOUND:.0%} of its time, "
+        f"{', '.join(cases)}. Fewer tokens hardly shorten such a stage, and on a faster GPU even less"
+        for stage, cases in stages.items()
+    ]
 
 
 def _scaled(cases: Sequence[CaseResult]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field
@@ -11,6 +12,7 @@ from mmtok_cli.rules import Rules
 
 DOMINATES = 4.0  # how many times its fixed cost a stage must take for its growth to be fitted
 FEWEST_POINTS = 3  # of a fit
+LAUNCH_BOUND = 0.7  # share of a stage's time below which its kernels do not explain it
 
 
 class Ceilings(Record):
@@ -50,6 +52,27 @@ class Operator(Record):
     calls: int
     cpu_seconds: float
     device_seconds: float
+
+
+class KernelTime(Record):
+    """What a stage of a traced case launched on a GPU: the number of kernels and copies, and the sum of their seconds."""
+
+    case: str
+    stage: str
+    seconds: float
+    launches: int
+
+
+class LaunchBound(Record):
+    """A stage of which the kernels take less than `LAUNCH_BOUND`: it waits for the host to launch them.
+
+    share: seconds of the kernels / median seconds of the stage in the rounds.
+    """
+
+    case: str
+    stage: str
+    share: float
+    launches: int
 
 
 class StageSpan(Record):
@@ -114,7 +137,8 @@ class ProfileResult(Record):
     stage_peaks: bytes by case and stage, from the traces. memory: bytes over time, from the same traces. ceilings: None
     where they were not measured, because the profile was interrupted before or an error occurred. weights_read: bytes
     that are read for each decoded token. scaling, growth, fixed: of --scaling, otherwise empty; fixed are the points at
-    the smallest grid, one for each case. equivalents: budgets that are shares, as settings of serving engines.
+    the smallest grid, one for each case. equivalents: budgets that are shares, as settings of serving engines. kernels:
+    from the traces, on a GPU. launch_bound: the stages that launches hold up.
     """
 
     schema_: Literal["mmtok.profile/2"] = Field(default="mmtok.profile/2", alias="schema")
@@ -137,6 +161,8 @@ class ProfileResult(Record):
     growth: list[Growth] = Field(default=[])
     fixed: list[ScalingPoint] = Field(default=[])
     equivalents: dict[str, dict[str, float]] = Field(default={})
+    kernels: list[KernelTime] = Field(default=[])
+    launch_bound: list[LaunchBound] = Field(default=[])
 
     @property
     def comparison(self) -> Comparison:
@@ -149,3 +175,20 @@ class ProfileResult(Record):
             interrupted=self.interrupted,
             results=self.cases,
         )
+
+
+def launch_bound(kernels: Sequence[KernelTime], cases: Sequence[CaseResult]) -> list[LaunchBound]:
+    """The stages whose kernels take less than `LAUNCH_BOUND` of their time.
+
+    Kernels take as long in a trace as without one; the host's part takes longer, so that the time of a stage is that of
+    the rounds. Where only some layers are run, it is what was measured of them.
+    """
+    seconds = {case.case.label: case.seconds for case in cases}
+    found = []
+    for one in kernels:
+        times = seconds.get(one.case, {})
+        stage = times.get(f"measured_{one.stage}") or times.get(one.stage)
+        if stage and one.seconds < LAUNCH_BOUND * stage.median:
+            share = one.seconds / stage.median
+            found.append(LaunchBound(case=one.case, stage=one.stage, share=share, launches=one.launches))
+    return found

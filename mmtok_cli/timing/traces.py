@@ -9,7 +9,7 @@ import socket
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,11 +22,13 @@ from mmtok_cli.data.samples import Sample
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.files import write_whole
 from mmtok_cli.models.base import VisionLanguageModel
-from mmtok_cli.results.profile import MemoryTimeline, Operator, StageSpan
+from mmtok_cli.results.profile import KernelTime, MemoryTimeline, Operator, StageSpan
 from mmtok_cli.stages import ALL_STAGES, CHECK
 
 # TensorBoard's profiler plugin knows the category "Runtime"; torch writes these names for the same thing.
 RUNTIME_CATEGORIES = ("cuda_runtime", "cuda_driver")
+RUNTIME = "Runtime"
+KERNEL_CATEGORIES = ("kernel", "gpu_memcpy", "gpu_memset")
 LONGEST_NAME = 60  # characters, of which each may take four bytes
 MOST_MOMENTS = 300  # of a timeline
 
@@ -42,12 +44,14 @@ class Trace:
 
     path: its file; None where that could not be written, which `problem` explains. peaks: bytes allocated at most
     within a stage, above what was allocated at the start. memory: the same over time; None where nothing is recorded.
+    kernels: of each stage; empty where there is no GPU.
     """
 
     path: Path | None
     operators: list[Operator]
     peaks: dict[str, int]
     memory: MemoryTimeline | None
+    kernels: list[KernelTime]
     problem: MMTokError | None = None
 
 
@@ -68,20 +72,22 @@ def trace_case(
     with profile(activities=activities, profile_memory=True) as profiler:
         case.answer(model, samples, max_new_tokens, record_function, ignore_eos=ignore_eos)
     events = _export(profiler)
-    spans = [
+    annotated = [
         (event["name"], event["ts"], event["ts"] + event["dur"])
         for event in events["traceEvents"]
-        if event.get("cat") == "user_annotation" and event["name"] in ALL_STAGES
+        if event.get("cat") == "user_annotation" and event["name"] in (*ALL_STAGES, CHECK)
     ]
+    spans = [span for span in annotated if span[0] != CHECK]
     levels = _levels(events, model.device)
     operators, peaks, memory = _operators(profiler, case), _peaks(levels, spans), timeline(case.id.label, levels, spans)
+    kernels = kernel_times(case.id.label, events["traceEvents"], annotated)
     process = f"{socket.gethostname()}_{os.getpid()}"
     path = directory / _file_name(case) / f"{process}.{time.time_ns() // 1_000_000}.pt.trace.json"
     try:
         write_whole(path, lambda part: part.write_text(json.dumps(events), encoding="utf-8"))
     except MMTokError as error:
-        return Trace(None, operators, peaks, memory, error)
-    return Trace(path, operators, peaks, memory)
+        return Trace(None, operators, peaks, memory, kernels, error)
+    return Trace(path, operators, peaks, memory, kernels)
 
 
 def _file_name(case: Case) -> str:
@@ -97,7 +103,7 @@ def _export(profiler: Any) -> dict[str, Any]:
         trace = json.loads(path.read_text(encoding="utf-8"))
     for event in trace["traceEvents"]:
         if event.get("cat") in RUNTIME_CATEGORIES:
-            event["cat"] = "Runtime"
+            event["cat"] = RUNTIME
     return trace
 
 
@@ -125,6 +131,28 @@ def _operators(profiler: Any, case: Case) -> list[Operator]:
         for (stage, name), (calls, cpu, device) in totals.items()
     ]
     return sorted(operators, key=lambda o: (ALL_STAGES.index(o.stage), -(o.device_seconds or o.cpu_seconds)))
+
+
+def kernel_times(case: str, events: Sequence[Mapping[str, Any]], spans: Sequence[Span]) -> list[KernelTime]:
+    """Seconds and number of the kernels that each stage launched, in the order of the stages.
+
+    events: of the exported trace. A kernel runs whenever the GPU comes to it; it belongs to the stage in which the host
+    called the launch with the same correlation. Of nested stages the inner one counts; checks count in none.
+    """
+    inner_first = sorted(spans, key=lambda span: span[2] - span[1])
+    launched = {event["args"].get("correlation"): event["ts"] for event in events if event.get("cat") == RUNTIME}
+    totals: dict[str, list[float]] = defaultdict(lambda: [0.0, 0])
+    for event in events:
+        moment = launched.get(event["args"].get("correlation")) if event.get("cat") in KERNEL_CATEGORIES else None
+        if moment is not None:
+            stage = next((name for name, begin, end in inner_first if begin <= moment < end), CHECK)
+            totals[stage][0] += event["dur"] / 1e6
+            totals[stage][1] += 1
+    return [
+        KernelTime(case=case, stage=stage, seconds=totals[stage][0], launches=int(totals[stage][1]))
+        for stage in ALL_STAGES
+        if stage in totals
+    ]
 
 
 def _levels(trace: dict[str, Any], device: torch.device) -> list[Level]:
