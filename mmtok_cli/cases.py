@@ -97,8 +97,9 @@ class Case:
         stage: Stage,
         *,
         ignore_eos: bool = False,
+        encodings: bool = False,
     ) -> Answers:
-        """Answer one batch, with `stage` around each stage of the pipeline."""
+        """Answer one batch, with `stage` around each stage of the pipeline. encodings: see `pipeline.answer`."""
         return answer(
             model,
             self.method,
@@ -110,6 +111,7 @@ class Case:
             stage=stage,
             drafts=self.drafts(model, samples, stage),
             image_scale=self.image_scale,
+            encodings=encodings,
         )
 
 

@@ -20,7 +20,7 @@ from mmtok_cli.errors import MMTokError
 from mmtok_cli.image_plan import ImagePlan, cuts_of, layer_average, plan_images, planned_cuts
 from mmtok_cli.image_scale import encoded_grids
 from mmtok_cli.methods.base import Method
-from mmtok_cli.models.base import Grid, Prompt, VisionLanguageModel
+from mmtok_cli.models.base import Grid, Prompt, VisionLanguageModel, without_values
 from mmtok_cli.models.inside import Inside
 from mmtok_cli.models.sequences import CutImage
 from mmtok_cli.rules import AUTO, ImageScale, Positions, Rules, Track
@@ -93,6 +93,17 @@ class Reduced:
     def selections(self) -> list[Selection]:
         """What entered the language model of each image."""
         return [image.selection for image in self.images]
+
+    def without_encodings(self) -> Reduced:
+        """The same without pixels and encoder outputs, whose memory is then free.
+
+        What enters the language model is kept, and what methods that act inside it may read of an image.
+        """
+        images = []
+        for image in self.images:
+            bare = without_values(image.vision.eligible, image.vision.grid)
+            images.append(replace(image, vision=replace(bare, image_id=image.vision.image_id)))
+        return replace(self, prompt=replace(self.prompt, pixel_values=()), images=images)
 
 
 @dataclass(frozen=True)
@@ -285,13 +296,17 @@ def answer(
     stage: Stage = unwatched,
     drafts: Sequence[str] = (),
     image_scale: ImageScale = 1,
+    encodings: bool = True,
 ) -> Answers:
     """Answer a batch of questions greedily from reduced images. drafts, image_scale: see `reduce`.
 
+    encodings: whether the result holds pixels and encoder outputs; otherwise their memory is free before prefill.
     ignore_eos: every answer has exactly `max_new_tokens` tokens; those that end an answer do not.
     Raises MMTokError where a budget cannot be met or the prompt is longer than the model can read.
     """
     reduced = reduce(model, method, samples, budget, rules=rules, stage=stage, drafts=drafts, image_scale=image_scale)
+    if not encodings:
+        reduced = reduced.without_encodings()
     return replace(answer_reduced(model, reduced, max_new_tokens, stage, ignore_eos=ignore_eos), drafts=tuple(drafts))
 
 

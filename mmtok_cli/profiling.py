@@ -30,7 +30,7 @@ from mmtok_cli.timing.clock import Clock
 from mmtok_cli.timing.flops import measure_flops
 from mmtok_cli.timing.machine import Machine
 from mmtok_cli.timing.partial import last_layer, missing_layers, of_whole_model
-from mmtok_cli.timing.runner import run_case, run_round
+from mmtok_cli.timing.runner import reserved_memory, run_case, run_round
 from mmtok_cli.timing.scaling import check_scaling, growth_of, measure_size, smallest_size
 from mmtok_cli.timing.summary import summarise_case, summarise_machine, with_slowdown
 from mmtok_cli.timing.traces import Trace, trace_case
@@ -127,12 +127,15 @@ def profile(
     rounds = _time(model, cases, sample, order, plan, progress, remainder)
     planned_rounds = plan.rounds if remainder.interrupted or remainder.problems else len(rounds)
     flops: list[Flops | None] = []
+    reserved: list[int | None] = []
     traces: dict[str, Trace] = {}
     with progress.task("tracing", len(cases)) as update:
         for number, case in enumerate(cases, 1):
             samples = [sample] * case.batch_size
             count = partial(measure_flops, model, case, samples, **settings.timed_length)
             flops.append(remainder.attempt(f"the FLOPs of {case.id.label}", count))
+            hold = partial(reserved_memory, model, case, samples, **settings.timed_length)
+            reserved.append(remainder.attempt(f"the reserved memory of {case.id.label}", hold))
             run = partial(trace_case, model, case, samples, trace_dir, **settings.timed_length)
             if trace := remainder.attempt(f"the trace of {case.id.label}", run):
                 traces[case.id.label] = trace
@@ -141,7 +144,7 @@ def profile(
         ceilings = remainder.attempt("the ceilings", partial(measure_ceilings, model.device, model.dtype))
     kernels = [each for trace in traces.values() for each in trace.kernels]
     exact = settings.new_tokens is not None
-    results, read = _results(cases, rounds, flops, exact_length=exact), weights_read(model)
+    results, read = _results(cases, rounds, flops, reserved, exact_length=exact), weights_read(model)
     if settings.find_batch:
         results = _with_largest_batch(model, cases, results, sample, settings, progress, remainder)
     sizes = list(settings.batch_size)
@@ -197,7 +200,7 @@ def time_selection(model: VisionLanguageModel, case: Case, sample: Sample) -> Se
     clock = Clock(model.device)
     with last_layer(model, clock.now) as spans:
         if cuts_inside:
-            answers = case.answer(model, [sample], 1, clock.stage)
+            answers = case.answer(model, [sample], 1, clock.stage, encodings=True)
             reduced, selection = answers.reduced, answers.selections[0]
         else:
             reduced = case.reduce(model, [sample], clock.stage)
@@ -251,6 +254,7 @@ def _results(
     cases: Sequence[Case],
     rounds: Sequence[Sequence[TimedRun]],
     flops: Sequence[Flops | None],
+    reserved: Sequence[int | None],
     *,
     exact_length: bool,
 ) -> list[CaseResult]:
@@ -263,7 +267,9 @@ def _results(
         baseline = None if first[case.batch_size] == i else runs[first[case.batch_size]]
         counted = flops[i]
         stages, coverage = (counted.stages, counted.coverage) if counted else ({}, None)
-        result = summarise_case(case.id, runs[i], baseline, stages, coverage, exact_length=exact_length)
+        result = summarise_case(
+            case.id, runs[i], baseline, stages, coverage, reserved=reserved[i], exact_length=exact_length
+        )
         plain = without_draft.get(i)
         results.append(result if plain is None else with_slowdown(result, runs[i], runs[plain]))
     return results

@@ -33,7 +33,7 @@ def selections_of(model: VisionLanguageModel, case: Case, sample: Sample) -> One
     reduced = case.reduce(model, [sample])
     if not reduced.cuts:
         return sample, reduced, reduced.selections
-    answers = case.answer(model, [sample], 1, unwatched)  # the prompt is read: only then are tokens dropped
+    answers = case.answer(model, [sample], 1, unwatched, encodings=True)  # only a prompt that is read drops tokens
     return sample, answers.reduced, answers.selections
 
 

@@ -66,7 +66,13 @@ def _results(store: RunDirectory, columns: list[list[TimedRun]]) -> list[CaseRes
         baseline = None if first == number or first in store.failures else columns[first]
         counted = store.counted[number]
         result = summarise_case(
-            plan.cases[number].case, runs, baseline, counted.flops, counted.coverage, exact_length=exact
+            plan.cases[number].case,
+            runs,
+            baseline,
+            counted.flops,
+            counted.coverage,
+            reserved=counted.reserved,
+            exact_length=exact,
         )
         result = result.model_copy(update={"largest_batch": counted.largest_batch})
         if number in summaries:

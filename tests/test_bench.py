@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -25,10 +25,12 @@ from mmtok_cli.methods import make_method
 from mmtok_cli.models.foreign_errors import errors_as
 from mmtok_cli.models.llava import Llava
 from mmtok_cli.results.records import TimedRun
+from mmtok_cli.results.run_directory import RunDirectory
 from mmtok_cli.results.schedule import Turn, interleaved
 from mmtok_cli.results.schema import Comparison, Environment, Schedule
 from mmtok_cli.rules import Rules
 from mmtok_cli.stages import STAGES
+from mmtok_cli.timing import rounds, runner
 from mmtok_cli.timing.clock import Clock
 from mmtok_cli.timing.flops import SeenOperators, count_flops, coverage, formulas, measure_flops
 from mmtok_cli.timing.runner import run_case, run_round
@@ -292,3 +294,50 @@ def test_checks_of_what_a_method_returns_count_in_no_stage(
     for method in (make_method("random"), make_method("fastv", layer=1)):
         timed = run_case(tiny_sdpa, Case("x", method, Budget(count=8)), samples[:1], 1)
         assert set(timed.seconds) == {*STAGES, "ttft", "total"} and timed.seconds["total"] < 0.2
+
+
+def test_a_gpu_warms_up_with_every_shape(
+    tiny_sdpa: Llava, samples: list[Sample], cases: list[Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It chooses kernels and allocates memory by shapes; the shape of a second batch must not be new in a timed run."""
+    asked: list[str] = []
+    monkeypatch.setattr(rounds, "run_case", lambda model, case, batch, **length: asked.append(batch[0].image_ids[0]))
+    plan = SimpleNamespace(warmup=2, options=SimpleNamespace(timed_length={}, find_batch=False))
+    store = SimpleNamespace(plan=plan, counted={0: None}, failures={})
+    twin = replace(samples[0], image_ids=("twin",))
+    batches = {1: [[sample] for sample in (samples[0], samples[1], twin, samples[2])]}
+    measurement = rounds.Measurement(tiny_sdpa, cases[:1], batches, cast(RunDirectory, store))
+    list(measurement.warm_up())
+    assert asked == ["picture-0", "picture-0"]
+    asked.clear()
+    monkeypatch.setattr(type(tiny_sdpa), "device", torch.device("cuda"))
+    list(measurement.warm_up())
+    assert asked == ["picture-0", "picture-0", "picture-1", "picture-2"]
+    asked.clear()
+    plan.warmup = 0
+    list(measurement.warm_up())
+    assert asked == []
+
+
+def test_reserved_memory_is_that_of_the_case_alone(
+    tiny_sdpa: Llava, samples: list[Sample], cases: list[Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An allocator that keeps what it ever held until its caches are emptied."""
+    held = [700]
+    monkeypatch.setattr(runner, "release_memory", lambda device: held.__setitem__(0, 0))
+
+    def allocating(model: Llava, case: Case, *_: Any, **__: Any) -> SimpleNamespace:
+        held[0] = max(held[0], {"full": 500, "mmtok": 90, "none": 80}[case.name])
+        return SimpleNamespace(reserved=held[0])
+
+    monkeypatch.setattr(runner, "run_case", allocating)
+    assert runner.reserved_memory(tiny_sdpa, cases[1], samples[:1], 1) is None and held == [700]
+    monkeypatch.setattr(type(tiny_sdpa), "device", torch.device("cuda"))
+    assert [runner.reserved_memory(tiny_sdpa, case, samples[:1], 1) for case in cases] == [500, 90, 80]
+
+
+def test_the_result_has_the_reserved_memory_of_the_case_alone(
+    tiny_sdpa: Llava, samples: list[Sample], cases: list[Case]
+) -> None:
+    runs = [run_case(tiny_sdpa, cases[1], samples[:1], 1).model_copy(update={"reserved": 10**9}) for _ in range(2)]
+    assert summarise_case(cases[1].id, runs, None, {}, reserved=123).memory.reserved == 123

@@ -83,6 +83,55 @@ def test_state_of_a_card(cuda: torch.device) -> None:
     )
 
 
+class Counting(FakeNVML):
+    """A card that counts for how long its clock was reduced, by nvmlPerfPolicyType_t."""
+
+    def __init__(self, **answers: Any) -> None:
+        super().__init__(**answers)
+        self.times: dict[int, int] = {}
+
+    def nvmlDeviceGetViolationStatus(self, handle: str, policy: int) -> SimpleNamespace:  # noqa: N802
+        if policy not in self.times:
+            raise self.NVMLError("not supported")
+        return SimpleNamespace(referenceTime=1, violationTime=self.times[policy])
+
+
+def test_throttling_is_what_happened_during_a_run() -> None:
+    """Not what the card says of itself when the run is over."""
+    nvml = Counting(nvmlDeviceGetCurrentClocksEventReasons=0x20 | 0x80)  # heat and power brake, now
+    gpu = Gpu(nvml, "card")
+    nvml.times = {0: 500, 1: 70, 5: 0}
+    before = gpu.violations()
+    assert before == {"power cap": 500, "thermal slowdown": 70, "reliability limit": 0}
+    assert gpu.state(before=before).throttled == ["power brake"]  # of which there is no counter
+    nvml.times[0] = 900
+    assert gpu.state(before=before).throttled == ["power brake", "power cap"]
+    # A card without counters says what holds at this moment.
+    nvml.times = {}
+    assert gpu.violations() == {}
+    assert gpu.state(before=gpu.violations()).throttled == ["thermal slowdown", "power brake"]
+
+
+def test_a_timed_run_reads_the_counters_before_and_after(tiny_sdpa: Any, samples: list[Any]) -> None:
+    from mmtok_cli.cases import Case
+    from mmtok_cli.methods import make_method
+    from mmtok_cli.timing.runner import run_case
+
+    nvml = Counting()
+    nvml.times = {0: 5}
+    case, read = Case("full", make_method("full"), None), nvml.nvmlDeviceGetViolationStatus
+
+    def throttling(handle: str, policy: int) -> SimpleNamespace:
+        status = read(handle, policy)
+        nvml.times[0] = 8
+        return status
+
+    nvml.nvmlDeviceGetViolationStatus = throttling  # type: ignore[method-assign]
+    run = run_case(tiny_sdpa, case, samples[:1], 1, gpu=Gpu(nvml, "card"))
+    assert run.gpu is not None and run.gpu.throttled == ["power cap"]
+    assert run_case(tiny_sdpa, case, samples[:1], 1, gpu=Gpu(nvml, "card")).gpu.throttled == []  # type: ignore[union-attr]
+
+
 def test_what_a_card_does_not_tell_is_none(cuda: torch.device) -> None:
     gpu = open_gpu(cuda, FakeNVML(init=None))
     assert gpu is not None and gpu.joules() is None and gpu.driver() is None

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import re
+import weakref
 from contextlib import contextmanager
 from itertools import groupby
+from typing import Any
 
 import pytest
 import torch
@@ -12,14 +15,16 @@ from conftest import picture
 from PIL import Image
 from tiny_models import FAMILIES
 
+from mmtok_cli import pipeline
 from mmtok_cli.budget import Budget
+from mmtok_cli.cases import Case
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.methods import make_method
-from mmtok_cli.models.base import Box, VisionLanguageModel
+from mmtok_cli.models.base import Box, Prompt, VisionLanguageModel
 from mmtok_cli.models.llava import Llava
 from mmtok_cli.pipeline import answer, reduce
-from mmtok_cli.stages import CHECK, STAGES
+from mmtok_cli.stages import CHECK, STAGES, unwatched
 
 
 def test_decode_equals_generate(tiny: Llava, samples: list[Sample]) -> None:
@@ -189,3 +194,35 @@ def test_random_draws_depend_on_seed_and_image_alone(tiny_sdpa: Llava, samples: 
 
     assert drawn(0, [0, 1, 2]) == drawn(0, [2, 0, 1])
     assert drawn(0, [0, 1, 2]) != drawn(1, [0, 1, 2])
+
+
+@pytest.mark.parametrize("name", ["full", "mmtok", "visionzip"])
+def test_a_measured_run_holds_nothing_of_the_encoder_while_the_prompt_is_read(
+    name: str, tiny_sdpa: Llava, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pixels, features and signals would hide in the peaks what a method saves."""
+    encode, read = type(tiny_sdpa).encode, pipeline.prefill
+    held: list[Any] = []
+    alive: list[int] = []
+
+    def encoding(model: Llava, prompt: Prompt, signals: Any = (), **more: Any) -> Any:
+        vision = encode(model, prompt, signals, **more)
+        tensors = [t for v in vision for t in (v.projected, v.features, *v.signals.values())]
+        held.extend(map(weakref.ref, (*prompt.pixel_values, *tensors)))
+        return vision
+
+    def prefill(*given: Any) -> Any:
+        gc.collect()
+        alive.append(sum(ref() is not None for ref in held))
+        return read(*given)
+
+    monkeypatch.setattr(type(tiny_sdpa), "encode", encoding)
+    monkeypatch.setattr(pipeline, "prefill", prefill)
+    case = Case(name, make_method(name), None if name == "full" else Budget(count=4))
+    lean = case.answer(tiny_sdpa, samples[:2], 2, unwatched)
+    assert len(held) >= 2 * 3 and alive == [0]
+    held.clear()
+    whole = case.answer(tiny_sdpa, samples[:2], 2, unwatched, encodings=True)
+    assert alive[1] == len(held)
+    assert lean.texts == whole.texts and lean.reduced.tokens == whole.reduced.tokens
+    assert [v.total for v in lean.reduced.vision] == [v.total for v in whole.reduced.vision]

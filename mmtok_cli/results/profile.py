@@ -55,7 +55,7 @@ class Operator(Record):
 
 
 class KernelTime(Record):
-    """What a stage of a traced case launched on a GPU: the number of kernels and copies, and the sum of their seconds."""
+    """Kernels and copies that a stage of a traced case launched on a GPU: their number, the sum of their seconds."""
 
     case: str
     stage: str

@@ -83,9 +83,10 @@ class FileRecord(Record, ABC):
 
 
 class GpuState(Record):
-    """The state of the card at one moment: clocks in MHz, power limit in watts, reasons for throttling, other users.
+    """The state of the card after a run: clocks in MHz, power limit in watts, other users.
 
-    joules: per repetition of what was run just before. None where the card does not report a value.
+    throttled: reasons for a reduced clock, during the run where the card counts them, otherwise after it. joules: per
+    repetition of the run. None where the card does not report a value.
     """
 
     clock: Measure | None
@@ -119,7 +120,8 @@ class TimedRun(FileRecord):
     case: its number in the plan. batch: the number of the batch among those of its size. samples: their names.
     seconds: by stage, the median of the repetitions, all of which are in `repetitions`. steps: tokens decoded for the
     longest answer. new_tokens: tokens of each answer, the one that ends it included; empty in records of versions that
-    did not count them. Bytes are those of the batch. drafts: of the samples, in a case with drafts.
+    did not count them. Bytes are those of the batch; reserved holds what earlier runs left in the allocator's caches as
+    well. drafts: of the samples, in a case with drafts.
     """
 
     case: Number
@@ -170,14 +172,15 @@ class TimedRun(FileRecord):
 
 
 class CountedFlops(FileRecord):
-    """What is measured once for each case: FLOPs per sample by stage, how many operators they cover, and the largest
-    batch, if it was to be found."""
+    """What is measured once for each case: FLOPs per sample by stage, how many operators they cover, the largest batch,
+    if it was to be found, and the bytes that the allocator reserves for one batch; None where it does not say."""
 
     case: Number
     key: str
     flops: dict[str, Measure]
     coverage: FlopCoverage
     largest_batch: LargestBatch | None = None
+    reserved: Bytes | None = None
 
     @property
     def file_name(self) -> str:

@@ -125,8 +125,8 @@ class Memory(Record):
     """Memory in bytes.
 
     peak: of a batch, above the weights; None if the device does not report it. kv_cache: per sample. host: resident
-    memory of the whole process. reserved: the most that the device's allocator held, including weights and unused
-    blocks.
+    memory of the whole process. reserved: the most that the device's allocator held in a run of this case alone,
+    including weights and unused blocks.
     """
 
     peak: int | None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,10 @@ THROTTLES = {
     0x40: "hardware thermal slowdown",
     0x80: "power brake",
 }
+# The reasons of which the driver counts the time (nvmlPerfPolicyType_t): what happened during a run shows in it, which
+# the state after the run does not.
+COUNTED = {0: "power cap", 1: "thermal slowdown", 3: "board limit", 5: "reliability limit"}
+Violations = dict[str, int]  # nanoseconds since the driver was loaded, of the reasons that the card counts
 
 
 @dataclass(frozen=True)
@@ -36,9 +41,29 @@ class Gpu:
         """The card's energy counter, which the driver updates every few hundredths of a second."""
         return self._read(lambda: self.nvml.nvmlDeviceGetTotalEnergyConsumption(self.handle) / 1000)
 
-    def state(self, joules: float | None = None) -> GpuState:
+    def violations(self) -> Violations:
+        """How long the clock was reduced so far, by reason."""
+        found = {}
+        for policy, name in COUNTED.items():
+            status = self._read(partial(self._violation_status, policy))
+            if status is not None:
+                found[name] = int(status.violationTime)
+        return found
+
+    def _violation_status(self, policy: int) -> Any:
+        return self.nvml.nvmlDeviceGetViolationStatus(self.handle, policy)
+
+    def state(self, joules: float | None = None, before: Violations | None = None) -> GpuState:
+        """The card now. before: `violations` at the start of a run, so that `throttled` holds what occurred in it.
+
+        Reasons that are not counted are those of this moment.
+        """
         nvml, handle = self.nvml, self.handle
         reasons = self._read(lambda: nvml.nvmlDeviceGetCurrentClocksEventReasons(handle)) or 0
+        since = before or {}
+        counted = {name: now - since[name] for name, now in self.violations().items() if name in since}
+        throttled = [name for bit, name in THROTTLES.items() if reasons & bit and name not in counted]
+        throttled += [name for name, nanoseconds in counted.items() if nanoseconds > 0]
         # One of them is this process, which cannot be told apart: in a container, its id differs from the host's.
         users = self._read(lambda: len(nvml.nvmlDeviceGetComputeRunningProcesses(handle)))
         return GpuState(
@@ -46,7 +71,7 @@ class Gpu:
             memory_clock=self._read(lambda: float(nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM))),
             full_clock=self._read(lambda: float(nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_SM))),
             power_limit=self._read(lambda: nvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000),
-            throttled=[name for bit, name in THROTTLES.items() if reasons & bit],
+            throttled=throttled,
             other_processes=None if users is None else max(users - 1, 0),
             joules=joules,
         )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from mmtok_cli.cases import Case, failure_of, release_memory
 from mmtok_cli.data.samples import Sample
@@ -21,11 +21,21 @@ from mmtok_cli.timing.capacity import largest_batch
 from mmtok_cli.timing.flops import measure_flops
 from mmtok_cli.timing.gpu import Gpu
 from mmtok_cli.timing.machine import Machine
-from mmtok_cli.timing.runner import run_case, run_round
+from mmtok_cli.timing.runner import reserved_memory, run_case, run_round
 
 QUICK = 2.0  # seconds; a shorter first run is mostly start-up
 
 Result = TypeVar("Result")
+
+
+def shape_of(model: VisionLanguageModel, batch: Sequence[Sample]) -> tuple[Any, ...]:
+    """The shape of a batch's unreduced prompt, and of its images as the encoder sees them."""
+    samples = [sample.open() for sample in batch]
+    images = [sample.images for sample in samples]
+    flat = [image for group in images for image in group]
+    tokens = model.tokenize([sample.question for sample in samples], images, [None] * len(flat))
+    grids = [model.whole_grid(image) if model.any_resolution else None for image in flat]
+    return tuple(tokens["input_ids"].shape), tuple(map(model.total, flat)), tuple(grids)
 
 
 @dataclass(frozen=True)
@@ -57,12 +67,33 @@ class Measurement:
         if i not in self.store.counted:
             flops = measure_flops(self.model, self.cases[i], samples, **plan.options.timed_length)
             fits = self._largest_batch(i, samples[0]) if plan.options.find_batch else None
-            key = plan.cases[i].key
             self.store.add_flops(
-                CountedFlops(case=i, key=key, flops=flops.stages, coverage=flops.coverage, largest_batch=fits)
+                CountedFlops(
+                    case=i,
+                    key=plan.cases[i].key,
+                    flops=flops.stages,
+                    coverage=flops.coverage,
+                    largest_batch=fits,
+                    reserved=reserved_memory(self.model, self.cases[i], samples, **plan.options.timed_length),
+                )
             )
         for _ in range(plan.warmup):
             run_case(self.model, self.cases[i], samples, **plan.options.timed_length)
+        if plan.warmup:
+            for batch in self._other_shapes(self.cases[i].batch_size):
+                run_case(self.model, self.cases[i], [s.open() for s in batch], **plan.options.timed_length)
+
+    def _other_shapes(self, size: int) -> list[list[Sample]]:
+        """A batch of each shape beside that of the first one: a GPU chooses kernels, and allocates memory, by shapes.
+
+        Nothing on a CPU, which does not.
+        """
+        if self.model.device.type == "cpu":
+            return []
+        shapes: dict[tuple[Any, ...], list[Sample]] = {}
+        for batch in self.batches[size]:
+            shapes.setdefault(shape_of(self.model, batch), batch)
+        return list(shapes.values())[1:]
 
     def _largest_batch(self, number: int, sample: Sample) -> LargestBatch | None:
         """Found once for a method and budget, whatever the batch size."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from statistics import median
 
-from mmtok_cli.cases import Case
+from mmtok_cli.cases import Case, release_memory
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.decoding import answer_mask
 from mmtok_cli.models.base import VisionLanguageModel
@@ -35,7 +35,7 @@ def run_case(
 ) -> TimedRun:
     """Answer one batch `runs` times under the clock. index: the case's number in the record."""
     answers, peaks, repetitions = None, [], []
-    before = gpu.joules() if gpu else None
+    before, violations = (gpu.joules(), gpu.violations()) if gpu else (None, None)
     for _ in range(runs):
         answers = None  # frees the memory of the last repetition before the next begins
         with peak_memory(model.device) as peak:
@@ -53,9 +53,22 @@ def run_case(
     return _record(index, samples, answers, repetitions, peaks).model_copy(
         update={
             "new_tokens": [steps] * len(samples) if ignore_eos else ended,
-            "gpu": gpu.state(joules) if gpu else None,
+            "gpu": gpu.state(joules, violations) if gpu else None,
         }
     )
+
+
+def reserved_memory(
+    model: VisionLanguageModel, case: Case, samples: Sequence[Sample], max_new_tokens: int, *, ignore_eos: bool = False
+) -> int | None:
+    """The most bytes that the allocator holds for one batch, from an untimed run that begins with empty caches.
+
+    In the rounds it also holds what the cases before needed, and emptying its caches there would cost them time.
+    """
+    if model.device.type != "cuda":
+        return None
+    release_memory(model.device)
+    return run_case(model, case, samples, max_new_tokens, ignore_eos=ignore_eos).reserved
 
 
 def run_round(

@@ -232,6 +232,7 @@ def _run(model: VisionLanguageModel, case: Case, sample: Sample, tokens: int, do
     with peak_memory(model.device) as peak:
         clock = Clock(model.device)
         reduced = reduce(model, case.method, [sample], case.budget, rules=case.rules, stage=clock.stage, grids=grids)
+        reduced = reduced.without_encodings()
         cuts = inside(model, reduced, stage=clock.stage)
         with last_layer(model, clock.now) as spans, cuts, clock.stage("prefill"):
             prefill(model, reduced.inputs)

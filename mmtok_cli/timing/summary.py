@@ -33,13 +33,15 @@ def summarise_case(
     flops: Mapping[str, float],
     coverage: FlopCoverage | None = None,
     *,
+    reserved: int | None = None,
     exact_length: bool = False,
 ) -> CaseResult:
     """The result of one case, without the quality of its answers.
 
     baseline: the baseline's runs in the same rounds; None for the baseline itself, and where it could not be run.
-    flops: per sample, by stage. exact_length: all runs decoded the same number of tokens, so that disturbances show in
-    their totals; otherwise they are looked for before the first token.
+    flops: per sample, by stage. reserved: bytes that the allocator holds for the case alone. exact_length: all runs
+    decoded the same number of tokens, so that disturbances show in their totals; otherwise they are looked for before
+    the first token.
     """
     once = _first_of_each_batch(runs)
     before: Sequence[TimedRun | None] = baseline or [None] * len(runs)
@@ -67,7 +69,7 @@ def summarise_case(
             peak=_largest(run.peak for run in runs),
             kv_cache=int(fmean(run.kv_cache / len(run.samples) for run in once)),
             host=max(run.host for run in runs),
-            reserved=_largest(run.reserved for run in runs),
+            reserved=reserved,
         ),
         flops=dict(flops),
         flop_coverage=coverage,
