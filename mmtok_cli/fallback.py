@@ -25,7 +25,7 @@ from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.models.devices import choose_device, choose_dtype, narrower
 from mmtok_cli.models.quantization import QUANTIZATIONS
 from mmtok_cli.models.room import Needs, dtype_name, free_for, needs_of, needs_quantized, widest_fit
-from mmtok_cli.models.sources import missing_weights, source_of
+from mmtok_cli.models.sources import architecture, missing_weights, source_of, weights_dtype
 from mmtok_cli.profiles import is_cached
 from mmtok_cli.progress import Progress
 from mmtok_cli.settings import PROFILE_ROUNDS, PROFILE_WARMUP, ProfileSettings
@@ -135,7 +135,12 @@ def _needs(
 ) -> dict[torch.dtype, Needs]:
     """What the layers that the settings ask for need in each data type that they allow. Trained weights are quantized
     while they are loaded, random ones when all are drawn."""
-    wanted = choose_dtype(settings.dtype, choose_device(settings.device)) or torch.bfloat16
+    wanted = choose_dtype(settings.dtype, choose_device(settings.device))
+    if wanted is None:
+        source = source_of(settings.model)
+        random = weights == "random" or missing_weights(settings.model, source) is not None
+        config = architecture(settings.model, source)
+        wanted = torch.bfloat16 if random else weights_dtype(settings.model, source, config)
     allowed = narrower(wanted) if settings.dtype == "auto" else (wanted,)
     needs = {dtype: needs_of(model.model, dtype, tokens, settings.attention) for dtype in allowed}
     if settings.quantization in QUANTIZATIONS and weights == "pretrained":  # others are refused by `load_model`

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +14,16 @@ import torch
 from PIL import Image
 from transformers import AutoConfig
 
+from mmtok_cli import models
 from mmtok_cli.budget import Budget
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.errors import MMTokError, UnloadableError
 from mmtok_cli.methods import make_method
-from mmtok_cli.models import load_model, room
+from mmtok_cli.models import hf, load_model, pretrained, room
 from mmtok_cli.models.llava import Llava
 from mmtok_cli.models.random_weights import fill_randomly
 from mmtok_cli.models.room import laid_out, needs_of
-from mmtok_cli.models.sources import architecture, shortened
+from mmtok_cli.models.sources import architecture, shortened, weights_dtype
 from mmtok_cli.models.stand_in import StandInTokenizer, llava_next_processor, llava_processor, qwen_processor
 from mmtok_cli.pipeline import answer
 from mmtok_cli.profiles import known_profiles
@@ -176,6 +180,84 @@ def test_needs_count_every_byte_of_weights_and_cache(tiny_sdpa: Llava, samples: 
     two, part = needs_of(tiny_sdpa.model, torch.float32, (36, 36)), needs.of_layers(1)
     assert (two.weights, two.working) == (needs.weights, 2 * needs.working)
     assert (part.total, part.layers) == (needs.total - 3 * (needs.layer + needs.cache), 1)
+
+
+def test_needs_include_the_encoder() -> None:
+    """Of a large image, the encoder's activations exceed the KV cache; four patches make a token of Qwen2.5-VL."""
+    layout = laid_out(architecture("qwen2.5-vl-7b", ""), torch.bfloat16)
+    needs = needs_of(layout, torch.bfloat16, (16384,))
+    assert needs.encoder == 4 * 16384 * (8 * 1280 + 3 * 3420) * 2 and needs.total == needs.weights + needs.activations
+    assert needs.activations == max(needs.working, needs.encoder)
+    few = needs.of_layers(1)
+    assert few.encoder == needs.encoder > few.working and few.total == few.weights + few.encoder
+    assert needs.layers_within(few.total) == 1 and needs.layers_within(few.total - 1) == 0
+    eager = needs_of(laid_out(architecture("llava-next-7b", ""), torch.bfloat16), torch.bfloat16, (2880,), "eager")
+    crops = needs_of(laid_out(architecture("llava-next-7b", ""), torch.bfloat16), torch.bfloat16, (2880,))
+    assert eager.encoder - crops.encoder == 16 * 2880 * 576 * 6  # each crop sees itself alone
+
+
+@pytest.fixture()
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """CUDA devices that are free to so many bytes; what is put there stays on the CPU."""
+
+    def have(free: int) -> None:
+        monkeypatch.setattr(models, "choose_device", lambda name: torch.device("cuda", 0))
+        monkeypatch.setattr(room, "free_on_gpus", lambda: {0: free, 1: free})
+        monkeypatch.setattr(room, "free_memory", lambda device: free)
+
+    return have
+
+
+@pytest.mark.parametrize("weights", ["random", "pretrained"])
+def test_no_part_of_a_model_is_left_outside_the_gpus(
+    weights: str, two_gpus: Callable[[int], None], tiny_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """accelerate would put what does not fit into host memory or on disk, without a word."""
+    loaded: list[Any] = []
+    monkeypatch.setattr(models, "_random", lambda layout, device, places: loaded.append(places))
+    monkeypatch.setattr(hf, "load_weights", lambda *_, device_map, **__: loaded.append(device_map))
+    layout = laid_out(architecture("tiny", str(tiny_directory)), torch.float32)
+    needs = needs_of(layout, torch.float32, (36,))
+    monkeypatch.setattr(room, "refusal", lambda *_: None)  # by the sum of all GPUs
+    two_gpus(needs.weights // 2)  # together just enough, but for the sixth that activations get
+    with pytest.raises(MMTokError, match=r"does not fit on 2 GPUs .* would be left in host memory or on disk") as error:
+        load_model(str(tiny_directory), weights=weights, dtype="float32", device_map="auto")
+    assert "--layers" in error.value.hint and not loaded
+    two_gpus(needs.weights * 3)
+    with pytest.raises(Exception, match="NoneType"):  # nothing was loaded
+        load_model(str(tiny_directory), weights=weights, dtype="float32", device_map="auto")
+    assert set(loaded[0].values()) <= {0, 1}
+
+
+def test_weights_are_read_straight_to_the_device(
+    two_gpus: Callable[[int], None], tiny_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(hf, "load_weights", lambda *_, device_map, **__: asked.append(device_map))
+    two_gpus(2**34)
+    for found in (True, False):
+        monkeypatch.setattr(pretrained, "find_spec", lambda name, found=found: found)
+        with pytest.raises(Exception, match="NoneType"):
+            load_model(str(tiny_directory))
+    assert asked == [{"": "cuda:0"}, None]
+
+
+def test_the_fit_is_checked_in_the_data_type_of_the_files(
+    two_gpus: Callable[[int], None], tiny_directory: Path, tmp_path: Path
+) -> None:
+    """--dtype auto keeps the type of the files on a GPU: float32 takes twice as much as float16."""
+    config = json.loads((tiny_directory / "config.json").read_text())
+    silent = tmp_path / "silent"
+    shutil.copytree(tiny_directory, silent)
+    for part in (config, config["text_config"], config["vision_config"]):
+        part.pop("dtype", None)
+    (silent / "config.json").write_text(json.dumps(config))
+    for directory in (tiny_directory, silent):
+        source = architecture(str(directory), str(directory))
+        assert weights_dtype(str(directory), str(directory), source) == torch.float32
+        two_gpus(needs_of(laid_out(source, torch.float32), torch.float32, (576,)).total - 1)
+        with pytest.raises(UnloadableError, match="GiB in float32"):
+            load_model(str(directory))
 
 
 @pytest.mark.parametrize("family", ["llava-1.5-7b", "llava-next-7b", "qwen2.5-vl-7b", "qwen3-vl-2b"])

@@ -17,6 +17,7 @@ from mmtok_cli.models.sources import (
     profile_of,
     shortened,
     source_of,
+    weights_dtype,
 )
 from mmtok_cli.rules import NATIVE, fixed_tokens
 
@@ -90,7 +91,7 @@ def load_model(
     family.require_resolution(name, fixed_tokens(pixels))
     if layers is not None:
         config = shortened(config, layers, name)
-    stored = kind or (torch.bfloat16 if weights == "random" else torch.float16)
+    stored = kind or (torch.bfloat16 if weights == "random" or missing else weights_dtype(name, source, config))
     with errors_as(f"no model can be built as config.json of {name} says", hf.or_tested(COMPARE)):
         layout = laid_out(config, stored, attention)
         tokens = vision_tokens or (profile.vision_tokens if profile else VISION_TOKENS,)
@@ -100,9 +101,10 @@ def load_model(
     gpus = free_on_gpus() if device_map else None
     if refused := refusal(name, needs, missing, where, gpus):
         raise refused
+    places = _places(name, layout, gpus) if gpus is not None else None
     if weights == "random":
         processor = _processor_without_download(name, source, family, config)
-        model = _random(layout, where, gpus)
+        model = _random(layout, where, places)
         if quantization is not None:
             quantize(model, quantization)
     else:
@@ -114,7 +116,7 @@ def load_model(
             dtype=kind,
             device=where,
             attention=attention,
-            device_map=device_map,
+            places=places,
             quantization=quantization,
         )
     with errors_as(f"{name} cannot be used", hf.or_tested(COMPARE)):
@@ -178,20 +180,38 @@ def _require_gpus(device: torch.device) -> None:
         raise MMTokError("--device-map needs the package accelerate", "pip install accelerate")
 
 
-def _random(layout: Any, device: torch.device, gpus: Mapping[int, int] | None) -> Any:
-    """A laid-out model with random weights; gpus: free bytes of those that it is to be spread over."""
-    from mmtok_cli.models.random_weights import fill_randomly
+def _places(name: str, layout: Any, gpus: Mapping[int, int]) -> dict[str, int | str]:
+    """The GPU of each part of a laid-out model. gpus: free bytes of each. Raises MMTokError where not all of it fits.
 
-    if gpus is None:
-        return fill_randomly(layout, device)
-    from accelerate import dispatch_model, infer_auto_device_map
+    accelerate would put the rest into host memory or on disk, and copy it to a GPU in every forward pass.
+    """
+    from accelerate import infer_auto_device_map
 
     from mmtok_cli.models import hf
 
     # A sixth of each GPU is left for activations and the KV cache.
     room = {gpu: free * 5 // 6 for gpu, free in gpus.items()}
     places = infer_auto_device_map(layout, max_memory=room, no_split_module_classes=hf.unsplittable_modules(layout))
-    return dispatch_model(fill_randomly(layout, device, places), places)
+    outside = [part for part, place in places.items() if place in ("cpu", "disk")]
+    if outside:
+        raise MMTokError(
+            f"{name} does not fit on {len(gpus)} GPU{'s' * (len(gpus) > 1)} with room for activations: {outside[0]}"
+            + (f" and {len(outside) - 1} more parts" if len(outside) > 1 else "")
+            + " would be left in host memory or on disk",
+            "use --dtype bfloat16, fewer --layers, a smaller model, or more GPUs",
+        )
+    return places
+
+
+def _random(layout: Any, device: torch.device, places: Mapping[str, int | str] | None) -> Any:
+    """A laid-out model with random weights; places: the GPU of each part, where it is spread over several."""
+    from mmtok_cli.models.random_weights import fill_randomly
+
+    if places is None:
+        return fill_randomly(layout, device)
+    from accelerate import dispatch_model
+
+    return dispatch_model(fill_randomly(layout, device, places), dict(places))
 
 
 def _processor(name: str, source: str, family: Any, *, local_files_only: bool = False) -> Any:

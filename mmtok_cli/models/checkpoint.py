@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
+import torch
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from safetensors import SafetensorError, safe_open
 from typing_extensions import TypedDict
@@ -185,7 +186,7 @@ class ChatTemplate(TypedDict):
     chat_template: Template
 
 
-FLOATS = ("BF16", "F16", "F32", "F64")
+FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 CONFIG, SINGLE_FILE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 # All but the configuration may be missing; which ones are needed depends on the family.
 FILES: dict[str, Any] = {
@@ -294,6 +295,12 @@ def check_stored_weights(directory: Path, name: str) -> None:
                     f"{tensor} in {file.name} of {name} is stored as {dtype}, and config.json names no quantization",
                     f"weights must be stored as {', '.join(FLOATS)}",
                 )
+
+
+def stored_floats(directory: Path, name: str) -> set[torch.dtype]:
+    """The floating-point types of the weights of a directory. Raises MMTokError as `check_stored_weights` does."""
+    types = {dtype for file in _weight_files(directory, name) for dtype in _stored_types(file, name).values()}
+    return {FLOATS[dtype] for dtype in types if dtype in FLOATS}
 
 
 def _weight_files(directory: Path, name: str) -> list[Path]:

@@ -204,6 +204,41 @@ def make_config(model_type: str, settings: Mapping[str, Any]) -> Any:
     return public("AutoConfig").for_model(model_type, **settings)
 
 
+def stored_dtype(config: Any) -> torch.dtype | None:
+    """The data type that a configuration says its weights are stored in; None where it says nothing."""
+    dtype = part(config, "dtype")
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
+@dataclass(frozen=True)
+class EncoderShape:
+    """A vision encoder: widths of its states and of its MLP, attention heads, and patches per vision token.
+
+    longest: patches of the pictures of fixed size that it sees; None where images have their own.
+    """
+
+    hidden: int
+    intermediate: int
+    heads: int
+    patches: int
+    longest: int | None
+
+
+def encoder_shape(config: Any) -> EncoderShape:
+    """The shape of the encoder of a model's configuration."""
+    vision = part(config, "vision_config")
+    heads = getattr(vision, "num_heads", None) or part(vision, "num_attention_heads")
+    side = getattr(vision, "spatial_merge_size", None) or round(1 / getattr(config, "downsample_ratio", 1))
+    pictures, patch = getattr(vision, "image_size", None), part(vision, "patch_size")
+    longest = None if pictures is None else (_side(pictures) // _side(patch)) ** 2
+    return EncoderShape(part(vision, "hidden_size"), part(vision, "intermediate_size"), heads, side**2, longest)
+
+
+def _side(size: Any) -> int:
+    """Pixels along a side, of which configurations have one or a list of both."""
+    return int(size if isinstance(size, int) else size[0])
+
+
 def activations() -> list[str]:
     """Names of the activation functions."""
     return list(imported("activations", "ACT2FN"))
@@ -239,12 +274,12 @@ def load_weights(
     *,
     dtype: torch.dtype | None,
     attention: str,
-    device_map: str | None = None,
+    device_map: Mapping[str, int | str] | None = None,
     quantization: Mapping[str, Any] | None = None,
 ) -> Loaded:
     """The model of a directory or hub id from safetensors files. Without a dtype, it has that of the stored weights.
 
-    quantization: the arguments with which weights are quantized.
+    device_map: the device of each part. quantization: the arguments with which weights are quantized.
     """
     return _loaded(
         public("AutoModelForImageTextToText"),

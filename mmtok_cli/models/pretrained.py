@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
 from itertools import chain
 from typing import Any
 
@@ -28,10 +29,12 @@ def load_pretrained(
     dtype: torch.dtype | None,
     device: torch.device,
     attention: str,
-    device_map: str | None,
+    places: Mapping[str, int | str] | None,
     quantization: str | None = None,
 ) -> Any:
-    """The model with the weights of its files on the device. layers: only the first so many decoder layers.
+    """The model with the weights of its files on the device. layers: only the first so many decoder layers. places: the
+    GPU of each part, where it is spread over several. Weights are read straight to a GPU where accelerate is installed,
+    and otherwise pass through host memory.
 
     Raises MMTokError for files that are damaged or do not hold the weights that the configuration describes.
     """
@@ -43,6 +46,9 @@ def load_pretrained(
         if getattr(config, "quantization_config", None):
             raise MMTokError(f"the weights of {name} are quantized already", "leave out --quantization")
         options = loading_options(quantization, dtype or torch.bfloat16, device)
+    device_map = places
+    if device_map is None and device.type != "cpu" and find_spec("accelerate"):
+        device_map = {"": str(device)}
     with errors_as(f"the weights of {name} cannot be loaded", hf.or_tested(COMPARE)):
         loaded = hf.load_weights(
             source, config, dtype=dtype, attention=attention, device_map=device_map, quantization=options

@@ -22,7 +22,8 @@ class Needs:
     """Bytes that a model takes to read a batch of unreduced prompts.
 
     weights: all of them; layer: those of one decoder layer. working: an estimate of the KV cache of all layers and of
-    what one layer holds at a time; cache: the KV cache of one layer alone. vision_tokens: of the whole batch.
+    what one layer holds at a time; cache: the KV cache of one layer alone. encoder: what one block of the vision
+    encoder holds at a time, before there is a KV cache. vision_tokens: of the whole batch.
     """
 
     weights: int
@@ -32,10 +33,16 @@ class Needs:
     layers: int
     vision_tokens: int
     parameters: int
+    encoder: int = 0
+
+    @property
+    def activations(self) -> int:
+        """The most beside the weights, while images are encoded or the prompt is read."""
+        return max(self.working, self.encoder)
 
     @property
     def total(self) -> int:
-        return self.weights + self.working
+        return self.weights + self.activations
 
     def of_layers(self, layers: int) -> Needs:
         """What the model needs with only its first decoder layers."""
@@ -49,8 +56,8 @@ class Needs:
 
     def layers_within(self, free: int) -> int:
         """How many decoder layers would fit."""
-        fixed = self.total - self.layers * (self.layer + self.cache)
-        return max(0, min(self.layers, (free - fixed) // (self.layer + self.cache)))
+        fitting = (layers for layers in range(self.layers, 0, -1) if self.of_layers(layers).total <= free)
+        return next(fitting, 0)
 
 
 def laid_out(config: Any, dtype: torch.dtype | None, attention: str = "sdpa") -> Any:
@@ -62,7 +69,8 @@ def needs_of(model: Any, dtype: torch.dtype, vision_tokens: Sequence[int], atten
     """What a laid-out model needs in a data type for a batch of prompts with so many vision tokens.
 
     A decoder layer holds at once: its input and output, queries, keys and values, two states of the MLP's width and,
-    with eager attention, the attention matrix, once more in float32.
+    with eager attention, the attention matrix, once more in float32. A block of the encoder holds the same of all
+    patches, beside the pixels and the features of all images.
     """
     text, width = model.config.text_config, dtype.itemsize
     lengths = [count + TEXT_TOKENS for count in vision_tokens]
@@ -72,6 +80,11 @@ def needs_of(model: Any, dtype: torch.dtype, vision_tokens: Sequence[int], atten
     states = 4 * text.hidden_size + 2 * text.num_attention_heads * head + 3 * text.intermediate_size
     pairs = len(lengths) * max(lengths) ** 2
     matrix = text.num_attention_heads * pairs * (width + 4) if attention == "eager" else 0
+    vision = hf.encoder_shape(model.config)
+    patches = [count * vision.patches for count in vision_tokens]
+    block = sum(patches) * (8 * vision.hidden + 3 * vision.intermediate) * width
+    seen_pairs = sum(count * min(count, vision.longest or count) for count in patches)
+    seen = vision.heads * seen_pairs * (width + 4) if attention == "eager" else 0
     layers = hf.decoder_layers(hf.language_model(model))
     parameters = sum(p.numel() for p in model.parameters())
     return Needs(
@@ -82,6 +95,7 @@ def needs_of(model: Any, dtype: torch.dtype, vision_tokens: Sequence[int], atten
         layers=len(layers),
         vision_tokens=sum(vision_tokens),
         parameters=parameters,
+        encoder=block + seen,
     )
 
 
@@ -125,7 +139,7 @@ def refusal(
         if fits or free is None
         else f"{name} does not fit: its {need.parameters / 1e9:.2f} B weights take {need.weights / GIB:.1f} GiB in "
         f"{dtype_name(wanted)}{quantized}, KV cache and activations for {need.vision_tokens} vision tokens about "
-        f"{need.working / GIB:.1f} GiB more, and {place} {free / GIB:.1f} GiB free"
+        f"{need.activations / GIB:.1f} GiB more, and {place} {free / GIB:.1f} GiB free"
     )
     message = "; ".join(filter(None, (too_large, missing)))
     options = {} if missing is None else {"--weights": "random"}

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmtok_cli.errors import MMTokError, suggestion
 from mmtok_cli.profiles import Profile, is_cached, known_profiles
+
+if TYPE_CHECKING:
+    import torch
 
 HUB_SECONDS = 10  # that the hub may take to answer
 
@@ -118,6 +121,26 @@ def architecture(name: str, source: str) -> Any:
     if profile and profile.architecture:
         return hf.make_config(profile.family, copy.deepcopy(profile.architecture))
     return configuration(source, name)
+
+
+def weights_dtype(name: str, source: str, config: Any) -> torch.dtype:
+    """The data type in which weights are loaded that keep their own: what config.json says, or else the widest type
+    that a directory holds; float32 where neither is known, so that a model is not thought to fit that does not.
+
+    config: of `architecture`, which may come from a profile.
+    """
+    import torch
+
+    from mmtok_cli.models import hf
+    from mmtok_cli.models.checkpoint import stored_floats
+
+    found = hf.stored_dtype(config)
+    if found is None and not Path(source).is_dir():
+        found = hf.stored_dtype(configuration(source, name))
+    if found is not None:
+        return found
+    stored = stored_floats(Path(source), name) if Path(source).is_dir() else set()
+    return max(stored, key=lambda dtype: dtype.itemsize, default=torch.float32)
 
 
 def shortened(config: Any, layers: int, name: str) -> Any:
