@@ -70,6 +70,7 @@ def configured_model(
             weights=settings.weights,
             layers=layers,
             attention=settings.attention,
+            encoder_attention=settings.encoder_attention,
             device_map=settings.device_map,
             quantization=settings.quantization,
             compiled=compiled,
@@ -180,5 +181,11 @@ def with_writer(cases: Sequence[Case], settings: CasesSettings | OneCaseSettings
     if name is None:
         return list(cases)
     with progress.task(f"loading {name}"):
-        writer = load_model(name, device=settings.device, attention=settings.attention, device_map=settings.device_map)
+        writer = load_model(
+            name,
+            device=settings.device,
+            attention=settings.attention,
+            encoder_attention=settings.encoder_attention,
+            device_map=settings.device_map,
+        )
     return [replace(case, draft=replace(case.draft, model=writer)) if case.draft else case for case in cases]

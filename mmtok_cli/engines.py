@@ -16,6 +16,7 @@ ENGINES: tuple[Engine, ...] = get_args(Engine)
 # further ones.
 VLLM: Mapping[str, str] = {
     "attention": "vLLM chooses its attention kernel",
+    "encoder_attention": "vLLM chooses its attention kernel",
     "device_map": "vLLM places models itself",
     "quantization": "vLLM serves checkpoints that are quantized already: name one with --model",
     "positions": "the engine keeps the positions of each model family",

@@ -39,6 +39,7 @@ def environment_of(model: VisionLanguageModel) -> Environment:
         weights=model.weights,
         dtype=str(model.dtype).removeprefix("torch."),
         attention=model.attention,
+        encoder_attention=None if model.encoder_attention == model.attention else model.encoder_attention,
         threads=torch.get_num_threads(),
         driver=gpu.driver() if gpu else None,
         cuda=torch.version.cuda if on_gpu else None,

@@ -142,7 +142,9 @@ def _needs(
         config = architecture(settings.model, source)
         wanted = torch.bfloat16 if random else weights_dtype(settings.model, source, config)
     allowed = narrower(wanted) if settings.dtype == "auto" else (wanted,)
-    needs = {dtype: needs_of(model.model, dtype, tokens, settings.attention) for dtype in allowed}
+    needs = {
+        dtype: needs_of(model.model, dtype, tokens, settings.attention, settings.encoder_attention) for dtype in allowed
+    }
     if settings.quantization in QUANTIZATIONS and weights == "pretrained":  # others are refused by `load_model`
         needs = {
             dtype: needs_quantized(need, model.model, dtype, settings.quantization) for dtype, need in needs.items()

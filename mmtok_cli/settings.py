@@ -297,6 +297,9 @@ class ModelSettings(Settings):
     attention: Annotated[str, Option(panel=MODEL, metavar="sdpa|eager|flash_attention_2")] = Field(
         "sdpa", description="Attention kernel."
     )
+    encoder_attention: Annotated[str | None, Option(panel=MODEL, metavar="sdpa|eager|flash_attention_2")] = Field(
+        None, description="Attention kernel of the vision encoder. Default: that of --attention."
+    )
     device_map: Annotated[str | None, Option(panel=MODEL, metavar="auto")] = Field(
         None, description="auto: spread the model over all GPUs (needs accelerate)."
     )

@@ -41,6 +41,7 @@ def load_model(
     weights: str = "pretrained",
     layers: int | None = None,
     attention: str = "sdpa",
+    encoder_attention: str | None = None,
     device_map: str | None = None,
     quantization: str | None = None,
     compiled: bool = False,
@@ -53,7 +54,8 @@ def load_model(
     device: `auto` takes a GPU where there is one. dtype: `auto` takes float32 on a CPU, otherwise what the weights
     are stored in. weights: `random` builds the model's architecture without its weights; its answers are
     meaningless, but time and memory are as with trained weights. layers: load only the first so many decoder layers, to
-    time a part of a model that does not fit. attention: sdpa, eager or flash_attention_2. device_map: `auto` spreads
+    time a part of a model that does not fit. attention: sdpa, eager or flash_attention_2. encoder_attention: that of
+    the vision encoder, if it is to be another. device_map: `auto` spreads
     the model over all GPUs. quantization: int8, int4, bnb-8bit or bnb-4bit (see models/quantization.py). compiled:
     compile the language model with torch.compile, which takes minutes in the first runs. vision_tokens: of each prompt
     of a batch, for the estimate of memory; by default those of one image of usual size. pixels: the resolution of
@@ -74,6 +76,10 @@ def load_model(
     where = choose_device(device)
     kind = choose_dtype(dtype, where)
     require_attention(attention, where, kind)
+    if encoder_attention is not None:
+        require_attention(encoder_attention, where, kind, "--encoder-attention")
+    of_encoder = encoder_attention or attention
+    kernels = hf.attention_kernels(attention, of_encoder)
     for what, given, known in (("weights", weights, WEIGHTS), ("device map", device_map, (None, *DEVICE_MAPS))):
         if given not in known:
             raise MMTokError(f"there is no {what} {given!r}", f"choose one of {', '.join(filter(None, known))}")
@@ -93,9 +99,9 @@ def load_model(
         config = shortened(config, layers, name)
     stored = kind or (torch.bfloat16 if weights == "random" or missing else weights_dtype(name, source, config))
     with errors_as(f"no model can be built as config.json of {name} says", hf.or_tested(COMPARE)):
-        layout = laid_out(config, stored, attention)
+        layout = laid_out(config, stored, kernels)
         tokens = vision_tokens or (profile.vision_tokens if profile else VISION_TOKENS,)
-        needs = {each: needs_of(layout, each, tokens, attention) for each in narrower(stored)}
+        needs = {each: needs_of(layout, each, tokens, attention, of_encoder) for each in narrower(stored)}
         if quantization is not None and weights == "pretrained":  # random weights are quantized when all are drawn
             needs = {each: needs_quantized(need, layout, each, quantization) for each, need in needs.items()}
     gpus = free_on_gpus() if device_map else None
@@ -115,7 +121,7 @@ def load_model(
             layers,
             dtype=kind,
             device=where,
-            attention=attention,
+            attention=kernels,
             places=places,
             quantization=quantization,
         )

@@ -123,6 +123,11 @@ class VisionLanguageModel(ABC):
         return hf.attention_kernel(self.model)
 
     @property
+    def encoder_attention(self) -> str:
+        """The attention kernel of the vision encoder."""
+        return hf.encoder_attention_kernel(self.model)
+
+    @property
     def context_length(self) -> int:
         """The longest sequence that the language model supports, in tokens."""
         return self.model.config.text_config.max_position_embeddings

@@ -56,8 +56,8 @@ def narrower(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
     return (dtype,) if dtype.itemsize <= torch.bfloat16.itemsize else (dtype, torch.bfloat16)
 
 
-def require_attention(name: str, device: torch.device, dtype: torch.dtype | None) -> None:
-    """Refuse an attention kernel that does not exist, or not here. Raises MMTokError."""
+def require_attention(name: str, device: torch.device, dtype: torch.dtype | None, option: str = "--attention") -> None:
+    """Refuse an attention kernel that does not exist, or not here. option: that names it. Raises MMTokError."""
     import torch
 
     if name not in ATTENTION:
@@ -66,13 +66,15 @@ def require_attention(name: str, device: torch.device, dtype: torch.dtype | None
         return
     from mmtok_cli.models import hf
 
-    if device.type != "cuda" or not hf.has_flash_attention():
+    if device.type != "cuda":
         raise MMTokError(
-            "flash_attention_2 needs a CUDA device and the package flash-attn",
-            "use --attention sdpa, whose kernels are fused as well",
+            f"flash_attention_2 needs a CUDA device, and the device is {device}",
+            f"use {option} sdpa, whose kernels are fused as well",
         )
+    if not hf.has_flash_attention():
+        raise MMTokError("flash_attention_2 needs the package flash-attn", "pip install flash-attn")
     if dtype == torch.float32:
-        raise MMTokError("flash_attention_2 does not run in float32", "use --dtype bfloat16, or --attention sdpa")
+        raise MMTokError("flash_attention_2 does not run in float32", f"use --dtype bfloat16, or {option} sdpa")
 
 
 def require_compiler(device: torch.device, device_map: str | None) -> None:

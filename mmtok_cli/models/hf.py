@@ -273,7 +273,7 @@ def load_weights(
     config: Any,
     *,
     dtype: torch.dtype | None,
-    attention: str,
+    attention: str | Mapping[str, str],
     device_map: Mapping[str, int | str] | None = None,
     quantization: Mapping[str, Any] | None = None,
 ) -> Loaded:
@@ -330,7 +330,7 @@ def _loaded(kind: Any, source: str, **options: Any) -> Loaded:
     return Loaded(model, missing, unexpected, mismatched)
 
 
-def empty_model(config: Any, dtype: torch.dtype | None, attention: str) -> Any:
+def empty_model(config: Any, dtype: torch.dtype | None, attention: str | Mapping[str, str]) -> Any:
     """The model of a configuration on the meta device, without memory for its weights."""
     with quiet(), torch.device("meta"):
         return public("AutoModelForImageTextToText").from_config(config, dtype=dtype, attn_implementation=attention)
@@ -448,6 +448,15 @@ def has_flash_attention() -> bool:
 
 def attention_kernel(model: Any) -> str:
     return str(part(model, "config._attn_implementation"))
+
+
+def encoder_attention_kernel(model: Any) -> str:
+    return str(part(model, "config.vision_config._attn_implementation"))
+
+
+def attention_kernels(language: str, encoder: str) -> str | Mapping[str, str]:
+    """The attention kernels of the language model and the vision encoder, for `empty_model` and `load_weights`."""
+    return language if language == encoder else {"": language, "vision_config": encoder}
 
 
 def language_model(model: Any) -> Any:

@@ -28,7 +28,7 @@ def load_pretrained(
     *,
     dtype: torch.dtype | None,
     device: torch.device,
-    attention: str,
+    attention: str | Mapping[str, str],
     places: Mapping[str, int | str] | None,
     quantization: str | None = None,
 ) -> Any:

@@ -60,12 +60,18 @@ class Needs:
         return next(fitting, 0)
 
 
-def laid_out(config: Any, dtype: torch.dtype | None, attention: str = "sdpa") -> Any:
-    """The model of a configuration, without memory for its weights."""
+def laid_out(config: Any, dtype: torch.dtype | None, attention: str | Mapping[str, str] = "sdpa") -> Any:
+    """The model of a configuration, without memory for its weights. attention: see `hf.attention_kernels`."""
     return hf.empty_model(config, dtype, attention)
 
 
-def needs_of(model: Any, dtype: torch.dtype, vision_tokens: Sequence[int], attention: str = "sdpa") -> Needs:
+def needs_of(
+    model: Any,
+    dtype: torch.dtype,
+    vision_tokens: Sequence[int],
+    attention: str = "sdpa",
+    encoder_attention: str | None = None,
+) -> Needs:
     """What a laid-out model needs in a data type for a batch of prompts with so many vision tokens.
 
     A decoder layer holds at once: its input and output, queries, keys and values, two states of the MLP's width and,
@@ -84,7 +90,7 @@ def needs_of(model: Any, dtype: torch.dtype, vision_tokens: Sequence[int], atten
     patches = [count * vision.patches for count in vision_tokens]
     block = sum(patches) * (8 * vision.hidden + 3 * vision.intermediate) * width
     seen_pairs = sum(count * min(count, vision.longest or count) for count in patches)
-    seen = vision.heads * seen_pairs * (width + 4) if attention == "eager" else 0
+    seen = vision.heads * seen_pairs * (width + 4) if (encoder_attention or attention) == "eager" else 0
     layers = hf.decoder_layers(hf.language_model(model))
     parameters = sum(p.numel() for p in model.parameters())
     return Needs(

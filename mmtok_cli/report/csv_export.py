@@ -75,6 +75,11 @@ CONTEXT: tuple[CsvColumn[Comparison], ...] = (
     CsvColumn("device", "torch device", lambda c: c.environment.device, always=True),
     CsvColumn("dtype", "data type of the weights", lambda c: c.environment.dtype, always=True),
     CsvColumn("attention", "attention implementation", lambda c: c.environment.attention, always=True),
+    CsvColumn(
+        "encoder_attention",
+        "attention implementation of the vision encoder, if it is another",
+        lambda c: c.environment.encoder_attention,
+    ),
     CsvColumn("quantization", "how the weights were quantized", lambda c: c.environment.quantization),
     CsvColumn(
         "compiled", "whether the language model was compiled", lambda c: True if c.environment.compiled else None

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from mmtok_cli.report.cells import Value
 from mmtok_cli.report.csv_export import without_formula
-from mmtok_cli.report.tables import plain_table, rules_text
+from mmtok_cli.report.tables import attention_text, plain_table, rules_text
 from mmtok_cli.report.text import printable_record
 from mmtok_cli.report.units import number, seconds, share, size
 from mmtok_cli.results.evaluations import Evaluation, Evaluations, MeanCost, TaskScore
@@ -129,7 +129,7 @@ def environment_lines(found: Evaluations) -> list[str]:
             continue
         rules = rules_text(one.rules) if one.rules else ""
         lines.append(
-            f"{one.model} on {e.processor} ({e.device}, {e.dtype}, {e.attention} attention), torch {e.torch}, "
+            f"{one.model} on {e.processor} ({e.device}, {e.dtype}, {attention_text(e)}), torch {e.torch}, "
             f"transformers {e.transformers}, mmtok {e.mmtok}" + (f"; {rules}" if rules else "")
         )
     return list(dict.fromkeys(lines))

@@ -303,7 +303,13 @@ def settings_text(environment: Environment) -> str:
     quantized = f" quantized to {e.quantization}" if e.quantization else ""
     compiled = ", compiled" if e.compiled else ""
     pixels = pixels_text(e.pixels)
-    return f"{e.dtype}{quantized}, {e.attention} attention{compiled}" + (f", {pixels}" if pixels else "")
+    return f"{e.dtype}{quantized}, {attention_text(e)}{compiled}" + (f", {pixels}" if pixels else "")
+
+
+def attention_text(environment: Environment) -> str:
+    """The attention kernels."""
+    encoder = environment.encoder_attention
+    return f"{environment.attention} attention" + (f" ({encoder} in the encoder)" if encoder else "")
 
 
 def pixels_text(pixels: str | None) -> str:

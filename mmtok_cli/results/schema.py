@@ -506,6 +506,7 @@ class Environment(Record):
     decoder layers that were run, and those of the model, if only some were run; prefill, decode, KV cache and FLOPs are
     then estimates. fallback: what `mmtok profile` measured in place of the model as it is, and why. pixels: the
     resolution of images, as with --pixels: "native" or "fixed:2048"; None for models of fixed resolution.
+    encoder_attention: the kernel of the vision encoder, if it is not `attention`.
     """
 
     mmtok: str
@@ -530,6 +531,7 @@ class Environment(Record):
     layers: tuple[int, int] | None = None
     fallback: str | None = None
     pixels: str | None = None
+    encoder_attention: str | None = None
 
 
 class Schedule(Record):

@@ -125,14 +125,15 @@ def measure_flops(
     whole = of_whole_model(counted, last, missing_layers(model))
     total = sum(whole[name] for name in stages_of_case)
     return Flops(
-        stages={**whole, "total": total}, coverage=coverage(seen.calls, counter.flop_registry, model.attention)
+        stages={**whole, "total": total},
+        coverage=coverage(seen.calls, counter.flop_registry, model.attention, model.encoder_attention),
     )
 
 
-def coverage(calls: Counter[Any], formulas: Any, attention: str = "sdpa") -> FlopCoverage:
+def coverage(calls: Counter[Any], formulas: Any, *attention: str) -> FlopCoverage:
     """Calls of all operators, of those with a formula, and of matrix products without one.
 
-    attention: the kernel in use. Where none of its operators was seen, it is missed as a whole: releases of flash-attn
+    attention: the kernels in use. One of which no operator was seen is missed as a whole: releases of flash-attn
     before 2.7 call their kernels past torch's dispatcher.
     """
     counted: dict[str, int] = {}
@@ -143,9 +144,10 @@ def coverage(calls: Counter[Any], formulas: Any, attention: str = "sdpa") -> Flo
             counted[name] = number
         elif _multiplies(name):
             missed[name] = number
-    kind = attention.partition("_")[0]
-    if attention not in PLAIN_ATTENTION and not any(kind in name for name in (*counted, *missed)):
-        missed[attention] = 0
+    for kernel in attention:
+        kind = kernel.partition("_")[0]
+        if kernel not in PLAIN_ATTENTION and not any(kind in name for name in (*counted, *missed)):
+            missed[kernel] = 0
     return FlopCoverage(calls=calls.total(), counted=counted, missed=missed)
 
 
