@@ -135,6 +135,7 @@ class Method:
         must set it; where a cut reads them, see `VisionTokens.scores`.
     positions: "keep" or "renumber": whether the authors' code leaves kept tokens at their positions in the whole
         prompt, as FastV's does, or numbers them consecutively.
+    needs_video: the method compares frames, and is refused for images.
     keeps_padding: in the authors' code padding can be selected; the released track then shows all tokens as eligible.
     matrices: memory that `select` needs and that grows with the square of the tokens, as a number of float32 matrices
         [tokens, tokens]; `profile --scaling` uses it to predict whether a size fits.
@@ -155,17 +156,23 @@ class Method:
     per_crop: ClassVar[bool] = False
     positions: ClassVar[Positions] = "renumber"
     keeps_padding: ClassVar[bool] = False
+    needs_video: ClassVar[bool] = False
     matrices: ClassVar[float] = 0
 
     @classmethod
     def acts(cls) -> str:
         """Where the method acts, which follows from the hooks that it overrides."""
         places = {
-            "before the encoder": cls.resize is not Method.resize,
+            "before the encoder": cls.sizes(),
             "between encoder and language model": cls.selects(),
             "inside the language model": cls.cuts is not Method.cuts,
         }
         return " and ".join(place for place, is_used in places.items() if is_used) or "nowhere"
+
+    @classmethod
+    def sizes(cls) -> bool:
+        """Whether the method makes images smaller, or videos shorter, before they are encoded."""
+        return cls.resize is not Method.resize or cls.keep_slices is not Method.keep_slices
 
     @classmethod
     def selects(cls) -> bool:
@@ -191,11 +198,22 @@ class Method:
         """
         return int(share * total)
 
+    def video_count(self, share: float, slices: int, tokens: int) -> int:
+        """`count` for a video of `slices` slices in time of `tokens` vision tokens each."""
+        return self.count(share, slices * tokens)
+
     def resize(self, total: int, budget: int) -> int | None:
         """How many vision tokens a smaller version of the image has when it is encoded; None keeps its size.
 
         total: vision tokens of the image at its own size. The model resizes the image and keeps its aspect ratio as far
         as it can.
+        """
+        return None
+
+    def keep_slices(self, slices: int, tokens: int, budget: int) -> int | None:
+        """How many of a video's `slices` slices in time, of `tokens` vision tokens each, are encoded; None is all.
+
+        The model takes evenly spaced ones.
         """
         return None
 
@@ -313,6 +331,15 @@ def highest(scores: Tensor, eligible: Tensor, keep: int) -> Selection:
     """The `keep` tokens of highest score [tokens] among those that are eligible."""
     order = ranking(scores, eligible)[:keep]
     return Selection(order.sort().values, order=order)
+
+
+def engine_count(share: float, total: int, fewest: int) -> int:
+    """How many of a video's `total` tokens vLLM 0.32 keeps at a `video_pruning_rate` of 1 - share, at least `fewest`.
+
+    It truncates after floating-point arithmetic: a share of 0.2 of 1,000 tokens is 199.
+    """
+    rate = round(1 - share, 12)  # as it is written in the engine's settings
+    return max(fewest, min(total, int(total * (1 - rate))))
 
 
 def random_scores(seed: int, image_id: str, count: int) -> Tensor:

@@ -26,6 +26,7 @@ BUILT_IN = {
     "random": "mmtok_cli.methods.random:Random",
     "random:inside": "mmtok_cli.methods.random:RandomInside",
     "uniform": "mmtok_cli.methods.uniform:Uniform",
+    "uniform:frames": "mmtok_cli.methods.uniform:UniformFrames",
     "visionzip": "mmtok_cli.methods.visionzip:VisionZip",
     "vispruner": "mmtok_cli.methods.vispruner:VisPruner",
     "divprune": "mmtok_cli.methods.divprune:DivPrune",
@@ -41,6 +42,8 @@ BUILT_IN = {
     "dart": "mmtok_cli.methods.dart:DART",
     "v2drop": "mmtok_cli.methods.v2drop:V2Drop",
     "pace": "mmtok_cli.methods.pace:PACE",
+    "evs": "mmtok_cli.methods.evs:EVS",
+    "vidcom2": "mmtok_cli.methods.vidcom2:VidCom2",
     "resize": "mmtok_cli.methods.resize:Resize",
     "resize:pool": "mmtok_cli.methods.pool:Pool",
 }

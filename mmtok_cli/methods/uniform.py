@@ -36,6 +36,22 @@ class Uniform(Method):
         return Selection(torch.cat(picks))
 
 
+@dataclass(frozen=True)
+class UniformFrames(Method):
+    """Sees fewer frames of a video, evenly spaced, each of them whole.
+
+    As many slices in time (frames, or what the model makes of two) as fit into the budget, and at least one. Like
+    `resize`, it also saves the time of encoding what is not seen; the frames are decoded all the same.
+    """
+
+    summary: ClassVar[str] = "fewer frames"
+    exact: ClassVar[bool] = False
+    needs_video: ClassVar[bool] = True
+
+    def keep_slices(self, slices: int, tokens: int, budget: int) -> int | None:
+        return max(1, budget // tokens)
+
+
 def _spread(count: int, length: int) -> Tensor:
     """`count` different places, evenly spaced in range(length)."""
     import torch
