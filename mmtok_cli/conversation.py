@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mmtok_cli.budget import Budget, TokenCounts
-from mmtok_cli.data.samples import Sample
+from mmtok_cli.data.samples import Sample, decoded_videos
 from mmtok_cli.decoding import Continuation, cache_bytes, decode_after, prefill, require_finite
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.image_plan import ImagePlan
@@ -110,7 +110,7 @@ class Conversation:
         """Answer the next question greedily. Raises MMTokError where the conversation becomes too long."""
         before = self._history
         if before is None:
-            sample = replace(self._sample, question=question)
+            (sample,) = decoded_videos([replace(self._sample, question=question)], stage)
             reduced = reduce(
                 self._model,
                 self._method,

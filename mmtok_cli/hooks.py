@@ -34,6 +34,15 @@ def count(method: Method, share: float, total: int, signals: Sequence[str] = ())
     return kept
 
 
+def video_count(method: Method, share: float, total: int, slices: int) -> int:
+    """`Method.video_count`: a number of tokens up to `total`, which are those of `slices` equal slices."""
+    with _calling(method, "video_count"):
+        kept = method.video_count(share, slices, total // slices)
+    if not _is_int(kept) or not 0 <= kept <= total:
+        raise fault(method, "video_count", f"must return a number from 0 to {total}, not {_shown(kept)}")
+    return kept
+
+
 def resize(method: Method, total: int, budget: int) -> int | None:
     """`Method.resize`: a number of tokens up to `total`, or None."""
     with _calling(method, "resize"):
@@ -41,6 +50,15 @@ def resize(method: Method, total: int, budget: int) -> int | None:
     if tokens is not None and not (_is_int(tokens) and 1 <= tokens <= total):
         raise fault(method, "resize", f"must return None or a number from 1 to {total}, not {_shown(tokens)}")
     return tokens
+
+
+def keep_slices(method: Method, slices: int, tokens: int, budget: int) -> int | None:
+    """`Method.keep_slices`: a number of slices, or None."""
+    with _calling(method, "keep_slices"):
+        kept = method.keep_slices(slices, tokens, budget)
+    if kept is not None and not (_is_int(kept) and 1 <= kept <= slices):
+        raise fault(method, "keep_slices", f"must return None or a number from 1 to {slices}, not {_shown(kept)}")
+    return kept
 
 
 def entering(method: Method, total: int, budget: int) -> int:

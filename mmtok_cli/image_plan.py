@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
-from PIL.Image import Image
-
 from mmtok_cli import hooks
 from mmtok_cli.budget import Budget, UnmetBudgetError, rectangle
 from mmtok_cli.errors import MMTokError
@@ -17,6 +15,7 @@ from mmtok_cli.methods.base import Method
 from mmtok_cli.models.base import Grid, VisionLanguageModel
 from mmtok_cli.rules import Rules
 from mmtok_cli.tokens import Cut
+from mmtok_cli.video import Visual
 
 
 @dataclass(frozen=True)
@@ -25,13 +24,15 @@ class ImagePlan:
 
     total: its vision tokens when nothing is reduced. keep: how many of them are left after the last reduction.
     grid: the grid at which the image is encoded; None is the model's own choice. short: the image cannot meet the
-    budget, and keeps as many tokens as it can.
+    budget, and keeps as many tokens as it can. slices: of a video, how many evenly spaced slices in time are encoded;
+    None is all.
     """
 
     total: int
     keep: int
     grid: Grid | None
     short: bool = False
+    slices: int | None = None
 
     @property
     def encoded(self) -> int:
@@ -42,7 +43,7 @@ class ImagePlan:
 def plan_images(
     model: VisionLanguageModel,
     method: Method,
-    images: Sequence[Image],
+    images: Sequence[Visual],
     budget: Budget | None,
     rules: Rules,
     grids: Sequence[Grid] | None = None,
@@ -54,9 +55,22 @@ def plan_images(
 
     grids: as in `pipeline.reduce`. smaller: grids of smaller versions of the images, of `image_scale.encoded_grids`; a
     budget is still one of the tokens that an image has at its own size. strict: raise UnmetBudgetError for a budget
-    that an image cannot meet, in place of reducing the image as far as possible. Raises MMTokError for a smaller
-    version and a method that makes images smaller itself.
+    that an image cannot meet, in place of reducing the image as far as possible.
+
+    Raises MMTokError for a smaller version and a method that makes images smaller itself, for an image and a method
+    that needs a video, and for a method inside the language model where text stands between the frames of a video.
     """
+    if method.needs_video and not all(model.slices(image) for image in images):
+        raise MMTokError(
+            f"{type(method).__name__} compares the frames of a video, and this is an image",
+            "give a video, or use a method for images such as mmtok",
+        )
+    if type(method).cuts is not Method.cuts and any(map(model.has_text_within, images)):
+        raise MMTokError(
+            f"{type(method).__name__} drops tokens inside the language model, where {model.name} has text between the "
+            "frames of a video",
+            "use a method that acts before the language model, such as mmtok, or Qwen2.5-VL",
+        )
     nothing: Sequence[Grid | None] = [None] * len(images)
     if any(smaller or ()):
         require_scalable(method)
@@ -69,7 +83,7 @@ def plan_images(
 def _plan(
     model: VisionLanguageModel,
     method: Method,
-    image: Image,
+    image: Visual,
     budget: Budget | None,
     rules: Rules,
     grid: Grid | None,
@@ -89,6 +103,12 @@ def _plan(
             short = short or lower
     if size:
         return ImagePlan(total, keep, size, short)
+    if (slices := model.slices(image)) and grid is None:
+        rows, columns = model.whole_grid(image)
+        kept = hooks.keep_slices(method, slices, total // slices, keep)
+        if kept is not None and kept < slices:
+            least = total // slices * kept  # more than the budget, where that is less than one slice
+            return ImagePlan(total, max(keep, least), (rows // slices * kept, columns), short or keep < least, kept)
     smaller = hooks.resize(method, total, keep)
     if smaller is None:
         return ImagePlan(total, keep, grid, short)
@@ -117,7 +137,7 @@ def _nearest(find: Callable[[], int], strict: bool) -> tuple[int, bool]:
 def _kept(
     model: VisionLanguageModel,
     method: Method,
-    image: Image,
+    image: Visual,
     budget: Budget,
     rules: Rules,
     grid: Grid | None,
@@ -125,6 +145,8 @@ def _kept(
 ) -> int:
     """Vision tokens that the image keeps of `total`."""
     if rules.track == "released" and budget.percent is not None:
+        if slices := model.slices(image):
+            return budget.resolve(total, partial(hooks.video_count, method, slices=slices))
         return budget.resolve(total, partial(hooks.count, method, signals=method.signals_among(model.signals)))
     return budget.resolve(total) if grid else model.keep(image, budget, rules.track)
 

@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from itertools import product
 
 import torch
-from PIL.Image import Image
 from torch import Tensor
 
 from mmtok_cli.errors import MMTokError
@@ -25,6 +24,7 @@ from mmtok_cli.methods.base import Method
 from mmtok_cli.models.base import Grid, VisionLanguageModel
 from mmtok_cli.rules import AUTO, ImageScale
 from mmtok_cli.stages import PREVIEW, Stage, unwatched
+from mmtok_cli.video import Visual
 
 GLOBAL_WEIGHT = 0.6  # of the difference between tokens, against that of the most unusual ones
 UNUSUAL = 0.1  # share of tokens whose distances to the mean direction count as detail
@@ -33,7 +33,7 @@ LEAST_SHARE = 0.05  # of the tokens, however little an image shows
 
 
 def encoded_grids(
-    model: VisionLanguageModel, images: Sequence[Image], scale: ImageScale, stage: Stage = unwatched
+    model: VisionLanguageModel, images: Sequence[Visual], scale: ImageScale, stage: Stage = unwatched
 ) -> list[Grid | None]:
     """The grid at which each image is encoded at a scale; None is the image's own size.
 
@@ -45,24 +45,31 @@ def encoded_grids(
             return [_by_detail(model, image) for image in images]
     if scale == 1:
         return [None] * len(images)
-    return [_scaled(model.whole_grid(image), scale) for image in images]
+    return [_scaled(model, image, scale) for image in images]
 
 
-def _scaled(whole: Grid, scale: float) -> Grid:
-    return max(1, round(whole[0] * scale)), max(1, round(whole[1] * scale))
+def _scaled(model: VisionLanguageModel, image: Visual, scale: float) -> Grid:
+    slices, (rows, columns) = _one_slice(model, image)
+    return slices * max(1, round(rows * scale)), max(1, round(columns * scale))
+
+
+def _one_slice(model: VisionLanguageModel, image: Visual) -> tuple[int, Grid]:
+    """The slices in time of a video, 1 of an image, and the grid of each."""
+    slices, (rows, columns) = max(1, model.slices(image)), model.whole_grid(image)
+    return slices, (rows // slices, columns)
 
 
 @torch.inference_mode()
-def _by_detail(model: VisionLanguageModel, image: Image) -> Grid | None:
+def _by_detail(model: VisionLanguageModel, image: Visual) -> Grid | None:
     """The grid by PACE's rule; None, the own size, where an image needs all of its tokens.
 
     PACE was written for Qwen2.5-VL. For encoders of fixed size the rule is adapted: the tokens scored are those of the
     image as the encoder sees it at once, without padding and crops, and a cell is one vision token of the image in one
-    piece (a patch of 14 pixels for CLIP, in place of Qwen's 28).
+    piece (a patch of 14 pixels for CLIP, in place of Qwen's 28). All frames of a video count as one image.
     """
-    rows, columns = whole = model.whole_grid(image)
-    grid = compressed(rows, columns, share_of_detail(model.first_block(image)))
-    return None if grid == whole else grid
+    slices, whole = _one_slice(model, image)
+    rows, columns = grid = compressed(*whole, share_of_detail(model.first_block(image)))
+    return None if grid == whole else (slices * rows, columns)
 
 
 def share_of_detail(
@@ -120,7 +127,7 @@ def compressed(height: float, width: float, share: float, cell: float = 1) -> Gr
 def chooses_size(method: Method | type[Method]) -> bool:
     """Whether a method makes images smaller itself."""
     kind = method if isinstance(method, type) else type(method)
-    return kind.resize is not Method.resize
+    return kind.sizes()
 
 
 def require_scalable(method: Method) -> None:

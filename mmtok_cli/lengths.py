@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from PIL.Image import Image
-
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.models.base import IMAGE_MARKER, VisionLanguageModel
+from mmtok_cli.video import Visual
 
 FILLERS = ("the", "a", "of", "x")  # words of one token each in most vocabularies; the first two ask for nothing
 ATTEMPTS = 4  # at the number of words that gives the number of tokens
@@ -55,7 +54,7 @@ def of_prompt_length(model: VisionLanguageModel, sample: Sample, prompt_tokens: 
     )
 
 
-def _text_tokens(model: VisionLanguageModel, images: Sequence[Image], question: str) -> int:
+def _text_tokens(model: VisionLanguageModel, images: Sequence[Visual], question: str) -> int:
     tokens = model.tokenize([question], [images], [None] * len(images))
     return int(tokens["input_ids"].shape[1]) - sum(model.total(image) for image in images)
 

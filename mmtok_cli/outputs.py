@@ -130,6 +130,7 @@ def _image_files(settings: CompareSettings) -> Iterator[Path]:
         question=settings.question,
         columns=column_names(settings.columns),
         find_metric=False,
+        sampling=settings.sampling,
     )
     for sample in dataset.samples:
         if isinstance(sample.images, ClosedImages):

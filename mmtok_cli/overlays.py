@@ -16,6 +16,7 @@ from mmtok_cli.errors import MMTokError
 from mmtok_cli.evaluation.per_sample import sample_predictions
 from mmtok_cli.results.run_directory import read_file, validation_message
 from mmtok_cli.results.schema import Record, from_json, json_text
+from mmtok_cli.video import Video, picture_of
 
 if TYPE_CHECKING:
     from mmtok_cli.cases import Case
@@ -81,7 +82,7 @@ def save_overlays(
             pictures.append(_saved(store, drawn, number, place, str(case), predictions))
         if pictures:
             first = store.plan.baseline_of(next(iter(chosen)))
-            image = sample.images[0].convert("RGB")
+            image = picture_of(sample.images[0]).copy()
             image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
             pictures.insert(0, _saved(store, image, number, first, str(cases[first]), predictions))
             references = " / ".join(dict.fromkeys(sample.references))
@@ -189,6 +190,7 @@ def _draw(model: VisionLanguageModel, case: Case, sample: Sample) -> Image:
         said = case.answer(model, [sample], 1, unwatched)
         reduced, selections = said.reduced, said.selections
     shown = lay_out(model, reduced, selections[0])
-    drawn = draw(sample.images[0], shown)
-    drawn.thumbnail((LONGEST_SIDE * len(shown), LONGEST_SIDE))
+    drawn = draw(reduced.prompt.images[0], shown)
+    across = 2 if isinstance(sample.images[0], Video) else len(shown)
+    drawn.thumbnail((LONGEST_SIDE * across, LONGEST_SIDE))
     return drawn

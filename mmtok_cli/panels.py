@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from PIL.Image import Image
 
 from mmtok_cli.models.base import Panel, VisionLanguageModel
 from mmtok_cli.pipeline import Reduced
-from mmtok_cli.report.overlay import overlay, side_by_side
+from mmtok_cli.report.overlay import captioned, overlay, side_by_side, stacked
 from mmtok_cli.tokens import Selection
+from mmtok_cli.video import Video, Visual, picture_of
+
+SHEET = 1800  # pixels, width of the frames of a video side by side
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,20 @@ def lay_out(model: VisionLanguageModel, reduced: Reduced, selection: Selection) 
     return found
 
 
-def draw(image: Image, shown: list[Shown], mark: int = 8) -> Image:
-    """The panels drawn over the image, side by side; the first `mark` picks are numbered."""
-    return side_by_side([overlay(image, s.panel.boxes, s.kept, s.order, mark, s.merged) for s in shown])
+def draw(image: Visual, shown: list[Shown], mark: int = 8) -> Image:
+    """The panels drawn over the image, side by side; the first `mark` picks are numbered.
+
+    Of a video, a sheet of its slices in time, over the first frame of each.
+    """
+    if not isinstance(image, Video):
+        return side_by_side([overlay(image, s.panel.boxes, s.kept, s.order, mark, s.merged) for s in shown])
+    columns = math.ceil(math.sqrt(len(shown) * image.height / image.width))
+    sheet = [
+        captioned(overlay(picture_of(image, s.panel.frame), s.panel.boxes, s.kept, None, 0, s.merged), s.panel.title)
+        for s in shown
+    ]
+    width = max(1, SHEET // columns)
+    for picture in sheet:
+        picture.thumbnail((width, width * picture.height // picture.width))
+    rows = [side_by_side(sheet[first : first + columns]) for first in range(0, len(sheet), columns)]
+    return stacked(rows)

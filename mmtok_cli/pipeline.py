@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from PIL.Image import Image
 from torch import Tensor
 
 from mmtok_cli import hooks
@@ -25,7 +24,8 @@ from mmtok_cli.models.inside import Inside
 from mmtok_cli.models.sequences import CutImage
 from mmtok_cli.rules import AUTO, ImageScale, Positions, Rules, Track
 from mmtok_cli.stages import CHECK, Stage, unwatched
-from mmtok_cli.tokens import Cut, Selection, TextTokens, VisionTokens
+from mmtok_cli.tokens import Crops, Cut, Selection, TextTokens, VisionTokens
+from mmtok_cli.video import Visual
 
 RELEASED = Rules()
 
@@ -101,8 +101,9 @@ class Reduced:
         """
         images = []
         for image in self.images:
-            bare = without_values(image.vision.eligible, image.vision.grid)
-            images.append(replace(image, vision=replace(bare, image_id=image.vision.image_id)))
+            seen = image.vision
+            bare = replace(without_values(seen.eligible, seen.grid), image_id=seen.image_id, slices=seen.slices)
+            images.append(replace(image, vision=bare))
         return replace(self, prompt=replace(self.prompt, pixel_values=()), images=images)
 
 
@@ -174,16 +175,21 @@ def reduce(
     return reduce_encoded(model, method, Encoded(prompt, vision), plans, rules, stage)
 
 
-def images_of(samples: Sequence[Sample]) -> list[Image]:
-    """The images of all samples, in the order of the prompts."""
+def images_of(samples: Sequence[Sample]) -> list[Visual]:
+    """The images and videos of all samples, in the order of the prompts."""
     return [image for sample in samples for image in sample.images]
 
 
 def prepare(model: VisionLanguageModel, samples: Sequence[Sample], plans: Sequence[ImagePlan]) -> Prompt:
     """The prompt of a batch of samples, whose images are encoded at the grids of their plans."""
+    left = iter(plans)
+    images = [
+        [image if (plan := next(left)).slices is None else model.shortened(image, plan.slices) for image in s.images]
+        for s in samples
+    ]
     return model.prepare(
         [sample.question for sample in samples],
-        [sample.images for sample in samples],
+        images,
         [sample.image_ids for sample in samples],
         [plan.grid for plan in plans],
     )
@@ -363,7 +369,7 @@ def _reduce_images(
     vision = encoded.vision
     with stage("select"):
         texts = model.text_tokens(encoded.prompt, rules.track)
-    plans, tasks = selection_tasks(method, vision, texts, plans, rules.track, stage)
+    plans, tasks = selection_tasks(method, vision, texts, plans, rules, stage)
     images = []
     selections = select(method, tasks, stage, encoded.picks)
     for plan, tokens, task, kept in zip(plans, vision, tasks, selections, strict=True):
@@ -380,12 +386,14 @@ def selection_tasks(
     vision: Sequence[VisionTokens],
     texts: Sequence[TextTokens],
     plans: Sequence[ImagePlan],
-    track: Track,
+    rules: Rules,
     stage: Stage = unwatched,
 ) -> tuple[list[ImagePlan], list[SelectionTask]]:
     """What `select` is to keep of each image, and the plans, which ask for no more tokens than are eligible."""
     with stage("select"):
-        seen = [_as_seen(tokens, method, track) for tokens in vision]
+        if rules.budget_per == "frame":
+            vision = [_in_slices(tokens, method) for tokens in vision]
+        seen = [_as_seen(tokens, method, rules.track) for tokens in vision]
     reachable = [_within_reach(plan, tokens, method) for plan, tokens in zip(plans, seen, strict=True)]
     return reachable, [
         SelectionTask(tokens, text, _entering(method, plan, tokens))
@@ -424,7 +432,8 @@ def select(
 
     Images of which everything is kept stay whole, with the line ends that no crop has. picks: as in Encoded.
     """
-    if method.selects() and method.signals and not method.per_crop and any(task.vision.crops for task in tasks):
+    in_crops = any(task.vision.crops and not task.vision.slices for task in tasks)
+    if method.selects() and method.signals and not method.per_crop and in_crops:
         raise hooks.fault(
             method,
             "per_crop",
@@ -484,7 +493,8 @@ def _select_shown(
 def _crops_are_joint(method: Method, task: SelectionTask) -> bool:
     """Whether the method chooses among all crops of the image at once."""
     overrides = type(method).select_crops is not Method.select_crops
-    return overrides and method.per_crop and task.vision.crops is not None and task.budget < task.vision.total
+    crops = method.per_crop and task.vision.crops is not None and not task.vision.slices
+    return overrides and crops and task.budget < task.vision.total
 
 
 def _select_crops(method: Method, task: SelectionTask, stage: Stage) -> Selection:
@@ -504,16 +514,50 @@ def _select_crops(method: Method, task: SelectionTask, stage: Stage) -> Selectio
 
 def _crop_tasks(method: Method, task: SelectionTask) -> list[SelectionTask]:
     """One task for each crop, with its share of the budget; empty where the image is reduced as a whole."""
-    crops = task.vision.crops
-    if crops is None or not method.per_crop or task.budget == task.vision.total:
+    crops, by_itself = task.vision.crops, method.per_crop or task.vision.slices
+    if crops is None or not by_itself or task.budget == task.vision.total:
         return []
-    seen = zip(hooks.across_crops(method, crops.tokens), crops.split(task.budget), strict=True)
+    parts = crops.tokens if task.vision.slices else hooks.across_crops(method, crops.tokens)
+    seen = zip(parts, crops.split(task.budget), strict=True)
     return [SelectionTask(crop, task.text, share) for crop, share in seen]
+
+
+def _in_slices(vision: VisionTokens, method: Method) -> VisionTokens:
+    """The vision tokens of a video as if each of its slices in time was a crop; of an image, as they are.
+
+    Raises MMTokError for a method that cannot reduce slices by themselves.
+    """
+    if not vision.slices:
+        return vision
+    if method.needs_video or type(method).cuts is not Method.cuts:
+        why = "compares the frames of a video" if method.needs_video else "drops tokens inside the language model"
+        raise MMTokError(
+            f"{type(method).__name__} {why}, so it cannot reduce each frame by itself",
+            "omit --budget-per frame, or use a method such as mmtok",
+        )
+    count = vision.total // vision.slices
+
+    def part(number: int) -> VisionTokens:
+        mine = slice(number * count, (number + 1) * count)
+        return replace(
+            vision,
+            projected=vision.projected[mine],
+            features=vision.features[mine],
+            grid=(vision.grid[0] // vision.slices, vision.grid[1]),
+            eligible=vision.eligible[mine],
+            image_id=f"{vision.image_id}, slice {number}",
+            signals={name: values[mine] for name, values in vision.signals.items()},
+            deepstack=tuple(layer[mine] for layer in vision.deepstack),
+            slices=0,
+        )
+
+    places = torch.arange(vision.total, device=vision.projected.device).view(vision.slices, count)
+    return replace(vision, crops=Crops(tuple(map(part, range(vision.slices))), places, places))
 
 
 def _as_seen(vision: VisionTokens, method: Method, track: Track) -> VisionTokens:
     """The vision tokens as the track shows them to the method."""
-    if vision.crops and method.per_crop:
+    if vision.crops and (method.per_crop or vision.slices):
         crops = [_as_seen(crop, method, track) for crop in vision.crops.tokens]
         if track == "released":  # no release leaves out the padding of crops
             crops = [replace(crop, eligible=torch.ones_like(crop.eligible)) for crop in crops]

@@ -66,6 +66,7 @@ def dataset_of(settings: CompareSettings) -> Dataset:
         question=settings.question,
         columns=column_names(settings.columns),
         find_metric=settings.metric is None,
+        sampling=settings.sampling,
     )
 
 
@@ -172,7 +173,7 @@ def make_plan(
     turns = rotation([case.batch_size for case in cases], timed, settings.rounds, settings.seed, DEFAULT_ROUNDS)
     data_digest = digest_of_samples(dataset.samples)
     common = {
-        "rules": asdict(settings.rules),
+        "rules": {k: v for k, v in asdict(settings.rules).items() if k != "budget_per" or v != "image"},
         "data": data_digest,
         **fixed.model_dump(include={"model", "max_new_tokens", "runs", "seed", "rounds", "layers", "device_map"}),
         **fixed.model_dump(include={"new_tokens", "prompt_tokens"}, exclude_none=True),

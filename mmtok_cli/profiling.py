@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from mmtok_cli.timing.flops import measure_flops
 from mmtok_cli.timing.machine import Machine
 from mmtok_cli.timing.partial import last_layer, missing_layers, of_whole_model
 from mmtok_cli.timing.runner import reserved_memory, run_case, run_round
-from mmtok_cli.timing.scaling import check_scaling, growth_of, measure_size, smallest_size
+from mmtok_cli.timing.scaling import check_scaling, growth_of, measure_size, shortened, smallest_size
 from mmtok_cli.timing.summary import summarise_case, summarise_machine, with_slowdown
 from mmtok_cli.timing.traces import Trace, trace_case
 from mmtok_cli.tokens import Selection
@@ -95,10 +95,12 @@ def profile(
     progress: Progress | None = None,
     *,
     scaling_sizes: Sequence[int] = (),
+    longest: Sample | None = None,
 ) -> Profiled:
     """Profile the cases of the settings on one sample; a batch repeats it. data: what the sample is called.
 
-    scaling_sizes: numbers of vision tokens at which selection and prefill are timed as well.
+    scaling_sizes: numbers of vision tokens at which selection and prefill are timed as well; of a video, numbers of
+    frames. longest: the sample with as many frames of its video as the largest of them.
 
     An interrupted profile keeps its complete rounds and all parts that were measured by then, and so does one of which
     a part or a later round fails. Raises KeyboardInterrupt before the end of the first round, and MMTokError for what
@@ -118,8 +120,9 @@ def profile(
     if settings.prompt_tokens is not None:
         sample = of_prompt_length(model, sample, settings.prompt_tokens)
         check_sample(model, sample, **settings.timed_length)
-    if scaling_sizes:
-        check_scaling(model, cases, sample, scaling_sizes)
+    scaled = _scaled_samples(model, longest or sample, scaling_sizes)
+    for tokens, one in scaled.items():
+        check_scaling(model, cases, one, [tokens])
     for case in cases:
         case.check(model, [sample])
     order = interleaved(len(cases), plan.rounds, settings.seed)
@@ -181,8 +184,8 @@ def profile(
         kernels=kernels,
         launch_bound=launch_bound(kernels, results),
     )
-    if scaling_sizes:
-        found = _with_scaling(model, cases, sample, scaling_sizes, found, progress, remainder)
+    if scaled:
+        found = _with_scaling(model, cases, scaled, found, progress, remainder)
     problems = [*remainder.problems, *(trace.problem for trace in traces.values() if trace.problem)]
     return Profiled(found, planned_rounds, list(traces.values()), model.context_length, problems)
 
@@ -299,18 +302,26 @@ def _with_largest_batch(
     ]
 
 
+def _scaled_samples(model: VisionLanguageModel, sample: Sample, sizes: Sequence[int]) -> dict[int, Sample]:
+    """The sample at which each size is measured, by its vision tokens. sizes: these, or frames of a video."""
+    return shortened(model, sample, sizes) if sample.has_video else dict.fromkeys(sizes, sample)
+
+
 def _with_scaling(
     model: VisionLanguageModel,
     cases: Sequence[Case],
-    sample: Sample,
-    sizes: Sequence[int],
+    samples: Mapping[int, Sample],
     found: ProfileResult,
     progress: Progress,
     remainder: Remainder,
 ) -> ProfileResult:
-    """The profile with the times at each number of tokens, as far as they could be measured."""
-    smallest = smallest_size(model, cases, sample, sizes)
-    numbers = [*filter(None, [smallest]), *sizes]
+    """The profile with the times at each number of tokens, as far as they could be measured.
+
+    samples: by their number of tokens.
+    """
+    first = next(iter(samples.values()))
+    smallest = smallest_size(model, cases, first, list(samples))
+    numbers = [*filter(None, [smallest]), *samples]
     points: dict[int, list[ScalingPoint]] = {}
     schedule = found.schedule
     for place, tokens in enumerate(numbers, 1):
@@ -318,7 +329,7 @@ def _with_scaling(
             measure_size,
             model,
             cases,
-            sample,
+            samples.get(tokens, first),
             tokens,
             runs=schedule.rounds,
             warmup=schedule.warmup,

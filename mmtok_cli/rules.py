@@ -12,6 +12,7 @@ Track = Literal["released", "harmonised"]
 Positions = Literal["keep", "renumber"]
 TurnPolicy = Literal["reuse", "reselect", "union"]  # see conversation.py
 BudgetMeaning = Literal["final", "layer-average"]
+BudgetArea = Literal["image", "frame"]
 AUTO: Literal["auto"] = "auto"
 ImageScale = float | Literal["auto"]  # a factor on both sides of an image; see image_scale.py
 
@@ -67,17 +68,21 @@ class Rules:
         None follows the track.
     budget_means: `final` counts the vision tokens after the last reduction, `layer-average` their mean over the decoder
         layers. The two differ only for methods inside the language model.
+    budget_per: `image` spends a budget on a whole image or video; `frame` spreads that of a video evenly over its
+        slices in time, and reduces each by itself.
     """
 
     track: Track = "released"
     positions: Positions | None = None
     budget_means: BudgetMeaning = "final"
+    budget_per: BudgetArea = "image"
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
             ("track", self.track, get_args(Track)),
             ("position policy", self.positions, (None, *get_args(Positions))),
             ("meaning of a budget", self.budget_means, get_args(BudgetMeaning)),
+            ("part that a budget is spent on,", self.budget_per, get_args(BudgetArea)),
         ):
             if value not in allowed:
                 raise MMTokError(f"there is no {name} {value!r}", f"choose {' or '.join(a for a in allowed if a)}")

@@ -12,6 +12,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from PIL.Image import Image
+
 from mmtok_cli.budget import TokenCounts
 from mmtok_cli.cases import Case
 from mmtok_cli.configuration import cases_of
@@ -58,6 +60,7 @@ from mmtok_cli.settings import (
     image_size,
 )
 from mmtok_cli.timing.load import summarise_load, whole_rounds
+from mmtok_cli.video import Video, Visual
 
 MOST_DRAWN = 64  # different scenes that are sent where no data are named; they are held in memory
 IN_FLIGHT = 16  # requests of a comparison
@@ -200,7 +203,7 @@ def request_of(
     return EngineRequest(
         sample=number,
         prompt=tuple(ids),
-        images=tuple(sample.images),
+        images=tuple(map(_image, sample.images)),
         reduction=reduction,
         vision=sum(model.total(image) for image in sample.images),
         max_new_tokens=max_new_tokens,
@@ -219,6 +222,13 @@ class Answered:
     engine: str
     environment: Environment
     short: bool
+
+
+def _image(image: Visual) -> Image:
+    """Raises MMTokError for a video."""
+    if isinstance(image, Video):
+        raise MMTokError("videos are not sent to an engine yet", "omit --engine, or give images")
+    return image
 
 
 def answer(settings: InferSettings, cases: Sequence[Case], sample: Sample, progress: Progress) -> Answered:

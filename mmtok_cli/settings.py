@@ -21,6 +21,7 @@ from mmtok_cli.protocols import protocol_of
 from mmtok_cli.rules import (
     FIXED,
     NATIVE,
+    BudgetArea,
     BudgetMeaning,
     ImageScale,
     Positions,
@@ -30,6 +31,7 @@ from mmtok_cli.rules import (
     fixed_tokens,
     require_scale,
 )
+from mmtok_cli.video import MOST_FRAMES, USUAL_FRAMES, Sampling
 
 MODEL = "Model"
 REDUCTION = "Reduction"
@@ -344,6 +346,11 @@ class ReductionSettings(Settings):
         "final",
         description="What a budget counts: tokens at the last layer, or the mean over all decoder layers.",
     )
+    budget_per: Annotated[str, Option(panel=REDUCTION, metavar="image|frame")] = Field(
+        "image",
+        description="frame: the budget of a video is spread evenly over its frames, and each is reduced by itself (two "
+        "frames together, where the model merges them).",
+    )
     parameters: Annotated[
         tuple[str, ...], Option(("--set",), REDUCTION, metavar="METHOD.PARAM=VALUE", complete="parameters")
     ] = Field((), description="Parameter of a method, as in fastv.layer=3 (see `mmtok methods NAME`). Repeatable.")
@@ -373,7 +380,10 @@ class ReductionSettings(Settings):
     def rules(self) -> Rules:
         """Raises MMTokError for a track or a policy that does not exist."""
         return Rules(
-            cast(Track, self.track), cast(Positions | None, self.positions), cast(BudgetMeaning, self.budget_means)
+            cast(Track, self.track),
+            cast(Positions | None, self.positions),
+            cast(BudgetMeaning, self.budget_means),
+            cast(BudgetArea, self.budget_per),
         )
 
 
@@ -414,7 +424,36 @@ class ReplaySettings(Settings):
     )
 
 
-class InferSettings(ReplaySettings, OneCaseSettings, EngineSettings):
+class VideoSettings(Settings):
+    """Which frames of a video the model sees."""
+
+    frames: Annotated[int | None, Option(panel=DATA)] = Field(
+        None, ge=1, le=MOST_FRAMES, description=f"Frames sampled of a video, evenly spaced. Default: {USUAL_FRAMES}."
+    )
+    fps: Annotated[float | None, Option(panel=DATA)] = Field(
+        None,
+        gt=0,
+        le=1000,
+        allow_inf_nan=False,
+        description="Frames sampled per second of video, in place of --frames.",
+    )
+    folder_fps: Annotated[float, Option(panel=DATA)] = Field(
+        24.0,
+        gt=0,
+        le=1000,
+        allow_inf_nan=False,
+        description="Frames per second of a video that is a folder of images.",
+    )
+
+    @property
+    def sampling(self) -> Sampling:
+        """How frames are sampled of videos. Raises MMTokError where both ways are given."""
+        if self.frames is not None and self.fps is not None:
+            raise MMTokError("--frames and --fps contradict each other", "omit one of them")
+        return Sampling(self.frames or USUAL_FRAMES, self.fps, self.folder_fps)
+
+
+class InferSettings(ReplaySettings, OneCaseSettings, VideoSettings, EngineSettings):
     """What `mmtok infer` does."""
 
     max_new_tokens: Annotated[int, Option(panel=MEASUREMENT)] = Field(
@@ -432,7 +471,7 @@ class InferSettings(ReplaySettings, OneCaseSettings, EngineSettings):
     )
 
 
-class PruneSettings(ReplaySettings, PartSettings, OneCaseSettings):
+class PruneSettings(ReplaySettings, PartSettings, OneCaseSettings, VideoSettings):
     """What `mmtok prune` does."""
 
     data: Annotated[str | None, Option(panel=DATA)] = Field(
@@ -503,7 +542,7 @@ class AnswerLength(TypedDict):
     ignore_eos: bool
 
 
-class CasesSettings(ReductionSettings, MethodsSettings, PartSettings, ModelSettings):
+class CasesSettings(ReductionSettings, MethodsSettings, PartSettings, VideoSettings, ModelSettings):
     """Several methods at several budgets and batch sizes, and how they are timed."""
 
     batch_size: Annotated[BatchSizes, Option(panel=MEASUREMENT)] = Field(
@@ -824,7 +863,7 @@ def require_replay_alone(settings: ReplaySettings, given: Collection[str]) -> No
     """Refuse options beside --kept that say what to keep. given: those that were spelled out. Raises MMTokError."""
     if settings.kept is None:
         return
-    for name in ("method", "budget", "parameters", "draft", "engine", "budget_means"):
+    for name in ("method", "budget", "parameters", "draft", "engine", "budget_means", "budget_per"):
         if name in given:
             option = option_name(type(settings), name)
             raise MMTokError(

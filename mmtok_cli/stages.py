@@ -8,8 +8,9 @@ from typing import Any
 
 STAGES = ("prepare", "encode", "select", "prefill", "decode")
 DRAFT = "draft"  # before all others, where a method reads a first answer as well
+DECODE_VIDEO = "decode video"  # before all others, where frames are read from a video
 PREVIEW = "preview"  # before preparation, where what an image shows decides its size
-ALL_STAGES = (DRAFT, PREVIEW, *STAGES)  # in their order; the first two occur in some cases only
+ALL_STAGES = (DECODE_VIDEO, DRAFT, PREVIEW, *STAGES)  # in their order; the first three occur in some cases only
 CHECK = "check"  # checks of what a method returned; within other stages, and counted in none
 
 Stage = Callable[[str], AbstractContextManager[Any]]

@@ -30,6 +30,8 @@ class VisionTokens:
     signals: what else the method requested of the encoder, by name (see `VisionLanguageModel.signals`).
     crops: the image's crops, each on its own, where the model cuts images into several.
     deepstack: [tokens, dim] for each of the first decoder layers that add something of their own to vision tokens.
+    slices: of a video, how many slices in time the tokens are of, equally many each; `grid` then has the rows of all
+        slices, one after another. 0 for an image.
     """
 
     projected: Tensor
@@ -41,6 +43,7 @@ class VisionTokens:
     signals: Mapping[str, Tensor] = field(default_factory=dict)
     crops: Crops | None = None
     deepstack: tuple[Tensor, ...] = ()
+    slices: int = 0
 
     @property
     def total(self) -> int:
@@ -109,6 +112,17 @@ class Selection:
             raise ValueError("the picks of this selection have no order")
         order, gains = self.order[:count], self.gains
         return Selection(order.sort().values, order, None if gains is None else gains[:count])
+
+    def by_place(self) -> Selection:
+        """The same tokens in the order of their places in the image, merged ones among them."""
+        order = self.indices.argsort(stable=True)
+        return Selection(
+            self.indices[order],
+            self.order,
+            self.gains,
+            None if self.tokens is None else self.tokens[order],
+            None if self.merged is None else self.merged[order],
+        )
 
     def united(self, other: Selection, vision: VisionTokens) -> Selection:
         """The tokens of this selection and of another one of the same image, each once.

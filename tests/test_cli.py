@@ -102,7 +102,7 @@ def test_rules_are_followed_and_reported(tiny_directory: Path, photo: Path, tmp_
         ("compare", "--methods", "fastv", *model, "--limit", 1, "--max-new-tokens", 2),
     ):
         result = run_json(*command)
-        expected = {"track": "harmonised", "positions": "keep", "budget_means": "layer-average"}
+        expected = {"track": "harmonised", "positions": "keep", "budget_means": "layer-average", "budget_per": "image"}
         assert result["rules"] == expected
         case = result if "tokens" in result else (result.get("results") or result.get("cases") or [0, result])[1]
         tokens = case.get("tokens") or case["images"][0]

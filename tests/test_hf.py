@@ -317,4 +317,4 @@ def test_images_that_the_forward_pass_does_not_look_for_are_noticed(
     encoded["picture"] = encoded.pop("image")  # as if the forward pass looked for another key
     with pytest.raises(MMTokError) as error:
         hf.forward(vlm.model, reduced.inputs)
-    names_the_way_out(error, "'image'", type(vlm.model).__name__)
+    names_the_way_out(error, "'picture'", type(vlm.model).__name__)

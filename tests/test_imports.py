@@ -17,18 +17,18 @@ from packaging.utils import canonicalize_name
 import mmtok_cli
 
 PACKAGE = Path(mmtok_cli.__file__).parent
-SHARED = {"tokens", "budget", "errors", "rules", "stages"}
+SHARED = {"tokens", "budget", "errors", "rules", "stages", "video"}
 ALLOWED = {
     "methods": SHARED | {"methods", "kept"},
     "models": SHARED | {"models", "profiles"},
-    "data": {"errors", "data", "demo"},
+    "data": {"errors", "data", "demo", "stages", "video"},
     "decoding": {"models", "errors"},
     "configuration": {"methods", "models", "settings", "cases", "drafts", "image_scale"}
     | {"budget", "errors", "progress", "rules"},
     "fallback": SHARED
     | {"cases", "configuration", "data", "drafts", "image_plan", "lengths", "models", "profiles"}
     | {"progress", "settings", "timing"},
-    "settings": {"budget", "errors", "protocols", "rules"},
+    "settings": {"budget", "errors", "protocols", "rules", "video"},
     "protocols": {"errors"},
     "kept": {"errors", "files", "tokens"},
     "progress": {"errors"},
@@ -37,7 +37,7 @@ ALLOWED = {
     | {"cases", "comparison", "configuration", "conversation", "data", "evaluation", "methods", "models", "pipeline"}
     | {"results", "retention", "settings", "timing"},
     "hooks": SHARED | {"methods"},
-    "lengths": {"data", "errors", "models"},
+    "lengths": {"data", "errors", "models", "video"},
     "image_scale": SHARED | {"models", "methods"},
     "image_plan": SHARED | {"models", "methods", "hooks", "image_scale"},
     "pipeline": SHARED | {"models", "methods", "data", "decoding", "image_plan", "image_scale", "hooks"},
@@ -82,6 +82,7 @@ ALLOWED = {
     "demo": {"demo", "errors", "models"},
     "tokens": {"errors"},
     "stages": set(),
+    "video": set(),
     "errors": set(),
     "engines": {"errors"},
     "budget": {"errors"},
@@ -122,7 +123,7 @@ def packages(paths: Iterable[Path]) -> set[str]:
 def test_what_is_imported_is_declared() -> None:
     """A package that comes along with another may be gone with that one's next release."""
     needed, extras = declared(PROJECT["dependencies"]), PROJECT["optional-dependencies"]
-    names = ("accelerate", "datasets", "gpu", "lmms", "quantization", "vllm")
+    names = ("accelerate", "datasets", "gpu", "lmms", "quantization", "video", "vllm")
     optional = declared(requirement for name in names for requirement in extras[name])
     checks = PACKAGE / "methods" / "testing.py"  # those who use it test with pytest
     used = packages([path for path in PACKAGE.rglob("*.py") if path != checks])

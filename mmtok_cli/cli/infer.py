@@ -36,7 +36,7 @@ def infer(
         list[Path] | None,
         typer.Option(
             "--image",
-            help="A further image. Repeatable; <image> markers in the question say where each image goes.",
+            help="A further image or video. Repeatable; <image> markers in the question say where each image goes.",
             show_default=False,
         ),
     ] = None,
@@ -54,7 +54,7 @@ def infer(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Answer a question about an image from few vision tokens.
+    """Answer a question about an image or a video from few vision tokens.
 
     [dim]mmtok infer img.jpg "What color is the car?" --budget 64 --baseline[/dim]
     """
@@ -69,8 +69,9 @@ def infer(
     from mmtok_cli.timing.turns import run_conversation
 
     require_replay_alone(settings, given_options(context, InferSettings))
+    opened = sample_from_file(image, question, *(more or ()), sampling=settings.sampling)
     if chosen_engine(context, settings) != "transformers":
-        infer_by_engine(settings, sample_from_file(image, question, *(more or ())), baseline, as_json, quiet)
+        infer_by_engine(settings, opened, baseline, as_json, quiet)
         return
     if not turn and (settings.turns != "reuse" or settings.encode_again):
         option = "--encode-again" if settings.encode_again else "--turns"
@@ -87,7 +88,7 @@ def infer(
         require_policy(case.method, policy)
     for further in turn or ():
         require_question(further)
-    sample = replace(sample_from_file(image, question, *(more or ())), later=tuple(map(Turn, turn or ())))
+    sample = replace(opened, later=tuple(map(Turn, turn or ())))
     model = configured_model(settings, progress)
     cases = with_writer(cases, settings, progress)
     case.check(model, [sample])

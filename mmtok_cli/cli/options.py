@@ -18,11 +18,12 @@ from mmtok_cli.settings import PANELS, Settings, option_of
 OUTPUT = "Output"
 PLOTS = (".png", ".svg", ".pdf")
 
-ImageArgument = Annotated[Path, typer.Argument(help="Image file.", show_default=False)]
-QuestionArgument = Annotated[str, typer.Argument(help="Question about the image.", show_default=False)]
+VISUAL = "Image or video file, or a folder with the frames of a video."
+ImageArgument = Annotated[Path, typer.Argument(help=VISUAL, show_default=False)]
+QuestionArgument = Annotated[str, typer.Argument(help="Question about it.", show_default=False)]
 
-OptionalImageArgument = Annotated[Path | None, typer.Argument(help="Image file.", show_default=False)]
-OptionalQuestionArgument = Annotated[str | None, typer.Argument(help="Question about the image.", show_default=False)]
+OptionalImageArgument = Annotated[Path | None, typer.Argument(help=VISUAL, show_default=False)]
+OptionalQuestionArgument = Annotated[str | None, typer.Argument(help="Question about it.", show_default=False)]
 
 ExportOption = Annotated[
     list[Path] | None,

@@ -13,9 +13,11 @@ from mmtok_cli.cli.options import OUTPUT, PLOTS, JsonOption, QuietOption, given_
 from mmtok_cli.settings import MEASUREMENT, USUAL_IMAGE, ProfileSettings, image_size, require_consistent
 
 if TYPE_CHECKING:
+    from mmtok_cli.data.samples import Sample
     from mmtok_cli.profiling import Profiled
 
 SCALING_TOKENS = "576,1024,2304,4096,9216,16384"
+SCALING_FRAMES = "8,16,32,64"
 
 
 @with_options(ProfileSettings)
@@ -40,6 +42,14 @@ def profile(
         str | None,
         typer.Option(
             help=f"Numbers of vision tokens for --scaling; square numbers. Default: {SCALING_TOKENS}.",
+            show_default=False,
+            rich_help_panel=MEASUREMENT,
+        ),
+    ] = None,
+    scaling_frames: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Numbers of frames for --scaling on a video. Default: {SCALING_FRAMES}.",
             show_default=False,
             rich_help_panel=MEASUREMENT,
         ),
@@ -84,30 +94,30 @@ def profile(
     from mmtok_cli.report.console import ConsoleProgress, attempt_all, print_error, print_json
     from mmtok_cli.report.exports import EXPORTS
     from mmtok_cli.report.profiles import profile_notes
-    from mmtok_cli.timing.scaling import parse_tokens
 
     engine = chosen_engine(context, settings)
     require_consistent(settings, given_options(context, ProfileSettings))
-    if not scaling and (plot or scaling_tokens is not None):
-        raise MMTokError(f"{'--plot' if plot else '--scaling-tokens'} requires --scaling", "add --scaling")
-    sizes = parse_tokens(SCALING_TOKENS if scaling_tokens is None else scaling_tokens) if scaling else []
+    for option, value in (("plot", plot), ("scaling-tokens", scaling_tokens), ("scaling-frames", scaling_frames)):
+        if value is not None and not scaling:
+            raise MMTokError(f"--{option} requires --scaling", "add --scaling")
     if image and settings.data is not None:
         raise MMTokError("an image and --data cannot be combined", "give one of them")
     drawn = image is None and settings.data is None
     size = settings.image_size or (USUAL_IMAGE if drawn and not is_demo(settings.model) else None)
     inputs = model_inputs(settings.model, *([image] if image else []))
     if engine != "transformers":
-        asked = sample_from_file(image, question) if image else None
+        asked = sample_from_file(image, question, sampling=settings.sampling) if image else None
         profile_engine(settings, asked, size, exports or [], inputs, as_json, quiet)
         return
-    sample = demo_samples(1)[0] if image is None else sample_from_file(image, question)
+    sample = demo_samples(1)[0] if image is None else sample_from_file(image, question, sampling=settings.sampling)
     if size:
         sample = resized(sample, image_size(size))
+    sizes, longest = _scaling_sizes(sample, image, settings, scaling_tokens, scaling_frames) if scaling else ([], None)
     files = [("--export", path, EXPORTS) for path in exports or []]
     outputs = outputs_of([("--trace-dir", trace_dir, ()), ("--plot", plot, PLOTS), *files])
     check_outputs(outputs, inputs)
     data = "demo" if image is None else str(image)
-    found = measure(settings, sample, data, trace_dir, ConsoleProgress(quiet), scaling_sizes=sizes)
+    found = measure(settings, sample, data, trace_dir, ConsoleProgress(quiet), scaling_sizes=sizes, longest=longest)
     notes = profile_notes(found.profile, settings, found.planned_rounds, sizes, found.context_length)
     parts = profile_exports(found.profile, exports or [], quiet, notes, top)
     if plot:
@@ -123,6 +133,29 @@ def profile(
         raise typer.Exit(130)
     if not done or found.problems:
         raise typer.Exit(1)
+
+
+def _scaling_sizes(
+    sample: Sample, path: Path | None, settings: ProfileSettings, tokens: str | None, frames: str | None
+) -> tuple[list[int], Sample | None]:
+    """Numbers of vision tokens; of a video, of frames, and the sample with as many frames as the largest of them.
+
+    Raises MMTokError for an option that is not for the sample, and for numbers that are not valid.
+    """
+    from mmtok_cli.data.samples import sample_from_file
+    from mmtok_cli.errors import MMTokError
+    from mmtok_cli.timing.scaling import parse_frames, parse_tokens
+    from mmtok_cli.video import Sampling
+
+    if not sample.has_video or path is None:
+        if frames is not None:
+            raise MMTokError("--scaling-frames is for videos", "use --scaling-tokens, or give a video")
+        return parse_tokens(SCALING_TOKENS if tokens is None else tokens), None
+    if tokens is not None:
+        raise MMTokError("--scaling-tokens is for images", "use --scaling-frames")
+    numbers = parse_frames(SCALING_FRAMES if frames is None else frames)
+    longest = Sampling(frames=max(numbers), folder_fps=settings.folder_fps)
+    return numbers, sample_from_file(path, sample.question, sampling=longest)
 
 
 def _show(found: Profiled, lines: Sequence[str], sizes: Sequence[int], top: int, quiet: bool) -> None:
@@ -146,7 +179,7 @@ def _show(found: Profiled, lines: Sequence[str], sizes: Sequence[int], top: int,
         out.print(tables.operator_table([each for each in result.operators if each.case == case], top))
     if sizes:
         out.print(scaling_table(result.scaling))
-        out.print(growth_table(result.growth, sizes))
+        out.print(growth_table(result.growth, sorted({point.tokens for point in result.scaling})))
     out.print(tables.environment_line(result.model, result.environment))
     written = [trace.path for trace in found.traces if trace.path]
     for path in written:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from mmtok_cli.panels import Shown
     from mmtok_cli.profiling import Selected
     from mmtok_cli.replays import OneSample
+    from mmtok_cli.video import Visual
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -96,7 +97,7 @@ def prune(
         [("--output", output, PICTURES), ("--export", export, SUFFIXES), ("--gain-curve", gain_curve, PLOTS)]
     )
     check_outputs(outputs, model_inputs(settings.model, image, *([settings.kept] if settings.kept else [])))
-    sample = sample_from_file(image, question)
+    sample = sample_from_file(image, question, sampling=settings.sampling)
     model = configured_model(settings, ConsoleProgress(quiet), settings.layers)
     (case,) = with_writer([case], settings, ConsoleProgress(quiet))
     case.check(model, [sample])
@@ -105,7 +106,7 @@ def prune(
     shown = lay_out(model, selected.reduced, selected.selection)
     parts: list[Callable[[], object]] = []
     if output:
-        parts.append(partial(_save_picture, sample, shown, mark, output, quiet))
+        parts.append(partial(_save_picture, selected.reduced.prompt.images[0], shown, mark, output, quiet))
     if export:
         kept = kept_file(model, case, [(sample, selected.reduced, [selected.selection])])
         require_format(export, case.name, kept[1])
@@ -141,7 +142,13 @@ def _export_dataset(settings: PruneSettings, export: Path | None, others: Sequen
     check_outputs(outputs, comparison_inputs(data, None, outputs))
     case, _ = one_case(settings)
     require_exportable(case)
-    dataset = open_dataset(settings.data or "", image_root=settings.image_root, limit=settings.limit, find_metric=False)
+    dataset = open_dataset(
+        settings.data or "",
+        image_root=settings.image_root,
+        limit=settings.limit,
+        find_metric=False,
+        sampling=settings.sampling,
+    )
     progress = ConsoleProgress(quiet)
     for note in dataset.notes():
         progress.note(note)
@@ -162,12 +169,12 @@ def _export_dataset(settings: PruneSettings, export: Path | None, others: Sequen
     save(lambda: write_kept(export, file, rows), export, quiet)
 
 
-def _save_picture(sample: Sample, shown: list[Shown], mark: int, path: Path, quiet: bool) -> None:
+def _save_picture(picture: Visual, shown: list[Shown], mark: int, path: Path, quiet: bool) -> None:
     from mmtok_cli.cli.showing import save
     from mmtok_cli.panels import draw
     from mmtok_cli.report.overlay import save_image
 
-    save(lambda: save_image(draw(sample.images[0], shown, mark), path), path, quiet)
+    save(lambda: save_image(draw(picture, shown, mark), path), path, quiet)
 
 
 def _save_gains(gains: list[float], case: Case, selected: Selected, path: Path, quiet: bool) -> None:
@@ -246,7 +253,7 @@ def _show(
     shown: list[Shown],
     mark: int,
 ) -> None:
-    from mmtok_cli.report.catalogues import kept_map
+    from mmtok_cli.report.catalogues import kept_map, slices_table
     from mmtok_cli.report.console import results_console
     from mmtok_cli.report.tables import part_text, rules_text, short_text, weights_text
     from mmtok_cli.report.text import printable
@@ -257,6 +264,9 @@ def _show(
     short = short_text(selected.reduced.tokens[0])
     for remark in filter(None, (short, rules, weights_text(model.weights), part_text(_layers(model)))):
         out.print(remark, style="dim", markup=False)
+    if selected.reduced.vision[0].slices:
+        out.print(slices_table([(s.panel.title, len(s.kept), len(s.panel.tokens)) for s in shown]))
+        return
     for each in shown:
         panel = each.panel
         if out.width >= 3 * panel.grid[1]:
@@ -279,5 +289,8 @@ def _sentence(case: Case, selected: Selected, grids: list[tuple[int, int]]) -> s
         more += f", {merged} of them merged" + (f" and {tokens_of_class}" if classes else "")
     if selected.reduced.cuts:
         more += f", {number(round(tokens.layer_average, 1))} on average over the decoder layers"
-    shapes = " and ".join(f"{rows}x{columns}" for rows, columns in grids)
-    return f"{tokens.kept} of {tokens.total} vision tokens kept by {case}{more} ({shapes} grid{'s' * (len(grids) > 1)})"
+    if selected.reduced.vision[0].slices:
+        shape = f"{len(grids)} slices of {grids[0][0]}x{grids[0][1]}"
+    else:
+        shape = " and ".join(f"{rows}x{columns}" for rows, columns in grids) + f" grid{'s' * (len(grids) > 1)}"
+    return f"{tokens.kept} of {tokens.total} vision tokens kept by {case}{more} ({shape})"

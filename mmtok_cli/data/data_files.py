@@ -9,8 +9,7 @@ from pathlib import Path
 from statistics import median_low
 from typing import Any
 
-from PIL.Image import Image
-from pydantic import ValidationError, field_validator
+from pydantic import ValidationError, ValidationInfo, field_validator
 
 from mmtok_cli.data.base64_images import decoded, image_name, is_base64
 from mmtok_cli.data.images import open_image, require_file
@@ -28,10 +27,12 @@ from mmtok_cli.data.rows import (
     shown_names,
     turn_fields,
 )
-from mmtok_cli.data.samples import Sample
+from mmtok_cli.data.samples import Sample, visual_name
 from mmtok_cli.data.tables import SUFFIXES, StoredImage, table_entries
+from mmtok_cli.data.videos import open_video
 from mmtok_cli.data.vqav2 import is_vqav2, vqav2_entries
 from mmtok_cli.errors import MMTokError
+from mmtok_cli.video import USUAL_SAMPLING, Sampling, Visual
 
 ANSWERS = {"answer", "answers", "choices"}  # fields that decide the metric
 SEVERAL = 3  # reference answers from which on VQA accuracy is the usual metric
@@ -40,19 +41,31 @@ UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 
 
 class FileRow(Row):
-    """A row whose images are file names, base64 texts or cells of a table: one or a list of them."""
+    """A row whose images are file names, base64 texts or cells of a table: one or a list of them.
 
+    video: names of video files or of folders with frames, which come after the images.
+    """
+
+    video: tuple[str, ...] = ()
     image: tuple[Any, ...]
 
-    @field_validator("image", mode="before")
+    @field_validator("image", "video", mode="before")
     @classmethod
     def _several(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
 
+    @field_validator("video")
+    @classmethod
+    def _named_video(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value or not all(value):
+            raise ValueError("name a video file or a folder of frames")
+        return value
+
     @field_validator("image")
     @classmethod
-    def _named(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
-        if not value or not all(isinstance(image, str | StoredImage) and image for image in value):
+    def _named(cls, value: tuple[Any, ...], info: ValidationInfo) -> tuple[Any, ...]:
+        nothing = not value and not info.data.get("video")
+        if nothing or not all(isinstance(image, str | StoredImage) and image for image in value):
             raise ValueError("name an image file")
         return value
 
@@ -110,6 +123,7 @@ class DataFile:
         question: str | None,
         columns: Columns,
         layout: Layout | None = None,
+        sampling: Sampling = USUAL_SAMPLING,
     ) -> None:
         self.problems: list[str] = []
         self.missing: set[Path] = set()
@@ -121,6 +135,7 @@ class DataFile:
         self._question = question
         self._columns = columns
         self._layout = layout
+        self._sampling = sampling
         self._there = cache(Path.is_file)
 
     def read(self, limit: int | None = None, *, find_metric: bool = True) -> list[Sample]:
@@ -173,6 +188,8 @@ class DataFile:
     ) -> Sample | None:
         """The sample of a row; None if one of its images does not exist. turns: the row's fields, one for each."""
         fields = turns[0]
+        if "video" in fields:
+            fields = {"image": ()} | dict(fields)
         try:
             row, later = FileRow.model_validate(fields), later_rows(turns)
         except ValidationError as error:
@@ -182,23 +199,31 @@ class DataFile:
                 else ""
             )
             raise MMTokError(fault_of(error), hint) from error
-        readers, names = zip(*(self._source(image, place) for image in row.image), strict=True)
+        sources = [*(self._source(image, place) for image in row.image), *map(self._video, row.video)]
+        readers, names = zip(*sources, strict=True)
         sample = make_sample(row, readers, names, self._question, number, place, later)
         files = [self._root / image for image in row.image if isinstance(image, str) and not is_base64(image)]
         absent = [file for file in files if not self._exists(file)]
+        videos = [self._root / name for name in row.video]
+        absent += [path for path in videos if not self._exists(path) and not path.is_dir()]
         if absent:
             self.missing.update(absent)
             self.left_out += 1
             return None
         return sample
 
-    def _source(self, image: str | StoredImage, place: str) -> tuple[Callable[[], Image], str]:
+    def _source(self, image: str | StoredImage, place: str) -> tuple[Callable[[], Visual], str]:
         """How an image is read, and its name."""
         if isinstance(image, StoredImage):
             return image.open, image.name
         if is_base64(image):
             return partial(decoded, image, f"{place}, image"), image_name(image)
         return partial(open_image, self._root / image), image
+
+    def _video(self, name: str) -> tuple[Callable[[], Visual], str]:
+        """How a video is read, and its name."""
+        path = self._root / name
+        return partial(open_video, path, self._sampling), visual_name(name, self._sampling, path)
 
     def _exists(self, file: Path) -> bool:
         try:

@@ -16,6 +16,7 @@ from mmtok_cli.data.pictures import SUFFIXES, is_pattern, pictures
 from mmtok_cli.data.rows import Columns, require_columns
 from mmtok_cli.data.samples import Sample, demo_conversations, demo_samples
 from mmtok_cli.errors import MMTokError, first_line
+from mmtok_cli.video import USUAL_SAMPLING, Sampling
 
 DEMO_QUESTIONS, DEMO_CONVERSATIONS = 1200, 400
 KINDS = (
@@ -59,20 +60,21 @@ def open_dataset(
     question: str | None = None,
     columns: Columns | None = None,
     find_metric: bool = True,
+    sampling: Sampling = USUAL_SAMPLING,
 ) -> Dataset:
     """The dataset that `text` names; see KINDS.
 
     image_root: directory of the image files, by default that of the file that names them. limit: maximum number of
     samples. question: for images without one, or a template with `{question}` for their own. columns: field -> its name
     in the dataset, where the two differ. find_metric: find out the metric, which may take
-    reading more than the limit; without it, the metric is None.
+    reading more than the limit; without it, the metric is None. sampling: of the frames of videos.
 
     Raises MMTokError if there is no usable sample.
     """
     columns = columns or {}
     require_columns(columns)
     try:
-        return _opened(text, image_root, limit, question, columns, find_metric)
+        return _opened(text, image_root, limit, question, columns, find_metric, sampling)
     except OSError as error:  # such as a name that is too long, or a directory that may not be searched
         raise MMTokError(
             f"the dataset {text} cannot be read: {error.strerror or first_line(error)}", "check its path"
@@ -80,7 +82,13 @@ def open_dataset(
 
 
 def _opened(
-    text: str, image_root: Path | None, limit: int | None, question: str | None, columns: Columns, find_metric: bool
+    text: str,
+    image_root: Path | None,
+    limit: int | None,
+    question: str | None,
+    columns: Columns,
+    find_metric: bool,
+    sampling: Sampling,
 ) -> Dataset:
     name = parse_name(text)
     if name.kind == "demo":
@@ -102,7 +110,9 @@ def _opened(
         _require_data(path, text)
         entries = entries_of(path)
         layout = POPE if name.kind == "pope" else None
-    file = DataFile(path, entries, image_root=image_root, question=question, columns=columns, layout=layout)
+    file = DataFile(
+        path, entries, image_root=image_root, question=question, columns=columns, layout=layout, sampling=sampling
+    )
     found = file.read(limit, find_metric=find_metric)
     return Dataset(path.name, found, file.metric, len(file.missing), file.left_out, tuple(file.problems))
 

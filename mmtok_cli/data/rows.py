@@ -9,14 +9,14 @@ from itertools import islice
 from string import ascii_uppercase
 from typing import Any
 
-from PIL.Image import Image
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
 from mmtok_cli.data.samples import ClosedImages, Sample, Turn, require_question
 from mmtok_cli.errors import MMTokError
+from mmtok_cli.video import Visual
 
 ANNOTATORS = 3  # from this number on, reference answers are those of annotators
-FIELDS = ("image", "question", "questions", "answer", "answers", "choices", "id", "kind")
+FIELDS = ("image", "video", "question", "questions", "answer", "answers", "choices", "id", "kind")
 PER_TURN = ("answer", "answers", "choices", "kind")  # lists of them go with a list of questions
 Columns = Mapping[str, str]  # field -> its name in the dataset, where the two differ
 GAP = "{question}"
@@ -156,7 +156,9 @@ def turn_fields(fields: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def later_rows(turns: Sequence[Mapping[str, Any]]) -> list[Row]:
     """The turns after the first one. Raises ValidationError for fields that are not valid."""
-    return [Row.model_validate({k: v for k, v in turn.items() if k not in ("image", "id")}) for turn in turns[1:]]
+    return [
+        Row.model_validate({k: v for k, v in turn.items() if k not in ("image", "video", "id")}) for turn in turns[1:]
+    ]
 
 
 def require_names(raw: Mapping[str, Any], names: Iterable[str]) -> None:
@@ -186,15 +188,17 @@ def fault_of(error: ValidationError) -> str:
 
 def make_sample(
     row: Row,
-    readers: Sequence[Callable[[], Image]],
+    readers: Sequence[Callable[[], Visual]],
     image_ids: Sequence[str],
     question: str | None,
     number: int,
     place: str = "",
     later: Sequence[Row] = (),
 ) -> Sample:
-    """A sample whose images are read later. later: of the turns after the first one. Raises MMTokError if there is no
-    question."""
+    """A sample whose images and videos are read later. later: of the turns after the first one.
+
+    Raises MMTokError if there is no question.
+    """
     return Sample(
         images=ClosedImages(tuple(readers)),
         image_ids=tuple(image_ids),

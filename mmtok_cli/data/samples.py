@@ -1,4 +1,4 @@
-"""Samples: questions about images."""
+"""Samples: questions about images and videos."""
 
 from __future__ import annotations
 
@@ -9,34 +9,38 @@ from itertools import islice
 from pathlib import Path
 from typing import TypeVar, overload
 
-from PIL.Image import Image, Resampling
+from PIL.Image import Resampling
 
 from mmtok_cli.data.images import open_image
+from mmtok_cli.data.videos import is_video, open_video
 from mmtok_cli.errors import MMTokError
+from mmtok_cli.stages import DECODE_VIDEO, Stage
+from mmtok_cli.video import USUAL_SAMPLING, Sampling, Video, Visual
 
 Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
-class ClosedImages(Sequence[Image]):
-    """Images that are read each time they are accessed and not kept, so that thousands of samples fit into memory."""
+class ClosedImages(Sequence[Visual]):
+    """Images and videos that are read each time they are accessed and not kept, so that thousands of samples fit into
+    memory."""
 
-    readers: tuple[Callable[[], Image], ...]
+    readers: tuple[Callable[[], Visual], ...]
 
     def __len__(self) -> int:
         return len(self.readers)
 
     @property
     def files(self) -> list[Path]:
-        """The files that are read: what readers of the kind `partial(open_image, path)` open."""
+        """The files and folders that are read: what readers of the kind `partial(open_image, path)` open."""
         paths = (reader.args[0] for reader in self.readers if isinstance(reader, partial) and reader.args)
         return [path for path in paths if isinstance(path, Path)]
 
     @overload
-    def __getitem__(self, index: int) -> Image: ...
+    def __getitem__(self, index: int) -> Visual: ...
     @overload
     def __getitem__(self, index: slice) -> ClosedImages: ...
-    def __getitem__(self, index: int | slice) -> Image | ClosedImages:
+    def __getitem__(self, index: int | slice) -> Visual | ClosedImages:
         return ClosedImages(self.readers[index]) if isinstance(index, slice) else self.readers[index]()
 
 
@@ -55,7 +59,7 @@ class Turn:
 class Sample:
     """A question about one image or several, which may begin a conversation.
 
-    images: PIL images. question: its `<image>` markers, if any, say where the images go.
+    images: PIL images and videos. question: its `<image>` markers, if any, say where they go.
     image_ids: a stable name for each image, from which seeded methods draw. id: a stable name within the dataset.
     answer: the reference answer, if known. answers: several reference answers. choices: the texts of options A, B, …
     of a multiple-choice question, which are in the question as well. kind: the kind of question, for scores by kind.
@@ -65,7 +69,7 @@ class Sample:
     that is evaluated, where the task sets it.
     """
 
-    images: Sequence[Image]
+    images: Sequence[Visual]
     question: str
     image_ids: tuple[str, ...]
     answer: str | None = None
@@ -80,8 +84,23 @@ class Sample:
     max_new_tokens: int | None = None
 
     def open(self) -> Sample:
-        """The sample with its images read into memory. Raises MMTokError for an image that cannot be read."""
-        return replace(self, images=tuple(self.images))
+        """The sample with its images read into memory, and the frames of its videos.
+
+        Raises MMTokError for an image or a video that cannot be read.
+        """
+        images = tuple(self.images)
+        for image in images:
+            if isinstance(image, Video):
+                _ = image.frames
+        return replace(self, images=images)
+
+    def decoded(self) -> Sample:
+        """The sample with the frames of its videos decoded anew."""
+        return replace(self, images=tuple(i.decoded() if isinstance(i, Video) else i for i in self.images))
+
+    @property
+    def has_video(self) -> bool:
+        return any(isinstance(image, Video) for image in self.images)
 
     @property
     def references(self) -> tuple[str, ...]:
@@ -94,14 +113,20 @@ class Sample:
         return (replace(self, later=()), *(replace(self, later=(), **vars(turn)) for turn in self.later))
 
 
-def sample_from_file(path: Path | str, question: str, *more: Path | str) -> Sample:
-    """A question about one image file or several.
+def sample_from_file(path: Path | str, question: str, *more: Path | str, sampling: Sampling = USUAL_SAMPLING) -> Sample:
+    """A question about one file or several: images, videos and folders of frames. sampling: of the videos' frames.
 
-    Raises MMTokError for an unreadable image and for an empty question.
+    Raises MMTokError for a file that cannot be read and for an empty question.
     """
     require_question(question)
-    paths = (path, *more)
-    return Sample(tuple(open_image(each) for each in paths), question, tuple(Path(each).name for each in paths))
+    paths = [Path(each) for each in (path, *more)]
+    images = tuple(open_video(each, sampling) if is_video(each) else open_image(each) for each in paths)
+    return Sample(images, question, tuple(visual_name(each.name, sampling, each) for each in paths)).open()
+
+
+def visual_name(name: str, sampling: Sampling, path: Path) -> str:
+    """A name for an image or for a video, of which it matters how frames are sampled."""
+    return f"{name} ({sampling})" if is_video(path) else name
 
 
 def require_question(question: str) -> None:
@@ -141,9 +166,23 @@ def demo_conversations(limit: int) -> list[Sample]:
     return samples
 
 
+def decoded_videos(samples: Sequence[Sample], stage: Stage) -> Sequence[Sample]:
+    """The samples with the frames of their videos decoded anew, in a stage of its own; as they are without videos."""
+    if not any(sample.has_video for sample in samples):
+        return samples
+    with stage(DECODE_VIDEO):
+        return [sample.decoded() for sample in samples]
+
+
 def resized(sample: Sample, size: tuple[int, int]) -> Sample:
     """The sample with its images resized to a width and a height in pixels."""
-    return replace(sample, images=tuple(image.resize(size, Resampling.BICUBIC) for image in sample.images))
+    return replace(
+        sample,
+        images=tuple(
+            image.resized(size) if isinstance(image, Video) else image.resize(size, Resampling.BICUBIC)
+            for image in sample.images
+        ),
+    )
 
 
 def batches(samples: Sequence[Item], size: int) -> Iterator[list[Item]]:

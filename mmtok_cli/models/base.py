@@ -33,6 +33,7 @@ from mmtok_cli.models.sequences import CutImage
 from mmtok_cli.rules import FIXED, NATIVE, Positions, Track
 from mmtok_cli.stages import Stage, unwatched
 from mmtok_cli.tokens import PADDING, Crops, Selection, TextTokens, VisionTokens
+from mmtok_cli.video import Video, Visual
 
 Grid = tuple[int, int]  # rows, columns
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the image
@@ -47,14 +48,14 @@ class Prompt:
 
     input_ids, attention_mask: [batch, length], left-padded, with one placeholder for each vision token.
     pixel_values: one tensor per image, since images may be encoded at different sizes.
-    images: the opened pictures. owners[i]: the row that image i belongs to. grids: at which each image is encoded; None
-        is the model's own choice.
+    images: the opened pictures and videos. owners[i]: the row that image i belongs to. grids: at which each image is
+        encoded; None is the model's own choice.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     pixel_values: tuple[Tensor, ...]
-    images: tuple[Image, ...]
+    images: tuple[Visual, ...]
     image_ids: tuple[str, ...]
     grids: tuple[Grid | None, ...]
     owners: tuple[int, ...]
@@ -66,13 +67,14 @@ class Panel:
     """Vision tokens that form a rectangle over the image, to be drawn.
 
     tokens: [rows * columns], the vision token of each cell. boxes: the area of the image that each cell covers; cells
-    of padding lie outside the image.
+    of padding lie outside the image. frame: the number of the frame that a panel of a video lies over.
     """
 
     title: str
     grid: Grid
     tokens: tuple[int, ...]
     boxes: tuple[Box, ...]
+    frame: int = 0
 
 
 class VisionLanguageModel(ABC):
@@ -91,6 +93,7 @@ class VisionLanguageModel(ABC):
     compiled: bool = False  # whether the language model is compiled
     fixed_tokens: int | None = None  # about how many vision tokens every image is scaled to, if not its own number
     any_resolution: ClassVar[bool] = False  # whether images are seen at their own resolution
+    sees_videos: ClassVar[bool] = False
 
     def __init__(self, name: str, model: Any, processor: Any) -> None:
         self.name = name
@@ -151,9 +154,31 @@ class VisionLanguageModel(ABC):
         """The text that replaces an image marker of a question."""
         return self.processor.image_token
 
+    @property
+    def placeholder_ids(self) -> tuple[int, ...]:
+        """Tokens that stand in a prompt for vision tokens, of images and of videos."""
+        return (self.image_token_id,)
+
     def placeholders(self, count: int) -> str:
         """The text of an image of `count` vision tokens, in place of the chat template's image token."""
         return self.processor.image_token * count
+
+    def expanded(self, text: str, images: Sequence[Visual], counts: Sequence[int]) -> str:
+        """A prompt as text, in which each image's token has become placeholders for its vision tokens (`counts`).
+
+        The chat template gives a video the place of an image.
+        """
+        before, *after = text.split(self.processor.image_token)
+        return before + "".join(self.placeholders(n) + part for n, part in zip(counts, after, strict=True))
+
+    def as_image(self, image: Visual) -> Image:
+        """The image, in families that see images only. Raises MMTokError for a video."""
+        if isinstance(image, Video):
+            raise MMTokError(
+                f"{self.name} sees images only, and this is a video",
+                "use a model of Qwen2.5-VL or Qwen3-VL; `mmtok models` lists them",
+            )
+        return image
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -206,14 +231,26 @@ class VisionLanguageModel(ABC):
             )
 
     @abstractmethod
-    def total(self, image: Image) -> int:
+    def total(self, image: Visual) -> int:
         """Vision tokens of the unreduced image."""
 
-    def keep(self, image: Image, budget: Budget, track: Track) -> int:
+    def slices(self, image: Visual) -> int:
+        """Slices in time of a video, each of equally many vision tokens; 0 of an image."""
+        return 0
+
+    def shortened(self, image: Visual, slices: int) -> Visual:
+        """A video of which only so many slices in time are left, evenly spaced."""
+        raise NotImplementedError
+
+    def has_text_within(self, image: Visual) -> bool:
+        """Whether text stands between the vision tokens of an image in a prompt, as the times of a video's slices."""
+        return False
+
+    def keep(self, image: Visual, budget: Budget, track: Track) -> int:
         """Vision tokens to keep of the image. Raises UnmetBudgetError for a budget that it cannot meet."""
         return budget.resolve(self.total(image))
 
-    def unencoded(self, image: Image) -> VisionTokens:
+    def unencoded(self, image: Visual) -> VisionTokens:
         """What is known of the vision tokens of the unreduced image before it is encoded, on the CPU.
 
         Which tokens are eligible, and how crops are packed; tokens and features have no values, [tokens, 0].
@@ -222,32 +259,32 @@ class VisionLanguageModel(ABC):
         return without_values(torch.ones(total, dtype=torch.bool), (1, total))
 
     @abstractmethod
-    def smaller(self, image: Image, tokens: int) -> Grid:
+    def smaller(self, image: Visual, tokens: int) -> Grid:
         """The grid at which a smaller version of the image is encoded to `tokens` vision tokens, or slightly fewer if
         the family cannot meet the number. Raises UnmetBudgetError where there is no such grid."""
 
     @abstractmethod
-    def whole_grid(self, image: Image) -> Grid:
+    def whole_grid(self, image: Visual) -> Grid:
         """The grid of vision tokens that an image of its own size takes up in one piece, without padding.
 
         Smaller versions of it have a share of its rows and columns (see image_scale.py).
         """
 
     @abstractmethod
-    def first_block(self, image: Image) -> Tensor:
+    def first_block(self, image: Visual) -> Tensor:
         """What the first block of the encoder makes of an image of its own size: [patches, dim], without padding.
 
         Of an image that is cut into crops, the view of the whole. Use it within `torch.inference_mode()`.
         """
 
     @abstractmethod
-    def pixels(self, image: Image, grid: Grid | None) -> Tensor:
+    def pixels(self, image: Visual, grid: Grid | None) -> Tensor:
         """The encoder's input for one image, at the grid or at the model's own size, on the CPU."""
 
     def prepare(
         self,
         questions: Sequence[str],
-        images: Sequence[Sequence[Image]],
+        images: Sequence[Sequence[Visual]],
         image_ids: Sequence[Sequence[str]],
         grids: Sequence[Grid | None],
     ) -> Prompt:
@@ -271,19 +308,22 @@ class VisionLanguageModel(ABC):
         )
 
     def tokenize(
-        self, questions: Sequence[str], images: Sequence[Sequence[Image]], grids: Sequence[Grid | None]
+        self, questions: Sequence[str], images: Sequence[Sequence[Visual]], grids: Sequence[Grid | None]
     ) -> Any:
         """The tokens of the prompts, padded on the left: `input_ids` and `attention_mask` [batch, length].
 
         Arguments and errors as for `prepare`.
         """
-        sizes = zip((image for group in images for image in group), grids, strict=True)
+        flat = [image for group in images for image in group]
+        if not self.sees_videos:
+            for image in flat:
+                self.as_image(image)
+        sizes = zip(flat, grids, strict=True)
         counts = iter(self.total(image) if grid is None else grid[0] * grid[1] for image, grid in sizes)
-        token = self.processor.image_token
-        texts = []
-        for question, group in zip(questions, images, strict=True):
-            before, *after = self.chat(question, len(group)).split(token)
-            texts.append(before + "".join(self.placeholders(next(counts)) + part for part in after))
+        texts = [
+            self.expanded(self.chat(question, len(group)), group, [next(counts) for _ in group])
+            for question, group in zip(questions, images, strict=True)
+        ]
         bos = self.tokenizer.bos_token
         return self.tokenizer(
             texts,
@@ -390,7 +430,7 @@ class VisionLanguageModel(ABC):
             )
 
     @abstractmethod
-    def panels(self, image: Image, grid: Grid | None) -> list[Panel]:
+    def panels(self, image: Visual, grid: Grid | None) -> list[Panel]:
         """The places of the vision tokens in the image; `grid` as in `prepare`."""
 
     def text_tokens(self, prompt: Prompt, track: Track) -> list[TextTokens]:
@@ -427,11 +467,14 @@ class VisionLanguageModel(ABC):
         """
         live = prompt.attention_mask.bool()
         sources = torch.arange(live.shape[1], device=live.device).repeat(len(live), 1)
-        starts = self.image_starts(prompt.input_ids, [v.total for v in vision])
-        for (row, start), tokens, selection in zip(starts, vision, selections, strict=True):
-            end = start + selection.kept  # the first placeholders of the image are reused for whichever tokens are kept
-            live[row, end : start + tokens.total] = False
-            sources[row, start:end] = start + selection.indices.clamp(min=0)
+        places = self.image_places(prompt.input_ids, [v.total for v in vision])
+        for (row, columns), tokens, selection in zip(places, vision, selections, strict=True):
+            # The first placeholders of an image are reused for whichever tokens are kept, in whichever order. Those of
+            # a video may have text between them, so every token keeps its own.
+            reused = columns[selection.indices] if tokens.slices else columns[: selection.kept]
+            live[row, columns] = False
+            live[row, reused] = True
+            sources[row, reused] = columns[selection.indices.clamp(min=0)]
             if positions == "keep" and bool((selection.indices == PADDING).any()):
                 raise MMTokError(
                     f"padding of {tokens.image_id} was kept, which has no position in the unreduced prompt",
@@ -465,7 +508,7 @@ class VisionLanguageModel(ABC):
         self, rows: list[Tensor], vision: Sequence[VisionTokens], selections: Sequence[Selection]
     ) -> dict[str, Any]:
         """Arguments of the model's forward that replace the pixels. rows: [kept, dim] for each image."""
-        return hf.encoded_images(rows)
+        return hf.encoded_images(rows, [bool(v.slices) for v in vision])
 
     def inside(
         self, attention_mask: Tensor, images: Sequence[CutImage], positions: Positions, stage: Stage = unwatched
@@ -491,14 +534,22 @@ class VisionLanguageModel(ABC):
                 "leave out --compile, or these methods",
             )
 
+    def image_places(self, input_ids: Tensor, totals: Sequence[int]) -> list[tuple[int, Tensor]]:
+        """The row of each image and the columns of its `totals` placeholders, [total]; -1 for the row without any."""
+        marks = torch.tensor(self.placeholder_ids, device=input_ids.device)
+        rows, columns = torch.isin(input_ids, marks).nonzero(as_tuple=True)
+        starts, found = accumulate(totals, initial=0), rows.tolist()
+        return [
+            (found[start] if n else -1, columns[start : start + n]) for start, n in zip(starts, totals, strict=False)
+        ]
+
     def image_starts(self, input_ids: Tensor, totals: Sequence[int]) -> list[tuple[int, int]]:
         """(row, column) of each image's first placeholder; each image has `totals` adjacent ones.
 
         (-1, -1) for an image without any.
         """
-        found = (input_ids == self.image_token_id).nonzero().tolist()
-        starts = accumulate(totals, initial=0)
-        return [tuple(found[start]) if n else (-1, -1) for start, n in zip(starts, totals, strict=False)]
+        places = self.image_places(input_ids, totals)
+        return [(row, int(columns[0]) if len(columns) else -1) for row, columns in places]
 
 
 def _message(role: str, text: str, images: int = 0) -> dict[str, Any]:

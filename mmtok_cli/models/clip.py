@@ -27,6 +27,7 @@ from mmtok_cli.models.clip_text import ClipText
 from mmtok_cli.profiles import known_profiles
 from mmtok_cli.stages import Stage
 from mmtok_cli.tokens import VisionTokens
+from mmtok_cli.video import Visual
 
 CHECK_CONFIG = "compare its config.json with the original"
 
@@ -78,7 +79,7 @@ class ClipEncoded(VisionLanguageModel):
         """Patches along a side of what the encoder sees at once."""
         return self.image_size // self.patch_size
 
-    def smaller(self, image: Image, tokens: int) -> Grid:
+    def smaller(self, image: Visual, tokens: int) -> Grid:
         return rectangle(tokens, (self.side, self.side), image.height / image.width)
 
     def first_of(self, pixels: Tensor) -> Tensor:

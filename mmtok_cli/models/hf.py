@@ -563,10 +563,11 @@ def forward(model: Any, inputs: Mapping[str, Any], cache: Any = None) -> tuple[T
     inputs: arguments of the forward. cache: what was read before; None starts a new one.
     """
     known = {} if cache is None else cache_argument(model, cache)
-    _reads.images = False
+    _reads.kinds = set()
     out = call(model, **inputs, **known, use_cache=True, logits_to_keep=1)
-    if "mm_encoder_outputs" in inputs and not _reads.images:
-        raise changed(f"key 'image' in the 'mm_encoder_outputs' of {type(model).__name__}")
+    for kind in inputs.get("mm_encoder_outputs", ()):
+        if kind not in _reads.kinds:
+            raise changed(f"key {kind!r} in the 'mm_encoder_outputs' of {type(model).__name__}")
     return _output(out, "logits")[:, -1], cache_of(out)
 
 
@@ -588,37 +589,50 @@ def _cache_name(names: Any) -> str:
 
 
 def encoded_images(
-    rows: Sequence[Tensor], deepstack: Sequence[Sequence[Tensor]] | None = None, *, stacked: bool = False
+    rows: Sequence[Tensor],
+    videos: Sequence[bool] = (),
+    *,
+    deepstack: Sequence[Sequence[Tensor]] | None = None,
+    stacked: bool = False,
 ) -> dict[str, Any]:
     """Arguments of a forward pass whose images are encoded already.
 
-    rows: [kept, dim] of each image. stacked: the architecture takes one tensor of them all, not a list. deepstack: for
-    each of the first decoder layers, [kept, dim] of each image. Made for each call, since beam search changes them in
-    place.
+    rows: [kept, dim] of each image. videos: which of them are videos, if any. stacked: the architecture takes one
+    tensor of them all, not a list. deepstack: for each of the first decoder layers, [kept, dim] of each image. Made for
+    each call, since beam search changes them in place.
     """
-    if deepstack is None:
-        images = torch.cat(list(rows))[None] if stacked else list(rows)
-        output = imported("modeling_outputs", "BaseModelOutputWithPooling")(pooler_output=images)
-    else:
+
+    def output(chosen: Sequence[int]) -> Any:
+        mine = [rows[i] for i in chosen]
+        if deepstack is None:
+            images = torch.cat(mine)[None] if stacked else mine
+            return imported("modeling_outputs", "BaseModelOutputWithPooling")(pooler_output=images)
         kind = imported("models.qwen3_vl.modeling_qwen3_vl", "BaseModelOutputWithDeepstackFeatures")
-        output = kind(pooler_output=list(rows), deepstack_features=[list(layer) for layer in deepstack])
-    return {"mm_encoder_outputs": _Encoded(image=output)}
+        return kind(pooler_output=mine, deepstack_features=[[layer[i] for i in chosen] for layer in deepstack])
+
+    films = [i for i, is_video in enumerate(videos) if is_video]
+    images = [i for i in range(len(rows)) if i not in films]
+    found = {"image": output(images)} if images or not films else {}
+    return {"mm_encoder_outputs": _Encoded(found | ({"video": output(films)} if films else {}))}
 
 
-_reads = threading.local()  # images: whether this thread's forward pass has read its images
+_reads = threading.local()  # kinds: the encoder outputs that this thread's forward pass has read
+
+
+def _note_read(kind: str) -> None:
+    if hasattr(_reads, "kinds"):
+        _reads.kinds.add(kind)
 
 
 class _Encoded(dict[str, Any]):
     """Outputs of encoders by modality. A forward pass that looked for another key would ignore the images."""
 
     def get(self, key: str, default: Any = None) -> Any:
-        if key in self:
-            _reads.images = True
+        _note_read(key)
         return super().get(key, default)
 
     def __getitem__(self, key: str) -> Any:
-        if key in self:
-            _reads.images = True
+        _note_read(key)
         return super().__getitem__(key)
 
 
@@ -881,14 +895,33 @@ def encode_qwen(model: Any, pixels: Tensor, sizes: Tensor, *, deepstack: bool) -
     return QwenEncoded(_output(out, "last_hidden_state"), _output(out, "pooler_output"), layers)
 
 
-def qwen_positions(model: Any, input_ids: Tensor, attention_mask: Tensor, image_token_id: int, sizes: Tensor) -> Tensor:
-    """Positions of a prompt in time, row and column: [3, batch, length]. sizes: as in `encode_qwen`."""
+def qwen_positions(
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    placeholders: Sequence[int],
+    sizes: Tensor,
+    videos: Sequence[bool],
+    seconds: Sequence[float] | None,
+) -> Tensor:
+    """Positions of a prompt in time, row and column: [3, batch, length].
+
+    placeholders: ids of the tokens that stand for images and for videos. sizes: as in `encode_qwen`. videos: which of
+    them are videos. seconds: from one slice of each video to the next, where the model asks for them.
+    """
+    kinds = torch.zeros_like(input_ids, dtype=torch.int)
+    for kind, token in enumerate(placeholders, start=1):
+        kinds[input_ids == token] = kind
+    of_video = torch.tensor(videos, dtype=torch.bool, device=sizes.device)
+    options = {} if seconds is None else {"second_per_grid_ts": torch.tensor(seconds, device=sizes.device)}
     positions, _ = call(
         part(model, "model.get_rope_index"),
         input_ids,
-        mm_token_type_ids=(input_ids == image_token_id).int(),
-        image_grid_thw=sizes,
+        mm_token_type_ids=kinds,
+        image_grid_thw=sizes[~of_video],
+        video_grid_thw=sizes[of_video],
         attention_mask=attention_mask,
+        **options,
     )
     found: Tensor = positions
     return found

@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from PIL.Image import Image
 from torch import Tensor
 
 from mmtok_cli.budget import rectangle
@@ -21,6 +20,7 @@ from mmtok_cli.models.processors import ImageTextProcessor
 from mmtok_cli.models.qwen_signals import MIDDLE, column_sums
 from mmtok_cli.stages import Stage, unwatched
 from mmtok_cli.tokens import Crops, Selection, VisionTokens
+from mmtok_cli.video import Visual
 
 START, END = "<img>", "</img>"
 
@@ -96,31 +96,31 @@ class InternVL(VisionLanguageModel):
         """Vision tokens along a side of a tile."""
         return self.tile_size // (self.patch_size * self.merge)
 
-    def total(self, image: Image) -> int:
+    def total(self, image: Visual) -> int:
         rows, columns = self._tiles(image)
         return (rows * columns + (rows * columns > 1)) * self.side**2
 
-    def smaller(self, image: Image, tokens: int) -> Grid:
+    def smaller(self, image: Visual, tokens: int) -> Grid:
         rows, columns = self._tiles(image)
         return rectangle(tokens, (rows * self.side, columns * self.side), image.height / image.width)
 
-    def whole_grid(self, image: Image) -> Grid:
+    def whole_grid(self, image: Visual) -> Grid:
         """The tiles side by side, over which the image is stretched."""
         rows, columns = self._tiles(image)
         return rows * self.side, columns * self.side
 
-    def first_block(self, image: Image) -> Tensor:
+    def first_block(self, image: Visual) -> Tensor:
         whole = self.pixels(image, None)[-1:].to(self.device, self.dtype)
         return hf.first_block_of_internvl(self.model, whole)[0, 1:]
 
-    def pixels(self, image: Image, grid: Grid | None) -> Tensor:
+    def pixels(self, image: Visual, grid: Grid | None) -> Tensor:
         """[tiles, 3, height, width], the whole image last; a smaller version alone."""
         options: dict[str, Any] = {"crop_to_patches": True}
         if grid is not None:
             pixels = self.patch_size * self.merge
             size = {"height": grid[0] * pixels, "width": grid[1] * pixels}
             options = {"crop_to_patches": False, "size": size}
-        return self.processor.image_processor(image, return_tensors="pt", **options)["pixel_values"]
+        return self.processor.image_processor(self.as_image(image), return_tensors="pt", **options)["pixel_values"]
 
     def encode(self, prompt: Prompt, signals: Sequence[str] = (), *, stage: Stage = unwatched) -> list[VisionTokens]:
         self.require_signals(signals)
@@ -145,7 +145,7 @@ class InternVL(VisionLanguageModel):
     ) -> dict[str, Any]:
         return hf.encoded_images(rows, stacked=True)
 
-    def panels(self, image: Image, grid: Grid | None) -> list[Panel]:
+    def panels(self, image: Visual, grid: Grid | None) -> list[Panel]:
         area = (0, 0, *image.size)
         (rows, columns), side = self._tiles(image), self.side
         if grid is not None or (rows, columns) == (1, 1):
@@ -160,7 +160,7 @@ class InternVL(VisionLanguageModel):
             Panel("whole image", (side, side), thumbnail, cells((side, side), area)),
         ]
 
-    def _tiles(self, image: Image) -> Grid:
+    def _tiles(self, image: Visual) -> Grid:
         """(rows, columns) of tiles that the image is cut into."""
         own = self.processor.image_processor
         return hf.tile_grid(image.height, image.width, self.tile_size, own.min_patches, own.max_patches)

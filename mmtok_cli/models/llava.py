@@ -17,6 +17,7 @@ from mmtok_cli.models.clip import ClipEncoded
 from mmtok_cli.models.padding import padding_mask
 from mmtok_cli.stages import Stage, unwatched
 from mmtok_cli.tokens import VisionTokens
+from mmtok_cli.video import Visual
 
 LONGEST_SIDE = 8192  # a line of a hundred thousand pixels is small, but the square around it is not
 
@@ -32,25 +33,25 @@ class Llava(ClipEncoded):
 
         return llava_processor(config, chat_template)
 
-    def total(self, image: Image) -> int:
+    def total(self, image: Visual) -> int:
         return self.side**2
 
-    def whole_grid(self, image: Image) -> Grid:
+    def whole_grid(self, image: Visual) -> Grid:
         """The part of the square that is not padding."""
         longest = max(image.size)
         return max(1, round(self.side * image.height / longest)), max(1, round(self.side * image.width / longest))
 
-    def first_block(self, image: Image) -> Tensor:
+    def first_block(self, image: Visual) -> Tensor:
         return self.first_of(self.pixels(image, None))[self._eligible(image)]
 
-    def pixels(self, image: Image, grid: Grid | None) -> Tensor:
+    def pixels(self, image: Visual, grid: Grid | None) -> Tensor:
         """The image padded to a square with the mean colour, as LLaVA-1.5 was trained: [3, height, width].
 
         transformers' processors crop the middle of an oblong image instead, unless their checkpoint says otherwise.
         """
         if grid is not None:
-            return self.resized_pixels(image, grid)
-        return self.resized_pixels(self.square(image), (self.side, self.side))
+            return self.resized_pixels(self.as_image(image), grid)
+        return self.resized_pixels(self.square(self.as_image(image)), (self.side, self.side))
 
     def square(self, image: Image) -> Image:
         """The image in the middle of a square of the mean colour."""
@@ -83,16 +84,16 @@ class Llava(ClipEncoded):
                 )
         return [tokens[i] for i in range(len(prompt.images))]
 
-    def panels(self, image: Image, grid: Grid | None) -> list[Panel]:
+    def panels(self, image: Visual, grid: Grid | None) -> list[Panel]:
         side = max(image.size)
         left, top = (side - image.width) // 2, (side - image.height) // 2
         area = (-left, -top, side - left, side - top) if grid is None else (0, 0, *image.size)
         grid = grid or (self.side, self.side)
         return [Panel("", grid, tuple(range(grid[0] * grid[1])), cells(grid, area))]
 
-    def unencoded(self, image: Image) -> VisionTokens:
+    def unencoded(self, image: Visual) -> VisionTokens:
         padded = padding_mask(image.width, image.height, self.image_size, self.patch_size)
         return without_values(~padded, (self.side, self.side))
 
-    def _eligible(self, image: Image) -> Tensor:
+    def _eligible(self, image: Visual) -> Tensor:
         return self.unencoded(image).eligible.to(self.device)

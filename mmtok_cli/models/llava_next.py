@@ -9,7 +9,6 @@ from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
-from PIL.Image import Image
 from torch import Tensor
 
 from mmtok_cli.budget import Budget, UnmetBudgetError, rectangle
@@ -19,6 +18,7 @@ from mmtok_cli.models.clip import ClipEncoded
 from mmtok_cli.rules import Track
 from mmtok_cli.stages import Stage, unwatched
 from mmtok_cli.tokens import PADDING, Crops, VisionTokens
+from mmtok_cli.video import Visual
 
 
 @dataclass(frozen=True)
@@ -93,10 +93,10 @@ class LlavaNext(ClipEncoded):
     def most_crops(self) -> int:
         return 1 + max(height * width for height, width in self.pinpoints) // self.image_size**2
 
-    def total(self, image: Image) -> int:
+    def total(self, image: Visual) -> int:
         return len(self.packing(image.height, image.width).sources)
 
-    def keep(self, image: Image, budget: Budget, track: Track) -> int:
+    def keep(self, image: Visual, budget: Budget, track: Track) -> int:
         if track == "harmonised" or budget.count is None:
             return super().keep(image, budget, track)
         crops, total = len(self.packing(image.height, image.width).places), self.total(image)
@@ -112,23 +112,25 @@ class LlavaNext(ClipEncoded):
             )
         return kept
 
-    def smaller(self, image: Image, tokens: int) -> Grid:
+    def smaller(self, image: Visual, tokens: int) -> Grid:
         rows, columns = self.packing(image.height, image.width).stitched
         return rectangle(tokens, (rows * self.side, columns * self.side), image.height / image.width)
 
-    def whole_grid(self, image: Image) -> Grid:
+    def whole_grid(self, image: Visual) -> Grid:
         """The part of the stitched crops that is not padding."""
         height, width = self._shown(image)
         return max(1, round(height / self.patch_size)), max(1, round(width / self.patch_size))
 
-    def first_block(self, image: Image) -> Tensor:
+    def first_block(self, image: Visual) -> Tensor:
         return self.first_of(self.pixels(image, None)[0])
 
-    def pixels(self, image: Image, grid: Grid | None) -> Tensor:
+    def pixels(self, image: Visual, grid: Grid | None) -> Tensor:
         """[crops, 3, height, width], the whole image first; a smaller version alone."""
         if grid is not None:
-            return self.resized_pixels(image, grid)[None]
-        found = self.processor.image_processor(image, image_grid_pinpoints=self.pinpoints, return_tensors="pt")
+            return self.resized_pixels(self.as_image(image), grid)[None]
+        found = self.processor.image_processor(
+            self.as_image(image), image_grid_pinpoints=self.pinpoints, return_tensors="pt"
+        )
         return found["pixel_values"][0]
 
     def encode(self, prompt: Prompt, signals: Sequence[str] = (), *, stage: Stage = unwatched) -> list[VisionTokens]:
@@ -154,7 +156,7 @@ class LlavaNext(ClipEncoded):
                 tokens[i] = self._packed(mine, image, image_id) if whole else replace(mine[0], image_id=image_id)
         return [tokens[i] for i in range(len(prompt.images))]
 
-    def panels(self, image: Image, grid: Grid | None) -> list[Panel]:
+    def panels(self, image: Visual, grid: Grid | None) -> list[Panel]:
         whole: Box = (0, 0, *image.size)
         if grid is not None:
             return [Panel("", grid, tuple(range(grid[0] * grid[1])), cells(grid, whole))]
@@ -173,14 +175,14 @@ class LlavaNext(ClipEncoded):
             Panel("crops", (lines, columns - 1), tuple(inner), tuple(covered)),
         ]
 
-    def _packed(self, tiles: Sequence[VisionTokens], image: Image, image_id: str) -> VisionTokens:
+    def _packed(self, tiles: Sequence[VisionTokens], image: Visual, image_id: str) -> VisionTokens:
         """The vision tokens of an image from those of its crops, as the model itself packs them."""
         packing = self.packing(image.height, image.width)
         stacked = torch.stack([tile.projected for tile in tiles])
         projected = hf.pack_crops(self.model, stacked, image.height, image.width)
         return packing.packed(tiles, projected, image_id, self._project)
 
-    def unencoded(self, image: Image) -> VisionTokens:
+    def unencoded(self, image: Visual) -> VisionTokens:
         packing = self.packing(image.height, image.width)
         tile = without_values(torch.ones(self.side**2, dtype=torch.bool), (self.side, self.side))
         return packing.packed([tile] * len(packing.places), torch.empty(len(packing.sources), 0), "", tile.project)
@@ -198,14 +200,14 @@ class LlavaNext(ClipEncoded):
         ranks = torch.cat([torch.arange(tokens)[None], tokens + stitched.reshape(-1, tokens)])
         return Packing((rows, columns), sources, places.view(crops, tokens), ranks)
 
-    def _shown(self, image: Image) -> tuple[int, int]:
+    def _shown(self, image: Visual) -> tuple[int, int]:
         """Height and width of the image in the stitched crops, in pixels."""
         rows, columns = self.packing(image.height, image.width).stitched
         height, width = rows * self.image_size, columns * self.image_size
         scale = min(width / image.width, height / image.height)
         return min(math.ceil(image.height * scale), height), min(math.ceil(image.width * scale), width)
 
-    def _area(self, image: Image) -> Box:
+    def _area(self, image: Visual) -> Box:
         """What the stitched crops show, in pixels of the image: its margins are padding (see transformers'
         `get_patch_output_size` and `_pad_for_patching`)."""
         rows, columns = self.packing(image.height, image.width).stitched

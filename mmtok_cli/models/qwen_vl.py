@@ -1,4 +1,5 @@
-"""Qwen2.5-VL: images at their own resolution, four patches merged into one vision token, positions in three axes."""
+"""Qwen2.5-VL: images and videos at their own resolution, four patches merged into one vision token, positions in three
+axes."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from PIL import Image as PILImage
 from PIL.Image import Image
 from torch import Tensor
 
+from mmtok_cli.budget import UnmetBudgetError
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.models import hf
 from mmtok_cli.models.base import Grid, Panel, Prompt, VisionLanguageModel, cells
@@ -20,8 +22,12 @@ from mmtok_cli.models.qwen_signals import MIDDLE, SIGNALS, calls_of, signals_of
 from mmtok_cli.rules import Positions
 from mmtok_cli.stages import Stage, unwatched
 from mmtok_cli.tokens import Selection, VisionTokens
+from mmtok_cli.video import Video, Visual
 
 FULLEST = 0.85  # of a budget that a smaller image takes up at least
+VIDEO_TOKEN, START, END = "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"
+LEAST_OF_FRAME, MOST_OF_FRAME = 128, 768  # vision tokens of a slice, as in qwen-vl-utils
+MOST_OF_VIDEO = 115_200  # of all slices: 90 % of a context of 128,000
 
 
 class QwenVL(VisionLanguageModel):
@@ -29,12 +35,16 @@ class QwenVL(VisionLanguageModel):
 
     A vision token is what the merger makes of 2x2 patches; its features are the mean of these after the last block,
     as in MMTok's release, in raster order. Positions are those of the whole image (M-RoPE) whatever is dropped.
+
+    Two frames of a video make one slice in time; of an odd number the last one is repeated. Frames are scaled as
+    qwen-vl-utils does, by PIL. A grid of a video has the rows of all slices.
     """
 
     family: ClassVar[str] = "qwen2_5_vl"
     positions: ClassVar[tuple[Positions, ...]] = ("keep",)
     signals: ClassVar[tuple[str, ...]] = (*SIGNALS, MIDDLE)
     any_resolution: ClassVar[bool] = True
+    sees_videos: ClassVar[bool] = True
     has_deepstack: ClassVar[bool] = False  # whether the encoder gives the first decoder layers features of their own
 
     def __init__(self, name: str, model: Any, processor: Any) -> None:
@@ -86,11 +96,11 @@ class QwenVL(VisionLanguageModel):
 
     @property
     def image_text(self) -> str:
-        return f"<|vision_start|>{self.processor.image_token}<|vision_end|>"
+        return f"{START}{self.processor.image_token}{END}"
 
     @property
     def reserved(self) -> tuple[str, ...]:
-        return self.processor.image_token, "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"
+        return self.processor.image_token, VIDEO_TOKEN, START, END
 
     @property
     def merge(self) -> int:
@@ -102,39 +112,91 @@ class QwenVL(VisionLanguageModel):
         """Pixels along each side of a vision token."""
         return self.merge * self.model.config.vision_config.patch_size
 
-    def total(self, image: Image) -> int:
+    @property
+    def placeholder_ids(self) -> tuple[int, ...]:
+        return self.image_token_id, self.model.config.video_token_id
+
+    def expanded(self, text: str, images: Sequence[Visual], counts: Sequence[int]) -> str:
+        before, *after = text.split(self.processor.image_token)
+        for image, count, part in zip(images, counts, after, strict=True):
+            if isinstance(image, Video):
+                before = self._with_video(before, image, count, part)
+            else:
+                before += self.placeholders(count) + part
+        return before
+
+    def _with_video(self, before: str, video: Video, count: int, after: str) -> str:
+        """The text before a video, its `count` placeholders and the text after it."""
+        return before + VIDEO_TOKEN * count + after
+
+    def total(self, image: Visual) -> int:
         rows, columns = self._grid(image)
         return rows * columns
 
-    def unencoded(self, image: Image) -> VisionTokens:
-        return replace(super().unencoded(image), grid=self._grid(image))
+    def slices(self, image: Visual) -> int:
+        pace = self.model.config.vision_config.temporal_patch_size
+        return -(-len(image) // pace) if isinstance(image, Video) else 0
 
-    def smaller(self, image: Image, tokens: int) -> Grid:
+    def shortened(self, image: Visual, slices: int) -> Visual:
+        assert isinstance(image, Video)  # an image has no slices
+        pace, count = self.model.config.vision_config.temporal_patch_size, self.slices(image)
+        chosen = [(2 * i + 1) * count // (2 * slices) for i in range(slices)]
+        return image.part([frame for i in chosen for frame in range(i * pace, min((i + 1) * pace, len(image)))])
+
+    def unencoded(self, image: Visual) -> VisionTokens:
+        return replace(super().unencoded(image), grid=self._grid(image), slices=self.slices(image))
+
+    def smaller(self, image: Visual, tokens: int) -> Grid:
         """The grid of `tokens` cells or up to 15 % fewer that distorts least, a missing cell counting a little.
 
-        The processor's own scaling rounds both sides down, and so fills small budgets to 78 % only.
+        The processor's own scaling rounds both sides down, and so fills small budgets to 78 % only. Of a video, every
+        slice has the same grid; one of fewer tokens than slices cannot be had.
         """
-        aspect, best = image.height / image.width, None
+        slices = max(1, self.slices(image))
+        if tokens < slices:
+            raise UnmetBudgetError(
+                f"a video of {slices} slices in time cannot be made smaller than a token for each",
+                f"choose {slices} tokens or more, or sample fewer --frames",
+                nearest=slices,
+            )
+        aspect, best, tokens = image.height / image.width, None, tokens // slices
         for rows in range(1, tokens + 1):
             for columns in range(math.ceil(FULLEST * tokens / rows), tokens // rows + 1):
                 cost = abs(math.log(rows / columns / aspect)) + (1 - rows * columns / tokens) / 2
                 if columns and (best is None or cost < best[0]):
-                    best = cost, (rows, columns)
+                    best = cost, (rows * slices, columns)
         assert best is not None  # one row of all cells is a grid
         return best[1]
 
-    def whole_grid(self, image: Image) -> Grid:
+    def whole_grid(self, image: Visual) -> Grid:
         return self._grid(image)
 
-    def first_block(self, image: Image) -> Tensor:
+    def first_block(self, image: Visual) -> Tensor:
         pixels = self.pixels(image, None).to(self.device, self.dtype)
-        rows, columns = self._grid(image)
-        sizes = torch.tensor([[1, rows * self.merge, columns * self.merge]], device=self.device)
+        sizes = torch.tensor([self._size(image, self._grid(image))], device=self.device)
         return hf.first_block_of_qwen(self.model, pixels, sizes)
 
-    def pixels(self, image: Image, grid: Grid | None) -> Tensor:
-        """[patches, values of a patch], cells of 2x2 patches one after another."""
-        rows, columns = grid or self._grid(image)
+    def pixels(self, image: Visual, grid: Grid | None) -> Tensor:
+        """[patches, values of a patch], cells of 2x2 patches one after another, slice by slice."""
+        grid = grid or self._grid(image)
+        if not isinstance(image, Video):
+            return self._patches(image, grid)
+        frames = list(image.frames.images)
+        pace = self.model.config.vision_config.temporal_patch_size
+        frames += frames[-1:] * (-len(frames) % pace)
+        of_frame = grid[0] * pace // len(frames), grid[1]
+        # The image processor repeats an image to fill a patch in time: [patches, channels, time, rows, columns].
+        shape = 3, pace, -1
+        patches = [self._patches(frame, of_frame).unflatten(1, shape) for frame in frames]
+        return torch.cat(
+            [
+                torch.stack([patches[first + t][:, :, t] for t in range(pace)], dim=2).flatten(1)
+                for first in range(0, len(frames), pace)
+            ]
+        )
+
+    def _patches(self, image: Image, grid: Grid) -> Tensor:
+        rows, columns = grid
         side = self.token_size
         if image.size != (columns * side, rows * side):
             image = image.resize((columns * side, rows * side), PILImage.Resampling.BICUBIC)
@@ -144,6 +206,7 @@ class QwenVL(VisionLanguageModel):
         self.require_signals(signals)
         grids, sizes = self._sizes(prompt)
         counts = [rows * columns for rows, columns in grids]
+        slices = [max(1, self.slices(image)) for image in prompt.images]
         last, middle = self._last_attention(), self._middle_attention()
         with (
             calls_of(last, wanted=bool({*signals} - {MIDDLE})) as calls,
@@ -156,7 +219,8 @@ class QwenVL(VisionLanguageModel):
         found: dict[str, Sequence[Tensor]] = {}
         if signals:
             with stage("select"):
-                patches = [n * self.merge**2 for n in counts]
+                # Patches attend to those of their own slice alone.
+                patches = [n * self.merge**2 // k for n, k in zip(counts, slices, strict=True) for _ in range(k)]
                 of_patches = signals_of(last, calls[0], patches, signals) if calls else {}
                 if middle_calls:
                     received = signals_of(middle, middle_calls[0], patches, ("received_attention",))
@@ -174,13 +238,27 @@ class QwenVL(VisionLanguageModel):
                 project=self._project,
                 signals={name: values[i] for name, values in found.items()},
                 deepstack=tuple(layer[i] for layer in out.deepstack),
+                slices=self.slices(prompt.images[i]),
             )
             for i, grid in enumerate(grids)
         ]
 
-    def panels(self, image: Image, grid: Grid | None) -> list[Panel]:
-        grid = grid or self._grid(image)
-        return [Panel("", grid, tuple(range(grid[0] * grid[1])), cells(grid, (0, 0, *image.size)))]
+    def panels(self, image: Visual, grid: Grid | None) -> list[Panel]:
+        rows, columns = grid or self._grid(image)
+        slices = max(1, self.slices(image))
+        rows //= slices
+        boxes, count = cells((rows, columns), (0, 0, *image.size)), rows * columns
+        return [
+            Panel(title, (rows, columns), tuple(range(i * count, (i + 1) * count)), boxes, frame)
+            for i, (title, frame) in enumerate(self._slice_titles(image))
+        ]
+
+    def _slice_titles(self, image: Visual) -> list[tuple[str, int]]:
+        """The title of each slice and the number of its first frame; of an image, one without a title."""
+        if not isinstance(image, Video):
+            return [("", 0)]
+        pace = self.model.config.vision_config.temporal_patch_size
+        return [(f"{image.frames.times[frame]:.1f} s", frame) for frame in range(0, len(image), pace)]
 
     def released_words(self, question: str) -> tuple[str, ...]:
         """MMTok's code for Qwen covers all words, and the one that it puts in front of them."""
@@ -189,9 +267,22 @@ class QwenVL(VisionLanguageModel):
     def position_ids(self, prompt: Prompt, sources: Tensor, mask: Tensor, positions: Positions) -> Tensor:
         """[4, batch, length]: a count of the tokens, and time, row and column as in the whole prompt."""
         _, sizes = self._sizes(prompt)
-        whole = hf.qwen_positions(self.model, prompt.input_ids, prompt.attention_mask, self.image_token_id, sizes)
+        whole = hf.qwen_positions(
+            self.model,
+            prompt.input_ids,
+            prompt.attention_mask,
+            self.placeholder_ids,
+            sizes,
+            [isinstance(image, Video) for image in prompt.images],
+            self._seconds(prompt.images),
+        )
         counted = mask.long().cumsum(1) - 1
         return torch.cat([counted[None], whole.gather(2, sources.expand(3, -1, -1))]).masked_fill(~mask, 0)
+
+    def _seconds(self, images: Sequence[Visual]) -> list[float] | None:
+        """Seconds from one slice of each video to the next, which its positions depend on; None where they do not."""
+        pace = self.model.config.vision_config.temporal_patch_size
+        return [pace / image.frames.fps for image in images if isinstance(image, Video)]
 
     @property
     def _bounds(self) -> tuple[int, int]:
@@ -205,20 +296,34 @@ class QwenVL(VisionLanguageModel):
         size = self.processor.image_processor.size
         return size["shortest_edge"], size["longest_edge"]
 
-    def _grid(self, image: Image) -> Grid:
-        """(rows, columns) of vision tokens as the processor would have them."""
+    def _frame_bounds(self, frames: int) -> tuple[int, int]:
+        """The fewest and the most pixels of each of the `frames` frames of a video."""
+        if self.fixed_tokens is not None:
+            return self._bounds
+        pace = self.model.config.vision_config.temporal_patch_size
+        least, most, all_frames = (n * self.token_size**2 for n in (LEAST_OF_FRAME, MOST_OF_FRAME, MOST_OF_VIDEO))
+        return least, int(max(min(most, all_frames / frames * pace), int(least * 1.05)))
+
+    def _grid(self, image: Visual) -> Grid:
+        """(rows, columns) of vision tokens as the processor would have them; of a video, the rows of all slices."""
+        bounds = self._frame_bounds(len(image)) if isinstance(image, Video) else self._bounds
         try:
-            height, width = hf.qwen_size(image.height, image.width, self.token_size, *self._bounds)
+            height, width = hf.qwen_size(image.height, image.width, self.token_size, *bounds)
         except ValueError as error:
             raise MMTokError(
                 f"{self.name} cannot see an image of {image.width}x{image.height}: {error}", "crop the image, or pad it"
             ) from error
-        return height // self.token_size, width // self.token_size
+        return max(1, self.slices(image)) * height // self.token_size, width // self.token_size
+
+    def _size(self, image: Visual, grid: Grid) -> tuple[int, int, int]:
+        """Time, rows and columns of an image in patches."""
+        slices = max(1, self.slices(image))
+        return slices, grid[0] // slices * self.merge, grid[1] * self.merge
 
     def _sizes(self, prompt: Prompt) -> tuple[list[Grid], Tensor]:
         """The grid of each image, and [images, 3], its time, rows and columns in patches."""
         grids = [grid or self._grid(image) for grid, image in zip(prompt.grids, prompt.images, strict=True)]
-        sizes = [[1, rows * self.merge, columns * self.merge] for rows, columns in grids]
+        sizes = [self._size(image, grid) for image, grid in zip(prompt.images, grids, strict=True)]
         return grids, torch.tensor(sizes, device=self.device).view(-1, 3)
 
     def _raster_order(self, sizes: Tensor) -> Tensor:
@@ -255,14 +360,40 @@ class Qwen3VL(QwenVL):
     def _named_blocks(self) -> tuple[str, list[int]]:
         return "deepstack_visual_indexes", self.model.config.vision_config.deepstack_visual_indexes
 
+    def _with_video(self, before: str, video: Video, count: int, after: str) -> str:
+        """Each slice has its time and marks of its own, in place of those that the chat template puts around all."""
+        pace, slices = self.model.config.vision_config.temporal_patch_size, self.slices(video)
+        times = [*video.frames.times, *video.frames.times[-1:] * (-len(video) % pace)]
+        text = before.removesuffix(START)
+        for first in range(0, len(times), pace):
+            seconds = (times[first] + times[first + pace - 1]) / 2
+            text += f"<{seconds:.1f} seconds>{START}{VIDEO_TOKEN * (count // slices)}{END}"
+        return text + after.removeprefix(END)
+
+    def _seconds(self, images: Sequence[Visual]) -> list[float] | None:
+        return None  # times are written into the prompt
+
+    def has_text_within(self, image: Visual) -> bool:
+        return isinstance(image, Video)
+
     def encoded_images(
         self, rows: list[Tensor], vision: Sequence[VisionTokens], selections: Sequence[Selection]
     ) -> dict[str, Any]:
         pairs = list(zip(vision, selections, strict=True))
         depth = len(vision[0].deepstack) if vision else 0
-        return hf.encoded_images(
-            rows, deepstack=[[v.deepstack[layer][s.indices] for v, s in pairs] for layer in range(depth)]
-        )
+        deepstack = [[v.deepstack[layer][s.indices] for v, s in pairs] for layer in range(depth)]
+        return hf.encoded_images(rows, [bool(v.slices) for v in vision], deepstack=deepstack)
+
+    def assemble(
+        self,
+        prompt: Prompt,
+        vision: Sequence[VisionTokens],
+        selections: Sequence[Selection],
+        positions: Positions = "renumber",
+    ) -> dict[str, Any]:
+        """As in every family. Placeholders of a video are in its slices: what is kept of a slice enters there."""
+        in_time = [s.by_place() if v.slices else s for v, s in zip(vision, selections, strict=True)]
+        return super().assemble(prompt, vision, in_time, positions)
 
     @property
     def first_cut(self) -> int:

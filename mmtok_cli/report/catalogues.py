@@ -32,6 +32,7 @@ PAPERS_LEGEND = (
     "code, or against the paper's description only."
 )
 NOT_STATED = "not stated"
+BAR = 40  # characters of a slice of which everything is kept
 
 
 def models_table(profiles: Sequence[Profile], here: Sequence[bool]) -> Table:
@@ -126,6 +127,17 @@ def method_details(method: dict[str, Any]) -> Table:
 
 def yes_or_no(fact: bool) -> str:
     return "yes" if fact else "no"
+
+
+def slices_table(slices: Sequence[tuple[str, int, int]]) -> Table:
+    """How many vision tokens are kept of each slice in time of a video. slices: time, kept and total of each."""
+    table = plain_table()
+    table.add_column("time", justify="right")
+    table.add_column("kept", justify="right")
+    table.add_column()
+    for time, kept, total in slices:
+        table.add_row(time, f"{kept}/{total}", Text("█" * -(-BAR * kept // total), style="yellow"))
+    return table
 
 
 def kept_map(

@@ -26,7 +26,7 @@ from mmtok_cli.report.cells import (
     speedup_cell,
 )
 from mmtok_cli.report.units import count, number, p_value, rate, seconds, share, size
-from mmtok_cli.stages import DRAFT, PREVIEW
+from mmtok_cli.stages import DECODE_VIDEO, DRAFT, PREVIEW
 
 if TYPE_CHECKING:
     from mmtok_cli.results.schema import (
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 STAGES = ("prepare", "encode", "select", "prefill", "ttft", "decode", "total")  # ttft and total are sums of stages
 COMPARED = (*(stage for stage in STAGES if stage != "select"), "tpot")  # the baseline selects nothing
-OPTIONAL = (DRAFT, PREVIEW)  # before them, in cases that have them
+OPTIONAL = (DECODE_VIDEO, DRAFT, PREVIEW)  # before them, in cases that have them
 
 
 def stages_of(seconds: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
@@ -199,8 +199,9 @@ def _stage(
     """Seconds of a stage and its speedup; stages without a heading are in the CSV only. place: the terminal's table."""
     table: TableName | None = place if heading else None
     section: Section | None = "cost" if heading else None
+    name = stage.replace(" ", "_")
     yield Column(
-        f"{stage}_median_s",
+        f"{name}_median_s",
         f"{words}, median",
         _of_times(stage, lambda times: times.median),
         always=bool(heading) and always and stage not in OPTIONAL,
@@ -210,8 +211,8 @@ def _stage(
         section=section,
         shown=shown,
     )
-    yield CsvColumn(f"{stage}_p10_s", f"{stage}, 10th percentile over rounds", _of_times(stage, lambda t: t.p10))
-    yield CsvColumn(f"{stage}_p90_s", f"{stage}, 90th percentile over rounds", _of_times(stage, lambda t: t.p90))
+    yield CsvColumn(f"{name}_p10_s", f"{stage}, 10th percentile over rounds", _of_times(stage, lambda t: t.p10))
+    yield CsvColumn(f"{name}_p90_s", f"{stage}, 90th percentile over rounds", _of_times(stage, lambda t: t.p90))
     if stage not in COMPARED:
         return
     yield Column(
@@ -296,6 +297,7 @@ COLUMNS: tuple[CsvColumn[CaseResult], ...] = (
         "new_tokens", "tokens decoded, of the longest answer of a batch", lambda case: case.tokens.new, always=True
     ),
     # Seconds and speedups, stage by stage.
+    *_stage(DECODE_VIDEO, "decoding videos", "video"),
     *_stage(DRAFT, "writing a first answer that the method reads", "draft"),
     *_stage(PREVIEW, "looking at images, whose detail decides their size", "preview", "scale"),
     *_stage("prepare", "image processing and tokenisation"),

@@ -71,6 +71,11 @@ CONTEXT: tuple[CsvColumn[Comparison], ...] = (
     CsvColumn(
         "budget_means", "what a budget counts: final or layer-average", lambda c: c.rules.budget_means, always=True
     ),
+    CsvColumn(
+        "budget_per",
+        "frame, where budgets are spread over the frames of videos",
+        lambda c: None if c.rules.budget_per == "image" else c.rules.budget_per,
+    ),
     CsvColumn("processor", "name of the GPU or CPU", lambda c: c.environment.processor, always=True),
     CsvColumn("device", "torch device", lambda c: c.environment.device, always=True),
     CsvColumn("dtype", "data type of the weights", lambda c: c.environment.dtype, always=True),

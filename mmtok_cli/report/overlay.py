@@ -59,6 +59,27 @@ def side_by_side(pictures: Sequence[Image]) -> Image:
     return row
 
 
+def stacked(rows: Sequence[Image]) -> Image:
+    """Rows of pictures below each other, a gap between them."""
+    gap = max(1, rows[0].height // 30)
+    sheet = PILImage.new("RGB", (max(r.width for r in rows), sum(r.height + gap for r in rows) - gap), "white")
+    top = 0
+    for row in rows:
+        sheet.paste(row, (0, top))
+        top += row.height + gap
+    return sheet
+
+
+def captioned(picture: Image, caption: str) -> Image:
+    """The picture with a caption in its upper left corner."""
+    draw = ImageDraw.Draw(picture)
+    font = ImageFont.load_default(max(12, picture.height / 14))
+    box = draw.textbbox((0, 0), caption, font=font)
+    draw.rectangle((0, 0, box[2] + box[3] / 2, box[3] * 1.3), fill="black")
+    draw.text((box[3] / 4, 0), caption, fill="white", font=font)
+    return picture
+
+
 def save_image(image: Image, path: Path) -> None:
     """Write a picture in the format of its suffix."""
     kind = PILImage.registered_extensions()[path.suffix.lower()]

@@ -72,8 +72,11 @@ def scaling_notes(profile: ProfileResult, context_length: int) -> list[str]:
     """How to read the tables."""
     from mmtok_cli.results.profile import DOMINATES, FEWEST_POINTS
 
+    frames = dict.fromkeys(point.frames for point in profile.scaling if point.frames)
     notes = [
-        "encoded at square grids other than its own, the model sees the image in one piece: times mean something "
+        f"measured with {', '.join(map(str, frames))} frames of the video"
+        if frames
+        else "encoded at square grids other than its own, the model sees the image in one piece: times mean something "
         "there, answers may not",
         f"exponents are fitted where a stage takes at least {DOMINATES:g} times what its fastest run takes (fixed) at "
         + (f"{profile.fixed[0].tokens} tokens" if profile.fixed else "the smallest grid (which was not measured)")

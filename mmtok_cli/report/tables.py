@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
@@ -24,7 +24,7 @@ from mmtok_cli.report.columns import (
 from mmtok_cli.report.text import printable
 from mmtok_cli.report.units import number, plural, seconds, size
 from mmtok_cli.rules import FIXED
-from mmtok_cli.stages import PREVIEW
+from mmtok_cli.stages import DECODE_VIDEO, PREVIEW
 
 if TYPE_CHECKING:
     from mmtok_cli.budget import TokenCounts
@@ -177,6 +177,8 @@ def rules_text(rules: Rules, settings: Sequence[str] | None = None) -> str:
         said.append("positions kept" if rules.positions == "keep" else "positions renumbered")
     if rules.budget_means == "layer-average":
         said.append("budgets are layer averages")
+    if rules.budget_per == "frame":
+        said.append("budgets spread over frames")
     return ", ".join([*said, *map(printable, settings or ())])
 
 
@@ -256,7 +258,7 @@ def ceiling(baseline: CaseResult) -> str:
     """The upper bound of the TTFT speedup of methods after the encoder, reached if prefill took no time."""
     before, prefill = _before_and_prefill(baseline)
     return (
-        f"prepare and encode take {seconds(before)} of {seconds(before + prefill)} to the first token: "
+        f"{_named(_before(baseline))} take {seconds(before)} of {seconds(before + prefill)} to the first token: "
         f"methods after the encoder can reach a speedup (TTFT) of {speedup_bound(baseline):.2f}x at most"
     )
 
@@ -276,13 +278,11 @@ def ceilings(results: Sequence[CaseResult]) -> list[str]:
 
 def _ceiling_at(result: CaseResult, baseline: CaseResult) -> str:
     """The upper bound of the TTFT speedup of methods after the encoder that sees smaller images."""
-    median = {stage: times.median for stage, times in result.seconds.items()}
-    stages = [stage for stage in (PREVIEW, "prepare", "encode") if stage in median]
-    before = sum(median[stage] for stage in stages)
-    named = f"{', '.join(stages[:-1])} and {stages[-1]}"
+    stages = _before(result)
+    before = sum(stages.values())
     return (
-        f"at scale {result.case.image_scale}, {named} take {seconds(before)}: methods after the encoder can reach a "
-        f"speedup (TTFT) of {sum(_before_and_prefill(baseline)) / before:.2f}x at most"
+        f"at scale {result.case.image_scale}, {_named(stages)} take {seconds(before)}: methods after the encoder can "
+        f"reach a speedup (TTFT) of {sum(_before_and_prefill(baseline)) / before:.2f}x at most"
     )
 
 
@@ -293,8 +293,18 @@ def speedup_bound(baseline: CaseResult) -> float:
 
 
 def _before_and_prefill(baseline: CaseResult) -> tuple[float, float]:
-    median = {stage: times.median for stage, times in baseline.seconds.items()}
-    return median["prepare"] + median["encode"], median["prefill"]
+    return sum(_before(baseline).values()), baseline.seconds["prefill"].median
+
+
+def _before(result: CaseResult) -> dict[str, float]:
+    """Median seconds of the stages up to the encoder's."""
+    stages = (DECODE_VIDEO, PREVIEW, "prepare", "encode")
+    return {stage: result.seconds[stage].median for stage in stages if stage in result.seconds}
+
+
+def _named(stages: Collection[str]) -> str:
+    *first, last = stages
+    return f"{', '.join(first)} and {last}"
 
 
 def settings_text(environment: Environment) -> str:

@@ -86,6 +86,7 @@ def _facts(comparison: Comparison) -> dict[str, Any]:
         "track": rules.track,
         "positions": rules.positions or "as released",
         "budgets mean": rules.budget_means,
+        "budgets per": rules.budget_per,
         "seed": schedule.seed,
         "rounds": schedule.rounds,
         "runs": schedule.runs,

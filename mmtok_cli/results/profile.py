@@ -100,11 +100,13 @@ class MemoryTimeline(Record):
 class ScalingPoint(OfCase):
     """One case at one number of vision tokens: the seconds of all runs and their medians.
 
-    refused: why nothing was measured. peak: bytes of the largest run, None where the device does not report them.
+    frames: those of the sample's videos, if it has any. refused: why nothing was measured. peak: bytes of the largest
+    run, None where the device does not report them.
     select_interval, prefill_interval: 95 % intervals of the medians; None for fewer than six runs.
     """
 
     tokens: int
+    frames: int | None = None
     kept: int | None = None
     select_seconds: float | None = None
     prefill_seconds: float | None = None

@@ -7,7 +7,7 @@ from functools import partial
 from statistics import median
 
 from mmtok_cli.cases import Case, release_memory
-from mmtok_cli.data.samples import Sample
+from mmtok_cli.data.samples import Sample, decoded_videos
 from mmtok_cli.decoding import answer_mask
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.pipeline import Answers
@@ -41,7 +41,8 @@ def run_case(
         with peak_memory(model.device) as peak:
             clock = Clock(model.device)
             with last_layer(model, clock.now) as spans:
-                answers = case.answer(model, samples, max_new_tokens, clock.stage, ignore_eos=ignore_eos)
+                decoded = decoded_videos(samples, clock.stage)
+                answers = case.answer(model, decoded, max_new_tokens, clock.stage, ignore_eos=ignore_eos)
             stages = of_whole_model(clock.stages(), clock.sums(spans), missing_layers(model))
             repetitions.append(with_sums(stages))
         peaks.append(peak)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import median
 
@@ -26,6 +26,7 @@ from mmtok_cli.timing.clock import Clock
 from mmtok_cli.timing.memory import peak_memory
 from mmtok_cli.timing.partial import last_layer, missing_layers, of_whole_model
 from mmtok_cli.timing.statistics import seconds_interval
+from mmtok_cli.video import MOST_FRAMES, Sampling, Video
 
 PATIENCE = 10.0  # seconds for a case at one number of tokens; there are fewer runs where it would take longer
 FEWEST_RUNS = 3
@@ -63,6 +64,37 @@ def parse_tokens(text: str) -> list[int]:
     return sorted(set(numbers))
 
 
+def parse_frames(text: str) -> list[int]:
+    """Read "8,16,32", ascending. Raises MMTokError for anything but numbers of frames."""
+    numbers = set()
+    for part in text.split(","):
+        if not part.strip().isdecimal() or not 1 <= int(part) <= MOST_FRAMES:
+            raise MMTokError(f"{part.strip()!r} is not a number of frames", f"list 1 to {MOST_FRAMES}, as in 8,16,32")
+        numbers.add(int(part))
+    return sorted(numbers)
+
+
+def shortened(model: VisionLanguageModel, sample: Sample, frames: Sequence[int]) -> dict[int, Sample]:
+    """The sample with so many evenly spaced frames of each of its videos, by its number of vision tokens.
+
+    Raises MMTokError for more frames than there are.
+    """
+    found = {}
+    for count in frames:
+        images = []
+        for image in sample.images:
+            if isinstance(image, Video):
+                if len(image) < count:
+                    raise MMTokError(
+                        f"the video has {len(image)} frames, and --scaling-frames asks for {count}",
+                        f"use --scaling-frames with numbers up to {len(image)}",
+                    )
+                image = image.part(Sampling(frames=count).places(len(image), 0))
+            images.append(image)
+        found[sum(map(model.total, images))] = replace(sample, images=tuple(images))
+    return found
+
+
 def check_scaling(model: VisionLanguageModel, cases: Sequence[Case], sample: Sample, sizes: Sequence[int]) -> None:
     """Refuse numbers of tokens at which a budget cannot be met. Raises MMTokError that names case and number."""
     for tokens in sizes:
@@ -76,7 +108,12 @@ def check_scaling(model: VisionLanguageModel, cases: Sequence[Case], sample: Sam
 def smallest_size(
     model: VisionLanguageModel, cases: Sequence[Case], sample: Sample, sizes: Sequence[int]
 ) -> int | None:
-    """The fewest tokens, below all `sizes`, of which every case drops some: what a stage takes there is fixed."""
+    """The fewest tokens, below all `sizes`, of which every case drops some: what a stage takes there is fixed.
+
+    None where there is no such number, and for videos.
+    """
+    if sample.has_video:
+        return None
     for side in range(SMALLEST_GRID, math.isqrt(min(sizes))):
         try:
             check_scaling(model, cases, sample, [side**2])
@@ -114,7 +151,9 @@ def measure_size(
         for i in permutation:
             if i not in refused and len(measured[i].seconds) < measured[i].wanted:
                 _unless_too_large(model.device, i, refused, partial(_run, model, cases[i], sample, tokens, measured[i]))
-    return [_point(case, tokens, measured[i], refused.get(i)) for i, case in enumerate(cases)]
+    frames = sum(len(image) for image in sample.images if isinstance(image, Video)) or None
+    points = [_point(case, tokens, measured[i], refused.get(i)) for i, case in enumerate(cases)]
+    return [point.model_copy(update={"frames": frames}) for point in points]
 
 
 def growth_of(points: Sequence[ScalingPoint], fixed: Sequence[ScalingPoint]) -> Iterator[Growth]:
@@ -192,11 +231,12 @@ def _unless_too_large(device: torch.device, number: int, refused: dict[int, str]
 
 
 def _check(model: VisionLanguageModel, case: Case, sample: Sample, tokens: int) -> None:
-    check_budget(model, case.method, [sample], case.budget, case.rules, [_grid(tokens)] * len(sample.images))
+    check_budget(model, case.method, [sample], case.budget, case.rules, _grids(sample, tokens))
 
 
-def _grid(tokens: int) -> tuple[int, int]:
-    return math.isqrt(tokens), math.isqrt(tokens)
+def _grids(sample: Sample, tokens: int) -> list[tuple[int, int]] | None:
+    """The grid at which each image is encoded. A video of so many tokens keeps its own."""
+    return None if sample.has_video else [(math.isqrt(tokens), math.isqrt(tokens))] * len(sample.images)
 
 
 def _warm_up(
@@ -228,7 +268,7 @@ def _free(device: torch.device) -> int | None:
 @torch.inference_mode()
 def _run(model: VisionLanguageModel, case: Case, sample: Sample, tokens: int, done: _Runs) -> float:
     """One run from picture to prefill, recorded in `done`: the seconds that all of it took."""
-    grids = [_grid(tokens)] * len(sample.images)
+    grids = _grids(sample, tokens)
     with peak_memory(model.device) as peak:
         clock = Clock(model.device)
         reduced = reduce(model, case.method, [sample], case.budget, rules=case.rules, stage=clock.stage, grids=grids)

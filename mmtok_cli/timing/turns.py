@@ -8,7 +8,7 @@ from mmtok_cli.data.samples import Sample
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.results.records import TurnRun
 from mmtok_cli.rules import AUTO, TurnPolicy
-from mmtok_cli.stages import PREVIEW, STAGES
+from mmtok_cli.stages import DECODE_VIDEO, PREVIEW, STAGES
 from mmtok_cli.timing.clock import Clock, with_sums
 
 
@@ -34,7 +34,8 @@ def run_conversation(
         encode_again=encode_again,
         image_scale=case.image_scale,
     ) as conversation:
-        stages = (*STAGES, PREVIEW) if case.image_scale == AUTO else STAGES
+        rare = {PREVIEW: case.image_scale == AUTO, DECODE_VIDEO: sample.has_video}
+        stages = (*STAGES, *(stage for stage, occurs in rare.items() if occurs))
         for turn in sample.turns:
             clock = Clock(model.device)
             answer = conversation.ask(turn.question, clock.stage)

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from mmtok_cli.data.samples import demo_samples
+from mmtok_cli.video import picture_of
 
 TASK = "mmtok_demo"
 QUESTIONS = 200
@@ -59,7 +60,7 @@ def write_demo_task(folder: Path, questions: int = QUESTIONS) -> None:
     for sample in demo_samples(questions):
         (name,) = sample.image_ids
         if not (folder / f"{name}.png").exists():
-            sample.images[0].save(folder / f"{name}.png")
+            picture_of(sample.images[0]).save(folder / f"{name}.png")
         document = {"image": f"{name}.png", "question": sample.question, "answer": sample.answer, "kind": sample.kind}
         lines.append(json.dumps(document) + "\n")
     data = folder.resolve() / "questions.jsonl"

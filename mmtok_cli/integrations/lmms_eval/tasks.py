@@ -16,14 +16,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from PIL.Image import Image
-
 from mmtok_cli.data.datasets import Dataset
 from mmtok_cli.data.layouts import MetricName
 from mmtok_cli.data.samples import ClosedImages, Sample
 from mmtok_cli.errors import MMTokError, first_line
 from mmtok_cli.integrations.lmms_eval.requests import Generation, Place, document_of, generation_of, sample_of
 from mmtok_cli.results.records import PredictionBatch, TaskScores
+from mmtok_cli.video import Visual
 
 MODEL = "mmtok"  # for which tasks may have prompts of their own
 SEED = 1234  # of few-shot examples, as lmms-eval's command line has it
@@ -246,7 +245,7 @@ def _sample(task: Task, request: Any, *, judged: bool) -> Sample:
     )
 
 
-def _image(request: Any, task: Task, number: int) -> Image:
+def _image(request: Any, task: Task, number: int) -> Visual:
     return sample_of(request, task.documents).images[number]
 
 

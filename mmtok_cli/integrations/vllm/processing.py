@@ -196,7 +196,7 @@ class ReducingProcessor:
         if plan.short:
             logger.warning_once("%s: an image has fewer vision tokens than the budget and is not reduced", budget)
         text = TextTokens(reduction.question, _no_words)
-        (plan,), (task,) = selection_tasks(method, [vision], [text], [plan], reduction.track)
+        (plan,), (task,) = selection_tasks(method, [vision], [text], [plan], Rules(reduction.track))
         if method.exact or task.budget == vision.total:
             return task.budget, task.budget
         # A method that keeps fewer tokens than the budget decides by the shape of the image alone, or is refused.

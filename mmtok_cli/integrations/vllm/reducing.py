@@ -24,6 +24,7 @@ from mmtok_cli.methods.base import Method
 from mmtok_cli.models import outline
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.pipeline import select, selection_tasks
+from mmtok_cli.rules import Rules
 from mmtok_cli.tokens import Selection, TextTokens, VisionTokens
 
 RECORD = "MMTOK_RECORD"  # environment variable: a file to which a line is added for every batch of images
@@ -90,7 +91,7 @@ class Reducing:
             shown = [vision[i] for i in members]
             texts = [self._text(requests[i]) for i in members]
             plans = [ImagePlan(vision[i].total, requests[i].budget, None) for i in members]
-            _, tasks = selection_tasks(method, shown, texts, plans, track)
+            _, tasks = selection_tasks(method, shown, texts, plans, Rules(track))
             for i, selection in zip(members, select(method, tasks), strict=True):
                 if selection.kept != requests[i].keep:
                     raise RuntimeError(

@@ -1,0 +1,264 @@
+"""Reading videos, and videos on the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cli_helpers import refused, run
+from PIL import Image, ImageDraw
+
+from mmtok_cli.data.datasets import open_dataset
+from mmtok_cli.data.videos import open_video, video_of_arrays
+from mmtok_cli.errors import MMTokError
+from mmtok_cli.video import Sampling, Video
+
+RATE, COUNT = 12, 24
+
+
+def frame(number: int, size: tuple[int, int] = (112, 84)) -> Image.Image:
+    """A number of white stripes that grows with time, so that decoded frames can be told apart."""
+    image = Image.new("RGB", size, "black")
+    ImageDraw.Draw(image).rectangle((0, 0, 4 * number + 3, size[1]), fill="white")
+    return image
+
+
+def number_of(image: Image.Image) -> int:
+    return round(float((np.asarray(image.convert("L"))[10] > 127).sum()) / 4) - 1
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two seconds of 12 frames each."""
+    av = pytest.importorskip("av")
+    path = tmp_path_factory.mktemp("clips") / "clip.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=RATE)
+        stream.width, stream.height, stream.pix_fmt = 112, 84, "yuv420p"
+        for number in range(COUNT):
+            container.mux(stream.encode(av.VideoFrame.from_image(frame(number))))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("frames") / "walk"
+    path.mkdir()
+    for number in range(COUNT):
+        frame(number).save(path / f"{number:04d}.png")
+    (path / "notes.txt").write_text("not a frame")
+    return path
+
+
+@pytest.mark.parametrize("kind", ["clip", "folder"])
+@pytest.mark.parametrize(
+    ("sampling", "expected"),
+    [
+        (Sampling(frames=4), [0, 8, 15, 23]),
+        (Sampling(frames=1), [0]),
+        (Sampling(frames=100), list(range(24))),
+        (Sampling(fps=2, folder_fps=RATE), [0, 8, 15, 23]),
+        (Sampling(fps=0.1, folder_fps=RATE), [0]),
+    ],
+)
+def test_frames_are_evenly_spaced(
+    kind: str, sampling: Sampling, expected: list[int], request: pytest.FixtureRequest
+) -> None:
+    video = open_video(request.getfixturevalue(kind), Sampling(sampling.frames, sampling.fps, folder_fps=RATE))
+    assert [number_of(image) for image in video.frames.images] == expected
+    assert video.frames.times == pytest.approx([number / RATE for number in expected])
+    assert video.frames.fps == pytest.approx(len(expected) / (COUNT / RATE))
+    assert video.size == (112, 84)
+
+
+def test_decoding_again_reads_the_file_again(clip: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.mp4"
+    copy.write_bytes(clip.read_bytes())
+    video = open_video(copy, Sampling(frames=3))
+    assert len(video) == 3
+    copy.unlink()
+    assert len(video) == 3  # frames are kept
+    with pytest.raises(MMTokError, match=r"copy\.mp4"):
+        video.decoded()
+
+
+def test_arrays_are_videos() -> None:
+    video = video_of_arrays(np.stack([np.asarray(frame(n)) for n in range(4)]), fps=2)
+    assert len(video) == 4 and video.frames.times == (0, 0.5, 1, 1.5) and number_of(video.frames.images[3]) == 3
+    for wrong in (np.zeros((4, 8, 8)), np.zeros((0, 8, 8, 3), np.uint8), np.zeros((4, 8, 8, 3))):
+        with pytest.raises(MMTokError, match="are not a video"):
+            video_of_arrays(wrong)
+
+
+def test_a_rotated_video_stands_upright(clip: Path) -> None:
+    """Phones store the rotation beside the pictures."""
+    av = pytest.importorskip("av")
+
+    class Frame:
+        rotation = 90
+
+        def to_image(self) -> Image.Image:
+            return frame(3)
+
+    from mmtok_cli.data import videos
+
+    class Container:
+        def decode(self, stream: Any) -> list[Frame]:
+            return [Frame()]
+
+    assert av and videos._images(clip, None, Container(), [0], 1)[0].size == (84, 112)
+
+
+def broken(folder: Path) -> dict[str, tuple[Path, str]]:
+    text, empty, sizes, cut = folder / "text.mp4", folder / "empty", folder / "sizes", folder / "nothing.mp4"
+    text.write_text("not a video")
+    empty.mkdir()
+    sizes.mkdir()
+    frame(1).save(sizes / "a.png")
+    frame(1, (80, 60)).save(sizes / "b.png")
+    cut.write_bytes(b"")
+    return {
+        "text": (text, "damaged or not a video"),
+        "empty file": (cut, "damaged or not a video"),
+        "empty folder": (empty, "there is no image"),
+        "sizes": (sizes, "another size"),
+        "missing": (folder / "missing.mp4", "there is no file"),
+    }
+
+
+def test_what_is_no_video_is_said(tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    for path, message in broken(tmp_path).values():
+        with pytest.raises(MMTokError, match=message):
+            _ = open_video(path).frames
+
+
+def test_a_truncated_file_is_damaged(clip: Path, tmp_path: Path) -> None:
+    cut = tmp_path / "cut.mp4"
+    cut.write_bytes(clip.read_bytes()[: clip.stat().st_size // 2])
+    with pytest.raises(MMTokError, match="damaged"):
+        _ = open_video(cut).frames
+
+
+def test_without_pyav_the_extra_is_named(clip: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(MMTokError, match="PyAV") as caught:
+        open_video(clip)
+    assert "mmtok[video]" in caught.value.hint
+    assert len(open_video(folder)) == 16  # folders need no decoder
+
+
+# On the command line, with a model that sees videos.
+
+Directory = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tiny_models import FAMILIES
+
+    path = tmp_path_factory.mktemp("models") / "qwen"
+    model = FAMILIES["qwen2_5_vl"]("sdpa")
+    model.model.save_pretrained(path)
+    model.processor.save_pretrained(path)
+    return path
+
+
+QUESTION = "What color is the star?"
+
+
+def test_infer_answers_about_a_video(qwen: Path, clip: Path) -> None:
+    options = ("--model", qwen, "--budget", "20%", "--frames", 8, "--max-new-tokens", 2, "--baseline", "--json")
+    found = json.loads(run("infer", clip, QUESTION, *options).stdout)
+    assert found["tokens"]["kept"] == int(0.2 * found["tokens"]["total"]) and found["seconds"]["decode video"] > 0
+    whole = found["baseline"]["seconds"]
+    assert whole["ttft"] >= whole["decode video"] + whole["encode"]
+    shown = run("infer", clip, QUESTION, *options[:-1]).stdout
+    assert "decode video" in shown
+
+
+def test_prune_draws_a_sheet_of_frames(qwen: Path, folder: Path, tmp_path: Path) -> None:
+    sheet = tmp_path / "sheet.png"
+    options = ("--model", qwen, "--method", "evs", "--budget", "50%", "--frames", 6)
+    shown = run("prune", folder, QUESTION, *options, "--output", sheet)
+    assert "3 slices of" in shown.stdout and "0.0 s" in shown.stdout
+    with Image.open(sheet) as picture:
+        assert picture.width > 112 and picture.height > 84
+    found = json.loads(run("prune", folder, QUESTION, *options, "--json").stdout)
+    (entry,) = found["images"]
+    assert len(entry["panels"]) == 3 and len(entry["panels"][0]["kept"]) == entry["total"] // 3
+    assert entry["kept"] == sum(len(panel["kept"]) for panel in entry["panels"])
+
+
+def test_profile_times_the_decoding_of_a_video(qwen: Path, clip: Path, tmp_path: Path) -> None:
+    file = tmp_path / "found.json"
+    options = ("--budget", "20%", "--frames", 4, "--rounds", 2, "--warmup", 1, "--max-new-tokens", 2)
+    run("profile", clip, "--model", qwen, *options, "--trace-dir", tmp_path / "trace", "--export", file)
+    cases = json.loads(file.read_text())["cases"]
+    assert all(case["seconds"]["decode video"]["median"] > 0 for case in cases)
+
+
+def test_scaling_takes_more_and_more_frames(qwen: Path, clip: Path, tmp_path: Path) -> None:
+    file = tmp_path / "found.json"
+    options = ("--budget", "20%", "--frames", 4, "--rounds", 1, "--warmup", 0, "--max-new-tokens", 1, "--scaling")
+    command = ("profile", clip, "--model", qwen, *options, "--trace-dir", tmp_path / "trace")
+    shown = run(*command, "--scaling-frames", "4,8,16", "--export", file)
+    assert "4, 8, 16 frames" in " ".join(shown.stderr.split())
+    points = json.loads(file.read_text())["scaling"]
+    assert [point["frames"] for point in points] == [4, 4, 8, 8, 16, 16]
+    assert points[-1]["tokens"] == 4 * points[0]["tokens"] and points[-1]["kept"] < points[-1]["tokens"]
+    refused(run(*command, "--scaling-frames", "8,64"), "24 frames")
+    refused(run(*command, "--scaling-frames", "x"), "'x' is not a number of frames")
+    refused(run(*command, "--scaling-tokens", "576"), "--scaling-tokens is for images")
+
+
+def rows(path: Path, *entries: dict[str, Any]) -> Path:
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return path
+
+
+def test_compare_reads_videos_of_a_data_file(qwen: Path, clip: Path, folder: Path, tmp_path: Path) -> None:
+    data = rows(
+        tmp_path / "asked.jsonl",
+        {"video": str(clip), "question": QUESTION, "answer": "red"},
+        {"video": str(folder), "question": "What shape is it?", "answer": "star"},
+        {"image": str(folder / "0003.png"), "video": [str(clip)], "question": "<image> What? <image>", "answer": "no"},
+    )
+    samples = open_dataset(str(data), sampling=Sampling(frames=5)).samples
+    assert [len(sample.images) for sample in samples] == [1, 1, 2]
+    assert isinstance(samples[2].images[1], Video) and len(samples[2].images[1]) == 5
+    assert samples[0].image_ids == (f"{clip} (5 frames)",)
+    file = tmp_path / "found.json"
+    common = ("compare", "--model", qwen, "--data", data, "--rounds", 2, "--warmup", 0, "--max-new-tokens", 2)
+    methods = ("--methods", "mmtok,uniform:frames,resize", "--budget", "40%", "--frames", 4)
+    run(*common, *methods, "--run-dir", tmp_path / "run", "--export", file)
+    results = json.loads(file.read_text())["results"]
+    assert len(results) == 4 and all(result["seconds"]["decode video"]["median"] > 0 for result in results)
+    assert all(result["score"] is not None for result in results)
+    images = rows(tmp_path / "images.jsonl", {"image": str(folder / "0003.png"), "question": "?", "answer": "no"})
+    refused(run("compare", "--model", qwen, "--data", images, "--methods", "evs", "--budget", "40%"), "an image")
+
+
+def test_rows_without_a_video_that_exists_are_left_out(clip: Path, tmp_path: Path) -> None:
+    data = rows(tmp_path / "asked.jsonl", {"video": str(clip), "question": "?"}, {"video": "no.mp4", "question": "?"})
+    found = open_dataset(str(data))
+    assert len(found.samples) == 1 and found.missing == 1
+    for wrong in ({"video": "", "question": "?"}, {"video": [], "question": "?"}, {"video": 3, "question": "?"}):
+        with pytest.raises(MMTokError, match="video"):
+            open_dataset(str(rows(tmp_path / "wrong.jsonl", wrong)))
+
+
+def test_bad_options_and_models_are_one_line(tiny_directory: Path, qwen: Path, clip: Path, folder: Path) -> None:
+    refused(run("infer", clip, QUESTION, "--model", tiny_directory, "--budget", 4), "sees images only")
+    refused(run("infer", clip, QUESTION, "--model", qwen, "--frames", 4, "--fps", 2), "--frames and --fps")
+    refused(run("prune", folder / "0001.png", QUESTION, "--model", qwen, "--method", "evs"), "an image")
+    options = ("--method", "fastv", "--budget-per", "frame", "--budget", "50%")
+    refused(run("infer", clip, QUESTION, "--model", qwen, *options), "cannot reduce each frame")
+    refused(run("infer", clip, QUESTION, "--model", qwen, "--budget-per", "slice"), "'slice'")
