@@ -20,6 +20,7 @@ from transformers import (
     LlavaNextForConditionalGeneration,
     LlavaNextProcessor,
     LlavaProcessor,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -82,7 +83,7 @@ def scaled(model: Any) -> Any:
     return model.eval()
 
 
-def text_config(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+def text_config(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     return {
         **TEXT,
         "vocab_size": len(tokenizer),
@@ -139,8 +140,10 @@ def build_tiny_llava_next(attention: str = "sdpa") -> tuple[LlavaNextForConditio
     return scaled(LlavaNextForConditionalGeneration(config)), processor
 
 
-def build_tiny_qwen(attention: str = "sdpa") -> tuple[Qwen2_5_VLForConditionalGeneration, QwenProcessor]:
-    tokenizer = qwen_tokenizer()
+def build_tiny_qwen(
+    attention: str = "sdpa", tokenizer: PreTrainedTokenizerBase | None = None
+) -> tuple[Qwen2_5_VLForConditionalGeneration, QwenProcessor]:
+    tokenizer = tokenizer or qwen_tokenizer()
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2]}
     config = Qwen2_5_VLConfig(
         vision_config={**QWEN_VISION, "fullatt_block_indexes": [0, 2], "window_size": 4 * PATCH},
@@ -179,7 +182,7 @@ def qwen_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def qwen_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
+def qwen_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     names = {
         "image_token_id": "<|image_pad|>",
         "video_token_id": "<|video_pad|>",
@@ -189,11 +192,11 @@ def qwen_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
     return {name: tokenizer.convert_tokens_to_ids(token) for name, token in names.items()}
 
 
-def qwen_processor(tokenizer: PreTrainedTokenizerFast) -> QwenProcessor:
+def qwen_processor(tokenizer: PreTrainedTokenizerBase, template: str = QWEN_TEMPLATE) -> QwenProcessor:
     """At least twelve vision tokens per image, which the samples' small pictures are scaled up to."""
     size = {"shortest_edge": 12 * (2 * PATCH) ** 2, "longest_edge": 64 * (2 * PATCH) ** 2}
     image_processor = Qwen2VLImageProcessorPil(size=size, patch_size=PATCH, merge_size=2, temporal_patch_size=2)
-    return QwenProcessor(image_processor=image_processor, tokenizer=tokenizer, chat_template=QWEN_TEMPLATE)
+    return QwenProcessor(image_processor=image_processor, tokenizer=tokenizer, chat_template=template)
 
 
 def build_tiny_clip() -> CLIPModel:
