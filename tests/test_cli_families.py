@@ -12,7 +12,7 @@ METHODS = "mmtok,visionzip,divprune,fastv,resize"
 SETTINGS = ("--set", "fastv.layer=2")
 
 
-@pytest.fixture(scope="module", params=["internvl", "llava_next", "qwen2_5_vl", "qwen3_vl"])
+@pytest.fixture(scope="module", params=["internvl", "llava_next", "qwen2_5_vl", "qwen3_5", "qwen3_vl"])
 def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("families") / request.param
     model = FAMILIES[request.param]("sdpa")
@@ -52,7 +52,7 @@ def test_smaller_images_and_a_fixed_resolution(directory: Path, photo: Path, tmp
     said = run_json("infer", photo, "How many?", *options, "--image-scale", 0.5)
     assert said["pixels"] == "fixed:36" and 30 <= said["tokens"]["total"] <= 42
     assert said["tokens"]["encoded"][0] <= 12 and said["tokens"]["kept"] == 4
-    if directory.name == "qwen3_vl":  # which differs in nothing that follows
+    if directory.name in ("qwen3_5", "qwen3_vl"):  # which differs in nothing that follows
         return
     command = ("compare", *options, "--methods", "mmtok", "--image-scale", "1,auto", "--limit", 1, "--rounds", 1)
     shown = run(*command, "--run-dir", tmp_path / "run", "--export", tmp_path / "result.csv")
@@ -62,6 +62,8 @@ def test_smaller_images_and_a_fixed_resolution(directory: Path, photo: Path, tmp
 
 
 def test_a_part_is_profiled(directory: Path, tmp_path: Path) -> None:
+    if directory.name == "qwen3_5":
+        pytest.skip("tests/test_qwen3_5.py does it")
     found = run_json(
         *("profile", "-m", directory, "--layers", 2, "-b", "25%", "--rounds", 2, "--warmup", 0),
         *("--max-new-tokens", 2, "--trace-dir", tmp_path / "traces"),

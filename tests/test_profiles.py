@@ -18,6 +18,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from mmtok_cli import profiles
 from mmtok_cli.methods import make_method, method_names
 from mmtok_cli.methods.settings import profile_parameters
+from mmtok_cli.models import hf
 from mmtok_cli.profiles import Profile, known_profiles
 from mmtok_cli.report.catalogues import models_legend, models_table
 
@@ -35,11 +36,17 @@ EXACT = {  # parameters, to the last one, so that no width and no depth slips
     "qwen2.5-vl-7b": 8_292_166_656,
     "qwen2.5-vl-32b": 33_452_718_336,
     "qwen2.5-vl-72b": 73_410_777_344,
+    "qwen3.5-0.8b": 852_985_920,
+    "qwen3.5-2b": 2_213_241_664,
+    "qwen3.5-4b": 4_539_265_536,
+    "qwen3.5-9b": 9_409_813_744,
+    "qwen3.5-27b": 27_356_728_560,
     "qwen3-vl-2b": 2_127_532_032,
     "qwen3-vl-4b": 4_437_815_808,
     "qwen3-vl-8b": 8_767_123_696,
     "qwen3-vl-32b": 33_357_390_064,
 }
+LAYER_TYPES = {"qwen3_5": {"full_attention", "linear_attention"}}
 SEEN = "<|vision_start|><|image_pad|><|vision_end|>"
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 PROMPTS = {  # image token, what stands for an image, and the prompt around the images and "red?"
@@ -52,6 +59,11 @@ PROMPTS = {  # image token, what stands for an image, and the prompt around the 
     "llava_next": ("<image>", "<image>\n", "USER: {}red? ASSISTANT:"),
     "llava-next-mistral-7b": ("<image>", "<image>\n", "[INST] {}red? [/INST]"),
     "qwen2_5_vl": ("<|image_pad|>", SEEN, SYSTEM + "<|im_start|>user\n{}red?<|im_end|>\n<|im_start|>assistant\n"),
+    "qwen3_5": (
+        "<|image_pad|>",
+        SEEN,
+        "<|im_start|>user\n{}red?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
+    ),
     "qwen3_vl": ("<|image_pad|>", SEEN, "<|im_start|>user\n{}red?<|im_end|>\n<|im_start|>assistant\n"),
 }
 
@@ -94,8 +106,9 @@ def test_architectures_are_the_true_ones(profile: Profile) -> None:
     assert profile.parameters == pytest.approx(EXACT[profile.name], rel=1e-3)
     assert config.to_dict()["model_type"] == profile.family
     text = config.text_config
+    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
     assert getattr(text, "sliding_window", None) is None
-    assert set(getattr(text, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+    assert kinds == LAYER_TYPES.get(profile.family, {"full_attention"})
 
 
 @pytest.mark.parametrize("profile", BUILDABLE, ids=lambda profile: profile.name)
@@ -162,14 +175,19 @@ def test_prompts_of_other_turns() -> None:
 
 @pytest.mark.parametrize("profile", BUILDABLE, ids=lambda profile: profile.name)
 def test_methods_cut_where_the_model_allows(profile: Profile) -> None:
-    """Inside the language model, and behind the layers to whose outputs DeepStack adds."""
+    """Inside the language model, behind the layers to whose outputs DeepStack adds, and by attention that there is."""
     config = configuration(profile)
     first = len(getattr(config.vision_config, "deepstack_visual_indexes", ()))
     layers = config.text_config.num_hidden_layers
+    linear = [i for i, kind in enumerate(hf.layer_types(config.text_config)) if kind == "linear_attention"]
+    if linear:
+        first = 4
     places = {}
     for name in method_names():
         method = make_method(name, **profile_parameters(name, profile.methods, profile.name))
-        places[name] = [cut.before for cut in method.cuts(profile.vision_tokens, profile.vision_tokens // 10, layers)]
+        cuts = method.cuts(profile.vision_tokens, profile.vision_tokens // 10, layers)
+        places[name] = [cut.before for cut in cuts]
+        assert not {cut.reads for cut in cuts} & {*linear}
     assert all(first <= layer < layers for cuts in places.values() for layer in cuts)
     assert places["fastv"] == places["random:inside"] == [max(first, 2)]
 

@@ -24,6 +24,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
@@ -40,7 +42,7 @@ from mmtok_cli.models.internvl import InternVL, InternVLImageTextProcessor
 from mmtok_cli.models.llava import Llava
 from mmtok_cli.models.llava_next import LlavaNext
 from mmtok_cli.models.qwen_processor import QwenProcessor
-from mmtok_cli.models.qwen_vl import Qwen3VL, QwenVL
+from mmtok_cli.models.qwen_vl import Qwen3VL, Qwen35, QwenVL
 
 PATCH, SIDE = 14, 6  # 36 vision tokens
 SQUARE = SIDE * PATCH
@@ -174,6 +176,37 @@ def build_tiny_qwen3(attention: str = "sdpa") -> tuple[Qwen3VLForConditionalGene
     return scaled(Qwen3VLForConditionalGeneration(config)), qwen_processor(tokenizer)
 
 
+def build_tiny_qwen3_5(attention: str = "sdpa") -> tuple[Qwen3_5ForConditionalGeneration, QwenProcessor]:
+    """Eight decoder layers, of which every other one has linear attention; a quarter of each head is rotated."""
+    tokenizer = qwen_tokenizer()
+    text = {
+        **text_config(tokenizer),
+        "num_hidden_layers": 2 * LAYERS,
+        "layer_types": ["linear_attention", "full_attention"] * LAYERS,
+        "head_dim": 24,
+        "linear_key_head_dim": 12,
+        "linear_value_head_dim": 12,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "max_position_embeddings": 2048,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.25,
+            "mrope_section": [1, 1, 1],
+            "mrope_interleaved": True,
+        },
+    }
+    config = Qwen3_5Config(
+        vision_config={**QWEN_VISION, "num_position_embeddings": 64},
+        text_config=text,
+        **qwen_ids(tokenizer),
+        attn_implementation=attention,
+    )
+    torch.manual_seed(0)
+    return scaled(Qwen3_5ForConditionalGeneration(config)), qwen_processor(tokenizer)
+
+
 def qwen_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = build_tokenizer()
     tokenizer.add_special_tokens(
@@ -259,6 +292,7 @@ FAMILIES: dict[str, Callable[[str], VisionLanguageModel]] = {
     "llava": lambda attention: Llava("tiny", *build_tiny_llava(attention), text_tower=tiny_text_tower),
     "llava_next": lambda attention: LlavaNext("tiny", *build_tiny_llava_next(attention), text_tower=tiny_text_tower),
     "qwen2_5_vl": lambda attention: QwenVL("tiny", *build_tiny_qwen(attention)),
+    "qwen3_5": lambda attention: Qwen35("tiny", *build_tiny_qwen3_5(attention)),
     "qwen3_vl": lambda attention: Qwen3VL("tiny", *build_tiny_qwen3(attention)),
 }
 

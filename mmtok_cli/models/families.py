@@ -13,6 +13,7 @@ FAMILIES = {
     "llava": ("llava", "Llava"),
     "llava_next": ("llava_next", "LlavaNext"),
     "qwen2_5_vl": ("qwen_vl", "QwenVL"),
+    "qwen3_5": ("qwen_vl", "Qwen35"),
     "qwen3_vl": ("qwen_vl", "Qwen3VL"),
 }
 

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL: images at their own resolution, four patches merged into one vision token, positions in three axes."""
+"""Qwen-VL: images at their own resolution, four patches merged into one vision token, positions in three axes."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ class QwenVL(VisionLanguageModel):
     signals: ClassVar[tuple[str, ...]] = (*SIGNALS, MIDDLE)
     any_resolution: ClassVar[bool] = True
     has_deepstack: ClassVar[bool] = False  # whether the encoder gives the first decoder layers features of their own
+    named_blocks: ClassVar[str | None] = "fullatt_block_indexes"  # the field that lists some of the encoder's blocks
 
     def __init__(self, name: str, model: Any, processor: Any) -> None:
         super().__init__(name, model, processor)
@@ -49,7 +50,7 @@ class QwenVL(VisionLanguageModel):
                 raise MMTokError(
                     f"{field} of {name} is {encoder} in config.json and {ours} in preprocessor_config.json", COMPARE
                 )
-        sections, frequencies = hf.rotary_sections(text), hf.head_width(text) // 2
+        sections, frequencies = hf.rotary_sections(text), hf.rotary_width(text) // 2
         if not sections or len(sections) != 3 or sum(sections) != frequencies:
             raise MMTokError(
                 f"text_config.rope_parameters.mrope_section in config.json of {name} is {sections}: not three numbers "
@@ -62,15 +63,14 @@ class QwenVL(VisionLanguageModel):
                 f"{vision.hidden_size}, which do not share it evenly in quarters",
                 COMPARE,
             )
-        field, blocks = self._named_blocks()
+        if self.named_blocks is None:
+            return
+        blocks = getattr(vision, self.named_blocks)
         if not blocks or not all(0 <= block < vision.depth for block in blocks):
             raise MMTokError(
-                f"vision_config.{field} in config.json of {name} is {blocks}, of {vision.depth} blocks", COMPARE
+                f"vision_config.{self.named_blocks} in config.json of {name} is {blocks}, of {vision.depth} blocks",
+                COMPARE,
             )
-
-    def _named_blocks(self) -> tuple[str, list[int]]:
-        """The field of the encoder's configuration that lists some of its blocks."""
-        return "fullatt_block_indexes", self.model.config.vision_config.fullatt_block_indexes
 
     @classmethod
     def stand_in_processor(cls, config: Any, chat_template: str) -> Any:
@@ -245,15 +245,37 @@ class QwenVL(VisionLanguageModel):
         )
 
 
-class Qwen3VL(QwenVL):
+class Qwen35(QwenVL):
+    """`Qwen3_5ForConditionalGeneration`: every block of its encoder sees whole images.
+
+    Three of four decoder layers have linear attention: they read the sequence into a state of fixed size and keep no
+    keys and values. Methods inside the language model read the others, and the KV cache of those alone shrinks.
+    """
+
+    family: ClassVar[str] = "qwen3_5"
+    first_cut_reason: ClassVar[str] = "linear attention"
+    named_blocks: ClassVar[str | None] = None
+
+    @property
+    def first_cut(self) -> int:
+        """Behind the first layer that keeps keys and values: by their number transformers counts what was read."""
+        return next(i for i in range(self.loaded_layers) if i not in self.linear_layers) + 1
+
+    def _raster_order(self, sizes: Tensor) -> Tensor:
+        return torch.arange(int(sizes.prod(-1).sum()) // self.merge**2, device=self.device)
+
+    def _whole_image_blocks(self) -> Sequence[int]:
+        return range(self.model.config.vision_config.depth)
+
+
+class Qwen3VL(Qwen35):
     """`Qwen3VLForConditionalGeneration`: its first decoder layers add features of earlier encoder blocks (DeepStack)
-    to the vision tokens, whose rows follow the selection."""
+    to the vision tokens, whose rows follow the selection. All of them have full attention."""
 
     family: ClassVar[str] = "qwen3_vl"
+    first_cut_reason: ClassVar[str] = "DeepStack"
     has_deepstack: ClassVar[bool] = True
-
-    def _named_blocks(self) -> tuple[str, list[int]]:
-        return "deepstack_visual_indexes", self.model.config.vision_config.deepstack_visual_indexes
+    named_blocks: ClassVar[str | None] = "deepstack_visual_indexes"
 
     def encoded_images(
         self, rows: list[Tensor], vision: Sequence[VisionTokens], selections: Sequence[Selection]
@@ -267,9 +289,3 @@ class Qwen3VL(QwenVL):
     @property
     def first_cut(self) -> int:
         return len(self.model.config.vision_config.deepstack_visual_indexes)
-
-    def _raster_order(self, sizes: Tensor) -> Tensor:
-        return torch.arange(int(sizes.prod(-1).sum()) // self.merge**2, device=self.device)
-
-    def _whole_image_blocks(self) -> Sequence[int]:
-        return range(self.model.config.vision_config.depth)

@@ -22,7 +22,8 @@ class Needs:
     """Bytes that a model takes to read a batch of unreduced prompts.
 
     weights: all of them; layer: those of one decoder layer. working: an estimate of the KV cache of all layers and of
-    what one layer holds at a time; cache: the KV cache of one layer alone. vision_tokens: of the whole batch.
+    what one layer holds at a time; cache: the KV cache of one layer alone. Where layers differ, both are means. layers:
+    of the model, which come in groups of `group`. vision_tokens: of the whole batch.
     """
 
     weights: int
@@ -32,6 +33,7 @@ class Needs:
     layers: int
     vision_tokens: int
     parameters: int
+    group: int = 1
 
     @property
     def total(self) -> int:
@@ -48,9 +50,10 @@ class Needs:
         )
 
     def layers_within(self, free: int) -> int:
-        """How many decoder layers would fit."""
+        """How many decoder layers would fit, in whole groups."""
         fixed = self.total - self.layers * (self.layer + self.cache)
-        return max(0, min(self.layers, (free - fixed) // (self.layer + self.cache)))
+        fitting = max(0, min(self.layers, (free - fixed) // (self.layer + self.cache)))
+        return fitting if fitting == self.layers else fitting - fitting % self.group
 
 
 def laid_out(config: Any, dtype: torch.dtype | None, attention: str = "sdpa") -> Any:
@@ -69,6 +72,8 @@ def needs_of(model: Any, dtype: torch.dtype, vision_tokens: Sequence[int], atten
     tokens = sum(lengths)
     head = hf.head_width(text)
     cache = 2 * text.num_key_value_heads * head * tokens * width
+    attending = sum(kind != hf.LINEAR for kind in hf.layer_types(text))
+    cache = cache * attending // text.num_hidden_layers
     states = 4 * text.hidden_size + 2 * text.num_attention_heads * head + 3 * text.intermediate_size
     pairs = len(lengths) * max(lengths) ** 2
     matrix = text.num_attention_heads * pairs * (width + 4) if attention == "eager" else 0
@@ -76,12 +81,13 @@ def needs_of(model: Any, dtype: torch.dtype, vision_tokens: Sequence[int], atten
     parameters = sum(p.numel() for p in model.parameters())
     return Needs(
         weights=parameters * width,
-        layer=sum(p.numel() for p in layers[0].parameters()) * width,
+        layer=sum(p.numel() for p in layers.parameters()) // len(layers) * width,
         working=len(layers) * cache + tokens * states * width + matrix,
         cache=cache,
         layers=len(layers),
         vision_tokens=sum(vision_tokens),
         parameters=parameters,
+        group=hf.layer_group(text),
     )
 
 

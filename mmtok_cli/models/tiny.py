@@ -55,6 +55,19 @@ SMALLER: dict[str, dict[str, Any]] = {
         "text_config": {**TEXT, "rope_parameters": ROTARY},
         "vision_config": {**QWEN, "fullatt_block_indexes": [0, 2]},
     },
+    "qwen3_5": {
+        "text_config": {
+            **TEXT,
+            "head_dim": 24,
+            "full_attention_interval": 2,
+            "linear_key_head_dim": 12,
+            "linear_value_head_dim": 12,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "rope_parameters": {"mrope_section": [1, 1, 1]},
+        },
+        "vision_config": QWEN,
+    },
     "qwen3_vl": {
         "text_config": {**TEXT, "head_dim": 12, "rope_parameters": ROTARY},
         "vision_config": {**QWEN, "deepstack_visual_indexes": [0]},

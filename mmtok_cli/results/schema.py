@@ -506,6 +506,7 @@ class Environment(Record):
     decoder layers that were run, and those of the model, if only some were run; prefill, decode, KV cache and FLOPs are
     then estimates. fallback: what `mmtok profile` measured in place of the model as it is, and why. pixels: the
     resolution of images, as with --pixels: "native" or "fixed:2048"; None for models of fixed resolution.
+    linear_layers: how many of the decoder layers that were run have linear attention, whose state has a fixed size.
     """
 
     mmtok: str
@@ -530,6 +531,7 @@ class Environment(Record):
     layers: tuple[int, int] | None = None
     fallback: str | None = None
     pixels: str | None = None
+    linear_layers: Annotated[Number, Field(ge=0)] = 0
 
 
 class Schedule(Record):
