@@ -57,7 +57,7 @@ TRACKS = pytest.mark.parametrize("track", ["released", "harmonised"])
 
 # Every family; of those marked extended, which `make test-families` runs, tests/test_families.py has a part.
 EVERY_FAMILY: list[Any] = ["llava", "llava-eager", "llava_next", "qwen2_5_vl", "qwen3_vl", "internvl"]
-EVERY_FAMILY += [pytest.param(family, marks=pytest.mark.extended) for family in ("qwen3_5", "qwen3_5-eager")]
+EVERY_FAMILY += [pytest.param(family, marks=pytest.mark.extended) for family in ("qwen3_5", "qwen3_5-eager", "gemma3")]
 
 
 @pytest.fixture(scope="session", params=EVERY_FAMILY)
@@ -68,6 +68,7 @@ def vlm(request: pytest.FixtureRequest) -> VisionLanguageModel:
 
 REFUSED = {  # their signals come of a class token, or of CLIP
     "qwen2_5_vl": ("vispruner", "cdpruner"),
+    "gemma3": ("vispruner", "cdpruner"),
     "qwen3_5": ("vispruner", "cdpruner"),
     "qwen3_vl": ("vispruner", "cdpruner"),
     "internvl": ("cdpruner",),
@@ -79,6 +80,8 @@ def skip_refused(name: str, vlm: VisionLanguageModel, track: Track = "released")
         pytest.skip(f"{name} reads no attention, so that it cannot depend on the kernel")
     if name in REFUSED.get(vlm.family, ()):
         pytest.skip(f"{vlm.family} cannot show {name} what it needs")
+    if vlm.family == "gemma3" and name in INSIDE:
+        pytest.skip("gemma3 runs nothing inside the language model: tests/test_gemma3.py")
     if name == "resize:pool" and vlm.family == "llava_next" and track == "harmonised":
         pytest.skip("eight tokens in three crops are no rectangles")
 
@@ -125,7 +128,7 @@ def test_exact_count(name: str, track: Track, vlm: VisionLanguageModel, samples:
     entered = whole if name in INSIDE else keep
     assert (said.reduced.inputs["input_ids"] == vlm.image_token_id).sum(1).tolist() == entered
     rows = said.reduced.inputs["mm_encoder_outputs"]["image"].pooler_output
-    assert vlm.family == "internvl" or [len(image) for image in rows] == entered
+    assert vlm.family in ("gemma3", "internvl") or [len(image) for image in rows] == entered
     assert sum(len(image) for image in rows) == sum(entered)
     facts = zip(said.selections, said.reduced.tokens, keep, whole, strict=True)
     for selection, tokens, kept, total in facts:

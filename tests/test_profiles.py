@@ -25,6 +25,9 @@ from mmtok_cli.report.catalogues import models_legend, models_table
 PROFILES = known_profiles()
 BUILDABLE = [profile for profile in PROFILES.values() if profile.architecture]
 EXACT = {  # parameters, to the last one, so that no width and no depth slips
+    "gemma-3-4b": 4_300_079_472,
+    "gemma-3-12b": 12_187_325_040,
+    "gemma-3-27b": 27_432_406_640,
     "internvl3-2b": 2_088_957_440,
     "internvl3-8b": 7_944_373_760,
     "llava-1.5-7b": 7_063_427_072,
@@ -46,10 +49,15 @@ EXACT = {  # parameters, to the last one, so that no width and no depth slips
     "qwen3-vl-8b": 8_767_123_696,
     "qwen3-vl-32b": 33_357_390_064,
 }
-LAYER_TYPES = {"qwen3_5": {"full_attention", "linear_attention"}}
+LAYER_TYPES = {"gemma3": {"full_attention", "sliding_attention"}, "qwen3_5": {"full_attention", "linear_attention"}}
 SEEN = "<|vision_start|><|image_pad|><|vision_end|>"
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 PROMPTS = {  # image token, what stands for an image, and the prompt around the images and "red?"
+    "gemma3": (
+        "<start_of_image>",
+        "<start_of_image>",
+        "<start_of_turn>user\n{}red?<end_of_turn>\n<start_of_turn>model\n",
+    ),
     "internvl": (
         "<IMG_CONTEXT>",
         "<IMG_CONTEXT>\n",
@@ -107,7 +115,7 @@ def test_architectures_are_the_true_ones(profile: Profile) -> None:
     assert config.to_dict()["model_type"] == profile.family
     text = config.text_config
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
-    assert getattr(text, "sliding_window", None) is None
+    assert getattr(text, "sliding_window", None) == (1024 if profile.family == "gemma3" else None)
     assert kinds == LAYER_TYPES.get(profile.family, {"full_attention"})
 
 
@@ -132,6 +140,8 @@ def test_tokens_of_a_photograph(profile: Profile) -> None:
         side = vision.image_size // vision.patch_size
         rows = 2 * side * 480 // 640
         tokens = side**2 + rows * (2 * side + 1)
+    elif profile.family == "gemma3":
+        tokens = profile.architecture["mm_tokens_per_image"]
     elif profile.family == "internvl":  # three rows of four tiles, and a thumbnail
         side = vision.image_size[0] // vision.patch_size[0] // 2
         tokens = (3 * 4 + 1) * side**2

@@ -11,6 +11,8 @@ from transformers import (
     CLIPModel,
     CLIPTextConfig,
     CLIPVisionConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     InternVLConfig,
     InternVLForConditionalGeneration,
     LlamaConfig,
@@ -30,6 +32,7 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -38,6 +41,7 @@ from mmtok_cli.data.samples import Sample
 from mmtok_cli.demo.architecture import CHAT_TEMPLATE, build_tokenizer
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.models.clip_text import ClipText
+from mmtok_cli.models.gemma3 import Gemma3, Gemma3Processor
 from mmtok_cli.models.internvl import InternVL, InternVLImageTextProcessor
 from mmtok_cli.models.llava import Llava
 from mmtok_cli.models.llava_next import LlavaNext
@@ -65,6 +69,7 @@ TEXT = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
+SIGLIP = {"model_type": "siglip_vision_model", **VISION, "vision_use_head": False}
 QWEN_VISION = {
     "depth": 3,
     "hidden_size": 32,
@@ -287,7 +292,37 @@ def build_tiny_internvl(
     return model, InternVLImageTextProcessor(image_processor, tokenizer, template)
 
 
+def build_tiny_gemma3(attention: str = "sdpa") -> tuple[Gemma3ForConditionalGeneration, Gemma3Processor]:
+    """36 vision tokens of 2 x 2 patches; every other decoder layer sees a window that is shorter than the prompts."""
+    tokenizer = build_tokenizer()
+    tokens = ["<start_of_image>", "<end_of_image>", "<image_soft_token>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": tokens})
+    start, end, image = tokenizer.convert_tokens_to_ids(tokens)
+    config = Gemma3Config(
+        vision_config={**SIGLIP, "image_size": 2 * SQUARE},
+        text_config={
+            **text_config(tokenizer),
+            "head_dim": 12,
+            "query_pre_attn_scalar": 12,
+            "sliding_window": 24,
+            "sliding_window_pattern": 2,
+            "max_position_embeddings": 2048,
+        },
+        mm_tokens_per_image=SIDE**2,
+        boi_token_index=start,
+        eoi_token_index=end,
+        image_token_index=image,
+        attn_implementation=attention,
+    )
+    torch.manual_seed(0)
+    model = scaled(Gemma3ForConditionalGeneration(config))
+    torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight)  # zero where nothing is trained
+    image_processor = Gemma3ImageProcessorPil(size={"height": 2 * SQUARE, "width": 2 * SQUARE})
+    return model, Gemma3Processor(image_processor, tokenizer, CHAT_TEMPLATE.replace("<image>", "<start_of_image>"))
+
+
 FAMILIES: dict[str, Callable[[str], VisionLanguageModel]] = {
+    "gemma3": lambda attention: Gemma3("tiny", *build_tiny_gemma3(attention)),
     "internvl": lambda attention: InternVL("tiny", *build_tiny_internvl(attention)),
     "llava": lambda attention: Llava("tiny", *build_tiny_llava(attention), text_tower=tiny_text_tower),
     "llava_next": lambda attention: LlavaNext("tiny", *build_tiny_llava_next(attention), text_tower=tiny_text_tower),
@@ -303,6 +338,9 @@ def stock_inputs(model: VisionLanguageModel, sample: Sample) -> dict[str, Any]:
     inputs: dict[str, Any] = {"input_ids": prompt.input_ids, "attention_mask": prompt.attention_mask}
     if model.family == "llava":
         return inputs | {"pixel_values": torch.stack(prompt.pixel_values)}
+    if model.family == "gemma3":
+        of_images = (prompt.input_ids == model.image_token_id).long()
+        return inputs | {"pixel_values": torch.stack(prompt.pixel_values), "token_type_ids": of_images}
     if model.family == "internvl":
         return inputs | {"pixel_values": torch.cat(prompt.pixel_values)}
     if model.family == "llava_next":

@@ -9,6 +9,7 @@ from mmtok_cli.errors import MMTokError
 
 # Module and class. A module is imported when a model of its family is loaded.
 FAMILIES = {
+    "gemma3": ("gemma3", "Gemma3"),
     "internvl": ("internvl", "InternVL"),
     "llava": ("llava", "Llava"),
     "llava_next": ("llava_next", "LlavaNext"),

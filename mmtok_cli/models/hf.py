@@ -375,13 +375,15 @@ def rendered_length(
 def image_processor_class(kind: str) -> Any:
     """The image processor that works on PIL images, without torchvision.
 
-    kind: clip, got_ocr2 (InternVL), llava, llava_next, qwen2_vl.
+    kind: clip, gemma3, got_ocr2 (InternVL), llava, llava_next, llava_onevision, qwen2_vl.
     """
     names = {
         "clip": "CLIP",
+        "gemma3": "Gemma3",
         "got_ocr2": "GotOcr2",
         "llava": "Llava",
         "llava_next": "LlavaNext",
+        "llava_onevision": "LlavaOnevision",
         "qwen2_vl": "Qwen2VL",
     }
     return imported(f"models.{kind}.image_processing_pil_{kind}", f"{names[kind]}ImageProcessorPil")
@@ -838,6 +840,40 @@ def pooled(text_model: Any, ids: Tensor) -> Tensor:
     """CLIP's summary of a text, [batch, dim]. ids: [batch, length]."""
     summary: Tensor = _output(text_model(ids), "pooler_output")
     return summary
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SigLIP encoders, whose modules are named as those of CLIP, and Gemma 3
+
+
+def siglip_depth(model: Any) -> int:
+    """Layers of the encoder."""
+    return len(part(vision_tower(model), "encoder.layers"))
+
+
+def siglip_features(model: Any, pixels: Tensor, *, interpolate: bool) -> Tensor:
+    """What the encoder makes of images, after its last norm: [images, patches, dim].
+
+    interpolate: fit the position embedding to images of another size.
+    """
+    out = call(vision_tower(model), pixels, interpolate_pos_encoding=interpolate, return_dict=True)
+    features: Tensor = _output(out, "last_hidden_state")
+    return features
+
+
+def project_gemma(model: Any, features: Tensor) -> Tensor:
+    """What Gemma's projector does behind its pooling: [..., vision dim] to [..., dim]."""
+    projector = part(model, "model.multi_modal_projector")
+    weight = part(projector, "mm_input_projection_weight")
+    return part(projector, "mm_soft_emb_norm")(features.to(weight.dtype)) @ weight
+
+
+def bidirectional(of_images: Tensor) -> dict[str, Any]:
+    """Arguments of a forward pass in which the tokens of an image attend to each other in both directions.
+
+    of_images: [batch, length], True for tokens of images. Those of different images must not be adjacent.
+    """
+    return {"token_type_ids": of_images.long()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -164,6 +164,21 @@ def qwen_tokenizer(
     )
 
 
+def gemma_tokenizer(image_token: str, image_token_id: int, special: Mapping[str, int]) -> StandInTokenizer:
+    """A stand-in for the vocabulary of Gemma 3. special: ids of special tokens besides the image token."""
+    own = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<start_of_turn>": 105, "<end_of_turn>": 106}
+    return StandInTokenizer(
+        min(special.values()),
+        image_token,
+        image_token_id,
+        bos=own["<bos>"],
+        eos=own["<eos>"],
+        pad=own["<pad>"],
+        special={**own, **special},
+        pattern=QWEN_TOKENS,
+    )
+
+
 def _llama_tokenizer(config: Any) -> StandInTokenizer:
     text = config.text_config
     return StandInTokenizer(text.vocab_size, "<image>", config.image_token_id, text.bos_token_id, text.eos_token_id)

@@ -38,6 +38,11 @@ QWEN = {"depth": 3, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, 
 ROTARY = {"mrope_section": [2, 2, 2]}
 # Values that replace those of each family's first profile.
 SMALLER: dict[str, dict[str, Any]] = {
+    "gemma3": {
+        "text_config": {**TEXT, "head_dim": 12, "sliding_window": 64, "sliding_window_pattern": 2},
+        "vision_config": {**CLIP, "image_size": 2 * SIDE},
+        "mm_tokens_per_image": 36,
+    },
     "internvl": {"text_config": TEXT, "vision_config": {**CLIP, "image_size": [INTERNVL_SIDE, INTERNVL_SIDE]}},
     "llava": {"text_config": TEXT, "vision_config": CLIP},
     "llava_next": {
