@@ -12,7 +12,9 @@ METHODS = "mmtok,visionzip,divprune,fastv,resize"
 SETTINGS = ("--set", "fastv.layer=2")
 
 
-@pytest.fixture(scope="module", params=["gemma3", "internvl", "llava_next", "qwen2_5_vl", "qwen3_5", "qwen3_vl"])
+@pytest.fixture(
+    scope="module", params=["gemma3", "internvl", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen3_5", "qwen3_vl"]
+)
 def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("families") / request.param
     model = FAMILIES[request.param]("sdpa")
@@ -28,7 +30,7 @@ def test_infer_and_prune(directory: Path, photo: Path, tmp_path: Path) -> None:
     picture = tmp_path / "kept.png"
     (image,) = run_json("prune", photo, "How many?", "-m", directory, "-b", "25%", "-o", picture)["images"]
     assert image["kept"] == said["tokens"]["kept"] and picture.stat().st_size > 0
-    assert ("panels" in image) == (directory.name in ("internvl", "llava_next"))
+    assert ("panels" in image) == (directory.name in ("internvl", "llava_next", "llava_onevision"))
 
 
 @pytest.mark.compat

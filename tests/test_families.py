@@ -20,7 +20,7 @@ pytestmark = pytest.mark.compat
 METHODS = ["mmtok", "visionzip", "hiprune", "fastv", "sparsevlm", "dart", "v2drop", "resize"]
 
 
-@pytest.fixture(scope="module", params=["gemma3", "qwen3_5"])
+@pytest.fixture(scope="module", params=["gemma3", "llava_onevision", "qwen3_5", "qwen3_vl_moe"])
 def vlm(request: pytest.FixtureRequest) -> VisionLanguageModel:
     return FAMILIES[request.param]("sdpa")
 

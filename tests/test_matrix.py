@@ -57,7 +57,10 @@ TRACKS = pytest.mark.parametrize("track", ["released", "harmonised"])
 
 # Every family; of those marked extended, which `make test-families` runs, tests/test_families.py has a part.
 EVERY_FAMILY: list[Any] = ["llava", "llava-eager", "llava_next", "qwen2_5_vl", "qwen3_vl", "internvl"]
-EVERY_FAMILY += [pytest.param(family, marks=pytest.mark.extended) for family in ("qwen3_5", "qwen3_5-eager", "gemma3")]
+EVERY_FAMILY += [
+    pytest.param(family, marks=pytest.mark.extended)
+    for family in ("qwen3_5", "qwen3_5-eager", "qwen3_vl_moe", "gemma3", "llava_onevision")
+]
 
 
 @pytest.fixture(scope="session", params=EVERY_FAMILY)
@@ -69,10 +72,15 @@ def vlm(request: pytest.FixtureRequest) -> VisionLanguageModel:
 REFUSED = {  # their signals come of a class token, or of CLIP
     "qwen2_5_vl": ("vispruner", "cdpruner"),
     "gemma3": ("vispruner", "cdpruner"),
+    "llava_onevision": ("vispruner", "cdpruner"),
     "qwen3_5": ("vispruner", "cdpruner"),
     "qwen3_vl": ("vispruner", "cdpruner"),
+    "qwen3_vl_moe": ("vispruner", "cdpruner"),
     "internvl": ("cdpruner",),
 }
+
+
+CROPPED = ("llava_next", "llava_onevision")
 
 
 def skip_refused(name: str, vlm: VisionLanguageModel, track: Track = "released") -> None:
@@ -82,7 +90,7 @@ def skip_refused(name: str, vlm: VisionLanguageModel, track: Track = "released")
         pytest.skip(f"{vlm.family} cannot show {name} what it needs")
     if vlm.family == "gemma3" and name in INSIDE:
         pytest.skip("gemma3 runs nothing inside the language model: tests/test_gemma3.py")
-    if name == "resize:pool" and vlm.family == "llava_next" and track == "harmonised":
+    if name == "resize:pool" and vlm.family in CROPPED and (track == "harmonised" or vlm.family == "llava_onevision"):
         pytest.skip("eight tokens in three crops are no rectangles")
 
 
@@ -136,7 +144,7 @@ def test_exact_count(name: str, track: Track, vlm: VisionLanguageModel, samples:
         assert tokens.total == total
         places = selection.places
         assert bool((places[1:] > places[:-1]).all())
-        if name not in MERGING and not (vlm.family == "llava_next" and track == "released"):
+        if name not in MERGING and not (vlm.family in CROPPED and track == "released"):
             assert selection.indices.equal(places)
         if selection.order is not None:
             assert selection.order.sort().values.equal(places)
@@ -147,7 +155,7 @@ def test_exact_count(name: str, track: Track, vlm: VisionLanguageModel, samples:
 def test_padding_is_never_selected(name: str, track: Track, vlm: VisionLanguageModel, samples: list[Sample]) -> None:
     """Every kept token covers some of the image, by the boxes that overlays are drawn from."""
     skip_refused(name, vlm, track)
-    if track == "released" and (tiny_method(name, vlm.family).keeps_padding or vlm.family == "llava_next"):
+    if track == "released" and (tiny_method(name, vlm.family).keeps_padding or vlm.family in CROPPED):
         pytest.skip("released so that padding competes for the budget")
     said = answer(vlm, tiny_method(name, vlm.family), samples, BUDGET, rules=Rules(track), max_new_tokens=1)
     grids = said.reduced.prompt.grids

@@ -6,6 +6,7 @@ import copy
 import shutil
 import tomllib
 from io import StringIO
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,16 @@ EXACT = {  # parameters, to the last one, so that no width and no depth slips
     "gemma-3-27b": 27_432_406_640,
     "internvl3-2b": 2_088_957_440,
     "internvl3-8b": 7_944_373_760,
+    "internvl3.5-2b": 2_348_347_392,
+    "internvl3.5-4b": 4_732_489_216,
+    "internvl3.5-8b": 8_528_318_464,
     "llava-1.5-7b": 7_063_427_072,
     "llava-1.5-13b": 13_351_494_656,
     "llava-next-7b": 7_063_431_168,
     "llava-next-13b": 13_351_499_776,
     "llava-next-mistral-7b": 7_566_747_648,
+    "llava-onevision-0.5b": 893_675_552,
+    "llava-onevision-7b": 8_030_807_584,
     "qwen2.5-vl-3b": 3_754_622_976,
     "qwen2.5-vl-7b": 8_292_166_656,
     "qwen2.5-vl-32b": 33_452_718_336,
@@ -48,6 +54,8 @@ EXACT = {  # parameters, to the last one, so that no width and no depth slips
     "qwen3-vl-4b": 4_437_815_808,
     "qwen3-vl-8b": 8_767_123_696,
     "qwen3-vl-32b": 33_357_390_064,
+    "qwen3-vl-30b-a3b": 31_070_754_032,
+    "qwen3-vl-235b-a22b": 235_670_022_896,
 }
 LAYER_TYPES = {"gemma3": {"full_attention", "sliding_attention"}, "qwen3_5": {"full_attention", "linear_attention"}}
 SEEN = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -65,6 +73,7 @@ PROMPTS = {  # image token, what stands for an image, and the prompt around the 
     ),
     "llava": ("<image>", "<image>\n", "USER: {}red? ASSISTANT:"),
     "llava_next": ("<image>", "<image>\n", "USER: {}red? ASSISTANT:"),
+    "llava_onevision": ("<image>", "<image>", "<|im_start|>user {}\nred?<|im_end|><|im_start|>assistant\n"),
     "llava-next-mistral-7b": ("<image>", "<image>\n", "[INST] {}red? [/INST]"),
     "qwen2_5_vl": ("<|image_pad|>", SEEN, SYSTEM + "<|im_start|>user\n{}red?<|im_end|>\n<|im_start|>assistant\n"),
     "qwen3_5": (
@@ -72,6 +81,7 @@ PROMPTS = {  # image token, what stands for an image, and the prompt around the 
         SEEN,
         "<|im_start|>user\n{}red?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
     ),
+    "qwen3_vl_moe": ("<|image_pad|>", SEEN, "<|im_start|>user\n{}red?<|im_end|>\n<|im_start|>assistant\n"),
     "qwen3_vl": ("<|image_pad|>", SEEN, "<|im_start|>user\n{}red?<|im_end|>\n<|im_start|>assistant\n"),
 }
 
@@ -140,6 +150,9 @@ def test_tokens_of_a_photograph(profile: Profile) -> None:
         side = vision.image_size // vision.patch_size
         rows = 2 * side * 480 // 640
         tokens = side**2 + rows * (2 * side + 1)
+    elif profile.family == "llava_onevision":  # four crops; of 40.5 rows, 40 are left
+        side = vision.image_size // vision.patch_size
+        tokens = side**2 + 40 * (2 * side + 1)
     elif profile.family == "gemma3":
         tokens = profile.architecture["mm_tokens_per_image"]
     elif profile.family == "internvl":  # three rows of four tiles, and a thumbnail
@@ -217,10 +230,11 @@ def test_models_table_fits_80_columns_and_goes_by_family() -> None:
     console.print(models_table(profiles, [True] * len(profiles)))
     lines = console.export_text().splitlines()
     for profile in profiles[1:]:
-        [line] = [line for line in lines if line.split()[:1] == [profile.name]]
-        assert line.rstrip().endswith(f" {profile.location}")
+        [(line, behind)] = [pair for pair in pairwise(lines) if pair[0].split()[:1] == [profile.name]]
+        assert len(line) <= 80
+        assert f" {profile.location}" in line.rstrip() + behind.strip()  # the longest continue on a line of their own
     legend = models_legend(profiles)
     assert (
-        "demo 64 16 4; internvl3 20% 10% 5%; llava-1.5 192 128 64; llava-next 640 320 160; qwen2.5-vl 20% 10% 5%;"
-        in legend
+        "demo 64 16 4; gemma-3 50% 25% 10%; internvl3 20% 10% 5%; llava-1.5 192 128 64; llava-next 640 320 160; "
+        "llava-onevision 25% 11.1% 6.25%; qwen2.5-vl 20% 10% 5%;" in legend
     )

@@ -21,6 +21,8 @@ from transformers import (
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     LlavaNextProcessor,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -30,11 +32,14 @@ from transformers import (
     Qwen3_5ForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from mmtok_cli.data.samples import Sample
@@ -45,8 +50,9 @@ from mmtok_cli.models.gemma3 import Gemma3, Gemma3Processor
 from mmtok_cli.models.internvl import InternVL, InternVLImageTextProcessor
 from mmtok_cli.models.llava import Llava
 from mmtok_cli.models.llava_next import LlavaNext
+from mmtok_cli.models.llava_onevision import LlavaOneVision, OneVisionProcessor
 from mmtok_cli.models.qwen_processor import QwenProcessor
-from mmtok_cli.models.qwen_vl import Qwen3VL, Qwen35, QwenVL
+from mmtok_cli.models.qwen_vl import Qwen3VL, Qwen3VLMoe, Qwen35, QwenVL
 
 PATCH, SIDE = 14, 6  # 36 vision tokens
 SQUARE = SIDE * PATCH
@@ -147,6 +153,29 @@ def build_tiny_llava_next(attention: str = "sdpa") -> tuple[LlavaNextForConditio
     return scaled(LlavaNextForConditionalGeneration(config)), processor
 
 
+def build_tiny_llava_onevision(
+    attention: str = "sdpa",
+) -> tuple[LlavaOnevisionForConditionalGeneration, OneVisionProcessor]:
+    """Sixteen crops, which it scales down, for large images."""
+    tokenizer = build_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<video>"]})
+    pinpoints = [*PINPOINTS, [4 * SQUARE, 4 * SQUARE]]
+    config = LlavaOnevisionConfig(
+        vision_config=SIGLIP,
+        text_config={"model_type": "qwen2", **text_config(tokenizer), "max_position_embeddings": 2048},
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        video_token_index=tokenizer.convert_tokens_to_ids("<video>"),
+        image_grid_pinpoints=pinpoints,
+        attn_implementation=attention,
+    )
+    torch.manual_seed(0)
+    image_processor = LlavaOnevisionImageProcessorPil(
+        size={"height": SQUARE, "width": SQUARE}, image_grid_pinpoints=pinpoints
+    )
+    model = scaled(LlavaOnevisionForConditionalGeneration(config))
+    return model, OneVisionProcessor(image_processor, tokenizer, CHAT_TEMPLATE)
+
+
 def build_tiny_qwen(
     attention: str = "sdpa", tokenizer: PreTrainedTokenizerBase | None = None
 ) -> tuple[Qwen2_5_VLForConditionalGeneration, QwenProcessor]:
@@ -162,7 +191,8 @@ def build_tiny_qwen(
     return scaled(Qwen2_5_VLForConditionalGeneration(config)), qwen_processor(tokenizer)
 
 
-def build_tiny_qwen3(attention: str = "sdpa") -> tuple[Qwen3VLForConditionalGeneration, QwenProcessor]:
+def build_tiny_qwen3(attention: str = "sdpa", experts: int = 0) -> tuple[Any, QwenProcessor]:
+    """experts: of each decoder layer, in the architecture that has them."""
     tokenizer = qwen_tokenizer()
     rope = {
         "rope_type": "default",
@@ -171,14 +201,17 @@ def build_tiny_qwen3(attention: str = "sdpa") -> tuple[Qwen3VLForConditionalGene
         "mrope_interleaved": True,
     }
     text = {**text_config(tokenizer), "rope_parameters": rope, "head_dim": 12, "max_position_embeddings": 2048}
-    config = Qwen3VLConfig(
-        vision_config={**QWEN_VISION, "num_position_embeddings": 64, "deepstack_visual_indexes": [0]},
-        text_config=text,
-        **qwen_ids(tokenizer),
-        attn_implementation=attention,
-    )
+    vision = {**QWEN_VISION, "num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
+    ids = qwen_ids(tokenizer)
+    if experts:
+        text |= {"moe_intermediate_size": 24, "num_experts": experts, "num_experts_per_tok": 2}
+        config = Qwen3VLMoeConfig(vision_config=vision, text_config=text, **ids, attn_implementation=attention)
+        kind = Qwen3VLMoeForConditionalGeneration
+    else:
+        config = Qwen3VLConfig(vision_config=vision, text_config=text, **ids, attn_implementation=attention)
+        kind = Qwen3VLForConditionalGeneration
     torch.manual_seed(0)
-    return scaled(Qwen3VLForConditionalGeneration(config)), qwen_processor(tokenizer)
+    return scaled(kind(config)), qwen_processor(tokenizer)
 
 
 def build_tiny_qwen3_5(attention: str = "sdpa") -> tuple[Qwen3_5ForConditionalGeneration, QwenProcessor]:
@@ -326,9 +359,11 @@ FAMILIES: dict[str, Callable[[str], VisionLanguageModel]] = {
     "internvl": lambda attention: InternVL("tiny", *build_tiny_internvl(attention)),
     "llava": lambda attention: Llava("tiny", *build_tiny_llava(attention), text_tower=tiny_text_tower),
     "llava_next": lambda attention: LlavaNext("tiny", *build_tiny_llava_next(attention), text_tower=tiny_text_tower),
+    "llava_onevision": lambda attention: LlavaOneVision("tiny", *build_tiny_llava_onevision(attention)),
     "qwen2_5_vl": lambda attention: QwenVL("tiny", *build_tiny_qwen(attention)),
     "qwen3_5": lambda attention: Qwen35("tiny", *build_tiny_qwen3_5(attention)),
     "qwen3_vl": lambda attention: Qwen3VL("tiny", *build_tiny_qwen3(attention)),
+    "qwen3_vl_moe": lambda attention: Qwen3VLMoe("tiny", *build_tiny_qwen3(attention, experts=4)),
 }
 
 
@@ -343,7 +378,7 @@ def stock_inputs(model: VisionLanguageModel, sample: Sample) -> dict[str, Any]:
         return inputs | {"pixel_values": torch.stack(prompt.pixel_values), "token_type_ids": of_images}
     if model.family == "internvl":
         return inputs | {"pixel_values": torch.cat(prompt.pixel_values)}
-    if model.family == "llava_next":
+    if model.family in ("llava_next", "llava_onevision"):
         sizes = torch.tensor([[image.height, image.width] for image in sample.images])
         return inputs | {"pixel_values": torch.cat(prompt.pixel_values), "image_sizes": sizes}
     found = [model.processor.image_processor(image, return_tensors="pt") for image in sample.images]

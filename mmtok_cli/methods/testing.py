@@ -43,6 +43,7 @@ from mmtok_cli.pipeline import Answers, Encoded, answer, inside, prepare, reduce
 from mmtok_cli.rules import Positions, Rules, Track
 
 BUDGET = Budget(count=8)
+CROPPED = ("llava_next", "llava_onevision")  # families whose images are cut into crops with padding
 EVERYTHING = Budget(percent=100)
 TRACKS: tuple[Track, ...] = get_args(Track)
 Check = Callable[[Method, VisionLanguageModel, Track], None]
@@ -143,7 +144,7 @@ def check_count(method: Method, model: VisionLanguageModel, track: Track) -> Non
 
 def check_padding(method: Method, model: VisionLanguageModel, track: Track) -> None:
     """No token is kept that shows nothing but padding, unless the authors' code keeps it."""
-    if not method.takes_budget or (track == "released" and (method.keeps_padding or model.family == "llava_next")):
+    if not method.takes_budget or (track == "released" and (method.keeps_padding or model.family in CROPPED)):
         return  # no release leaves out the padding of crops
     answers = _answer(model, method, samples(), track)
     for sample, grid, selection in zip(samples(), answers.reduced.prompt.grids, answers.selections, strict=True):
@@ -226,7 +227,7 @@ def check_removed_equals_masked(method: Method, model: VisionLanguageModel, trac
     """Dropping tokens inside the language model equals hiding them from all others with an attention mask."""
     if not method.cuts(36, 8, model.layer_count) or model.linear_layers:
         return  # linear attention sees no token that is masked, but still sees where it stood
-    if method.selects() and model.family == "llava_next" and track == "released":
+    if method.selects() and model.family in CROPPED and track == "released":
         return  # padding of crops may enter, which has no position to keep
     sample, rules = samples()[1], Rules(track, positions="keep")
     reduced = _reduce(model, method, sample, rules)

@@ -904,6 +904,25 @@ def pack_crops(model: Any, features: Tensor, height: int, width: int, newline: T
     return rows
 
 
+UNBOUNDED = "anyres_max_1000000"  # crops' worth of tokens
+
+
+def pack_onevision(
+    model: Any, features: Tensor, height: int, width: int, newline: Tensor | None = None, *, whole: bool = False
+) -> Tensor:
+    """The same for LLaVA-OneVision, which scales many crops down. whole: it does not."""
+    inner = part(model, "model")
+    packed, _ = call(
+        part(inner, "pack_image_features"),
+        [features],
+        [(height, width)],
+        image_newline=part(inner, "image_newline") if newline is None else newline,
+        vision_aspect_ratio=UNBOUNDED if whole else part(inner, "config.vision_aspect_ratio"),
+    )
+    rows: Tensor = packed[0]
+    return rows
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Qwen-VL
 

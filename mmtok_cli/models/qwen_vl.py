@@ -289,3 +289,9 @@ class Qwen3VL(Qwen35):
     @property
     def first_cut(self) -> int:
         return len(self.model.config.vision_config.deepstack_visual_indexes)
+
+
+class Qwen3VLMoe(Qwen3VL):
+    """`Qwen3VLMoeForConditionalGeneration`: the same with a mixture of experts in its decoder layers."""
+
+    family: ClassVar[str] = "qwen3_vl_moe"

@@ -22,6 +22,7 @@ QWEN_MODELS = {  # fewest tokens per image, the statistics that pixels are norma
     "qwen2_5_vl": (4, "OPENAI_CLIP", QWEN_PIECES),
     "qwen3_5": (64, "IMAGENET_STANDARD", 248044),
     "qwen3_vl": (64, "IMAGENET_STANDARD", QWEN_PIECES),
+    "qwen3_vl_moe": (64, "IMAGENET_STANDARD", QWEN_PIECES),
 }
 
 

@@ -56,6 +56,11 @@ SMALLER: dict[str, dict[str, Any]] = {
             [SIDE, 3 * SIDE],
         ],
     },
+    "llava_onevision": {
+        "text_config": TEXT,
+        "vision_config": CLIP,
+        "image_grid_pinpoints": [[SIDE * rows, SIDE * columns] for rows in (1, 2, 4) for columns in (1, 2, 4)],
+    },
     "qwen2_5_vl": {
         "text_config": {**TEXT, "rope_parameters": ROTARY},
         "vision_config": {**QWEN, "fullatt_block_indexes": [0, 2]},
@@ -75,6 +80,17 @@ SMALLER: dict[str, dict[str, Any]] = {
     },
     "qwen3_vl": {
         "text_config": {**TEXT, "head_dim": 12, "rope_parameters": ROTARY},
+        "vision_config": {**QWEN, "deepstack_visual_indexes": [0]},
+    },
+    "qwen3_vl_moe": {
+        "text_config": {
+            **TEXT,
+            "head_dim": 12,
+            "rope_parameters": ROTARY,
+            "moe_intermediate_size": 24,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+        },
         "vision_config": {**QWEN, "deepstack_visual_indexes": [0]},
     },
 }
