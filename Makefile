@@ -5,10 +5,10 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint .ci/c
 EXAMPLE := mmtok_cli/demo/example.png
 QUESTION ?= What color is the star?
 
-.PHONY: help demo test test-floor test-newest test-engines test-vllm test-lmms check lock bench train-demo clean
+.PHONY: help demo test test-families test-floor test-newest test-engines test-vllm test-lmms check lock bench train-demo clean
 
 help: ## list these targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-13s %s\n", $$1, $$2}'
 
 # pip does not apply constraints to the packages that build a project, so those are installed like any other.
 .venv/installed: pyproject.toml .ci/constraints.txt
@@ -28,7 +28,10 @@ demo: .venv/installed ## answer, draw and compare with the model that comes with
 	$(BIN)/mmtok compare --methods mmtok,visionzip,fastv,random,resize,none
 
 test: .venv/installed-test ## run the test suite
-	$(BIN)/pytest -n auto --maxprocesses 8
+	$(BIN)/pytest -n auto --maxprocesses 8 -m 'not extended'
+
+test-families: .venv/installed-test ## run all methods on the families of which `make test` runs a part
+	$(BIN)/pytest -n auto --maxprocesses 8 -m extended
 
 test-floor: .venv/installed-test ## run the tests marked compat with the lowest transformers that pyproject.toml admits
 	$(BIN)/python .ci/compat.py floor

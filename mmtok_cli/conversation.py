@@ -193,7 +193,9 @@ class Conversation:
             text=model.tokenizer.decode(said, skip_special_tokens=True).strip(),
             token_ids=said,
             tokens=history.tokens,
-            kv_cache_bytes=cache_bytes(history.continuation.cache, model.layer_count - model.loaded_layers),
+            kv_cache_bytes=cache_bytes(
+                history.continuation.cache, model.layer_count - model.loaded_layers, model.layer_group
+            ),
             encoder_bytes=_stored_bytes(history.vision or ()),
             selections=history.selections,
         )

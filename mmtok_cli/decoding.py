@@ -104,7 +104,10 @@ class Continuation:
         return self._mask.shape[1]
 
 
-def cache_bytes(cache: Any, missing_layers: int = 0) -> int:
-    """Bytes of the keys and values of all layers; layers that are not run count as the last one that is."""
+def cache_bytes(cache: Any, missing_layers: int = 0, group: int = 1) -> int:
+    """Bytes of the keys and values of all layers, and of the states of those that have linear attention.
+
+    Layers that are not run count as those of the last group that is, of `group` layers.
+    """
     layers = hf.cached_bytes(cache)
-    return sum(layers) + missing_layers * layers[-1]
+    return sum(layers) + missing_layers * sum(layers[-group:]) // group

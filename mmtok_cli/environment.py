@@ -48,6 +48,7 @@ def environment_of(model: VisionLanguageModel) -> Environment:
         compiled=model.compiled,
         pixels=model.resolution,
         layers=(model.loaded_layers, model.layer_count) if model.loaded_layers < model.layer_count else None,
+        linear_layers=len(model.linear_layers),
     )
 
 

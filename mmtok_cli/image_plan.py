@@ -181,9 +181,17 @@ def cuts_of(method: Method, entering: int, keep: int, model: VisionLanguageModel
     if cuts and cuts[0].before < model.first_cut:
         raise MMTokError(
             f"{type(method).__name__} drops tokens before layer {cuts[0].before + 1}, and the first {model.first_cut} "
-            f"decoder layers of {model.name} need all vision tokens (DeepStack)",
+            f"decoder layers of {model.name} need all vision tokens ({model.first_cut_reason})",
             "let it cut later; `mmtok methods` followed by its name shows the parameter",
         )
+    for cut in cuts:
+        if cut.reads in model.linear_layers:
+            others = [str(layer) for layer in range(layers) if layer not in model.linear_layers]
+            raise MMTokError(
+                f"{type(method).__name__} reads the attention of decoder layer {cut.reads} of {model.name}, which has "
+                "linear attention and so no rows of it",
+                f"choose a parameter by which it reads one of the layers {', '.join(others)}",
+            )
     if before >= model.loaded_layers:
         raise MMTokError(
             f"{type(method).__name__} drops tokens before layer {before + 1} of {layers}, and only "

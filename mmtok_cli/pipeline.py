@@ -334,7 +334,7 @@ def answer_reduced(
             require_finite(model, first_logits)
         with stage("decode"):
             token_ids = decode(model, reduced.inputs, first_logits, cache, max_new_tokens, ignore_eos=ignore_eos)
-    kv_cache = cache_bytes(cache, model.layer_count - model.loaded_layers)
+    kv_cache = cache_bytes(cache, model.layer_count - model.loaded_layers, model.layer_group)
     missing_kv_cache = kv_cache - cache_bytes(cache)
     texts = [text.strip() for text in model.tokenizer.batch_decode(token_ids, skip_special_tokens=True)]
     selections = reduced.selections

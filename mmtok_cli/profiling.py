@@ -29,7 +29,7 @@ from mmtok_cli.timing.ceilings import achieved, measure_ceilings, weights_read
 from mmtok_cli.timing.clock import Clock
 from mmtok_cli.timing.flops import measure_flops
 from mmtok_cli.timing.machine import Machine
-from mmtok_cli.timing.partial import last_layer, missing_layers, of_whole_model
+from mmtok_cli.timing.partial import last_layer, missing_groups, of_whole_model
 from mmtok_cli.timing.runner import reserved_memory, run_case, run_round
 from mmtok_cli.timing.scaling import check_scaling, growth_of, measure_size, shortened, smallest_size
 from mmtok_cli.timing.summary import summarise_case, summarise_machine, with_slowdown
@@ -208,7 +208,7 @@ def time_selection(model: VisionLanguageModel, case: Case, sample: Sample) -> Se
         else:
             reduced = case.reduce(model, [sample], clock.stage)
             selection = reduced.selections[0]
-    stages = of_whole_model(clock.stages(), clock.sums(spans), missing_layers(model))
+    stages = of_whole_model(clock.stages(), clock.sums(spans), missing_groups(model))
     return Selected(reduced, selection, {stage: s for stage, s in stages.items() if stage in SELECTION_STAGES})
 
 

@@ -52,7 +52,8 @@ NAMES = set(
     v_proj o_proj q_norm k_norm qkv self_attn input_layernorm vision_tower multi_modal_projector
     apply_rotary_pos_emb apply_rotary_pos_emb_vision DynamicCache DynamicLayer BaseModelOutputWithPooling
     _attn_implementation attn_implementation _no_split_modules initialize_weights tie_weights
-    get_processor_dict
+    get_processor_dict token_type_ids mm_input_projection_weight mm_soft_emb_norm
+    linear_attn conv_states recurrent_states partial_rotary_factor
     """.split()
 )
 

@@ -62,7 +62,9 @@ def test_a_prompt_of_the_right_length_is_left_as_it_is(tiny_sdpa: Llava, samples
         of_prompt_length(tiny_sdpa, samples[0], tiny_sdpa.context_length)
 
 
-@pytest.mark.parametrize("name", ["llava-1.5-7b", "llava-next-7b", "qwen2.5-vl-3b", "qwen3-vl-4b", "internvl3-2b"])
+@pytest.mark.parametrize(
+    "name", ["llava-1.5-7b", "llava-next-7b", "qwen2.5-vl-3b", "qwen3-vl-4b", "qwen3.5-4b", "internvl3-2b"]
+)
 def test_stand_ins_for_a_vocabulary_make_exact_lengths(name: str) -> None:
     source = source_of(name)
     config = architecture(name, source)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from conftest import picture
@@ -28,11 +30,23 @@ TINY_LAYERS = {  # of a language model of four
     "v2drop": {"layers": (1, 2, 3)},
     "pace": {"layer": 2},
 }
+FAMILY_LAYERS = {  # of other language models
+    "qwen3_5": {  # of eight layers, of which the first, third and so on have linear attention
+        "fastv": {"layer": 2},
+        "random:inside": {"layer": 3},
+        "pyramiddrop": {"layers": (3, 5)},
+        "sparsevlm": {"layers": (1, 3, 5)},
+        "sparsevlm:v2": {"layers": (1, 3, 5)},
+        "dart": {"layer": 4},
+        "v2drop": {"layers": (2, 3, 6)},
+        "pace": {"layer": 4},
+    }
+}
 MERGING = ("visionzip", "sparsevlm")  # whose merged tokens stand last
 
 
-def tiny_method(name: str) -> Method:
-    return make_method(name, **TINY_LAYERS.get(name, {}))
+def tiny_method(name: str, family: str = "") -> Method:
+    return make_method(name, **FAMILY_LAYERS.get(family, TINY_LAYERS).get(name, {}))
 
 
 BUDGETED = [name for name in ALL if tiny_method(name).takes_budget]
@@ -41,11 +55,32 @@ READ_ATTENTION = {"full", *INSIDE, *(name for name in ALL if tiny_method(name).s
 TRACKS = pytest.mark.parametrize("track", ["released", "harmonised"])
 
 
+# Every family; of those marked extended, which `make test-families` runs, tests/test_families.py has a part.
+EVERY_FAMILY: list[Any] = ["llava", "llava-eager", "llava_next", "qwen2_5_vl", "qwen3_vl", "internvl"]
+EVERY_FAMILY += [
+    pytest.param(family, marks=pytest.mark.extended)
+    for family in ("qwen3_5", "qwen3_5-eager", "qwen3_vl_moe", "gemma3", "llava_onevision")
+]
+
+
+@pytest.fixture(scope="session", params=EVERY_FAMILY)
+def vlm(request: pytest.FixtureRequest) -> VisionLanguageModel:
+    family, _, attention = request.param.partition("-")
+    return FAMILIES[family](attention or "sdpa")
+
+
 REFUSED = {  # their signals come of a class token, or of CLIP
     "qwen2_5_vl": ("vispruner", "cdpruner"),
+    "gemma3": ("vispruner", "cdpruner"),
+    "llava_onevision": ("vispruner", "cdpruner"),
+    "qwen3_5": ("vispruner", "cdpruner"),
     "qwen3_vl": ("vispruner", "cdpruner"),
+    "qwen3_vl_moe": ("vispruner", "cdpruner"),
     "internvl": ("cdpruner",),
 }
+
+
+CROPPED = ("llava_next", "llava_onevision")
 
 
 def skip_refused(name: str, vlm: VisionLanguageModel, track: Track = "released") -> None:
@@ -53,7 +88,9 @@ def skip_refused(name: str, vlm: VisionLanguageModel, track: Track = "released")
         pytest.skip(f"{name} reads no attention, so that it cannot depend on the kernel")
     if name in REFUSED.get(vlm.family, ()):
         pytest.skip(f"{vlm.family} cannot show {name} what it needs")
-    if name == "resize:pool" and vlm.family == "llava_next" and track == "harmonised":
+    if vlm.family == "gemma3" and name in INSIDE:
+        pytest.skip("gemma3 runs nothing inside the language model: tests/test_gemma3.py")
+    if name == "resize:pool" and vlm.family in CROPPED and (track == "harmonised" or vlm.family == "llava_onevision"):
         pytest.skip("eight tokens in three crops are no rectangles")
 
 
@@ -68,7 +105,7 @@ def wanted(vlm: VisionLanguageModel, samples: list[Sample], track: Track) -> lis
 @pytest.mark.parametrize(("family", "name"), [(family, name) for family in REFUSED for name in REFUSED[family]])
 def test_what_a_family_cannot_show_is_refused(family: str, name: str, samples: list[Sample]) -> None:
     with pytest.raises(MMTokError, match=f"the {family} family does not offer") as error:
-        answer(FAMILIES[family]("sdpa"), tiny_method(name), samples[:1], BUDGET, max_new_tokens=1)
+        answer(FAMILIES[family]("sdpa"), tiny_method(name, family), samples[:1], BUDGET, max_new_tokens=1)
     assert "mmtok" in str(error.value.hint)
 
 
@@ -78,7 +115,9 @@ def test_what_a_family_cannot_show_is_refused(family: str, name: str, samples: l
 def test_identity_at_full_budget(name: str, track: Track, vlm: VisionLanguageModel, samples: list[Sample]) -> None:
     skip_refused(name, vlm)
     for sample, total in zip(samples, totals(vlm, samples), strict=True):
-        said = answer(vlm, tiny_method(name), [sample], Budget(percent=100), rules=Rules(track), max_new_tokens=1)
+        said = answer(
+            vlm, tiny_method(name, vlm.family), [sample], Budget(percent=100), rules=Rules(track), max_new_tokens=1
+        )
         assert said.reduced.tokens[0].kept == said.reduced.tokens[0].total == total
         assert said.reduced.tokens[0].layer_average == total
         assert torch.equal(said.first_logits, stock_logits(vlm, sample))
@@ -88,7 +127,7 @@ def test_identity_at_full_budget(name: str, track: Track, vlm: VisionLanguageMod
 @pytest.mark.parametrize("name", BUDGETED)
 def test_exact_count(name: str, track: Track, vlm: VisionLanguageModel, samples: list[Sample]) -> None:
     skip_refused(name, vlm, track)
-    said = answer(vlm, tiny_method(name), samples, BUDGET, rules=Rules(track), max_new_tokens=1)
+    said = answer(vlm, tiny_method(name, vlm.family), samples, BUDGET, rules=Rules(track), max_new_tokens=1)
     keep, whole = wanted(vlm, samples, track), totals(vlm, samples)
     if name == "resize":  # fitted under the budget where the encoder sees images at their own resolution
         assert all(0.85 * k <= s.kept <= k for s, k in zip(said.selections, keep, strict=True))
@@ -97,7 +136,7 @@ def test_exact_count(name: str, track: Track, vlm: VisionLanguageModel, samples:
     entered = whole if name in INSIDE else keep
     assert (said.reduced.inputs["input_ids"] == vlm.image_token_id).sum(1).tolist() == entered
     rows = said.reduced.inputs["mm_encoder_outputs"]["image"].pooler_output
-    assert vlm.family == "internvl" or [len(image) for image in rows] == entered
+    assert vlm.family in ("gemma3", "internvl") or [len(image) for image in rows] == entered
     assert sum(len(image) for image in rows) == sum(entered)
     facts = zip(said.selections, said.reduced.tokens, keep, whole, strict=True)
     for selection, tokens, kept, total in facts:
@@ -105,7 +144,7 @@ def test_exact_count(name: str, track: Track, vlm: VisionLanguageModel, samples:
         assert tokens.total == total
         places = selection.places
         assert bool((places[1:] > places[:-1]).all())
-        if name not in MERGING and not (vlm.family == "llava_next" and track == "released"):
+        if name not in MERGING and not (vlm.family in CROPPED and track == "released"):
             assert selection.indices.equal(places)
         if selection.order is not None:
             assert selection.order.sort().values.equal(places)
@@ -116,9 +155,9 @@ def test_exact_count(name: str, track: Track, vlm: VisionLanguageModel, samples:
 def test_padding_is_never_selected(name: str, track: Track, vlm: VisionLanguageModel, samples: list[Sample]) -> None:
     """Every kept token covers some of the image, by the boxes that overlays are drawn from."""
     skip_refused(name, vlm, track)
-    if track == "released" and (tiny_method(name).keeps_padding or vlm.family == "llava_next"):
+    if track == "released" and (tiny_method(name, vlm.family).keeps_padding or vlm.family in CROPPED):
         pytest.skip("released so that padding competes for the budget")
-    said = answer(vlm, tiny_method(name), samples, BUDGET, rules=Rules(track), max_new_tokens=1)
+    said = answer(vlm, tiny_method(name, vlm.family), samples, BUDGET, rules=Rules(track), max_new_tokens=1)
     grids = said.reduced.prompt.grids
     for sample, grid, selection in zip(samples, grids, said.selections, strict=True):
         (image,), boxes = sample.images, {}
@@ -138,7 +177,7 @@ def test_the_model_is_left_as_it_was(name: str, vlm: VisionLanguageModel, sample
         return [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in vlm.model.modules()]
 
     before, hooks_before = [stock_logits(vlm, sample) for sample in samples], hooks()
-    answer(vlm, tiny_method(name), samples, BUDGET, max_new_tokens=2)
+    answer(vlm, tiny_method(name, vlm.family), samples, BUDGET, max_new_tokens=2)
     assert all(torch.equal(b, stock_logits(vlm, s)) for b, s in zip(before, samples, strict=True))
     assert hooks() == hooks_before
 
@@ -147,7 +186,7 @@ def test_the_model_is_left_as_it_was(name: str, vlm: VisionLanguageModel, sample
 @pytest.mark.parametrize("name", ALL)
 def test_batch_equals_single(name: str, rules: Rules, vlm: VisionLanguageModel, samples: list[Sample]) -> None:
     skip_refused(name, vlm, rules.track)
-    method = tiny_method(name)
+    method = tiny_method(name, vlm.family)
     together = answer(vlm, method, samples, BUDGET, rules=rules, max_new_tokens=5)
     for i, sample in enumerate(samples):
         alone = answer(vlm, method, [sample], BUDGET, rules=rules, max_new_tokens=5)
@@ -160,7 +199,9 @@ def test_batch_equals_single(name: str, rules: Rules, vlm: VisionLanguageModel, 
 @pytest.mark.parametrize("name", ALL)
 def test_same_selection_every_time(name: str, vlm: VisionLanguageModel, samples: list[Sample]) -> None:
     skip_refused(name, vlm)
-    first, second = (answer(vlm, tiny_method(name), samples, BUDGET, max_new_tokens=1).selections for _ in range(2))
+    first, second = (
+        answer(vlm, tiny_method(name, vlm.family), samples, BUDGET, max_new_tokens=1).selections for _ in range(2)
+    )
     assert all(a.indices.equal(b.indices) for a, b in zip(first, second, strict=True))
 
 
@@ -176,7 +217,7 @@ def test_removing_rows_equals_a_prompt_without_them(
     if positions not in vlm.positions:
         pytest.skip(f"{vlm.family} cannot {positions}")
     sample, rules = samples[1], Rules("harmonised", positions=positions)
-    said = answer(vlm, tiny_method(name), [sample], BUDGET, rules=rules, max_new_tokens=4)
+    said = answer(vlm, tiny_method(name, vlm.family), [sample], BUDGET, rules=rules, max_new_tokens=4)
     inputs = dict(said.reduced.inputs)
     length = inputs["input_ids"].shape[1]
     expected_positions = torch.arange(length)[None]
@@ -215,10 +256,10 @@ def kept_positions(vlm: VisionLanguageModel, sample: Sample, said: Answers) -> t
 @pytest.mark.parametrize("name", ALL)
 def test_gpu_selects_as_the_cpu_does(name: str, vlm: VisionLanguageModel, samples: list[Sample]) -> None:
     skip_refused(name, vlm)
-    on_cpu = answer(vlm, tiny_method(name), samples, BUDGET, max_new_tokens=1).selections
+    on_cpu = answer(vlm, tiny_method(name, vlm.family), samples, BUDGET, max_new_tokens=1).selections
     vlm.model.cuda()
     try:
-        on_gpu = answer(vlm, tiny_method(name), samples, BUDGET, max_new_tokens=1).selections
+        on_gpu = answer(vlm, tiny_method(name, vlm.family), samples, BUDGET, max_new_tokens=1).selections
     finally:
         vlm.model.cpu()
     assert all(a.indices.equal(b.indices.cpu()) for a, b in zip(on_cpu, on_gpu, strict=True))

@@ -6,6 +6,7 @@ import copy
 import shutil
 import tomllib
 from io import StringIO
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,31 +19,53 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from mmtok_cli import profiles
 from mmtok_cli.methods import make_method, method_names
 from mmtok_cli.methods.settings import profile_parameters
+from mmtok_cli.models import hf
 from mmtok_cli.profiles import Profile, known_profiles
 from mmtok_cli.report.catalogues import models_legend, models_table
 
 PROFILES = known_profiles()
 BUILDABLE = [profile for profile in PROFILES.values() if profile.architecture]
 EXACT = {  # parameters, to the last one, so that no width and no depth slips
+    "gemma-3-4b": 4_300_079_472,
+    "gemma-3-12b": 12_187_325_040,
+    "gemma-3-27b": 27_432_406_640,
     "internvl3-2b": 2_088_957_440,
     "internvl3-8b": 7_944_373_760,
+    "internvl3.5-2b": 2_348_347_392,
+    "internvl3.5-4b": 4_732_489_216,
+    "internvl3.5-8b": 8_528_318_464,
     "llava-1.5-7b": 7_063_427_072,
     "llava-1.5-13b": 13_351_494_656,
     "llava-next-7b": 7_063_431_168,
     "llava-next-13b": 13_351_499_776,
     "llava-next-mistral-7b": 7_566_747_648,
+    "llava-onevision-0.5b": 893_675_552,
+    "llava-onevision-7b": 8_030_807_584,
     "qwen2.5-vl-3b": 3_754_622_976,
     "qwen2.5-vl-7b": 8_292_166_656,
     "qwen2.5-vl-32b": 33_452_718_336,
     "qwen2.5-vl-72b": 73_410_777_344,
+    "qwen3.5-0.8b": 852_985_920,
+    "qwen3.5-2b": 2_213_241_664,
+    "qwen3.5-4b": 4_539_265_536,
+    "qwen3.5-9b": 9_409_813_744,
+    "qwen3.5-27b": 27_356_728_560,
     "qwen3-vl-2b": 2_127_532_032,
     "qwen3-vl-4b": 4_437_815_808,
     "qwen3-vl-8b": 8_767_123_696,
     "qwen3-vl-32b": 33_357_390_064,
+    "qwen3-vl-30b-a3b": 31_070_754_032,
+    "qwen3-vl-235b-a22b": 235_670_022_896,
 }
+LAYER_TYPES = {"gemma3": {"full_attention", "sliding_attention"}, "qwen3_5": {"full_attention", "linear_attention"}}
 SEEN = "<|vision_start|><|image_pad|><|vision_end|>"
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 PROMPTS = {  # image token, what stands for an image, and the prompt around the images and "red?"
+    "gemma3": (
+        "<start_of_image>",
+        "<start_of_image>",
+        "<start_of_turn>user\n{}red?<end_of_turn>\n<start_of_turn>model\n",
+    ),
     "internvl": (
         "<IMG_CONTEXT>",
         "<IMG_CONTEXT>\n",
@@ -50,8 +73,15 @@ PROMPTS = {  # image token, what stands for an image, and the prompt around the 
     ),
     "llava": ("<image>", "<image>\n", "USER: {}red? ASSISTANT:"),
     "llava_next": ("<image>", "<image>\n", "USER: {}red? ASSISTANT:"),
+    "llava_onevision": ("<image>", "<image>", "<|im_start|>user {}\nred?<|im_end|><|im_start|>assistant\n"),
     "llava-next-mistral-7b": ("<image>", "<image>\n", "[INST] {}red? [/INST]"),
     "qwen2_5_vl": ("<|image_pad|>", SEEN, SYSTEM + "<|im_start|>user\n{}red?<|im_end|>\n<|im_start|>assistant\n"),
+    "qwen3_5": (
+        "<|image_pad|>",
+        SEEN,
+        "<|im_start|>user\n{}red?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
+    ),
+    "qwen3_vl_moe": ("<|image_pad|>", SEEN, "<|im_start|>user\n{}red?<|im_end|>\n<|im_start|>assistant\n"),
     "qwen3_vl": ("<|image_pad|>", SEEN, "<|im_start|>user\n{}red?<|im_end|>\n<|im_start|>assistant\n"),
 }
 
@@ -94,8 +124,9 @@ def test_architectures_are_the_true_ones(profile: Profile) -> None:
     assert profile.parameters == pytest.approx(EXACT[profile.name], rel=1e-3)
     assert config.to_dict()["model_type"] == profile.family
     text = config.text_config
-    assert getattr(text, "sliding_window", None) is None
-    assert set(getattr(text, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+    assert getattr(text, "sliding_window", None) == (1024 if profile.family == "gemma3" else None)
+    assert kinds == LAYER_TYPES.get(profile.family, {"full_attention"})
 
 
 @pytest.mark.parametrize("profile", BUILDABLE, ids=lambda profile: profile.name)
@@ -119,6 +150,11 @@ def test_tokens_of_a_photograph(profile: Profile) -> None:
         side = vision.image_size // vision.patch_size
         rows = 2 * side * 480 // 640
         tokens = side**2 + rows * (2 * side + 1)
+    elif profile.family == "llava_onevision":  # four crops; of 40.5 rows, 40 are left
+        side = vision.image_size // vision.patch_size
+        tokens = side**2 + 40 * (2 * side + 1)
+    elif profile.family == "gemma3":
+        tokens = profile.architecture["mm_tokens_per_image"]
     elif profile.family == "internvl":  # three rows of four tiles, and a thumbnail
         side = vision.image_size[0] // vision.patch_size[0] // 2
         tokens = (3 * 4 + 1) * side**2
@@ -162,14 +198,19 @@ def test_prompts_of_other_turns() -> None:
 
 @pytest.mark.parametrize("profile", BUILDABLE, ids=lambda profile: profile.name)
 def test_methods_cut_where_the_model_allows(profile: Profile) -> None:
-    """Inside the language model, and behind the layers to whose outputs DeepStack adds."""
+    """Inside the language model, behind the layers to whose outputs DeepStack adds, and by attention that there is."""
     config = configuration(profile)
     first = len(getattr(config.vision_config, "deepstack_visual_indexes", ()))
     layers = config.text_config.num_hidden_layers
+    linear = [i for i, kind in enumerate(hf.layer_types(config.text_config)) if kind == "linear_attention"]
+    if linear:
+        first = 4
     places = {}
     for name in method_names():
         method = make_method(name, **profile_parameters(name, profile.methods, profile.name))
-        places[name] = [cut.before for cut in method.cuts(profile.vision_tokens, profile.vision_tokens // 10, layers)]
+        cuts = method.cuts(profile.vision_tokens, profile.vision_tokens // 10, layers)
+        places[name] = [cut.before for cut in cuts]
+        assert not {cut.reads for cut in cuts} & {*linear}
     assert all(first <= layer < layers for cuts in places.values() for layer in cuts)
     assert places["fastv"] == places["random:inside"] == [max(first, 2)]
 
@@ -189,10 +230,11 @@ def test_models_table_fits_80_columns_and_goes_by_family() -> None:
     console.print(models_table(profiles, [True] * len(profiles)))
     lines = console.export_text().splitlines()
     for profile in profiles[1:]:
-        [line] = [line for line in lines if line.split()[:1] == [profile.name]]
-        assert line.rstrip().endswith(f" {profile.location}")
+        [(line, behind)] = [pair for pair in pairwise(lines) if pair[0].split()[:1] == [profile.name]]
+        assert len(line) <= 80
+        assert f" {profile.location}" in line.rstrip() + behind.strip()  # the longest continue on a line of their own
     legend = models_legend(profiles)
     assert (
-        "demo 64 16 4; internvl3 20% 10% 5%; llava-1.5 192 128 64; llava-next 640 320 160; qwen2.5-vl 20% 10% 5%;"
-        in legend
+        "demo 64 16 4; gemma-3 50% 25% 10%; internvl3 20% 10% 5%; llava-1.5 192 128 64; llava-next 640 320 160; "
+        "llava-onevision 25% 11.1% 6.25%; qwen2.5-vl 20% 10% 5%;" in legend
     )

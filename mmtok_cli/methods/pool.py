@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from mmtok_cli.budget import UnmetBudgetError, rectangle
+from mmtok_cli.errors import MMTokError
 from mmtok_cli.methods.base import Method
 from mmtok_cli.tokens import Selection, TextTokens, VisionTokens
 
@@ -31,6 +32,11 @@ class Pool(Method):
         places = vision.eligible.view(vision.grid).nonzero()
         (top, left), (bottom, right) = places.amin(0).tolist(), (places.amax(0) + 1).tolist()
         height, width = bottom - top, right - left
+        if len(places) < height * width:
+            raise MMTokError(
+                f"pooling needs vision tokens that form a rectangle, and those of {vision.image_id} do not",
+                "use another method, such as uniform, or a smaller image",
+            )
         try:
             rows, columns = rectangle(budget, (height, width), height / width)
         except UnmetBudgetError as error:

@@ -43,13 +43,14 @@ from mmtok_cli.pipeline import Answers, Encoded, answer, inside, prepare, reduce
 from mmtok_cli.rules import Positions, Rules, Track
 
 BUDGET = Budget(count=8)
+CROPPED = ("llava_next", "llava_onevision")  # families whose images are cut into crops with padding
 EVERYTHING = Budget(percent=100)
 TRACKS: tuple[Track, ...] = get_args(Track)
 Check = Callable[[Method, VisionLanguageModel, Track], None]
 
 
 class NotOfferedError(Exception):
-    """The method reads a signal that the family does not offer, so that there is nothing to check."""
+    """The method reads what the family does not offer, so that there is nothing to check."""
 
 
 class MethodTests:
@@ -143,7 +144,7 @@ def check_count(method: Method, model: VisionLanguageModel, track: Track) -> Non
 
 def check_padding(method: Method, model: VisionLanguageModel, track: Track) -> None:
     """No token is kept that shows nothing but padding, unless the authors' code keeps it."""
-    if not method.takes_budget or (track == "released" and (method.keeps_padding or model.family == "llava_next")):
+    if not method.takes_budget or (track == "released" and (method.keeps_padding or model.family in CROPPED)):
         return  # no release leaves out the padding of crops
     answers = _answer(model, method, samples(), track)
     for sample, grid, selection in zip(samples(), answers.reduced.prompt.grids, answers.selections, strict=True):
@@ -224,9 +225,9 @@ def check_model_unchanged(method: Method, model: VisionLanguageModel, track: Tra
 @torch.inference_mode()
 def check_removed_equals_masked(method: Method, model: VisionLanguageModel, track: Track) -> None:
     """Dropping tokens inside the language model equals hiding them from all others with an attention mask."""
-    if not method.cuts(36, 8, model.layer_count):
-        return
-    if method.selects() and model.family == "llava_next" and track == "released":
+    if not method.cuts(36, 8, model.layer_count) or model.linear_layers:
+        return  # linear attention sees no token that is masked, but still sees where it stood
+    if method.selects() and model.family in CROPPED and track == "released":
         return  # padding of crops may enter, which has no position to keep
     sample, rules = samples()[1], Rules(track, positions="keep")
     reduced = _reduce(model, method, sample, rules)
@@ -304,11 +305,11 @@ def _reduce(model: VisionLanguageModel, method: Method, sample: Sample, rules: R
 
 @contextmanager
 def _signals(model: VisionLanguageModel) -> Iterator[None]:
-    """Raise NotOfferedError in place of the error for a signal that the family does not have."""
+    """Raise NotOfferedError in place of the error for a signal, or the attention of a layer, that the family lacks."""
     try:
         yield
     except MMTokError as error:
-        if "does not offer" in error.message or "text tower" in error.message:
+        if any(words in error.message for words in ("does not offer", "text tower", "linear attention")):
             raise NotOfferedError(f"{model.family}: {error.message}") from error
         raise
 

@@ -65,6 +65,6 @@ def keys_at(
 def rotary_response(layer: Any, rotary: Rotary, queries: Tensor, tokens: Tensor) -> Tensor:
     """Attention logits between tokens whose queries and keys are vectors of ones: [queries, tokens]."""
     cos, sin = (part.float() for part in rotary)
-    ones = torch.ones_like(cos)
+    ones = cos.new_ones(len(cos), hf.attention_width(layer))  # the rotary embedding may turn a part of them only
     rotated = hf.rotate(layer, ones[None], (cos, sin))[0]
     return rotated[queries] @ rotated[tokens].T / ones.shape[1] ** 0.5

@@ -94,6 +94,7 @@ class VisionLanguageModel(ABC):
     fixed_tokens: int | None = None  # about how many vision tokens every image is scaled to, if not its own number
     any_resolution: ClassVar[bool] = False  # whether images are seen at their own resolution
     sees_videos: ClassVar[bool] = False
+    first_cut_reason: ClassVar[str] = ""  # why no vision tokens may be dropped before `first_cut`, in a word or two
 
     def __init__(self, name: str, model: Any, processor: Any) -> None:
         self.name = name
@@ -196,6 +197,17 @@ class VisionLanguageModel(ABC):
     def first_cut(self) -> int:
         """The first decoder layer before which vision tokens may be dropped; earlier layers need all of them."""
         return 0
+
+    @property
+    def linear_layers(self) -> frozenset[int]:
+        """The loaded decoder layers that have linear attention, which keeps a state of fixed size and no rows."""
+        kinds = hf.layer_types(self.model.config.text_config)
+        return frozenset(number for number, kind in enumerate(kinds) if kind == hf.LINEAR)
+
+    @property
+    def layer_group(self) -> int:
+        """Decoder layers after which the kinds of their attention repeat; 1 where all are of one kind."""
+        return hf.layer_group(self.model.config.text_config)
 
     @classmethod
     def stand_in_processor(cls, config: Any, chat_template: str) -> Any:

@@ -54,17 +54,22 @@ class ClipEncoded(VisionLanguageModel):
         super().__init__(name, model, processor)
         self._load_tower = text_tower
         self._tower: ClipText | None = None
-        tower, strategy = model.config.vision_config.model_type, model.config.vision_feature_select_strategy
-        if tower != "clip_vision_model" or strategy != "default":
-            raise MMTokError(
-                f"{name} has a {tower!r} encoder with the feature strategy {strategy!r}, which is not supported",
-                "LLaVA models with a CLIP encoder whose class token is dropped are",
-            )
+        self.require_encoder()
         depth = model.config.vision_config.num_hidden_layers + 1
         if not all(-depth <= layer < depth for layer in self._layers()):
             raise MMTokError(f"{name} takes its features from a layer that its encoder does not have", CHECK_CONFIG)
         if not 0 <= self.image_token_id < model.config.text_config.vocab_size:
             raise MMTokError(f"{name} has an image token outside its vocabulary", CHECK_CONFIG)
+
+    def require_encoder(self) -> None:
+        """Raises MMTokError for an encoder, or a part of its output, that is not supported."""
+        config = self.model.config
+        tower, strategy = config.vision_config.model_type, config.vision_feature_select_strategy
+        if tower != "clip_vision_model" or strategy != "default":
+            raise MMTokError(
+                f"{self.name} has a {tower!r} encoder with the feature strategy {strategy!r}, which is not supported",
+                "LLaVA models with a CLIP encoder whose class token is dropped are",
+            )
 
     @property
     def patch_size(self) -> int:

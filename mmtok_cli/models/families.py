@@ -9,11 +9,15 @@ from mmtok_cli.errors import MMTokError
 
 # Module and class. A module is imported when a model of its family is loaded.
 FAMILIES = {
+    "gemma3": ("gemma3", "Gemma3"),
     "internvl": ("internvl", "InternVL"),
     "llava": ("llava", "Llava"),
     "llava_next": ("llava_next", "LlavaNext"),
+    "llava_onevision": ("llava_onevision", "LlavaOneVision"),
     "qwen2_5_vl": ("qwen_vl", "QwenVL"),
+    "qwen3_5": ("qwen_vl", "Qwen35"),
     "qwen3_vl": ("qwen_vl", "Qwen3VL"),
+    "qwen3_vl_moe": ("qwen_vl", "Qwen3VLMoe"),
 }
 
 

@@ -410,13 +410,15 @@ def rendered_length(
 def image_processor_class(kind: str) -> Any:
     """The image processor that works on PIL images, without torchvision.
 
-    kind: clip, got_ocr2 (InternVL), llava, llava_next, qwen2_vl.
+    kind: clip, gemma3, got_ocr2 (InternVL), llava, llava_next, llava_onevision, qwen2_vl.
     """
     names = {
         "clip": "CLIP",
+        "gemma3": "Gemma3",
         "got_ocr2": "GotOcr2",
         "llava": "Llava",
         "llava_next": "LlavaNext",
+        "llava_onevision": "LlavaOnevision",
         "qwen2_vl": "Qwen2VL",
     }
     return imported(f"models.{kind}.image_processing_pil_{kind}", f"{names[kind]}ImageProcessorPil")
@@ -492,6 +494,26 @@ def head_width(text_config: Any) -> int:
 def rotary_sections(text_config: Any) -> Any:
     """How many of the rotary frequencies stand for time, rows and columns in a Qwen model."""
     return part(text_config, "rope_parameters").get("mrope_section")
+
+
+def rotary_width(text_config: Any) -> int:
+    """Values of an attention head that the rotary embedding turns: all of them, or the first ones."""
+    return int(head_width(text_config) * part(text_config, "rope_parameters").get("partial_rotary_factor", 1))
+
+
+LINEAR = "linear_attention"
+
+
+def layer_types(text_config: Any) -> list[str]:
+    """How each decoder layer mixes tokens: full_attention, sliding_attention or linear_attention."""
+    named = getattr(text_config, "layer_types", None)
+    return list(named) if named else ["full_attention"] * part(text_config, "num_hidden_layers")
+
+
+def layer_group(text_config: Any) -> int:
+    """Decoder layers after which the kinds of `layer_types` repeat: 1 where all are of one kind."""
+    kinds = layer_types(text_config)
+    return next(size for size in range(1, len(kinds) + 1) if kinds[size:] == kinds[:-size])
 
 
 def keep_layer_types(text_config: Any, layers: int) -> None:
@@ -637,13 +659,13 @@ class _Encoded(dict[str, Any]):
 
 
 def is_plain_cache(cache: Any) -> bool:
-    """Whether every layer of the cache grows with what it is given, whatever the other layers hold."""
-    plain, layer = imported("cache_utils", "DynamicCache"), imported("cache_utils", "DynamicLayer")
-    return type(cache) is plain and all(type(each) is layer for each in part(cache, "layers"))
+    """Whether every layer of the cache grows with what it is given, or keeps a state, whatever the others hold."""
+    kinds = [imported("cache_utils", name) for name in ("DynamicCache", "DynamicLayer", "LinearAttentionLayer")]
+    return type(cache) is kinds[0] and all(type(each) in kinds[1:] for each in part(cache, "layers"))
 
 
 def cached_tokens(cache: Any) -> int:
-    """Tokens that the first layer of the cache holds."""
+    """Tokens that the first layer of the cache that keeps any holds."""
     return int(part(cache, "get_seq_length")())
 
 
@@ -654,9 +676,17 @@ def cached_keys(cache: Any, layer: int) -> Tensor:
 
 
 def cached_bytes(cache: Any) -> list[int]:
-    """Bytes of the keys and values of each decoder layer that has any."""
-    layers = [(part(layer, "keys"), part(layer, "values")) for layer in part(cache, "layers")]
-    return [keys.nbytes + values.nbytes for keys, values in layers if keys is not None]
+    """Bytes of the keys and values of each decoder layer that has any; of linear attention, those of its states."""
+    linear = imported("cache_utils", "LinearAttentionCacheLayerMixin")
+    sizes = []
+    for layer in part(cache, "layers"):
+        if isinstance(layer, linear):
+            tensors = [*part(layer, "conv_states").values(), *part(layer, "recurrent_states").values()]
+        else:
+            tensors = [part(layer, "keys"), part(layer, "values")]
+        if tensors[0] is not None:
+            sizes.append(sum(tensor.nbytes for tensor in tensors if tensor is not None))
+    return sizes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -728,6 +758,19 @@ def normed(language: Any, rows: Tensor) -> Tensor:
     return final_norm(language).forward(rows).to(rows.device)
 
 
+def mixes_by_attention(layer: Any) -> bool:
+    """Whether a decoder layer has attention over all tokens; if not, it has linear attention, which keeps no rows."""
+    if hasattr(layer, "linear_attn"):
+        return False
+    part(layer, "self_attn")
+    return True
+
+
+def linear_mask(live: Tensor | None) -> Tensor | None:
+    """The mask of a layer of linear attention, [batch, tokens]. live: which tokens are no padding; None is all."""
+    return None if live is None else live.long()
+
+
 def rotary_embedding(language: Any, hidden: Tensor, position_ids: Tensor) -> Rotary:
     """Cosine and sine, [batch, tokens, head dim] each, of positions. hidden says the device and the data type."""
     return part(language, "rotary_emb")(hidden, position_ids)
@@ -741,6 +784,11 @@ def queries(layer: Any, hidden: Tensor, rotary: Rotary) -> Tensor:
 def keys(layer: Any, hidden: Tensor, rotary: Rotary) -> Tensor:
     """A decoder layer's keys after the rotary embedding: [KV heads, tokens, head dim]. hidden: [tokens, dim]."""
     return _projected(layer, hidden, rotary, "k_proj", "k_norm")
+
+
+def attention_width(layer: Any) -> int:
+    """Values per attention head of a decoder layer."""
+    return int(part(layer, "self_attn.head_dim"))
 
 
 def attention_scale(layer: Any) -> float:
@@ -757,7 +805,16 @@ def rotate(layer: Any, rows: Tensor, rotary: Rotary) -> Tensor:
 def _projected(layer: Any, hidden: Tensor, rotary: Rotary, projection: str, norm: str) -> Tensor:
     attention = part(layer, "self_attn")
     has_norms = _members(attention, {"q_proj", "k_proj", "v_proj", "o_proj"}, {"q_norm", "k_norm"})
-    split = part(attention, projection)(first_norm(layer)(hidden)).unflatten(-1, (-1, part(attention, "head_dim")))
+    width = part(attention, "head_dim")
+    projected = part(attention, projection)(first_norm(layer)(hidden))
+    if projection == "q_proj":  # the values that scale the output of a head stand behind its query
+        heads = part(attention, "o_proj.in_features") // width
+        split = projected.unflatten(-1, (heads, -1))
+        if split.shape[-1] not in (width, 2 * width):
+            raise changed(f"{projection} of {type(attention).__name__} with {width} values per head")
+        split = split[..., :width]
+    else:
+        split = projected.unflatten(-1, (-1, width))
     if has_norms:
         split = part(attention, norm)(split)
     return rotate(layer, split.transpose(0, 1), rotary)
@@ -844,6 +901,40 @@ def pooled(text_model: Any, ids: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# SigLIP encoders, whose modules are named as those of CLIP, and Gemma 3
+
+
+def siglip_depth(model: Any) -> int:
+    """Layers of the encoder."""
+    return len(part(vision_tower(model), "encoder.layers"))
+
+
+def siglip_features(model: Any, pixels: Tensor, *, interpolate: bool) -> Tensor:
+    """What the encoder makes of images, after its last norm: [images, patches, dim].
+
+    interpolate: fit the position embedding to images of another size.
+    """
+    out = call(vision_tower(model), pixels, interpolate_pos_encoding=interpolate, return_dict=True)
+    features: Tensor = _output(out, "last_hidden_state")
+    return features
+
+
+def project_gemma(model: Any, features: Tensor) -> Tensor:
+    """What Gemma's projector does behind its pooling: [..., vision dim] to [..., dim]."""
+    projector = part(model, "model.multi_modal_projector")
+    weight = part(projector, "mm_input_projection_weight")
+    return part(projector, "mm_soft_emb_norm")(features.to(weight.dtype)) @ weight
+
+
+def bidirectional(of_images: Tensor) -> dict[str, Any]:
+    """Arguments of a forward pass in which the tokens of an image attend to each other in both directions.
+
+    of_images: [batch, length], True for tokens of images. Those of different images must not be adjacent.
+    """
+    return {"token_type_ids": of_images.long()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # LLaVA-NeXT
 
 
@@ -866,6 +957,25 @@ def pack_crops(model: Any, features: Tensor, height: int, width: int, newline: T
         [(height, width)],
         vision_feature_select_strategy="default",
         image_newline=part(inner, "image_newline") if newline is None else newline,
+    )
+    rows: Tensor = packed[0]
+    return rows
+
+
+UNBOUNDED = "anyres_max_1000000"  # crops' worth of tokens
+
+
+def pack_onevision(
+    model: Any, features: Tensor, height: int, width: int, newline: Tensor | None = None, *, whole: bool = False
+) -> Tensor:
+    """The same for LLaVA-OneVision, which scales many crops down. whole: it does not."""
+    inner = part(model, "model")
+    packed, _ = call(
+        part(inner, "pack_image_features"),
+        [features],
+        [(height, width)],
+        image_newline=part(inner, "image_newline") if newline is None else newline,
+        vision_aspect_ratio=UNBOUNDED if whole else part(inner, "config.vision_aspect_ratio"),
     )
     rows: Tensor = packed[0]
     return rows

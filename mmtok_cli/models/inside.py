@@ -3,7 +3,8 @@
 Layers after a cut see a shorter sequence and cache no more than that, so the KV cache becomes ragged. Nothing of the
 model is changed, and no attention matrix is built: what a method reads of the attention is computed for its few
 queries alone, or summed up a few rows at a time. What a layer was called with is held only where a cut asks for it.
-Written for decoder layers such as those of transformers' Llama, Mistral and Qwen.
+Written for decoder layers such as those of transformers' Llama, Mistral and Qwen. Layers of linear attention among them
+read the shorter sequence as well, and keep a state that has no length.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ class Inside:
         self.selections: list[Selection] = []
         self._model = language_model
         self._layers = hf.decoder_layers(language_model)
+        self._attends = [hf.mixes_by_attention(layer) for layer in self._layers]
+        self._attention = self._layers[self._attends.index(True)]  # one layer of it; all rotate in the same way
         self._images = images
         self._positions = positions
         self._stage = stage
@@ -98,6 +101,8 @@ class Inside:
         now = self._reached
         if now is None:
             return args, kwargs | self._step_arguments(index, call) if call else kwargs
+        if call and not self._behind and self._attends[index]:  # the masks of linear attention have another form
+            now = self._reached = replace(now, mask=call.mask, mask_dtype=mask_dtype_of(call.mask))
         if index in self._cut_layers:
             with self._stage("select"):
                 hidden, now = self._cut(index, now, hidden, call.cache if call else None)
@@ -106,7 +111,8 @@ class Inside:
         if self._held.get(index, index) > index:
             self._read[index] = hidden
         if self._behind and call:
-            kwargs = kwargs | hf.layer_arguments(now.mask, now.position_ids, now.rotary)
+            mask = now.mask if self._attends[index] else hf.linear_mask(now.live)
+            kwargs = kwargs | hf.layer_arguments(mask, now.position_ids, now.rotary)
         return hf.with_hidden(args, kwargs, hidden)
 
     def _begin(self, call: hf.LayerCall) -> None:
@@ -172,7 +178,7 @@ class Inside:
             live=None,
             removed=torch.zeros(batch, dtype=torch.long, device=hidden.device),
             mask=call.mask,
-            mask_dtype=torch.bool if call.mask is None else call.mask.dtype,
+            mask_dtype=mask_dtype_of(call.mask),
             position_ids=call.position_ids,
             rotary=call.rotary,
         )
@@ -300,7 +306,7 @@ class Inside:
         return LayerTokens(
             hidden=hidden[image.start : image.end],
             attention=attention,
-            rotary_response=partial(rotary_response, self._layers[0], (cos, sin), queries, places),
+            rotary_response=partial(rotary_response, self._attention, (cos, sin), queries, places),
             eligible=image.eligible,
             image_id=image.plan.image_id,
             earlier={read: states[image.start : image.end].to(device) for read, states in earlier.items()},
@@ -314,7 +320,7 @@ class Inside:
     def _step_arguments(self, index: int, call: hf.LayerCall) -> dict[str, Any]:
         """What a layer is called with at a step of decoding, where that differs from what the model would pass."""
         behind = max((layer for layer in self._behind if layer <= index), default=None)
-        if behind is None:
+        if behind is None or not self._attends[index]:  # the state of linear attention has no length
             return {}
         if behind not in self._step:
             sequence = self._behind[behind]
@@ -325,6 +331,11 @@ class Inside:
                 rotary = hf.rotary_embedding(self._model, call.hidden, position_ids)
             self._step[behind] = hf.layer_arguments(mask, position_ids, rotary)
         return self._step[behind]
+
+
+def mask_dtype_of(mask: Tensor | None) -> torch.dtype:
+    """See `LayerSequence`."""
+    return torch.bool if mask is None else mask.dtype
 
 
 def _held_until(cuts: Iterable[Cut]) -> dict[int, int]:

@@ -189,10 +189,16 @@ class LlavaNext(ClipEncoded):
 
     def _pack(self, height: int, width: int) -> Packing:
         """The model's own packing, applied to numbers in place of features."""
+        return self.packing_of(
+            height, width, lambda numbers, end: hf.pack_crops(self.model, numbers, height, width, newline=end)
+        )
+
+    def packing_of(self, height: int, width: int, pack: Callable[[Tensor, Tensor], Tensor]) -> Packing:
+        """The packing of an image. pack: what the model makes of the rows of crops and the row that ends a line."""
         rows, columns = hf.crop_grid(height, width, self.pinpoints, self.image_size)
         crops, tokens = 1 + rows * columns, self.side**2
         numbers = torch.arange(crops * tokens, dtype=torch.float64).view(crops, tokens, 1)
-        packed = hf.pack_crops(self.model, numbers, height, width, newline=torch.tensor([-1.0], dtype=torch.float64))
+        packed = pack(numbers, torch.tensor([-1.0], dtype=torch.float64))
         sources = packed[:, 0].long()
         places = torch.full((crops * tokens,), PADDING)
         places[sources[sources >= 0]] = (sources >= 0).nonzero().squeeze(1)

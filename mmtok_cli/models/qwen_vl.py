@@ -46,6 +46,7 @@ class QwenVL(VisionLanguageModel):
     any_resolution: ClassVar[bool] = True
     sees_videos: ClassVar[bool] = True
     has_deepstack: ClassVar[bool] = False  # whether the encoder gives the first decoder layers features of their own
+    named_blocks: ClassVar[str | None] = "fullatt_block_indexes"  # the field that lists some of the encoder's blocks
 
     def __init__(self, name: str, model: Any, processor: Any) -> None:
         super().__init__(name, model, processor)
@@ -59,7 +60,7 @@ class QwenVL(VisionLanguageModel):
                 raise MMTokError(
                     f"{field} of {name} is {encoder} in config.json and {ours} in preprocessor_config.json", COMPARE
                 )
-        sections, frequencies = hf.rotary_sections(text), hf.head_width(text) // 2
+        sections, frequencies = hf.rotary_sections(text), hf.rotary_width(text) // 2
         if not sections or len(sections) != 3 or sum(sections) != frequencies:
             raise MMTokError(
                 f"text_config.rope_parameters.mrope_section in config.json of {name} is {sections}: not three numbers "
@@ -72,15 +73,14 @@ class QwenVL(VisionLanguageModel):
                 f"{vision.hidden_size}, which do not share it evenly in quarters",
                 COMPARE,
             )
-        field, blocks = self._named_blocks()
+        if self.named_blocks is None:
+            return
+        blocks = getattr(vision, self.named_blocks)
         if not blocks or not all(0 <= block < vision.depth for block in blocks):
             raise MMTokError(
-                f"vision_config.{field} in config.json of {name} is {blocks}, of {vision.depth} blocks", COMPARE
+                f"vision_config.{self.named_blocks} in config.json of {name} is {blocks}, of {vision.depth} blocks",
+                COMPARE,
             )
-
-    def _named_blocks(self) -> tuple[str, list[int]]:
-        """The field of the encoder's configuration that lists some of its blocks."""
-        return "fullatt_block_indexes", self.model.config.vision_config.fullatt_block_indexes
 
     @classmethod
     def stand_in_processor(cls, config: Any, chat_template: str) -> Any:
@@ -350,15 +350,21 @@ class QwenVL(VisionLanguageModel):
         )
 
 
-class Qwen3VL(QwenVL):
-    """`Qwen3VLForConditionalGeneration`: its first decoder layers add features of earlier encoder blocks (DeepStack)
-    to the vision tokens, whose rows follow the selection."""
+class Qwen35(QwenVL):
+    """`Qwen3_5ForConditionalGeneration`: every block of its encoder sees whole images.
 
-    family: ClassVar[str] = "qwen3_vl"
-    has_deepstack: ClassVar[bool] = True
+    Three of four decoder layers have linear attention: they read the sequence into a state of fixed size and keep no
+    keys and values. Methods inside the language model read the others, and the KV cache of those alone shrinks.
+    """
 
-    def _named_blocks(self) -> tuple[str, list[int]]:
-        return "deepstack_visual_indexes", self.model.config.vision_config.deepstack_visual_indexes
+    family: ClassVar[str] = "qwen3_5"
+    first_cut_reason: ClassVar[str] = "linear attention"
+    named_blocks: ClassVar[str | None] = None
+
+    @property
+    def first_cut(self) -> int:
+        """Behind the first layer that keeps keys and values: by their number transformers counts what was read."""
+        return next(i for i in range(self.loaded_layers) if i not in self.linear_layers) + 1
 
     def _with_video(self, before: str, video: Video, count: int, after: str) -> str:
         """Each slice has its time and marks of its own, in place of those that the chat template puts around all."""
@@ -376,14 +382,6 @@ class Qwen3VL(QwenVL):
     def has_text_within(self, image: Visual) -> bool:
         return isinstance(image, Video)
 
-    def encoded_images(
-        self, rows: list[Tensor], vision: Sequence[VisionTokens], selections: Sequence[Selection]
-    ) -> dict[str, Any]:
-        pairs = list(zip(vision, selections, strict=True))
-        depth = len(vision[0].deepstack) if vision else 0
-        deepstack = [[v.deepstack[layer][s.indices] for v, s in pairs] for layer in range(depth)]
-        return hf.encoded_images(rows, [bool(v.slices) for v in vision], deepstack=deepstack)
-
     def assemble(
         self,
         prompt: Prompt,
@@ -395,12 +393,36 @@ class Qwen3VL(QwenVL):
         in_time = [s.by_place() if v.slices else s for v, s in zip(vision, selections, strict=True)]
         return super().assemble(prompt, vision, in_time, positions)
 
-    @property
-    def first_cut(self) -> int:
-        return len(self.model.config.vision_config.deepstack_visual_indexes)
-
     def _raster_order(self, sizes: Tensor) -> Tensor:
         return torch.arange(int(sizes.prod(-1).sum()) // self.merge**2, device=self.device)
 
     def _whole_image_blocks(self) -> Sequence[int]:
         return range(self.model.config.vision_config.depth)
+
+
+class Qwen3VL(Qwen35):
+    """`Qwen3VLForConditionalGeneration`: its first decoder layers add features of earlier encoder blocks (DeepStack)
+    to the vision tokens, whose rows follow the selection. All of them have full attention."""
+
+    family: ClassVar[str] = "qwen3_vl"
+    first_cut_reason: ClassVar[str] = "DeepStack"
+    has_deepstack: ClassVar[bool] = True
+    named_blocks: ClassVar[str | None] = "deepstack_visual_indexes"
+
+    def encoded_images(
+        self, rows: list[Tensor], vision: Sequence[VisionTokens], selections: Sequence[Selection]
+    ) -> dict[str, Any]:
+        pairs = list(zip(vision, selections, strict=True))
+        depth = len(vision[0].deepstack) if vision else 0
+        deepstack = [[v.deepstack[layer][s.indices] for v, s in pairs] for layer in range(depth)]
+        return hf.encoded_images(rows, [bool(v.slices) for v in vision], deepstack=deepstack)
+
+    @property
+    def first_cut(self) -> int:
+        return len(self.model.config.vision_config.deepstack_visual_indexes)
+
+
+class Qwen3VLMoe(Qwen3VL):
+    """`Qwen3VLMoeForConditionalGeneration`: the same with a mixture of experts in its decoder layers."""
+
+    family: ClassVar[str] = "qwen3_vl_moe"

@@ -22,8 +22,9 @@ class Needs:
     """Bytes that a model takes to read a batch of unreduced prompts.
 
     weights: all of them; layer: those of one decoder layer. working: an estimate of the KV cache of all layers and of
-    what one layer holds at a time; cache: the KV cache of one layer alone. encoder: what one block of the vision
-    encoder holds at a time, before there is a KV cache. vision_tokens: of the whole batch.
+    what one layer holds at a time; cache: the KV cache of one layer alone. Where layers differ, both are means.
+    encoder: what one block of the vision encoder holds at a time, before there is a KV cache. layers: of the model,
+    which come in groups of `group`. vision_tokens: of the whole batch.
     """
 
     weights: int
@@ -34,6 +35,7 @@ class Needs:
     vision_tokens: int
     parameters: int
     encoder: int = 0
+    group: int = 1
 
     @property
     def activations(self) -> int:
@@ -55,9 +57,9 @@ class Needs:
         )
 
     def layers_within(self, free: int) -> int:
-        """How many decoder layers would fit."""
-        fitting = (layers for layers in range(self.layers, 0, -1) if self.of_layers(layers).total <= free)
-        return next(fitting, 0)
+        """How many decoder layers would fit, in whole groups."""
+        counts = (self.layers, *range(self.layers - self.layers % self.group, 0, -self.group))
+        return next((layers for layers in counts if self.of_layers(layers).total <= free), 0)
 
 
 def laid_out(config: Any, dtype: torch.dtype | None, attention: str | Mapping[str, str] = "sdpa") -> Any:
@@ -83,6 +85,8 @@ def needs_of(
     tokens = sum(lengths)
     head = hf.head_width(text)
     cache = 2 * text.num_key_value_heads * head * tokens * width
+    attending = sum(kind != hf.LINEAR for kind in hf.layer_types(text))
+    cache = cache * attending // text.num_hidden_layers
     states = 4 * text.hidden_size + 2 * text.num_attention_heads * head + 3 * text.intermediate_size
     pairs = len(lengths) * max(lengths) ** 2
     matrix = text.num_attention_heads * pairs * (width + 4) if attention == "eager" else 0
@@ -95,13 +99,14 @@ def needs_of(
     parameters = sum(p.numel() for p in model.parameters())
     return Needs(
         weights=parameters * width,
-        layer=sum(p.numel() for p in layers[0].parameters()) * width,
+        layer=sum(p.numel() for p in layers.parameters()) // len(layers) * width,
         working=len(layers) * cache + tokens * states * width + matrix,
         cache=cache,
         layers=len(layers),
         vision_tokens=sum(vision_tokens),
         parameters=parameters,
         encoder=block + seen,
+        group=hf.layer_group(text),
     )
 
 

@@ -150,6 +150,14 @@ def shortened(config: Any, layers: int, name: str) -> Any:
     text = config.text_config
     if not 1 <= layers <= text.num_hidden_layers:
         raise MMTokError(f"{name} has {text.num_hidden_layers} decoder layers, not {layers}", "choose fewer --layers")
+    group = hf.layer_group(text)
+    if layers % group:
+        kinds = " and ".join(dict.fromkeys(kind.replace("_", " ") for kind in hf.layer_types(text)))
+        raise MMTokError(
+            f"the decoder layers of {name} come in groups of {group}, with {kinds}, so that {layers} of them do not "
+            "stand for the whole",
+            f"choose a multiple of {group} for --layers",
+        )
     text.num_hidden_layers = layers
     hf.keep_layer_types(text, layers)
     return config

@@ -13,14 +13,16 @@ from mmtok_cli.models.qwen_processor import IMAGE_TOKEN, QwenProcessor
 TOKENS = r"\w{1,4}|[^\w\s]"  # about what vocabularies of 32,000 pieces make of English
 
 QWEN_PIECES = 151643  # the special tokens come after them
-QWEN_SPECIAL = {"<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645}
+QWEN_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # the first of these
 # Most English words are one piece of 150,000; lines end and numbers are spelled in tokens of their own.
 QWEN_TOKENS = r"\n{1,10}|\d|[^\W\d]{1,10}|[^\w\s]"
 
 QWEN_MOST_TOKENS = 16384  # per image, of all checkpoints
-QWEN_IMAGES = {  # fewest tokens per image, and the statistics that pixels are normalised with
-    "qwen2_5_vl": (4, "OPENAI_CLIP"),
-    "qwen3_vl": (64, "IMAGENET_STANDARD"),
+QWEN_MODELS = {  # fewest tokens per image, the statistics that pixels are normalised with, pieces of the vocabulary
+    "qwen2_5_vl": (4, "OPENAI_CLIP", QWEN_PIECES),
+    "qwen3_5": (64, "IMAGENET_STANDARD", 248044),
+    "qwen3_vl": (64, "IMAGENET_STANDARD", QWEN_PIECES),
+    "qwen3_vl_moe": (64, "IMAGENET_STANDARD", QWEN_PIECES),
 }
 
 
@@ -123,9 +125,9 @@ def llava_next_processor(config: Any, chat_template: str) -> Any:
 
 
 def qwen_processor(config: Any, chat_template: str) -> QwenProcessor:
-    """A processor for a configuration of Qwen2.5-VL or Qwen3-VL, with a stand-in for the vocabulary."""
+    """A processor for a configuration of a Qwen-VL model, with a stand-in for the vocabulary."""
     vision = config.vision_config
-    fewest, statistics = QWEN_IMAGES[config.model_type]
+    fewest, statistics, pieces = QWEN_MODELS[config.model_type]
     mean, deviation = hf.pixel_statistics(statistics)
     pixels = (vision.patch_size * vision.spatial_merge_size) ** 2  # of one token
     image_processor = hf.image_processor_class("qwen2_vl")(
@@ -141,20 +143,39 @@ def qwen_processor(config: Any, chat_template: str) -> QwenProcessor:
         "<|vision_end|>": config.vision_end_token_id,
         "<|video_pad|>": config.video_token_id,
     }
-    tokenizer = qwen_tokenizer(IMAGE_TOKEN, config.image_token_id, special)
+    tokenizer = qwen_tokenizer(IMAGE_TOKEN, config.image_token_id, special, pieces)
     return QwenProcessor(image_processor, tokenizer, chat_template)
 
 
-def qwen_tokenizer(image_token: str, image_token_id: int, special: Mapping[str, int]) -> StandInTokenizer:
-    """A stand-in for the vocabulary of Qwen2.5 and Qwen3. special: ids of special tokens besides the image token."""
+def qwen_tokenizer(
+    image_token: str, image_token_id: int, special: Mapping[str, int], pieces: int = QWEN_PIECES
+) -> StandInTokenizer:
+    """A stand-in for the vocabulary of Qwen2.5 and later ones. special: ids of special tokens besides the image token.
+    pieces: of words; the special tokens come after them."""
+    own = {token: pieces + number for number, token in enumerate(QWEN_SPECIAL)}
     return StandInTokenizer(
-        QWEN_PIECES,
+        pieces,
         image_token,
         image_token_id,
         bos=None,
-        eos=QWEN_SPECIAL["<|im_end|>"],
-        pad=QWEN_SPECIAL["<|endoftext|>"],
-        special={**QWEN_SPECIAL, **special},
+        eos=own["<|im_end|>"],
+        pad=own["<|endoftext|>"],
+        special={**own, **special},
+        pattern=QWEN_TOKENS,
+    )
+
+
+def gemma_tokenizer(image_token: str, image_token_id: int, special: Mapping[str, int]) -> StandInTokenizer:
+    """A stand-in for the vocabulary of Gemma 3. special: ids of special tokens besides the image token."""
+    own = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<start_of_turn>": 105, "<end_of_turn>": 106}
+    return StandInTokenizer(
+        min(special.values()),
+        image_token,
+        image_token_id,
+        bos=own["<bos>"],
+        eos=own["<eos>"],
+        pad=own["<pad>"],
+        special={**own, **special},
         pattern=QWEN_TOKENS,
     )
 

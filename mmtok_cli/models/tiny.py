@@ -38,6 +38,11 @@ QWEN = {"depth": 3, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, 
 ROTARY = {"mrope_section": [2, 2, 2]}
 # Values that replace those of each family's first profile.
 SMALLER: dict[str, dict[str, Any]] = {
+    "gemma3": {
+        "text_config": {**TEXT, "head_dim": 12, "sliding_window": 64, "sliding_window_pattern": 2},
+        "vision_config": {**CLIP, "image_size": 2 * SIDE},
+        "mm_tokens_per_image": 36,
+    },
     "internvl": {"text_config": TEXT, "vision_config": {**CLIP, "image_size": [INTERNVL_SIDE, INTERNVL_SIDE]}},
     "llava": {"text_config": TEXT, "vision_config": CLIP},
     "llava_next": {
@@ -51,12 +56,41 @@ SMALLER: dict[str, dict[str, Any]] = {
             [SIDE, 3 * SIDE],
         ],
     },
+    "llava_onevision": {
+        "text_config": TEXT,
+        "vision_config": CLIP,
+        "image_grid_pinpoints": [[SIDE * rows, SIDE * columns] for rows in (1, 2, 4) for columns in (1, 2, 4)],
+    },
     "qwen2_5_vl": {
         "text_config": {**TEXT, "rope_parameters": ROTARY},
         "vision_config": {**QWEN, "fullatt_block_indexes": [0, 2]},
     },
+    "qwen3_5": {
+        "text_config": {
+            **TEXT,
+            "head_dim": 24,
+            "full_attention_interval": 2,
+            "linear_key_head_dim": 12,
+            "linear_value_head_dim": 12,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "rope_parameters": {"mrope_section": [1, 1, 1]},
+        },
+        "vision_config": QWEN,
+    },
     "qwen3_vl": {
         "text_config": {**TEXT, "head_dim": 12, "rope_parameters": ROTARY},
+        "vision_config": {**QWEN, "deepstack_visual_indexes": [0]},
+    },
+    "qwen3_vl_moe": {
+        "text_config": {
+            **TEXT,
+            "head_dim": 12,
+            "rope_parameters": ROTARY,
+            "moe_intermediate_size": 24,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+        },
         "vision_config": {**QWEN, "deepstack_visual_indexes": [0]},
     },
 }

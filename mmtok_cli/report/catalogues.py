@@ -42,7 +42,7 @@ def models_table(profiles: Sequence[Profile], here: Sequence[bool]) -> Table:
     for heading in ("size", "tokens"):
         table.add_column(heading, justify="right")
     table.add_column("here")
-    table.add_column("loaded from")
+    table.add_column("loaded from", overflow="fold")
     for profile, is_here in zip(profiles, here, strict=True):
         where = "this package" if profile.location.startswith("package:") else profile.location
         size = count(profile.parameters).replace(" G", " B")

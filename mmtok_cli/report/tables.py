@@ -229,6 +229,13 @@ def part_text(layers: tuple[int, int] | None) -> str:
     )
 
 
+def linear_text(layers: int) -> str:
+    """What linear attention means for the KV cache; empty for models without it."""
+    if not layers:
+        return ""
+    return f"{layers} decoder layers have linear attention and a state of fixed size: only the others cache fewer rows"
+
+
 def measured_text(environment: Environment) -> str:
     """What was measured in place of a whole, trained model, in short; empty if it was one."""
     e = environment
@@ -336,7 +343,8 @@ def environment_line(model: str, environment: Environment) -> Text:
     e = environment
     commit = f", git {e.git_commit[:9]}{' (changed)' if e.git_dirty else ''}" if e.git_commit else ""
     driver = f", driver {e.driver}" if e.driver else ""
-    remarks = "".join(f"; {text}" for text in (weights_text(e.weights), part_text(e.layers)) if text)
+    said = (linear_text(e.linear_layers), weights_text(e.weights), part_text(e.layers))
+    remarks = "".join(f"; {text}" for text in said if text)
     return Text(
         f"{model} on {e.processor} ({e.device}, {settings_text(e)}, {plural(e.threads, 'thread')}), "
         f"torch {e.torch}, transformers {e.transformers}, mmtok {e.mmtok}{commit}{driver}{remarks}",

@@ -507,6 +507,7 @@ class Environment(Record):
     then estimates. fallback: what `mmtok profile` measured in place of the model as it is, and why. pixels: the
     resolution of images, as with --pixels: "native" or "fixed:2048"; None for models of fixed resolution.
     encoder_attention: the kernel of the vision encoder, if it is not `attention`.
+    linear_layers: how many of the decoder layers that were run have linear attention, whose state has a fixed size.
     """
 
     mmtok: str
@@ -532,6 +533,7 @@ class Environment(Record):
     fallback: str | None = None
     pixels: str | None = None
     encoder_attention: str | None = None
+    linear_layers: Annotated[Number, Field(ge=0)] = 0
 
 
 class Schedule(Record):

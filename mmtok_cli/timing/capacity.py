@@ -10,7 +10,6 @@ import torch
 from mmtok_cli.cases import Case, release_memory
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.errors import is_out_of_memory
-from mmtok_cli.models import hf
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.models.quantization import stored_bytes
 from mmtok_cli.models.room import free_memory
@@ -19,7 +18,7 @@ from mmtok_cli.results.schema import LargestBatch
 from mmtok_cli.settings import LARGEST_BATCH, AnswerLength
 from mmtok_cli.stages import unwatched
 from mmtok_cli.timing.memory import peak_memory
-from mmtok_cli.timing.partial import missing_layers
+from mmtok_cli.timing.partial import last_group, missing_groups, missing_layers
 from mmtok_cli.timing.traces import allocated_peak
 
 TRIED = (1, 2)  # batch sizes whose peaks are measured
@@ -141,5 +140,4 @@ def _free(device: torch.device) -> int | None:
 
 def _missing_weights(model: VisionLanguageModel) -> int:
     """Bytes of the weights of the layers that are not run."""
-    layer = hf.decoder_layers(hf.language_model(model.model))[-1]
-    return missing_layers(model) * sum(map(stored_bytes, layer.parameters()))
+    return int(missing_groups(model) * sum(map(stored_bytes, last_group(model).parameters())))

@@ -18,7 +18,7 @@ from mmtok_cli.results.profile import Achieved, Ceilings
 from mmtok_cli.results.schema import CaseResult
 from mmtok_cli.timing.clock import Clock
 from mmtok_cli.timing.machine import expected_flops
-from mmtok_cli.timing.partial import missing_layers
+from mmtok_cli.timing.partial import last_group, missing_groups
 
 REPETITIONS = 5
 TIME_LIMIT = 1.0  # seconds spent at one size after which no further repetition begins
@@ -67,8 +67,7 @@ def weights_read(model: VisionLanguageModel) -> int:
     embedding = hf.input_embedding(model.model).weight
     head = hf.output_embedding(model.model).weight
     language_model = hf.language_model(model.model)
-    last = hf.decoder_layers(language_model)[-1]
-    missing = missing_layers(model) * sum(map(stored_bytes, last.parameters()))
+    missing = int(missing_groups(model) * sum(map(stored_bytes, last_group(model).parameters())))
     return (
         stored_bytes(head) + missing + sum(stored_bytes(w) for w in language_model.parameters() if w is not embedding)
     )

@@ -18,7 +18,7 @@ from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.results.schema import FlopCoverage, Flops
 from mmtok_cli.stages import ALL_STAGES, CHECK, STAGES
 from mmtok_cli.timing.clock import Stages
-from mmtok_cli.timing.partial import last_layer, missing_layers, of_whole_model
+from mmtok_cli.timing.partial import last_layer, missing_groups, of_whole_model
 
 
 def _attention(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
@@ -122,7 +122,7 @@ def measure_flops(
         for name, start, end in found:
             if name != CHECK:
                 flops[name] += (end - start) / len(samples)
-    whole = of_whole_model(counted, last, missing_layers(model))
+    whole = of_whole_model(counted, last, missing_groups(model))
     total = sum(whole[name] for name in stages_of_case)
     return Flops(
         stages={**whole, "total": total},

@@ -17,18 +17,28 @@ def missing_layers(model: VisionLanguageModel) -> int:
     return model.layer_count - model.loaded_layers
 
 
+def missing_groups(model: VisionLanguageModel) -> float:
+    """How many groups of decoder layers are not run; a group is one layer where all are of one kind."""
+    return missing_layers(model) / model.layer_group
+
+
+def last_group(model: VisionLanguageModel) -> Any:
+    """The last group of decoder layers that are run."""
+    return hf.decoder_layers(hf.language_model(model.model))[-model.layer_group :]
+
+
 @contextmanager
 def last_layer(model: VisionLanguageModel, read: Callable[[], Mark]) -> Iterator[list[tuple[str, Mark, Mark]]]:
-    """Collects the values of `read` where the last loaded layer begins and ends, in prefill and in decode.
+    """Collects the values of `read` where the last group of loaded layers begins and ends, in prefill and in decode.
 
-    Does nothing where all layers are run. The layer begins with its first norm, so that the work of a method before the
+    Does nothing where all layers are run. A layer begins with its first norm, so that the work of a method before the
     layer does not count as the layer's.
     """
     spans: list[tuple[str, Mark, Mark]] = []
     if not missing_layers(model):
         yield spans
         return
-    layer = hf.decoder_layers(hf.language_model(model.model))[-1]
+    layers = last_group(model)
     started: list[Mark] = []
 
     def begin(*_: Any) -> None:
@@ -38,7 +48,7 @@ def last_layer(model: VisionLanguageModel, read: Callable[[], Mark]) -> Iterator
         hidden = output[0] if isinstance(output, tuple) else output
         spans.append(("prefill" if hidden.shape[1] > 1 else "decode", started.pop(), read()))
 
-    handles = [hf.first_norm(layer).register_forward_pre_hook(begin), layer.register_forward_hook(end)]
+    handles = [hf.first_norm(layers[0]).register_forward_pre_hook(begin), layers[-1].register_forward_hook(end)]
     try:
         yield spans
     finally:
@@ -46,11 +56,11 @@ def last_layer(model: VisionLanguageModel, read: Callable[[], Mark]) -> Iterator
             handle.remove()
 
 
-def of_whole_model(measured: Mapping[str, float], last: Mapping[str, float], missing: int) -> dict[str, float]:
-    """Figures by stage with the missing layers added, assuming that each costs as much as the last one that is run.
+def of_whole_model(measured: Mapping[str, float], last: Mapping[str, float], missing: float) -> dict[str, float]:
+    """Figures by stage with the missing layers added, assuming that each costs as much as the last ones that are run.
 
-    That layer comes after every cut, like the missing ones. measured: by stage. last: the layer's share of prefill and
-    decode. The measured values are kept as `measured_prefill` and `measured_decode`.
+    Those come after every cut, like the missing ones. measured: by stage. last: the share of prefill and decode of the
+    last group of layers. missing: groups. The measured values are kept as `measured_prefill` and `measured_decode`.
     """
     if not missing:
         return dict(measured)

@@ -16,7 +16,7 @@ from mmtok_cli.results.schedule import Turn
 from mmtok_cli.timing.clock import Clock, with_sums
 from mmtok_cli.timing.gpu import Gpu
 from mmtok_cli.timing.memory import Peak, host_memory, peak_memory
-from mmtok_cli.timing.partial import last_layer, missing_layers, of_whole_model
+from mmtok_cli.timing.partial import last_layer, missing_groups, of_whole_model
 
 # Does the work of a case in a round, or gives the case up and returns None.
 Attempt = Callable[[int, int, Callable[[], TimedRun]], TimedRun | None]
@@ -43,7 +43,7 @@ def run_case(
             with last_layer(model, clock.now) as spans:
                 decoded = decoded_videos(samples, clock.stage)
                 answers = case.answer(model, decoded, max_new_tokens, clock.stage, ignore_eos=ignore_eos)
-            stages = of_whole_model(clock.stages(), clock.sums(spans), missing_layers(model))
+            stages = of_whole_model(clock.stages(), clock.sums(spans), missing_groups(model))
             repetitions.append(with_sums(stages))
         peaks.append(peak)
     assert answers is not None

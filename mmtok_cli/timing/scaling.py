@@ -24,7 +24,7 @@ from mmtok_cli.results.schedule import interleaved
 from mmtok_cli.results.schema import CONFIDENCE
 from mmtok_cli.timing.clock import Clock
 from mmtok_cli.timing.memory import peak_memory
-from mmtok_cli.timing.partial import last_layer, missing_layers, of_whole_model
+from mmtok_cli.timing.partial import last_layer, missing_groups, of_whole_model
 from mmtok_cli.timing.statistics import seconds_interval
 from mmtok_cli.video import MOST_FRAMES, Sampling, Video
 
@@ -206,7 +206,8 @@ def needed_memory(model: VisionLanguageModel, case: Case, tokens: int) -> int:
     kept = tokens if case.budget is None else case.budget.resolve(tokens)
     entering = hooks.entering(case.method, tokens, kept)
     head = hf.head_width(config)
-    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * head * entering * width
+    attending = model.loaded_layers - len(model.linear_layers)
+    cache = 2 * attending * config.num_key_value_heads * head * entering * width
     activations = 3 * config.intermediate_size * entering * width
     attention = 2 * 4 * config.num_attention_heads * entering**2 if model.attention == "eager" else 0
     return max(int(4 * case.method.matrices * tokens**2), cache + activations + attention)
@@ -277,7 +278,7 @@ def _run(model: VisionLanguageModel, case: Case, sample: Sample, tokens: int, do
         with last_layer(model, clock.now) as spans, cuts, clock.stage("prefill"):
             prefill(model, reduced.inputs)
         stages = clock.stages()
-    done.seconds.append(of_whole_model(stages, clock.sums(spans), missing_layers(model)))
+    done.seconds.append(of_whole_model(stages, clock.sums(spans), missing_groups(model)))
     done.kept = reduced.tokens[0].kept
     done.peak = max(filter(None, (done.peak, peak.bytes)), default=None)
     return sum(stages.values())
