@@ -7,16 +7,21 @@ The greedy pick is exact but lazy. Adding tokens only ever shrinks the gain of t
 submodular), so an old gain is an upper bound of the present one, and only the tokens with the largest bounds need
 a fresh look. A pick then costs a few dozen rows of the coverage matrix instead of all of them.
 
-The same picks are found in two ways, and `greedy` chooses by size and device:
+The same picks are found in two ways, and `greedy` chooses by the number of tokens and the device:
 
 - `greedy_lazy`, as above, keeps its bounds in NumPy on the host, whose calls have less overhead than torch's, and
   evaluates gains where the matrix lies. On a CPU from 257 tokens on. On a GPU each round waits for the device, which
   pays only from 4,096 tokens on.
 - `greedy_exhaustive` evaluates all tokens at each pick, with a fixed sequence of launches and no answer from the
-  device. On a CPU it is as fast for few tokens; on a GPU it is the way up to 4,095.
+  device. On a CPU it is as fast for few tokens; on a GPU it is the way up to 4,095. Where Triton is installed, as it
+  comes with torch for CUDA, coverage_kernel.py takes its place: a launch for each pick instead of about nine.
 """
 
+import importlib.util
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import TypeAlias, TypeVar
 
 import numpy as np
@@ -138,9 +143,30 @@ def greedy(
     Arguments and results as in `greedy_lazy`.
     """
     exhaustive_below = _EXHAUSTIVE_BELOW_CPU if _on_host(matrix) else _EXHAUSTIVE_BELOW_GPU
-    if matrix.shape[1] < exhaustive_below:
-        return greedy_exhaustive(matrix, k, excluded, factor, bonus)
-    return greedy_lazy(matrix, k, excluded, factor, bonus)[:2]
+    if matrix.shape[1] >= exhaustive_below:
+        return greedy_lazy(matrix, k, excluded, factor, bonus)[:2]
+    by_kernel = _kernel(matrix.device) if matrix.is_cuda and matrix.dtype == torch.float32 else None
+    return (by_kernel or greedy_exhaustive)(matrix, k, excluded, factor, bonus)
+
+
+@cache
+def _kernel(device: torch.device) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """`greedy_in_kernel` where torch was built for CUDA, Triton is installed and the kernel gives the right picks."""
+    if torch.version.cuda is None or importlib.util.find_spec("triton") is None:
+        return None
+    matrix = torch.arange(2 * 40 * 30, dtype=torch.float32).mul_(7).fmod_(31).view(2, 40, 30).to(device)
+    excluded = torch.zeros(2, 40, dtype=torch.bool, device=device)
+    try:
+        from mmtok_cli.methods.coverage_kernel import greedy_in_kernel
+
+        found, _ = greedy_in_kernel(matrix, 10, excluded)
+        problem = "" if torch.equal(found, greedy_exhaustive(matrix, 10, excluded)[0]) else "its picks are wrong"
+    except Exception as error:  # Triton's own, those of its compiler and of the driver
+        problem = f"{type(error).__name__}: {error}"
+    if problem:
+        warnings.warn(f"the Triton kernel does not run here, selection takes longer: {problem}", stacklevel=2)
+        return None
+    return greedy_in_kernel
 
 
 def _on_host(x: Tensor) -> bool:
