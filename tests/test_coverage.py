@@ -1,8 +1,10 @@
 """Greedy coverage: equal to the paper's plain loop, near the optimum, indifferent to batches, and lazy indeed."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import combinations
 from math import e
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,9 +13,21 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mmtok_cli.errors import MMTokError
+from mmtok_cli.methods import coverage
 from mmtok_cli.methods.coverage import coverage_matrix, greedy_exhaustive, greedy_lazy, select_tokens
 
-GREEDY = {"lazy": lambda *args: greedy_lazy(*args)[:2], "exhaustive": greedy_exhaustive}
+
+def lazy_on_a_device(*args: Any) -> tuple[Tensor, Tensor]:
+    """The lazy form as it runs where the matrix does not lie in the memory of the host."""
+    with mock.patch.object(coverage, "_on_host", lambda x: False):
+        return greedy_lazy(*args)[:2]
+
+
+GREEDY: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "lazy": lambda *args: greedy_lazy(*args)[:2],
+    "lazy on a device": lazy_on_a_device,
+    "exhaustive": greedy_exhaustive,
+}
 seeds = st.integers(0, 2**31)
 properties = settings(max_examples=60, deadline=None, derandomize=True)
 

@@ -6,23 +6,40 @@ are kept so that every target, which is a text token or a vision token, has a si
 The greedy pick is exact but lazy. Adding tokens only ever shrinks the gain of the others (the objective is
 submodular), so an old gain is an upper bound of the present one, and only the tokens with the largest bounds need
 a fresh look. A pick then costs a few dozen rows of the coverage matrix instead of all of them.
+
+The same picks are found in two ways, and `greedy` chooses by the number of tokens and the device:
+
+- `greedy_lazy`, as above, keeps its bounds in NumPy on the host, whose calls have less overhead than torch's, and
+  evaluates gains where the matrix lies. On a CPU from 257 tokens on. On a GPU each round waits for the device, which
+  pays only from 4,096 tokens on.
+- `greedy_exhaustive` evaluates all tokens at each pick, with a fixed sequence of launches and no answer from the
+  device. On a CPU it is as fast for few tokens; on a GPU it is the way up to 4,095. Where Triton is installed, as it
+  comes with torch for CUDA, coverage_kernel.py takes its place: a launch for each pick instead of about nine.
 """
 
+import importlib.util
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import cache
+from typing import TypeAlias, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from mmtok_cli.errors import MMTokError
 
 _Given = TypeVar("_Given", Tensor, Tensor | None)
+Block: TypeAlias = npt.NDArray[np.int64]
+Gains: TypeAlias = npt.NDArray[np.float32]
 
 ALPHA = 0.5  # weight of vision-vision coverage; the paper keeps these values for all models but one
 TEXT_TEMPERATURE = 0.02  # 0.01 for Qwen2.5-VL
 VISION_TEMPERATURE = 0.2
 
-_FIRST_BLOCK, _LARGEST_BLOCK = 32, 256  # tokens that the lazy greedy re-evaluates at once
+_FIRST_BLOCK, _BLOCK_GROWTH, _LARGEST_BLOCK = 16, 4, 256  # tokens that the lazy greedy re-evaluates at once
 _PRODUCT_BLOCK = 288  # rows of the symmetric product computed at once
 _UNIT_BLOCK = 1024  # projected tokens normalised at once
 _EXHAUSTIVE_BELOW_CPU = 257  # up to here a full sweep costs less than keeping bounds
@@ -125,10 +142,35 @@ def greedy(
 
     Arguments and results as in `greedy_lazy`.
     """
-    exhaustive_below = _EXHAUSTIVE_BELOW_CPU if matrix.device.type == "cpu" else _EXHAUSTIVE_BELOW_GPU
-    if matrix.shape[1] < exhaustive_below:
-        return greedy_exhaustive(matrix, k, excluded, factor, bonus)
-    return greedy_lazy(matrix, k, excluded, factor, bonus)[:2]
+    exhaustive_below = _EXHAUSTIVE_BELOW_CPU if _on_host(matrix) else _EXHAUSTIVE_BELOW_GPU
+    if matrix.shape[1] >= exhaustive_below:
+        return greedy_lazy(matrix, k, excluded, factor, bonus)[:2]
+    by_kernel = _kernel(matrix.device) if matrix.is_cuda and matrix.dtype == torch.float32 else None
+    return (by_kernel or greedy_exhaustive)(matrix, k, excluded, factor, bonus)
+
+
+@cache
+def _kernel(device: torch.device) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """`greedy_in_kernel` where torch was built for CUDA, Triton is installed and the kernel gives the right picks."""
+    if torch.version.cuda is None or importlib.util.find_spec("triton") is None:
+        return None
+    matrix = torch.arange(2 * 40 * 30, dtype=torch.float32).mul_(7).fmod_(31).view(2, 40, 30).to(device)
+    excluded = torch.zeros(2, 40, dtype=torch.bool, device=device)
+    try:
+        from mmtok_cli.methods.coverage_kernel import greedy_in_kernel
+
+        found, _ = greedy_in_kernel(matrix, 10, excluded)
+        problem = "" if torch.equal(found, greedy_exhaustive(matrix, 10, excluded)[0]) else "its picks are wrong"
+    except Exception as error:  # Triton's own, those of its compiler and of the driver
+        problem = f"{type(error).__name__}: {error}"
+    if problem:
+        warnings.warn(f"the Triton kernel does not run here, selection takes longer: {problem}", stacklevel=2)
+        return None
+    return greedy_in_kernel
+
+
+def _on_host(x: Tensor) -> bool:
+    return x.device.type == "cpu"
 
 
 def coverage_matrix(
@@ -189,20 +231,23 @@ def greedy_lazy(
         those of `greedy_exhaustive` to the bit: every gain is summed afresh, and the lowest index wins a tie.
     """
     lazy = LazyGains(matrix, excluded, factor, bonus)
-    order, gains = [], []
-    for _ in range(k):
+    order = np.empty((len(matrix), k), np.int64)
+    gains = np.empty((len(matrix), k), lazy.bound.dtype)
+    for pick in range(k):
         gain, winner = lazy.best()
-        order.append(winner)
-        gains.append(gain)
         lazy.take(winner)
-    return _joined(order, matrix, torch.int64), _joined(gains, matrix, matrix.dtype), lazy.evaluated
+        gains[:, pick : pick + 1], order[:, pick : pick + 1] = gain, winner
+    found, added = (torch.from_numpy(x).to(matrix.device) for x in (order, gains))
+    return found, added, lazy.evaluated
 
 
 class LazyGains:
     """What tokens would add to the present coverage, evaluated only for those that may be the best.
 
-    Arguments as in `greedy_lazy`. cover: `[b, 1, targets]`, how well each target is covered. evaluated: how many gains
-    were computed in all.
+    Arguments as in `greedy_lazy`. cover: `[b, 1, targets]`, how well each target is covered. bound: `[b, n]`, at least
+    what each token would add. evaluated: how many gains were computed in all.
+
+    Sums are torch's on every device, so that gains equal those of `greedy_exhaustive`.
     """
 
     def __init__(
@@ -210,46 +255,77 @@ class LazyGains:
     ) -> None:
         self.batch, self.tokens, targets = matrix.shape
         self.rows = matrix.view(self.batch * self.tokens, targets)
-        self.first_row = torch.arange(0, len(self.rows), self.tokens, device=matrix.device).unsqueeze(1)
+        self.first_row = np.arange(0, len(self.rows), self.tokens)[:, None]
         self.buffer = matrix.new_empty(self.batch * min(_LARGEST_BLOCK, self.tokens), targets)
-        self.prior, self.has_prior = (factor, bonus), factor is not None or bonus is not None
-        self.bound = _with_prior(matrix.sum(-1), factor, bonus).masked_fill_(excluded, -torch.inf)
+        self.sums = matrix.new_empty(len(self.buffer))
         self.cover = matrix.new_zeros(self.batch, 1, targets)
-        self.evaluated = 0
+        self.prior = [x if x is None else x.cpu().numpy().reshape(-1) for x in (factor, bonus)]
+        self.bound = _with_prior(matrix.sum(-1), factor, bonus).masked_fill_(excluded, -torch.inf).cpu().numpy()
+        self.bound_of_row = self.bound.reshape(-1)  # the same memory
+        self.evaluated, self.evaluated_at = 0, np.zeros(len(self.rows), np.int64)
+        self.on_host = _on_host(matrix)
+        if self.on_host:
+            self.host_rows, self.host_cover = self.rows.numpy(), self.cover.numpy()
+        # Views of the buffers by the number of rows: to make one costs as much as to sum a few rows.
+        self.views: dict[int, tuple[Tensor, Tensor, Tensor, Gains | None, Gains | None]] = {}
 
-    def best(self) -> tuple[Tensor, Tensor]:
+    def best(self) -> tuple[Gains, Block]:
         """The largest gain of each image and its token, `[b, 1]` each: the lowest index on ties."""
         size = min(_FIRST_BLOCK, self.tokens)
-        old, block = self.bound.topk(size, sorted=False)
+        block = self._largest(size)
         while True:
+            rows = (block + self.first_row).reshape(-1)
             # Bounds only go down, so picked and excluded tokens stay at minus infinity.
-            self.bound.scatter_(1, block, torch.minimum(old, self.gains(block)))
-            gain, winner = self.bound.max(1, keepdim=True)
+            self.bound_of_row[rows] = np.minimum(self.bound_of_row[rows], self.gains(rows))
+            self.evaluated_at[rows] = self.evaluated
+            winner = self.bound.argmax(1)[:, None]
+            row = winner + self.first_row
             # The winner must itself be fresh. Comparing its gain with the next bound instead would let a token with
             # a higher index win a tie.
-            if bool((block == winner).any(1).all()):
-                return gain, winner
-            size = min(2 * size, _LARGEST_BLOCK, self.tokens)
-            old, block = self.bound.topk(size, sorted=False)
-            # Among more ties than a block holds, topk may leave the winner out for ever.
-            old[:, -1:], block[:, -1:] = gain, winner
+            if not np.count_nonzero(self.evaluated_at[row] < self.evaluated):
+                return self.bound_of_row[row], winner
+            size = min(_BLOCK_GROWTH * size, _LARGEST_BLOCK, self.tokens)
+            block = self._largest(size)
+            block[:, -1:] = winner  # among more ties than a block holds, it might be left out for ever
 
-    def gains(self, block: Tensor) -> Tensor:
-        """What the tokens of a block `[b, size]` would add: `[b, size]`."""
-        batch, size = block.shape
-        out = self.buffer[: batch * size]
-        chosen = torch.index_select(self.rows, 0, (block + self.first_row).view(-1), out=out)
-        fresh = chosen.view(batch, size, -1).sub_(self.cover).relu_().sum(-1)
-        self.evaluated += batch * size
-        if self.has_prior:
-            fresh = _with_prior(fresh, *(x if x is None else x.gather(1, block) for x in self.prior))
+    def _largest(self, size: int) -> Block:
+        """The tokens of the largest bounds of each image, in any order: `[b, size]`."""
+        return self.bound.argpartition(self.tokens - size, axis=1)[:, self.tokens - size :]
+
+    def gains(self, rows: Block) -> Gains:
+        """What tokens, given by their rows, equally many of each image, would add. Valid until the next call."""
+        chosen, by_image, sums, host_chosen, host_sums = self.views.get(len(rows)) or self._view(len(rows))
+        if host_chosen is not None:
+            # index_select takes twice as long for few rows; modes other than clip copy the output.
+            self.host_rows.take(rows, axis=0, out=host_chosen, mode="clip")
+        else:
+            torch.index_select(self.rows, 0, torch.from_numpy(rows).to(self.rows.device), out=chosen)
+        torch.sum(by_image.sub_(self.cover).relu_(), -1, out=sums)
+        fresh = sums.cpu().numpy().reshape(-1) if host_sums is None else host_sums
+        self.evaluated += len(rows)
+        factor, bonus = self.prior
+        if factor is not None:
+            fresh *= factor[rows]
+        if bonus is not None:
+            fresh += bonus[rows]
         return fresh
 
-    def take(self, winner: Tensor) -> None:
+    def _view(self, count: int) -> tuple[Tensor, Tensor, Tensor, Gains | None, Gains | None]:
+        """Views of the buffers for `count` rows: rows, rows by image, sums by image; rows and sums for NumPy."""
+        chosen, sums = self.buffer[:count], self.sums[:count]
+        host = (chosen.numpy(), sums.numpy()) if self.on_host else (None, None)
+        self.views[count] = (chosen, chosen.view(self.batch, -1, chosen.shape[1]), sums.view(self.batch, -1), *host)
+        return self.views[count]
+
+    def take(self, winner: Block) -> None:
         """Cover what the tokens `[b, 1]` cover, and never offer them again."""
-        self.bound.scatter_(1, winner, -torch.inf)
-        rows = self.rows.index_select(0, (winner + self.first_row).view(-1))
-        self.cover = torch.maximum(self.cover, rows.unsqueeze(1))
+        row = winner + self.first_row
+        self.bound_of_row[row] = -np.inf
+        if self.on_host:
+            np.maximum(self.host_cover, self.host_rows[row], out=self.host_cover)
+        else:
+            taken = self.rows[torch.from_numpy(row).to(self.rows.device)]
+            torch.maximum(self.cover, taken, out=self.cover)
 
 
 def greedy_exhaustive(

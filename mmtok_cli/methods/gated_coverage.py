@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -117,7 +118,7 @@ class _Crop:
         self.order.append(token)
         self.free[token] = False
         self.text_cover = torch.maximum(self.text_cover, self.for_text[token])
-        self.lazy.take(torch.tensor([[token]], device=self.free.device))
+        self.lazy.take(np.array([[token]]))
         self.nominee = self._nominate()
 
     def _nominate(self) -> tuple[float, int]:
@@ -135,7 +136,7 @@ class _Crop:
         if not self.competes:
             return 0.0, token
         text_gain = float((self.for_text[token] - self.text_cover).relu().sum())
-        return text_gain + float(self.lazy.gains(torch.tensor([[token]], device=self.free.device))), token
+        return text_gain + float(self.lazy.gains(np.array([token]))[0]), token
 
     def _for_text(self) -> tuple[float, int]:
         gains = (self.for_text - self.text_cover).relu_().sum(1)
@@ -144,7 +145,7 @@ class _Crop:
 
     def _for_image(self) -> tuple[float, int]:
         gain, token = self.lazy.best()
-        return float(gain), int(token)
+        return float(gain[0, 0]), int(token[0, 0])
 
     def swap(self) -> None:
         """Exchange each pick once for the token that raises the sum of both coverages most, unless none does.
