@@ -4,8 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
-from pretend_cuda import Counts, PretendTensor, counting, in_process, pretend
+from pretend_cuda import Counts, PretendTensor, counting, in_process, on_gpu, pretend
+from test_matrix import BUDGET, INSIDE, tiny_method
+from tiny_models import FAMILIES, LAYERS
+
+from mmtok_cli.data.samples import Sample
+from mmtok_cli.methods import make_method
+from mmtok_cli.pipeline import Answers, answer
 
 
 def counts_of_operators() -> dict[str, Any]:
@@ -67,3 +74,50 @@ def errors_of_mixed_devices() -> list[str]:
 def test_operators_that_mix_devices_fail() -> None:
     found = in_process(errors_of_mixed_devices)
     assert len(found) == 4 and all("on the same device" in error for error in found)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several GPUs
+
+
+def spread(model: Any) -> Any:
+    """Put the second half of the decoder layers on a second GPU with accelerate's hooks, as `--device-map` does."""
+    from accelerate import dispatch_model, hooks
+
+    language = "model.language_model"
+    places = {f"model.{name}": 0 for name, _ in model.model.named_children() if name != "language_model"}
+    places |= {f"model.{name}": 0 for name, _ in model.model.named_parameters(recurse=False)}
+    places |= {f"{language}.{name}": 1 for name, _ in model.model.language_model.named_children() if name != "layers"}
+    places |= {f"{language}.layers.{layer}": int(layer >= LAYERS // 2) for layer in range(LAYERS)}
+    places |= {f"{language}.embed_tokens": 0, "lm_head": 1}
+    on_gpu(model, lambda name: places[max((part for part in places if name.startswith(part)), key=len)])
+    hooks.set_module_tensor_to_device = lambda *_, **__: None  # they are where they belong
+    return dispatch_model(model, {name: torch.device("cuda", number) for name, number in places.items()})
+
+
+def answers_on_two_gpus(family: str, names: list[str], samples: list[Sample]) -> dict[str, Any]:
+    """For each method, what a model answers on the CPU and spread over two GPUs, by what is compared."""
+    alone, two = FAMILIES[family]("sdpa"), FAMILIES[family]("sdpa")
+    spread(two.model)
+    methods = {name: tiny_method(name) for name in names}
+    methods |= {f"{name} behind the border": make_method(name, layer=LAYERS - 1) for name in ("fastv", "random:inside")}
+    found = {}
+    for name, method in methods.items():
+        with counting():
+            given = answer(two, method, samples, BUDGET, max_new_tokens=2)
+        found[name] = compared(answer(alone, method, samples, BUDGET, max_new_tokens=2)), compared(given)
+    return found
+
+
+def compared(answers: Answers) -> tuple[list[list[int]], list[str], Any]:
+    """Kept tokens, texts and logits."""
+    kept = [selection.indices.tolist() for selection in answers.selections]
+    return kept, answers.texts, answers.first_logits.tolist()
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_methods_inside_a_model_that_is_spread_over_gpus(family: str, samples: list[Sample]) -> None:
+    names = INSIDE if family in ("llava", "qwen2_5_vl") else ["sparsevlm", "pace"]  # by text, and by the encoder
+    for case, (expected, given) in in_process(answers_on_two_gpus, family, names, samples[:2]).items():
+        assert given[:2] == expected[:2], case
+        assert given[2] == [pytest.approx(row, abs=5e-5, rel=1e-4) for row in expected[2]], case
