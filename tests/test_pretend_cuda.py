@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
-from pretend_cuda import Counts, PretendTensor, counting, in_process, on_gpu, pretend
+from pretend_cuda import KERNEL, Counts, PretendTensor, counting, in_process, on_gpu, pretend
 from test_matrix import BUDGET, INSIDE, tiny_method
 from tiny_models import FAMILIES, LAYERS
 
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.methods import make_method
+from mmtok_cli.methods.base import Method
+from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.pipeline import Answers, answer
+from mmtok_cli.timing.clock import Clock
 
 
 def counts_of_operators() -> dict[str, Any]:
@@ -121,3 +126,35 @@ def test_methods_inside_a_model_that_is_spread_over_gpus(family: str, samples: l
     for case, (expected, given) in in_process(answers_on_two_gpus, family, names, samples[:2]).items():
         assert given[:2] == expected[:2], case
         assert given[2] == [pytest.approx(row, abs=5e-5, rel=1e-4) for row in expected[2]], case
+
+
+def timed(model: VisionLanguageModel, method: Method, samples: list[Sample]) -> tuple[dict[str, float], Counts, float]:
+    """By stage, milliseconds under the clock; what was counted; and the milliseconds of the whole run."""
+    counts = Counts()
+    with counting(counts):
+        clock = Clock(*model.devices)
+        first = clock.now()
+
+        @contextmanager
+        def stage(name: str) -> Iterator[None]:
+            with counts.stage(name), clock.stage(name):
+                yield
+
+        answer(model, method, samples, BUDGET if method.takes_budget else None, max_new_tokens=2, stage=stage)
+        last = clock.now()
+        seconds = clock.stages()
+    return {name: 1000 * value for name, value in seconds.items()}, counts, first.elapsed_time(last)
+
+
+def stages_on_two_gpus(samples: list[Sample]) -> tuple[dict[str, float], dict[str, int]]:
+    model = FAMILIES["llava"]("sdpa")
+    spread(model.model)
+    # The cut is made on the second GPU.
+    milliseconds, counts, _ = timed(model, make_method("fastv", layer=LAYERS - 1), samples)
+    return milliseconds, dict(counts.launches)
+
+
+def test_the_clock_times_all_gpus(samples: list[Sample]) -> None:
+    milliseconds, kernels = in_process(stages_on_two_gpus, samples[:1])
+    for stage, found in milliseconds.items():
+        assert found == pytest.approx(kernels[stage] * KERNEL, rel=0.1), stage

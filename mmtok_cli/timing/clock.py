@@ -1,4 +1,4 @@
-"""Seconds of each stage: CUDA events on a GPU, the wall clock elsewhere."""
+"""Seconds of each stage: CUDA events on GPUs, the wall clock elsewhere."""
 
 from __future__ import annotations
 
@@ -39,13 +39,17 @@ class Stages(Generic[Mark]):
 
 
 class Clock:
-    """Times the stages of one run. The pipeline enters the context `stage`; `seconds` gives the result."""
+    """Times the stages of one run. The pipeline enters the context `stage`; `seconds` gives the result.
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    devices: those that take part, as in `VisionLanguageModel.devices`. Times are taken on the first.
+    """
+
+    def __init__(self, *devices: torch.device) -> None:
+        self._devices = devices
+        self._waiting = torch.cuda.Stream(devices[0]) if len(devices) > 1 else None
+        synchronise(*devices)
         self._stages = Stages(self.now)
         self.stage = self._stages.stage
-        synchronise(device)
 
     def stages(self) -> dict[str, float]:
         """Seconds by stage."""
@@ -53,12 +57,12 @@ class Clock:
 
     def sums(self, spans: Iterable[tuple[str, Any, Any]]) -> dict[str, float]:
         """Seconds by name of spans between two readings of `now`, without those of this program's own checks."""
-        synchronise(self._device)
+        synchronise(*self._devices)
         seconds: dict[str, float] = defaultdict(float)
         for name, start, end in spans:
             if name == CHECK:
                 continue
-            seconds[name] += start.elapsed_time(end) / 1000 if self._device.type == "cuda" else end - start
+            seconds[name] += end - start if isinstance(end, float) else start.elapsed_time(end) / 1000
         return dict(seconds)
 
     def seconds(self) -> dict[str, float]:
@@ -66,13 +70,20 @@ class Clock:
         return with_sums(self.stages())
 
     def now(self) -> Any:
-        """The current time of the device, as a CUDA event or in seconds."""
-        if self._device.type == "cuda":
-            event = torch.cuda.Event(enable_timing=True)
-            event.record(torch.cuda.current_stream(self._device))
+        """The moment at which all devices have done what they were given so far: a CUDA event, or seconds."""
+        first = self._devices[0]
+        if first.type != "cuda":
+            synchronise(first)
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        if self._waiting is None:
+            event.record(torch.cuda.current_stream(first))
             return event
-        synchronise(self._device)
-        return time.perf_counter()
+        # Times of different GPUs cannot be compared: a stream of the first waits for each, and nothing waits for it.
+        for device in self._devices:
+            self._waiting.wait_event(torch.cuda.current_stream(device).record_event())
+        event.record(self._waiting)
+        return event
 
 
 def with_sums(stages: Mapping[str, float]) -> dict[str, float]:
@@ -81,9 +92,10 @@ def with_sums(stages: Mapping[str, float]) -> dict[str, float]:
     return {**stages, "ttft": total - stages.get("decode", 0.0), "total": total}
 
 
-def synchronise(device: torch.device) -> None:
-    """Wait until the device has finished its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
+def synchronise(*devices: torch.device) -> None:
+    """Wait until the devices have finished their work."""
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        elif device.type == "mps":
+            torch.mps.synchronize()

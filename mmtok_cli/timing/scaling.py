@@ -221,8 +221,8 @@ def _free(device: torch.device) -> int | None:
 def _run(model: VisionLanguageModel, case: Case, sample: Sample, tokens: int, done: _Runs) -> float:
     """One run from picture to prefill, recorded in `done`: the seconds that all of it took."""
     grids = [_grid(tokens)] * len(sample.images)
-    with peak_memory(model.device) as peak:
-        clock = Clock(model.device)
+    with peak_memory(*model.devices) as peak:
+        clock = Clock(*model.devices)
         reduced = reduce(model, case.method, [sample], case.budget, rules=case.rules, stage=clock.stage, grids=grids)
         cuts = inside(model, reduced, stage=clock.stage)
         with last_layer(model, clock.now) as spans, cuts, clock.stage("prefill"):

@@ -36,7 +36,7 @@ def run_conversation(
     ) as conversation:
         stages = (*STAGES, PREVIEW) if case.image_scale == AUTO else STAGES
         for turn in sample.turns:
-            clock = Clock(model.device)
+            clock = Clock(*model.devices)
             answer = conversation.ask(turn.question, clock.stage)
             runs.append(
                 TurnRun(
