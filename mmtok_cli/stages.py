@@ -10,7 +10,7 @@ STAGES = ("prepare", "encode", "select", "prefill", "decode")
 DRAFT = "draft"  # before all others, where a method reads a first answer as well
 PREVIEW = "preview"  # before preparation, where what an image shows decides its size
 ALL_STAGES = (DRAFT, PREVIEW, *STAGES)  # in their order; the first two occur in some cases only
-CHECK = "check"  # checks of what a method returned; within other stages, and counted in none
+CHECK = "check"  # this program's checks and records of what a method did: in other stages, and counted in none
 
 Stage = Callable[[str], AbstractContextManager[Any]]
 

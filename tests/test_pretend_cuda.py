@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from pretend_cuda import KERNEL, Counts, PretendTensor, counting, in_process, on_gpu, pretend
+from pretend_cuda import KERNEL, OUTSIDE, Counts, PretendTensor, counting, in_process, on_gpu, pretend
 from test_matrix import BUDGET, INSIDE, tiny_method
 from tiny_models import FAMILIES, LAYERS
 
@@ -17,6 +17,7 @@ from mmtok_cli.methods import make_method
 from mmtok_cli.methods.base import Method
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.pipeline import Answers, answer
+from mmtok_cli.stages import CHECK
 from mmtok_cli.timing.clock import Clock
 
 
@@ -158,3 +159,24 @@ def test_the_clock_times_all_gpus(samples: list[Sample]) -> None:
     milliseconds, kernels = in_process(stages_on_two_gpus, samples[:1])
     for stage, found in milliseconds.items():
         assert found == pytest.approx(kernels[stage] * KERNEL, rel=0.1), stage
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One GPU
+
+
+def sums_of_stages(names: list[str], samples: list[Sample]) -> dict[str, tuple[float, float, tuple[int, int]]]:
+    """For each method, the sum of its stages and the whole run in milliseconds, and what was counted in no stage."""
+    model, found = FAMILIES["llava"]("sdpa"), {}
+    on_gpu(model.model)
+    for name in names:
+        milliseconds, counts, whole = timed(model, tiny_method(name), samples)
+        checks = counts.launches[CHECK] * KERNEL
+        found[name] = sum(milliseconds.values()) + checks, whole, counts.table().get(OUTSIDE, (0, 0))
+    return found
+
+
+def test_every_moment_of_a_run_belongs_to_a_stage(samples: list[Sample]) -> None:
+    for name, (stages, whole, outside) in in_process(sums_of_stages, ["full", "mmtok", "fastv"], samples[:2]).items():
+        assert stages == pytest.approx(whole, rel=0.01), name
+        assert outside == (0, 0), name

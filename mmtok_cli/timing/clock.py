@@ -16,26 +16,38 @@ Mark = TypeVar("Mark")
 
 
 class Stages(Generic[Mark]):
-    """Attributes time, or another counter, to stages. A nested stage interrupts the outer one: nothing counts twice."""
+    """Attributes time, or another counter, to stages, so that everything counts once.
+
+    A nested stage interrupts the outer one. What lies between two stages belongs to the later one, which it prepares,
+    and what follows the last belongs to that.
+    """
 
     def __init__(self, read: Callable[[], Mark]) -> None:
-        self.spans: list[tuple[str, Mark, Mark]] = []
+        self._spans: list[tuple[str, Mark, Mark]] = []
         self._read = read
-        self._open: tuple[str, Mark] | None = None
+        self._names: list[str] = []  # of the stages that are open
+        self._last = read()  # up to which everything is attributed
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        outer = self._open
-        start = self._read()
-        if outer:
-            self.spans.append((*outer, start))
-        self._open = (name, start)
+        if self._names:
+            self._attribute(self._names[-1])
+        self._names.append(name)
         try:
             yield
         finally:
-            end = self._read()
-            self.spans.append((*self._open, end))
-            self._open = (outer[0], end) if outer else None
+            self._attribute(self._names.pop())
+
+    def spans(self) -> list[tuple[str, Mark, Mark]]:
+        """The stages so far: name, begin and end of each, without a gap between them."""
+        if self._spans and not self._names:
+            self._attribute(self._spans[-1][0])
+        return list(self._spans)
+
+    def _attribute(self, name: str) -> None:
+        now = self._read()
+        self._spans.append((name, self._last, now))
+        self._last = now
 
 
 class Clock:
@@ -52,11 +64,11 @@ class Clock:
         self.stage = self._stages.stage
 
     def stages(self) -> dict[str, float]:
-        """Seconds by stage."""
-        return self.sums(self._stages.spans)
+        """Seconds by stage, from the creation of the clock up to now."""
+        return self.sums(self._stages.spans())
 
     def sums(self, spans: Iterable[tuple[str, Any, Any]]) -> dict[str, float]:
-        """Seconds by name of spans between two readings of `now`, without those of this program's own checks."""
+        """Seconds by name of spans between two readings of `now`, without those of `CHECK`."""
         synchronise(*self._devices)
         seconds: dict[str, float] = defaultdict(float)
         for name, start, end in spans:

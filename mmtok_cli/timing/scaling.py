@@ -224,7 +224,8 @@ def _run(model: VisionLanguageModel, case: Case, sample: Sample, tokens: int, do
     with peak_memory(*model.devices) as peak:
         clock = Clock(*model.devices)
         reduced = reduce(model, case.method, [sample], case.budget, rules=case.rules, stage=clock.stage, grids=grids)
-        cuts = inside(model, reduced, stage=clock.stage)
+        with clock.stage("select"):
+            cuts = inside(model, reduced, stage=clock.stage)
         with last_layer(model, clock.now) as spans, cuts, clock.stage("prefill"):
             prefill(model, reduced.inputs)
         stages = clock.stages()
