@@ -119,7 +119,7 @@ def answer(
     """
     batch = [samples] if isinstance(samples, Sample) else list(samples)
     chosen, kept, scale = _checked(model, method, batch, budget, rules, image_scale)
-    clock = Clock(model.device)
+    clock = Clock(*model.devices)
     answers = pipeline.answer(
         model,
         chosen,
@@ -173,7 +173,7 @@ def converse(
     ) as conversation:
         for question in (sample.question, *questions):
             require_question(question)
-            clock = Clock(model.device)
+            clock = Clock(*model.devices)
             answered = conversation.ask(question, clock.stage)
             values = {field.name: getattr(answered, field.name) for field in fields(answered)}
             turns.append(TimedTurn(**values, seconds=clock.seconds()))

@@ -56,7 +56,7 @@ from mmtok_cli.results.run_directory import PLAN, NotWrittenError, RunDirectory,
 from mmtok_cli.results.schema import Comparison
 from mmtok_cli.settings import CompareSettings, option_name
 from mmtok_cli.summary import summarise_run
-from mmtok_cli.timing.gpu import open_gpu
+from mmtok_cli.timing.gpu import open_gpus
 from mmtok_cli.timing.rounds import Measurement
 from mmtok_cli.timing.turns import run_conversation
 
@@ -273,7 +273,7 @@ class ComparisonRun:
         return sample
 
     def _measurement(self, prepared: Prepared, batches: Batches, store: RunDirectory) -> Measurement:
-        return Measurement(prepared.model, prepared.cases, batches, store, open_gpu(prepared.model.device))
+        return Measurement(prepared.model, prepared.cases, batches, store, open_gpus(prepared.model.devices))
 
     def _time(self, measurement: Measurement) -> None:
         plan = measurement.store.plan

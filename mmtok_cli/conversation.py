@@ -157,7 +157,8 @@ class Conversation:
         require_room(self._model, reduced.inputs["input_ids"].shape[1], self._max_new_tokens)
         self._history = None
         self._inside.close()
-        self._inside.enter_context(inside(self._model, reduced, stage=stage))
+        with stage("select"):
+            self._inside.enter_context(inside(self._model, reduced, stage=stage))
         with stage("prefill"):
             logits, cache = prefill(self._model, reduced.inputs)
         history = History(
@@ -184,7 +185,7 @@ class Conversation:
     def _answer(self, history: History, logits: Tensor, stage: Stage) -> TurnAnswer:
         """Decode the answer to the last question, of whose first token these are the logits."""
         model = self._model
-        with stage(CHECK):
+        with stage("prefill"), stage(CHECK):
             require_finite(model, logits)
         with stage("decode"):
             (said,) = decode_after(history.continuation, logits, self._max_new_tokens)

@@ -26,16 +26,16 @@ def environment_of(model: VisionLanguageModel) -> Environment:
 
     from mmtok_cli.models import hf
     from mmtok_cli.results.schema import Environment
-    from mmtok_cli.timing.gpu import open_gpu
+    from mmtok_cli.timing.gpu import open_gpus
 
     on_gpu = model.device.type == "cuda"
-    gpu = open_gpu(model.device)
+    gpu = open_gpus(model.devices)
     return Environment(
         **_versions(),
         torch=torch.__version__,
         transformers=hf.VERSION,
         processor=torch.cuda.get_device_name(model.device) if on_gpu else _processor(),
-        device=str(model.device),
+        device=", ".join(map(str, model.devices)),
         weights=model.weights,
         dtype=str(model.dtype).removeprefix("torch."),
         attention=model.attention,

@@ -127,6 +127,8 @@ def _option_of_whole_models(settings: ProfileSettings) -> str | None:
     """The option among the settings that cannot be measured with a part of the model."""
     if settings.draft == SELF:
         return "--draft self"  # whose passes would be taken for those of the answer
+    if settings.device_map is not None:
+        return "--device-map"
     return "--compile" if settings.compile_model else None
 
 

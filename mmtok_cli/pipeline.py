@@ -219,7 +219,8 @@ def reduce_encoded(
             ]
         inputs = model.assemble(prompt, encoded.vision, [image.selection for image in images], positions)
         cuts = _cut_images(model, method, images, inputs)
-    return Reduced(prompt, images, inputs, cuts, positions, _count_tokens(prompt, images, inputs, model.layer_count))
+        tokens = _count_tokens(prompt, images, inputs, model.layer_count)
+    return Reduced(prompt, images, inputs, cuts, positions, tokens)
 
 
 def check_budget(
@@ -327,21 +328,29 @@ def answer_reduced(
 ) -> Answers:
     """Answer a reduced prompt greedily. Raises MMTokError where it is longer than the model can read."""
     require_room(model, reduced.inputs["input_ids"].shape[1], max_new_tokens, ignore_eos=ignore_eos)
-    with inside(model, reduced, stage=stage) as cut:
+    with stage("select"):
+        context = inside(model, reduced, stage=stage)
+    with context as cut:
         with stage("prefill"):
             first_logits, cache = prefill(model, reduced.inputs)
-        with stage(CHECK):
-            require_finite(model, first_logits)
+            with stage(CHECK):
+                require_finite(model, first_logits)
         with stage("decode"):
             token_ids = decode(model, reduced.inputs, first_logits, cache, max_new_tokens, ignore_eos=ignore_eos)
+            texts = [text.strip() for text in model.tokenizer.batch_decode(token_ids, skip_special_tokens=True)]
+            with stage(CHECK):
+                selections = _left(reduced.selections, cut)
     kv_cache = cache_bytes(cache, model.layer_count - model.loaded_layers, model.layer_group)
     missing_kv_cache = kv_cache - cache_bytes(cache)
-    texts = [text.strip() for text in model.tokenizer.batch_decode(token_ids, skip_special_tokens=True)]
-    selections = reduced.selections
-    if cut:  # its indices count the tokens that entered the language model
-        pairs = zip(reduced.selections, cut.selections, strict=True)
-        selections = [Selection(entered.indices[left.indices], merged=left.merged) for entered, left in pairs]
     return Answers(texts, token_ids, first_logits, kv_cache, selections, reduced, missing_kv_cache)
+
+
+def _left(entered: Sequence[Selection], cut: Inside | None) -> list[Selection]:
+    """What is left of each image after the last reduction, by places in the image."""
+    if cut is None:
+        return list(entered)
+    pairs = zip(entered, cut.selections, strict=True)  # those of the latter count the tokens that entered
+    return [Selection(before.indices[left.indices], merged=left.merged) for before, left in pairs]
 
 
 def _positions(model: VisionLanguageModel, method: Method, rules: Rules) -> Positions:
@@ -394,11 +403,11 @@ def selection_tasks(
         if rules.budget_per == "frame":
             vision = [_in_slices(tokens, method) for tokens in vision]
         seen = [_as_seen(tokens, method, rules.track) for tokens in vision]
-    reachable = [_within_reach(plan, tokens, method) for plan, tokens in zip(plans, seen, strict=True)]
-    return reachable, [
-        SelectionTask(tokens, text, _entering(method, plan, tokens))
-        for plan, tokens, text in zip(reachable, seen, texts, strict=True)
-    ]
+        reachable = [_within_reach(plan, tokens, method) for plan, tokens in zip(plans, seen, strict=True)]
+        return reachable, [
+            SelectionTask(tokens, text, _entering(method, plan, tokens))
+            for plan, tokens, text in zip(reachable, seen, texts, strict=True)
+        ]
 
 
 def _within_reach(plan: ImagePlan, seen: VisionTokens, method: Method) -> ImagePlan:
@@ -480,10 +489,11 @@ def _select_shown(
     def given() -> list[Tensor]:
         return [tensor for each in vision for tensor in (each.projected, each.eligible)]
 
-    with hooks.unchanged(method, given, stage), stage("select"):
-        selected = hooks.select(method, vision, [task.text for task in tasks], budgets)
-    with stage(CHECK):
-        hooks.check_selections(method, vision, budgets, selected)
+    with stage("select"):
+        with hooks.unchanged(method, given, stage):
+            selected = hooks.select(method, vision, [task.text for task in tasks], budgets)
+        with stage(CHECK):
+            hooks.check_selections(method, vision, budgets, selected)
     if picks is not None and method.nested:
         found = zip(shown, selected, strict=True)
         picks |= {(method, *place): selection for place, selection in found if selection.order is not None}
@@ -504,11 +514,11 @@ def _select_crops(method: Method, task: SelectionTask, stage: Stage) -> Selectio
     def given() -> list[Tensor]:
         return [tensor for crop in crops.tokens for tensor in (crop.projected, crop.eligible)]
 
-    with hooks.unchanged(method, given, stage), stage("select"):
-        chosen = hooks.select_crops(method, crops.tokens, task.text, task.budget)
-    with stage(CHECK):
-        hooks.check_selections(method, crops.tokens, [selection.kept for selection in chosen], chosen)
     with stage("select"):
+        with hooks.unchanged(method, given, stage):
+            chosen = hooks.select_crops(method, crops.tokens, task.text, task.budget)
+        with stage(CHECK):
+            hooks.check_selections(method, crops.tokens, [selection.kept for selection in chosen], chosen)
         return crops.join(chosen)
 
 

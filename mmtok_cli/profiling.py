@@ -200,7 +200,7 @@ def time_selection(model: VisionLanguageModel, case: Case, sample: Sample) -> Se
     cuts_inside = bool(first.cuts)
     if cuts_inside:
         case.answer(model, [sample], 1, unwatched)
-    clock = Clock(model.device)
+    clock = Clock(*model.devices)
     with last_layer(model, clock.now) as spans:
         if cuts_inside:
             answers = case.answer(model, [sample], 1, clock.stage, encodings=True)

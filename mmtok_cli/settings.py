@@ -873,8 +873,9 @@ def require_replay_alone(settings: ReplaySettings, given: Collection[str]) -> No
 
 def require_consistent(settings: CompareSettings | ProfileSettings, given: Collection[str]) -> None:
     """Refuse settings that exclude each other. given: names of those that were spelled out. Raises MMTokError."""
-    if settings.compile_model and settings.layers is not None:
-        raise MMTokError("--compile runs whole models only", "leave out --compile or --layers")
+    for option, value in (("--compile", settings.compile_model), ("--device-map", settings.device_map)):
+        if value and settings.layers is not None:
+            raise MMTokError(f"{option} runs whole models only", f"leave out {option} or --layers")
     if settings.compile_model and settings.warmup == 0:
         raise MMTokError("--compile needs a warm-up: the first runs compile", "use --warmup 1 or more")
     if isinstance(settings, CompareSettings) and settings.tasks is not None and "data" in given:

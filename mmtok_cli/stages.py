@@ -11,7 +11,7 @@ DRAFT = "draft"  # before all others, where a method reads a first answer as wel
 DECODE_VIDEO = "decode video"  # before all others, where frames are read from a video
 PREVIEW = "preview"  # before preparation, where what an image shows decides its size
 ALL_STAGES = (DECODE_VIDEO, DRAFT, PREVIEW, *STAGES)  # in their order; the first three occur in some cases only
-CHECK = "check"  # checks of what a method returned; within other stages, and counted in none
+CHECK = "check"  # this program's checks and records of what a method did: in other stages, and counted in none
 
 Stage = Callable[[str], AbstractContextManager[Any]]
 

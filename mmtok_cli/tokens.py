@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 CLASS_TOKEN = -1  # indices that stand for no place in the image
@@ -48,6 +49,21 @@ class VisionTokens:
     @property
     def total(self) -> int:
         return self.projected.shape[0]
+
+    def to(self, device: torch.device) -> VisionTokens:
+        """The tokens on a device; those that are there already as they are."""
+        if self.projected.device == device:
+            return self
+        return replace(
+            self,
+            projected=self.projected.to(device),
+            features=self.features.to(device),
+            eligible=self.eligible.to(device),
+            project=lambda features: self.project(features.to(self.projected.device)).to(device),
+            signals={name: signal.to(device) for name, signal in self.signals.items()},
+            crops=self.crops and self.crops.to(device),
+            deepstack=tuple(layer.to(device) for layer in self.deepstack),
+        )
 
     def scores(self, score: Callable[[VisionTokens], Tensor]) -> Tensor:
         """What `score` gives for the image, [tokens], in float32: for each crop by itself, where there are any.
@@ -178,6 +194,9 @@ class Crops:
     tokens: tuple[VisionTokens, ...]
     places: Tensor
     ranks: Tensor
+
+    def to(self, device: torch.device) -> Crops:
+        return Crops(tuple(crop.to(device) for crop in self.tokens), self.places.to(device), self.ranks.to(device))
 
     def split(self, budget: int) -> list[int]:
         """The budget spread evenly over the crops, the first ones taking what is left over.

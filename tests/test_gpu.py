@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from mmtok_cli.results.records import GpuState
-from mmtok_cli.timing.gpu import Gpu, open_gpu
+from mmtok_cli.timing.gpu import Gpu, open_gpu, open_gpus
+from mmtok_cli.timing.memory import peak_memory
 from mmtok_cli.timing.summary import summarise_states
 
 
@@ -149,6 +150,46 @@ def test_without_a_gpu_or_its_library_there_is_nothing_to_tell(
     monkeypatch.setitem(__import__("sys").modules, "pynvml", None)
     assert open_gpu(cuda) is None
     assert summarise_states([], 1) is None
+
+
+def test_several_cards_are_read_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    class TwoCards(FakeNVML):
+        def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:  # noqa: N802
+            return uuid
+
+        def nvmlDeviceGetClockInfo(self, handle: str, kind: int) -> int:  # noqa: N802
+            return {"GPU-0": 1900, "GPU-1": 1200}[handle]
+
+        def nvmlDeviceGetTotalEnergyConsumption(self, handle: str) -> int:  # noqa: N802
+            return {"GPU-0": 1000, "GPU-1": 2500}[handle]
+
+        def nvmlDeviceGetCurrentClocksEventReasons(self, handle: str) -> int:  # noqa: N802
+            return {"GPU-0": 0x04, "GPU-1": 0x04 | 0x20}[handle]
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=str(device.index)))
+    devices = [torch.device("cuda:0"), torch.device("cuda:1")]
+    gpu = open_gpus(devices, TwoCards(init=None, nvmlSystemGetDriverVersion="580.1"))
+    assert gpu is not None and gpu.joules() == pytest.approx(3.5) and gpu.driver() == "580.1"
+    state = gpu.state(3.5)
+    assert (state.clock, state.joules, state.power_limit) == (1200, 3.5, None)
+    assert state.throttled == ["power cap", "thermal slowdown"]
+    assert open_gpus([*devices, torch.device("cpu")], TwoCards(init=None)) is None
+
+
+def test_peak_memory_is_summed_over_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, most, reserved = {0: 100, 1: 200}, {0: 150, 1: 900}, {0: 1000, 1: 2000}
+    reset = []
+    for name, values in (
+        ("memory_allocated", before),
+        ("max_memory_allocated", most),
+        ("max_memory_reserved", reserved),
+    ):
+        monkeypatch.setattr(torch.cuda, name, lambda device, values=values: values[device.index])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: reset.append(device.index))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    with peak_memory(torch.device("cuda:0"), torch.device("cuda:1")) as peak:
+        pass
+    assert (peak.bytes, peak.reserved, reset) == (750, 3000, [0, 1])
 
 
 def test_states_of_all_rounds_together() -> None:

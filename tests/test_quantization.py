@@ -179,6 +179,7 @@ def test_a_compiled_comparison(tiny_directory: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", ["profile", "compare"])
 def test_what_excludes_compiling(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refused(run(command, "--compile", "--layers", 1), "--compile runs whole models only")
+    refused(run(command, "--device-map", "auto", "--layers", 1), "--device-map runs whole models only")
     refused(run(command, "--compile", "--warmup", 0), "--compile needs a warm-up")
     monkeypatch.setattr("mmtok_cli.models.devices.shutil.which", lambda name: None)
     refused(run(command, "--compile"), "--compile needs a C++ compiler")

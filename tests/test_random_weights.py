@@ -297,6 +297,7 @@ def test_parts_on_devices_of_their_own() -> None:
         ({"attention": "magic"}, "no attention kernel 'magic'"),
         ({"attention": "flash_attention_2", "device": "cpu"}, "needs a CUDA device"),
         ({"device_map": "auto", "device": "cpu"}, "spreads a model over GPUs"),
+        ({"device_map": "auto", "layers": 1}, "--device-map runs whole models only"),
         ({"device_map": "balanced"}, "no device map 'balanced'"),
         ({"layers": 0}, "has 4 decoder layers, not 0"),
     ],

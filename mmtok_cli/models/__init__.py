@@ -84,6 +84,8 @@ def load_model(
         if given not in known:
             raise MMTokError(f"there is no {what} {given!r}", f"choose one of {', '.join(filter(None, known))}")
     if device_map:
+        if layers is not None:
+            raise MMTokError("--device-map runs whole models only", "leave out --device-map or --layers")
         _require_gpus(where)
     if quantization is not None:
         require_quantization(quantization, where, weights, device_map)

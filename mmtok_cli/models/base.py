@@ -114,6 +114,11 @@ class VisionLanguageModel(ABC):
         return self.model.device
 
     @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """Where the weights are, the encoder's device first: several with --device-map."""
+        return tuple(dict.fromkeys((self.device, *(parameter.device for parameter in self.model.parameters()))))
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.model.dtype
 

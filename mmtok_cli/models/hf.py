@@ -771,9 +771,15 @@ def linear_mask(live: Tensor | None) -> Tensor | None:
     return None if live is None else live.long()
 
 
-def rotary_embedding(language: Any, hidden: Tensor, position_ids: Tensor) -> Rotary:
-    """Cosine and sine, [batch, tokens, head dim] each, of positions. hidden says the device and the data type."""
-    return part(language, "rotary_emb")(hidden, position_ids)
+def rotary_embedding(language: Any, hidden: Tensor, position_ids: Tensor, device: torch.device) -> Rotary:
+    """Cosine and sine, [batch, tokens, head dim] each, of positions, on a device. hidden says the data type."""
+    cos, sin = part(language, "rotary_emb")(hidden, position_ids)
+    return cos.to(device), sin.to(device)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a decoder layer or norm has its weights."""
+    return next(module.parameters()).device
 
 
 def queries(layer: Any, hidden: Tensor, rotary: Rotary) -> Tensor:

@@ -3,8 +3,9 @@
 Layers after a cut see a shorter sequence and cache no more than that, so the KV cache becomes ragged. Nothing of the
 model is changed, and no attention matrix is built: what a method reads of the attention is computed for its few
 queries alone, or summed up a few rows at a time. What a layer was called with is held only where a cut asks for it.
-Written for decoder layers such as those of transformers' Llama, Mistral and Qwen. Layers of linear attention among them
-read the shorter sequence as well, and keep a state that has no length.
+Where layers lie on several devices, a cut is made on the device of the layer behind it. Written for decoder layers such
+as those of transformers' Llama, Mistral and Qwen. Layers of linear attention among them read the shorter sequence as
+well, and keep a state that has no length.
 """
 
 from __future__ import annotations
@@ -83,7 +84,8 @@ class Inside:
         if len(layers) in self._cut_layers:
             layers.append(hf.final_norm(self._model))  # a cut after the last layer is made before the final norm
         for index, layer in enumerate(layers):
-            self._handles.append(layer.register_forward_pre_hook(partial(self._enter_layer, index), with_kwargs=True))
+            enter = partial(self._enter_layer, index, hf.device_of(layer))
+            self._handles.append(layer.register_forward_pre_hook(enter, with_kwargs=True))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -92,17 +94,21 @@ class Inside:
         self._handles.clear()
         self._read.clear()
 
-    def _enter_layer(self, index: int, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _enter_layer(
+        self, index: int, device: torch.device, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """device: of the layer. What the previous layer left on another one is moved only after this hook."""
         # The final norm is called with hidden states alone.
         call = hf.LayerCall.read(args, kwargs) if index < len(self._layers) else None
-        hidden = hf.hidden_of(args, kwargs)
+        hidden = hf.hidden_of(args, kwargs).to(device)
         if index == 0 and call:
             self._begin(call)
-        now = self._reached
-        if now is None:
-            return args, kwargs | self._step_arguments(index, call) if call else kwargs
+        if self._reached is None:
+            return args, kwargs | self._step_arguments(index, call, device) if call else kwargs
+        now = self._reached = self._reached.to(device)
         if call and not self._behind and self._attends[index]:  # the masks of linear attention have another form
-            now = self._reached = replace(now, mask=call.mask, mask_dtype=mask_dtype_of(call.mask))
+            mask = None if call.mask is None else call.mask.to(device)
+            now = self._reached = replace(now, mask=mask, mask_dtype=mask_dtype_of(mask))
         if index in self._cut_layers:
             with self._stage("select"):
                 hidden, now = self._cut(index, now, hidden, call.cache if call else None)
@@ -159,8 +165,8 @@ class Inside:
                         plan=plan,
                         start=plan.start - (self._width - prompt),
                         places=torch.arange(len(plan.eligible), device=hidden.device),
-                        eligible=plan.eligible,
-                        merged=torch.zeros_like(plan.eligible),
+                        eligible=plan.eligible.to(hidden.device),
+                        merged=torch.zeros(len(plan.eligible), dtype=torch.bool, device=hidden.device),
                     )
                     for plan in self._images
                     if plan.row == number // copies
@@ -218,7 +224,7 @@ class Inside:
             missing = torch.tensor([width - length for length in lengths], device=hidden.device)
             live = torch.arange(width, device=hidden.device) >= missing[:, None]
         needed = {read: states for read, states in self._read.items() if self._held[read] > layer}
-        self._read = {read: gather_slots(states, index) for read, states in needed.items()}
+        self._read = {read: gather_slots(states, index.to(states.device)) for read, states in needed.items()}
         position_ids, rotary = now.position_ids, now.rotary
         removed = [row.length - length for row, length in zip(now.rows, lengths, strict=True)]
         remaining = torch.stack([pad(s, (0, 0, width - len(s), 0)) for s in states])
@@ -229,11 +235,14 @@ class Inside:
         else:
             counted = torch.arange(width, device=hidden.device)
             position_ids = torch.stack([(counted - (width - length)).clamp(min=0) for length in lengths])
-            rotary = hf.rotary_embedding(self._model, remaining, position_ids)
+            rotary = hf.rotary_embedding(self._model, remaining, position_ids, hidden.device)
         copies = batch // len(self._lengths)
         images = {id(image.plan): image for row in rows[::copies] for image in row.images}
         left = [images[id(plan)] for plan in self._images]
-        self.selections = [Selection(image.places, merged=image.merged) for image in left]
+        self.selections = [
+            Selection(image.places.to(plan.eligible.device), merged=image.merged.to(plan.eligible.device))
+            for plan, image in zip(self._images, left, strict=True)
+        ]
         return remaining, LayerSequence(
             rows=rows,
             width=width,
@@ -298,11 +307,21 @@ class Inside:
             if cut.reads < cut.before:
                 seen = self._read[cut.reads][number, offset:]
                 cached = None if cache is None else hf.cached_keys(cache, cut.reads)[number, :, offset:]
+            there = seen.device  # where the layer's weights are
+            rotary = cos.to(there), sin.to(there)
             if cut.rows == "queries":
-                attention = attention_rows(layer, seen, (cos, sin), queries, cached)[:, :, image.start : image.end]
+                attention = attention_rows(layer, seen, rotary, queries.to(there), cached)[
+                    :, :, image.start : image.end
+                ]
             elif cut.rows == "mean":
-                attention = mean_attention(layer, seen, (cos, sin), cached)[:, None, image.start : image.end]
-            keys = partial(keys_at, layer, seen, (cos, sin), places, text, cached)
+                attention = mean_attention(layer, seen, rotary, cached)[:, None, image.start : image.end]
+            attention = None if attention is None else attention.to(device)
+            read_keys = partial(keys_at, layer, seen, rotary, places.to(there), text.to(there), cached)
+
+            def keys() -> tuple[Tensor, Tensor]:
+                of_image, of_text = read_keys()
+                return of_image.to(device), of_text.to(device)
+
         return LayerTokens(
             hidden=hidden[image.start : image.end],
             attention=attention,
@@ -313,22 +332,22 @@ class Inside:
             text=lambda: hidden[text],
             keys=keys,
             norm=partial(hf.normed, self._model),
-            vision=image.plan.vision,
-            places=image.places if image.plan.entered is None else image.plan.entered[image.places],
+            vision=None if image.plan.vision is None else image.plan.vision.to(device),
+            places=image.places if image.plan.entered is None else image.plan.entered.to(device)[image.places],
         )
 
-    def _step_arguments(self, index: int, call: hf.LayerCall) -> dict[str, Any]:
+    def _step_arguments(self, index: int, call: hf.LayerCall, device: torch.device) -> dict[str, Any]:
         """What a layer is called with at a step of decoding, where that differs from what the model would pass."""
         behind = max((layer for layer in self._behind if layer <= index), default=None)
         if behind is None or not self._attends[index]:  # the state of linear attention has no length
             return {}
         if behind not in self._step:
-            sequence = self._behind[behind]
+            sequence = self._behind[behind].to(device)
             position_ids, rotary = call.position_ids, call.rotary
-            mask = step_mask(sequence, call.hidden.shape[1], self._generated, call.hidden.device)
+            mask = step_mask(sequence, call.hidden.shape[1], self._generated, device)
             if self._positions == "renumber" and position_ids is not None:
-                position_ids = position_ids - sequence.removed[:, None]
-                rotary = hf.rotary_embedding(self._model, call.hidden, position_ids)
+                position_ids = position_ids.to(device) - sequence.removed[:, None]
+                rotary = hf.rotary_embedding(self._model, call.hidden, position_ids, device)
             self._step[behind] = hf.layer_arguments(mask, position_ids, rotary)
         return self._step[behind]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -58,6 +58,15 @@ class ImageTokens:
     def end(self) -> int:
         return self.start + self.places.shape[0]
 
+    def to(self, device: torch.device) -> ImageTokens:
+        return replace(
+            self,
+            places=self.places.to(device),
+            eligible=self.eligible.to(device),
+            merged=self.merged.to(device),
+            queries=None if self.queries is None else self.queries.to(device),
+        )
+
 
 @dataclass(frozen=True)
 class Row:
@@ -89,6 +98,23 @@ class LayerSequence:
     mask_dtype: torch.dtype
     position_ids: Tensor | None
     rotary: Rotary
+
+    def to(self, device: torch.device) -> LayerSequence:
+        """The sequence on the device of the layers that it is for."""
+        if self.rotary[0].device == self.removed.device == device:
+            return self
+        live, mask, position_ids = (
+            part if part is None else part.to(device) for part in (self.live, self.mask, self.position_ids)
+        )
+        return replace(
+            self,
+            rows=[replace(row, images=tuple(image.to(device) for image in row.images)) for row in self.rows],
+            live=live,
+            removed=self.removed.to(device),
+            mask=mask,
+            position_ids=position_ids,
+            rotary=(self.rotary[0].to(device), self.rotary[1].to(device)),
+        )
 
 
 def gather_slots(rows: Tensor, index: Tensor) -> Tensor:

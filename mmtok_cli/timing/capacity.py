@@ -122,7 +122,7 @@ def _fits(device: torch.device, answer: Batch, size: int) -> bool:
 def _peak(model: VisionLanguageModel, answer: Callable[[], Answers]) -> int:
     """Peak bytes of a run above what was allocated before, with the KV cache of layers that are not run."""
     if model.device.type == "cuda":
-        with peak_memory(model.device) as peak:
+        with peak_memory(*model.devices) as peak:
             answers = answer()
         allocated = peak.bytes or 0
     else:

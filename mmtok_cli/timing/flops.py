@@ -115,10 +115,11 @@ def measure_flops(
     stages = Stages(counter.get_total_flops)
     with SeenOperators() as seen, counter, last_layer(model, counter.get_total_flops) as spans:
         case.answer(model, samples, max_new_tokens, stages.stage, ignore_eos=ignore_eos)
-    seen_stages = {name for name, _, _ in stages.spans}
+    stage_spans = stages.spans()
+    seen_stages = {name for name, _, _ in stage_spans}
     stages_of_case = tuple(name for name in ALL_STAGES if name in STAGES or name in seen_stages)
     counted, last = (dict.fromkeys(stages_of_case, 0.0) for _ in range(2))
-    for flops, found in ((counted, stages.spans), (last, spans)):
+    for flops, found in ((counted, stage_spans), (last, spans)):
         for name, start, end in found:
             if name != CHECK:
                 flops[name] += (end - start) / len(samples)

@@ -6,7 +6,7 @@ Nothing here changes the card's settings.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -85,6 +85,56 @@ class Gpu:
             return query()
         except (self.nvml.NVMLError, AttributeError):  # not supported by this card, driver or release
             return None
+
+
+@dataclass(frozen=True)
+class Gpus:
+    """Several cards that share a model, read as if they were one."""
+
+    cards: tuple[Gpu, ...]
+
+    def joules(self) -> float | None:
+        """The sum of the cards' energy counters."""
+        return _combined(sum, (card.joules() for card in self.cards))
+
+    def violations(self) -> Violations:
+        """Those of every card, its number before the reason."""
+        return {f"{i}: {name}": time for i, card in enumerate(self.cards) for name, time in card.violations().items()}
+
+    def state(self, joules: float | None = None, before: Violations | None = None) -> GpuState:
+        """Clocks and limits of the slowest card, and what slowed down any. before: as in `Gpu.state`."""
+        states = []
+        for number, card in enumerate(self.cards):
+            head = f"{number}: "
+            mine = {name.removeprefix(head): time for name, time in (before or {}).items() if name.startswith(head)}
+            states.append(card.state(before=mine))
+        return GpuState(
+            clock=_combined(min, (state.clock for state in states)),
+            memory_clock=_combined(min, (state.memory_clock for state in states)),
+            full_clock=_combined(min, (state.full_clock for state in states)),
+            power_limit=_combined(min, (state.power_limit for state in states)),
+            throttled=list(dict.fromkeys(reason for state in states for reason in state.throttled)),
+            other_processes=_combined(max, (state.other_processes for state in states)),
+            joules=joules,
+        )
+
+    def driver(self) -> str | None:
+        return self.cards[0].driver()
+
+
+def _combined(combine: Callable[[list[Any]], Any], values: Iterable[Any]) -> Any:
+    """None where any card does not tell."""
+    known = list(values)
+    return None if None in known else combine(known)
+
+
+def open_gpus(devices: Sequence[torch.device], nvml: Any = None) -> Gpu | Gpus | None:
+    """The cards behind CUDA devices; None where `open_gpu` gives None for any."""
+    cards = [open_gpu(device, nvml) for device in devices]
+    found = tuple(card for card in cards if card is not None)
+    if len(found) < len(cards):
+        return None
+    return found[0] if len(found) == 1 else Gpus(found)
 
 
 def open_gpu(device: torch.device, nvml: Any = None) -> Gpu | None:

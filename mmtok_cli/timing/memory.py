@@ -11,12 +11,14 @@ from functools import cache
 import psutil
 import torch
 
+from mmtok_cli.timing.clock import synchronise
+
 
 @dataclass
 class Peak:
     """Bytes allocated at most above what was allocated before, and bytes that the allocator had reserved at most.
 
-    None where the device does not count them.
+    Summed over the devices; None where they do not count them.
     """
 
     bytes: int | None = None
@@ -24,19 +26,20 @@ class Peak:
 
 
 @contextmanager
-def peak_memory(device: torch.device) -> Iterator[Peak]:
+def peak_memory(*devices: torch.device) -> Iterator[Peak]:
     """Record the peak within a block. Only CUDA's allocator reports one; `traces` reads the CPU's off a profile."""
     peak = Peak()
-    if device.type != "cuda":
+    if devices[0].type != "cuda":
         yield peak
         return
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
+    synchronise(*devices)
+    for device in devices:
+        torch.cuda.reset_peak_memory_stats(device)
+    before = sum(map(torch.cuda.memory_allocated, devices))
     yield peak
-    torch.cuda.synchronize(device)
-    peak.bytes = torch.cuda.max_memory_allocated(device) - before
-    peak.reserved = torch.cuda.max_memory_reserved(device)
+    synchronise(*devices)
+    peak.bytes = sum(map(torch.cuda.max_memory_allocated, devices)) - before
+    peak.reserved = sum(map(torch.cuda.max_memory_reserved, devices))
 
 
 def host_memory() -> int:

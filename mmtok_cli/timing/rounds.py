@@ -19,7 +19,7 @@ from mmtok_cli.results.schema import LargestBatch
 from mmtok_cli.settings import AnswerLength
 from mmtok_cli.timing.capacity import largest_batch
 from mmtok_cli.timing.flops import measure_flops
-from mmtok_cli.timing.gpu import Gpu
+from mmtok_cli.timing.gpu import Gpu, Gpus
 from mmtok_cli.timing.machine import Machine
 from mmtok_cli.timing.runner import reserved_memory, run_case, run_round
 
@@ -50,7 +50,7 @@ class Measurement:
     cases: Sequence[Case]
     batches: dict[int, list[list[Sample]]]
     store: RunDirectory
-    gpu: Gpu | None = None
+    gpu: Gpu | Gpus | None = None
 
     def warm_up(self) -> Iterator[Case]:
         """Count the FLOPs of each case and run it a few times untimed; yields each case that is ready."""

@@ -14,7 +14,7 @@ from mmtok_cli.pipeline import Answers
 from mmtok_cli.results.records import TimedRun, sample_name
 from mmtok_cli.results.schedule import Turn
 from mmtok_cli.timing.clock import Clock, with_sums
-from mmtok_cli.timing.gpu import Gpu
+from mmtok_cli.timing.gpu import Gpu, Gpus
 from mmtok_cli.timing.memory import Peak, host_memory, peak_memory
 from mmtok_cli.timing.partial import last_layer, missing_groups, of_whole_model
 
@@ -31,15 +31,15 @@ def run_case(
     *,
     ignore_eos: bool = False,
     runs: int = 1,
-    gpu: Gpu | None = None,
+    gpu: Gpu | Gpus | None = None,
 ) -> TimedRun:
     """Answer one batch `runs` times under the clock. index: the case's number in the record."""
     answers, peaks, repetitions = None, [], []
     before, violations = (gpu.joules(), gpu.violations()) if gpu else (None, None)
     for _ in range(runs):
         answers = None  # frees the memory of the last repetition before the next begins
-        with peak_memory(model.device) as peak:
-            clock = Clock(model.device)
+        with peak_memory(*model.devices) as peak:
+            clock = Clock(*model.devices)
             with last_layer(model, clock.now) as spans:
                 decoded = decoded_videos(samples, clock.stage)
                 answers = case.answer(model, decoded, max_new_tokens, clock.stage, ignore_eos=ignore_eos)
@@ -82,7 +82,7 @@ def run_round(
     max_new_tokens: int,
     ignore_eos: bool = False,
     runs: int = 1,
-    gpu: Gpu | None = None,
+    gpu: Gpu | Gpus | None = None,
     attempt: Attempt | None = None,
 ) -> Iterator[TimedRun]:
     """Time the cases of one round; yields each run as soon as it is done.

@@ -270,11 +270,12 @@ def _free(device: torch.device) -> int | None:
 def _run(model: VisionLanguageModel, case: Case, sample: Sample, tokens: int, done: _Runs) -> float:
     """One run from picture to prefill, recorded in `done`: the seconds that all of it took."""
     grids = _grids(sample, tokens)
-    with peak_memory(model.device) as peak:
-        clock = Clock(model.device)
+    with peak_memory(*model.devices) as peak:
+        clock = Clock(*model.devices)
         reduced = reduce(model, case.method, [sample], case.budget, rules=case.rules, stage=clock.stage, grids=grids)
         reduced = reduced.without_encodings()
-        cuts = inside(model, reduced, stage=clock.stage)
+        with clock.stage("select"):
+            cuts = inside(model, reduced, stage=clock.stage)
         with last_layer(model, clock.now) as spans, cuts, clock.stage("prefill"):
             prefill(model, reduced.inputs)
         stages = clock.stages()

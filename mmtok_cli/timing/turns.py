@@ -37,7 +37,7 @@ def run_conversation(
         rare = {PREVIEW: case.image_scale == AUTO, DECODE_VIDEO: sample.has_video}
         stages = (*STAGES, *(stage for stage, occurs in rare.items() if occurs))
         for turn in sample.turns:
-            clock = Clock(model.device)
+            clock = Clock(*model.devices)
             answer = conversation.ask(turn.question, clock.stage)
             runs.append(
                 TurnRun(

@@ -174,7 +174,7 @@ class SimpleModel(lmms):
         number: int = 0,
     ) -> list[Answered]:
         """Answer one batch. An answer ends where the context does. number: of the round."""
-        model, clock = self._vlm, Clock(self._vlm.device)
+        model, clock = self._vlm, Clock(*self._vlm.devices)
         with naming(places):
             reduced = self._case.reduce(model, samples, clock.stage)
             room = model.context_length - reduced.inputs["input_ids"].shape[1]
@@ -202,7 +202,7 @@ class SimpleModel(lmms):
         ]
 
     def _loss(self, request: Instance) -> tuple[float, bool]:
-        model, clock, place = self._vlm, Clock(self._vlm.device), Place.of(request)
+        model, clock, place = self._vlm, Clock(*self._vlm.devices), Place.of(request)
         sample, continuation = choice_of(request, self.task_dict)
         with naming([place]):
             ids = continuation_ids(model, sample, continuation)
