@@ -18,7 +18,7 @@ from mmtok_cli.demo.scenes import COLOURS, POPULAR_PAIRS, SHAPES, make_scene
 
 PARTS = (("train", "sparse"), ("train", "dense"), ("eval", "sparse"), ("eval", "dense"))
 DESCRIPTIONS_HASH = "26dde6d655c5f7ba"
-WEIGHTS_HASH = "b82df92a6b7002fb"
+WEIGHTS_HASH = "7dac483d788b5124"
 
 
 @pytest.fixture(scope="module")
