@@ -718,7 +718,7 @@ class CompareSettings(CasesSettings, EngineSettings):
     )
     data: Annotated[str, Option(panel=DATA)] = Field(
         "demo",
-        description="Dataset: demo, demo:conversations, a .jsonl, .json, .csv or .tsv file, pope:FILE, "
+        description="Dataset: demo, demo:dense, demo:conversations, a .jsonl, .json, .csv or .tsv file, pope:FILE, "
         "vqav2:QUESTIONS,ANNOTATIONS, a folder of images, hub:NAME or hub:NAME:SPLIT.",
     )
     image_root: Annotated[Path | None, Option(panel=DATA)] = Field(

@@ -14,14 +14,14 @@ from mmtok_cli.data.layouts import POPE, VQAV2, Layout, MetricName
 from mmtok_cli.data.names import parse_name
 from mmtok_cli.data.pictures import SUFFIXES, is_pattern, pictures
 from mmtok_cli.data.rows import Columns, require_columns
-from mmtok_cli.data.samples import Sample, demo_conversations, demo_samples
+from mmtok_cli.data.samples import Sample, demo_conversations, demo_dense, demo_samples
 from mmtok_cli.errors import MMTokError, first_line
 from mmtok_cli.video import USUAL_SAMPLING, Sampling
 
 DEMO_QUESTIONS, DEMO_CONVERSATIONS = 1200, 400
 KINDS = (
-    "demo, demo:conversations, a .jsonl, .json, .csv or .tsv file, pope:FILE, vqav2:QUESTIONS,ANNOTATIONS, a folder of "
-    "images, hub:NAME or hub:NAME:SPLIT"
+    "demo, demo:dense, demo:conversations, a .jsonl, .json, .csv or .tsv file, pope:FILE, "
+    "vqav2:QUESTIONS,ANNOTATIONS, a folder of images, hub:NAME or hub:NAME:SPLIT"
 )
 
 
@@ -137,6 +137,8 @@ def _take(samples: Iterable[Sample], limit: int | None) -> tuple[Sample, ...]:
 def _demo(selectors: Sequence[str], limit: int | None, question: str | None, columns: Columns) -> Dataset:
     if question is not None or columns:
         raise MMTokError("the demo questions are fixed", "leave --question and --columns out")
+    if selectors == ("dense",):
+        return Dataset("demo:dense", demo_dense(min(limit or DEMO_QUESTIONS, DEMO_QUESTIONS)), "exact")
     if selectors:
         conversations = demo_conversations(min(limit or DEMO_CONVERSATIONS, DEMO_CONVERSATIONS))
         return Dataset("demo:conversations", conversations, "exact")

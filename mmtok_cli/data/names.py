@@ -15,7 +15,8 @@ class DataName:
 
     kind: what the name begins with; "path" for a file, a folder or a pattern of images without a prefix. names: of the
     files, the folder or the pattern, or the dataset of the hub's library; none for the demo. selectors: configuration
-    and split of the latter; "conversations" for the demo with several questions for each scene.
+    and split of the latter; of the demo, "dense" for pages, charts and dots, "conversations" for several questions
+    about each scene.
     """
 
     kind: Literal["demo", "hub", "pope", "vqav2", "path"]
@@ -39,8 +40,8 @@ def parse_name(text: str) -> DataName:
     kind, _, rest = text.partition(":")
     if text == "demo":
         return DataName("demo")
-    if text == "demo:conversations":
-        return DataName("demo", selectors=("conversations",))
+    if text in ("demo:dense", "demo:conversations"):
+        return DataName("demo", selectors=(rest,))
     if kind == "pope":
         return DataName("pope", (rest,))
     if kind == "vqav2":

@@ -152,6 +152,23 @@ def demo_samples(limit: int) -> list[Sample]:
     ]
 
 
+def demo_dense(limit: int) -> list[Sample]:
+    """The first `limit` held-out questions of the demo about pages, bar charts and fields of dots."""
+    from mmtok_cli.demo.dense_drawing import draw_dense
+    from mmtok_cli.demo.dense_questions import dense_held_out
+
+    questions = dense_held_out(limit)
+    named = {f"{q.picture.layout}-{q.picture.seed}": q.picture for q in questions}
+    pictures = {name: draw_dense(picture) for name, picture in named.items()}
+    samples = []
+    for number, question in enumerate(questions):
+        name = f"{question.picture.layout}-{question.picture.seed}"
+        samples.append(
+            Sample((pictures[name],), question.text, (name,), question.answer, question.kind, id=str(number))
+        )
+    return samples
+
+
 def demo_conversations(limit: int) -> list[Sample]:
     """The first `limit` held-out scenes of the demo, each with questions about different objects."""
     from mmtok_cli.demo.drawing import draw

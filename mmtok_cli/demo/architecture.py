@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 
 import torch
@@ -17,6 +18,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from mmtok_cli.demo.dense import ROWS, SIDES, WORDS
+from mmtok_cli.demo.dense_questions import DENSE_PHRASES, EXTREMES
 from mmtok_cli.demo.questions import CHOICES, PHRASES
 from mmtok_cli.demo.scenes import COLOURS, IMAGE_SIZE, SHAPES
 from mmtok_cli.models import hf
@@ -50,12 +53,19 @@ CHAT_TEMPLATE = (
 
 @cache
 def vocabulary() -> tuple[str, ...]:
-    """Every token: the special ones, then each word and mark of all questions and answers."""
-    words = set(re.findall(r"\w+|[^\w\s]", " ".join(sum(PHRASES.values(), ())).lower()))
-    words -= {"{", "}", "thing", "things"}
+    """Every token: the special ones, then each word and mark of the questions and answers about scenes, then what
+    dense pictures add to them."""
+    words = _words_of(PHRASES.values()) - {"thing", "things"}
     words |= {word for answers in CHOICES.values() for word in answers}
     words |= {*COLOURS, *SHAPES, *SHAPES.values(), "a", "an", "objects", "background", "user", "assistant", ":"}
-    return *SPECIAL_TOKENS, *sorted(words)
+    added = _words_of(DENSE_PHRASES.values()) - {"side", "first", "second", "extreme"}
+    added |= {*WORDS, *ROWS, *SIDES, *EXTREMES}
+    return *SPECIAL_TOKENS, *sorted(words), *sorted(added - words)
+
+
+def _words_of(phrases: Iterable[Sequence[str]]) -> set[str]:
+    text = " ".join(itertools.chain.from_iterable(phrases)).lower()
+    return set(re.findall(r"\w+|[^\w\s]", text)) - {"{", "}"}
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

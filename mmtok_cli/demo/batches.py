@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from mmtok_cli.demo import questions as ask
 from mmtok_cli.demo.architecture import GRID, PATCH_SIZE, vocabulary
-from mmtok_cli.demo.drawing import digit_box, draw, outline
-from mmtok_cli.demo.scenes import COLOURS, OBJECTS, PAIRS, RADII, SHAPES, Density, Scene, generator, sample_scene
+from mmtok_cli.demo.dense import DensePicture, Layout, Page, make_dense
+from mmtok_cli.demo.dense_drawing import Box, draw_dense, number_box, word_box
+from mmtok_cli.demo.dense_questions import DENSE_KINDS, DENSE_PHRASES, KINDS_OF, DenseKind, ask_dense
+from mmtok_cli.demo.drawing import draw
+from mmtok_cli.demo.labels import Labels, dense_labels, scene_labels
+from mmtok_cli.demo.scenes import COLOURS, OBJECTS, RADII, SHAPES, Density, Scene, generator, sample_scene
 from mmtok_cli.models import hf
 
 BLOCK = 14  # tokens of the longest question, "assistant :", the answer and </s>
-IGNORE = -100
-ATTRIBUTES = (*COLOURS, *SHAPES)
+ALL_KINDS: tuple[str, ...] = (*ask.KINDS, *DENSE_KINDS)
 
 _KIND_SHARES: dict[ask.Kind, float] = {"existence": 0.36, "count": 0.24, "digit": 0.16, "colour": 0.12, "shape": 0.12}
 _TOKEN_IDS = {word: i for i, word in enumerate(vocabulary())}
-_COLOUR_INDEX = {name: i + 1 for i, name in enumerate(COLOURS)}
-_SHAPE_INDEX = {name: i + 1 for i, name in enumerate(SHAPES)}
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,16 @@ class Batch:
     positions: torch.Tensor  # [batch, 1 + n] rows of the position embedding, class token first
     text: torch.Tensor  # [batch, q * BLOCK]
     answer_at: torch.Tensor  # [batch, q] index in `text` of the token before the answer
-    kinds: torch.Tensor  # [batch, q] index in KINDS
+    kinds: torch.Tensor  # [batch, q] index in ALL_KINDS
     colours: torch.Tensor  # [batch, n]
     shapes: torch.Tensor  # [batch, n]
-    digits: torch.Tensor  # [batch, n] the digit shown, else IGNORE
+    digits: torch.Tensor  # [batch, n] the digit shown, or the value of the bar that ends there; else IGNORE
+    words: torch.Tensor  # [batch, n] the word shown, or the one that the number shown is beside
+    rows: torch.Tensor  # [batch, n] of a page's entry, else IGNORE
+    sides: torch.Tensor  # [batch, n] of a page's entry, else IGNORE
+    groups: torch.Tensor  # [batch, n] below GROUPS, 0 background; GROUPS where the patch is barely touched
     centres: torch.Tensor  # [batch, n] 1 where the middle of an object is
-    present: torch.Tensor  # [batch, attributes + pairs] what the picture contains
+    present: torch.Tensor  # [batch, attributes + pairs + words] what the picture contains
 
 
 def tokenise(text: str) -> list[int]:
@@ -47,13 +53,57 @@ def tokenise(text: str) -> list[int]:
     return [_TOKEN_IDS.get(word, unknown) for word in re.findall(r"\w+|[^\w\s]", text.lower())]
 
 
-def make_batch(first_seed: int, size: int, grid: int, densities: tuple[Density, ...], per_image: int) -> Batch:
-    """`size` training scenes of `grid` x `grid` patches, from consecutive seeds, cycling through `densities`."""
-    rows = []
+def make_batch(
+    first_seed: int, size: int, grid: int, pictures: tuple[Density | Layout, ...], per_image: int, rows: int = 0
+) -> Batch:
+    """`size` training pictures of `grid` x `grid` patches, from consecutive seeds, cycling through `pictures`.
+
+    With `rows`, pages are cut to so many rows of patches.
+    """
+    columns = []
     for i in range(size):
-        scene = training_scene(first_seed + i, grid, densities[i % len(densities)])
-        rows.append((_pixels(scene), _positions(scene, grid), *_text(scene, per_image), *_patch_labels(scene, grid)))
-    return Batch(*(torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True)))
+        shape = (rows or grid, grid)
+        image, window, labels, text = _picture(first_seed + i, shape, pictures[i % len(pictures)], per_image)
+        named = (getattr(labels, field.name) for field in fields(labels))
+        columns.append((_pixels(image), np.concatenate([[0], 1 + window]), *text, *named))
+    return Batch(*(torch.from_numpy(np.stack(column)) for column in zip(*columns, strict=True)))
+
+
+Text = tuple[np.ndarray, np.ndarray, np.ndarray]  # `text`, `answer_at` and `kinds` of one picture, as in `Batch`
+
+
+def _picture(
+    seed: int, shape: tuple[int, int], kind: Density | Layout, per_image: int
+) -> tuple[Image.Image, np.ndarray, Labels, Text]:
+    """The picture of this seed, where its patches are on the whole grid, what they show, and `per_image` questions."""
+    rng = generator("train", seed, purpose=4)
+    grid = shape[1]
+    if kind == "sparse" or kind == "dense":
+        scene = training_scene(seed, grid, kind)
+        questions = (training_question(scene, rng) for _ in range(per_image))
+        return draw(scene), _window(seed, grid), scene_labels(scene, grid), _text(questions, per_image, rng)
+    picture = make_dense(kind, seed, "train")
+    image, labels, window = draw_dense(picture), dense_labels(picture), _window(seed, grid)
+    if isinstance(picture, Page) and shape != (GRID, GRID):
+        picture, image, labels, window = _part_of_page(picture, image, labels, shape, rng)
+    dense_questions = (dense_question(picture, rng) for _ in range(per_image))
+    return image, window, labels, _text(dense_questions, per_image, rng)
+
+
+def _part_of_page(
+    page: Page, image: Image.Image, labels: Labels, shape: tuple[int, int], rng: np.random.Generator
+) -> tuple[Page, Image.Image, Labels, np.ndarray]:
+    """Some rows of a page's left or right part, or of its whole width, at their place in the grid; with the entries
+    that are wholly in it."""
+    top, left = int(rng.integers(0, GRID - shape[0] + 1)), int(rng.integers(2)) * (GRID - shape[1])
+    window = _cells(top, left, shape)
+    x, y, right, bottom = (PATCH_SIZE * edge for edge in (left, top, left + shape[1], top + shape[0]))
+
+    def inside(box: Box) -> bool:
+        return x <= box[0] and box[2] <= right and y <= box[1] and box[3] <= bottom
+
+    entries = tuple(e for e in page.entries if inside(word_box(page, e)) and inside(number_box(page, e)))
+    return replace(page, entries=entries), image.crop((x, y, right, bottom)), labels.part(window), window
 
 
 def training_scene(seed: int, grid: int, density: Density) -> Scene:
@@ -63,32 +113,34 @@ def training_scene(seed: int, grid: int, density: Density) -> Scene:
     return sample_scene(seed, "train", grid * PATCH_SIZE, objects, (smallest, min(largest, grid * 4)))
 
 
-def _pixels(scene: Scene) -> np.ndarray:
-    pixels = np.asarray(draw(scene), dtype=np.float32) / 255
+def _pixels(image: Image.Image) -> np.ndarray:
+    pixels = np.asarray(image, dtype=np.float32) / 255
     mean, deviation = hf.pixel_statistics("OPENAI_CLIP")
     pixels = (pixels - np.asarray(mean, np.float32)) / np.asarray(deviation, np.float32)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
-def _positions(scene: Scene, grid: int) -> np.ndarray:
+def _window(seed: int, grid: int) -> np.ndarray:
     """A random window of the position grid, so that small pictures train all of it."""
-    top, left = generator("train", scene.seed, purpose=3).integers(0, GRID - grid + 1, size=2)
-    window = (top + np.arange(grid))[:, None] * GRID + left + np.arange(grid)
-    return np.concatenate([[0], 1 + window.ravel()])
+    top, left = generator("train", seed, purpose=3).integers(0, GRID - grid + 1, size=2)
+    return _cells(int(top), int(left), (grid, grid))
 
 
-def _text(scene: Scene, per_image: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    rng = generator("train", scene.seed, purpose=4)
-    text = np.full((per_image, BLOCK), _TOKEN_IDS["<pad>"], dtype=np.int64)
-    answer_at = np.empty(per_image, dtype=np.int64)
-    kinds = np.empty(per_image, dtype=np.int64)
-    for i in range(per_image):
-        kind, prompt, answer = training_question(scene, rng)
+def _cells(top: int, left: int, shape: tuple[int, int]) -> np.ndarray:
+    return ((top + np.arange(shape[0]))[:, None] * GRID + left + np.arange(shape[1])).ravel()
+
+
+def _text(questions: Iterator[tuple[str, str, str]], count: int, rng: np.random.Generator) -> Text:
+    """`count` questions (kind, text, answer), which may draw from `rng` as well, in blocks of tokens."""
+    text = np.full((count, BLOCK), _TOKEN_IDS["<pad>"], dtype=np.int64)
+    answer_at = np.empty(count, dtype=np.int64)
+    kinds = np.empty(count, dtype=np.int64)
+    for i, (kind, prompt, answer) in enumerate(questions):
         tokens = [*_blur(tokenise(prompt), rng), _TOKEN_IDS["assistant"], _TOKEN_IDS[":"]]
         answer_at[i] = i * BLOCK + len(tokens) - 1
         tokens += [_TOKEN_IDS[answer], _TOKEN_IDS["</s>"]]
         text[i, : len(tokens)] = tokens
-        kinds[i] = ask.KINDS.index(kind)
+        kinds[i] = ALL_KINDS.index(kind)
     return text.ravel(), answer_at, kinds
 
 
@@ -107,9 +159,18 @@ def training_question(scene: Scene, rng: np.random.Generator) -> tuple[ask.Kind,
     else:
         kind = "existence"
         values, answer = _existence(scene, rng)
-    phrases = ask.PHRASES[kind]
-    phrase = phrases[0] if rng.random() < 0.5 else phrases[int(rng.integers(len(phrases)))]
-    return kind, phrase.format(**values), answer
+    return kind, _phrase(ask.PHRASES[kind], rng).format(**values), answer
+
+
+def dense_question(picture: DensePicture, rng: np.random.Generator) -> tuple[DenseKind, str, str]:
+    """Kind, text and answer of a random question about a dense picture."""
+    kind = KINDS_OF[picture.layout][int(rng.integers(2))]
+    values, answer = ask_dense(picture, kind, rng)
+    return kind, _phrase(DENSE_PHRASES[kind], rng).format(**values), answer
+
+
+def _phrase(phrases: tuple[str, ...], rng: np.random.Generator) -> str:
+    return phrases[0] if rng.random() < 0.5 else phrases[int(rng.integers(len(phrases)))]
 
 
 def _existence(scene: Scene, rng: np.random.Generator) -> tuple[dict[str, str], str]:
@@ -137,35 +198,3 @@ def _blur(tokens: list[int], rng: np.random.Generator) -> list[int]:
     if rng.random() < 0.05 and len(tokens) < BLOCK - 4:
         tokens = [_TOKEN_IDS["<unk>"], *tokens]
     return tokens
-
-
-def _patch_labels(scene: Scene, grid: int) -> tuple[np.ndarray, ...]:
-    """Colour, shape, digit and centre labels `[n]`, and what is present. A patch barely touched is ignored."""
-    owners = Image.new("L", (scene.size, scene.size))
-    canvas = ImageDraw.Draw(owners)
-    for i, item in enumerate(scene.objects):
-        canvas.polygon(outline(item), fill=i + 1)
-    cells = np.asarray(owners).reshape(grid, PATCH_SIZE, grid, PATCH_SIZE).swapaxes(1, 2).reshape(grid * grid, -1)
-    slots = len(scene.objects) + 1
-    counts = np.bincount((np.arange(grid * grid)[:, None] * slots + cells).ravel(), minlength=grid * grid * slots)
-    share = counts.reshape(grid * grid, slots)[:, 1:] / PATCH_SIZE**2
-    owner, largest = share.argmax(1), share.max(1)
-    known, touched = largest >= 0.3, largest > 0.02
-
-    def spread(values: list[int]) -> np.ndarray:
-        return np.where(known, np.array(values)[owner], np.where(touched, IGNORE, 0))
-
-    digits = np.full((grid, grid), IGNORE)
-    centres = np.zeros(grid * grid, dtype=np.float32)
-    present = np.zeros(len(ATTRIBUTES) + len(PAIRS), dtype=np.float32)
-    for item in scene.objects:
-        x, y = (value // PATCH_SIZE for value in item.centre)
-        centres[y * grid + x] = 1
-        present[[ATTRIBUTES.index(item.colour), ATTRIBUTES.index(item.shape)]] = 1
-        present[len(ATTRIBUTES) + PAIRS.index(item.pair)] = 1
-        if item.digit is not None:
-            left, top, right, bottom = (round(value / PATCH_SIZE) for value in digit_box(item))
-            digits[top : max(bottom, top + 1), left : max(right, left + 1)] = item.digit
-    colours = spread([_COLOUR_INDEX[item.colour] for item in scene.objects])
-    shapes = spread([_SHAPE_INDEX[item.shape] for item in scene.objects])
-    return colours, shapes, digits.ravel(), centres, present

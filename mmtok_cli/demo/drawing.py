@@ -73,7 +73,7 @@ def _paint(image: Image.Image, item: SceneObject) -> None:
             (item.centre[0], (y0 + y1) / 2),
             str(item.digit),
             fill=ink,
-            font=_font(round((y1 - y0) * 1.15)),
+            font=font(round((y1 - y0) * 1.15)),
             anchor="mm",
             stroke_width=1,
             stroke_fill=ink,
@@ -81,7 +81,8 @@ def _paint(image: Image.Image, item: SceneObject) -> None:
 
 
 @lru_cache(maxsize=64)
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Pillow's own font at a size in pixels."""
     return ImageFont.load_default(size)
 
 

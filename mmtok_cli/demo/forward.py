@@ -20,12 +20,13 @@ from mmtok_cli.demo.batches import BLOCK, Batch
 
 @dataclass(frozen=True)
 class Outputs:
-    """`features` and `last` are [batch, 1 + n, dim], `projected` [batch, n, dim], `logits` [batch, q, 2, words]."""
+    """`features` and `last` are [batch, 1 + n, dim], `projected` [batch, n, dim], `logits` [batch, q, 2, words], None
+    where nothing is asked."""
 
     features: torch.Tensor
     last: torch.Tensor
     projected: torch.Tensor
-    logits: torch.Tensor
+    logits: torch.Tensor | None
 
 
 def plain_attention(
@@ -96,6 +97,8 @@ def forward(model: LlavaForConditionalGeneration, batch: Batch, kept: torch.Tens
     states = encode(model.model.vision_tower, batch.pixels.to(dtype), batch.positions)
     features, last = states[-2], states[-1]
     projected = model.model.multi_modal_projector(features[:, 1:])
+    if batch.text.shape[1] == 0:
+        return Outputs(features, last, projected, None)
 
     embed = model.get_input_embeddings()
     opening = embed(_opening()).expand(len(projected), -1, -1)

@@ -7,7 +7,9 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from mmtok_cli.demo.architecture import GRID, WIDTH, vocabulary
-from mmtok_cli.demo.batches import ATTRIBUTES, IGNORE, Batch
+from mmtok_cli.demo.batches import Batch
+from mmtok_cli.demo.dense import ROWS, SIDES, WORDS
+from mmtok_cli.demo.labels import ATTRIBUTES, IGNORE
 from mmtok_cli.demo.scenes import COLOURS, PAIRS, SHAPES
 
 _OBJECT_WORDS = ("object", "objects", "shape")
@@ -20,7 +22,7 @@ class Heads(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        outputs = len(ATTRIBUTES) + len(PAIRS)
+        outputs = len(ATTRIBUTES) + len(PAIRS) + len(WORDS)
         self.scene_from_features = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, outputs))
         self.scene_from_pooled = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, outputs))
         self.locate = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3))  # centre of an object, x, y
@@ -55,7 +57,11 @@ def alignment_losses(
     shape = _balanced(classes("background", *SHAPES), batch.shapes)
     digit = _cross_entropy(classes(*map(str, range(10))), batch.digits)
     pairs = cosines * heads.sigmoid_scale.float().exp() + heads.sigmoid_bias.float()
-    return {"colour": colour, "shape": shape, "digit": digit, "words": _word_loss(pairs, names, batch)}
+    found = {"colour": colour, "shape": shape, "digit": digit, "words": _word_loss(pairs, names, batch)}
+    if (batch.rows != IGNORE).any():
+        found["page"] = _balanced(classes("background", *WORDS), batch.words)
+        found["place"] = _cross_entropy(classes(*ROWS), batch.rows) + _cross_entropy(classes(*SIDES), batch.sides)
+    return found
 
 
 def _word_loss(logits: torch.Tensor, names: tuple[str, ...], batch: Batch) -> torch.Tensor:
@@ -68,6 +74,8 @@ def _word_loss(logits: torch.Tensor, names: tuple[str, ...], batch: Batch) -> to
         applies[singular] = applies[plural] = batch.shapes == i + 1
     for digit in range(10):
         applies[str(digit)] = batch.digits == digit
+    for i, word in enumerate(WORDS):
+        applies[word] = batch.words == i + 1
     applies |= dict.fromkeys(_OBJECT_WORDS, is_object)
     applies |= dict.fromkeys(_DIGIT_WORDS, has_digit)
     applies |= dict.fromkeys(_SCENE_WORDS, batch.colours == 0)
@@ -75,7 +83,7 @@ def _word_loss(logits: torch.Tensor, names: tuple[str, ...], batch: Batch) -> to
     losses = F.binary_cross_entropy_with_logits(
         logits[..., [names.index(word) for word in applies]], targets, reduction="none"
     )
-    sure = (batch.colours != IGNORE).unsqueeze(-1).float()
+    sure = ((batch.colours != IGNORE) | (batch.words > 0)).unsqueeze(-1).float()
     positive, negative = targets * sure, (1 - targets) * sure
     return (losses * positive).sum() / positive.sum() + (losses * negative).sum() / negative.sum()
 

@@ -1,4 +1,7 @@
-"""Trains the embedded model: `python -m mmtok_cli.demo.train --output DIR`. About an hour on two CPU cores."""
+"""Trains the embedded model: `python -m mmtok_cli.demo.train --output DIR`. Some hours on two CPU cores.
+
+`--from DIR --first STAGE` runs the last stages only, from the weights in DIR.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,13 @@ from torch import nn
 from transformers import GenerationConfig, LlavaForConditionalGeneration
 
 from mmtok_cli.demo import losses
-from mmtok_cli.demo.architecture import GRID, PATCH_SIZE, WIDTH, build_model, build_processor, hub_layout
-from mmtok_cli.demo.batches import IGNORE, Batch, make_batch
+from mmtok_cli.demo.architecture import GRID, PATCH_SIZE, WIDTH, build_model, build_processor, hub_layout, vocabulary
+from mmtok_cli.demo.batches import ALL_KINDS, Batch, make_batch
+from mmtok_cli.demo.dense import Layout
+from mmtok_cli.demo.evaluate import load
 from mmtok_cli.demo.forward import Outputs, forward
-from mmtok_cli.demo.questions import KINDS
-from mmtok_cli.demo.scenes import COLOURS, SHAPES, Density
+from mmtok_cli.demo.labels import GROUPS
+from mmtok_cli.demo.scenes import Density
 
 log = logging.getLogger("mmtok.demo.train")
 
@@ -33,11 +38,19 @@ class Stage:
     grid: int  # patches per side
     steps: int
     batch: int
-    questions: int  # per picture
+    questions: int  # per picture; 0: the language model does not take part
     peak: float
     final: float
-    densities: tuple[Density, ...] = ("sparse",)
+    pictures: tuple[Density | Layout, ...] = ("sparse",)
+    rows: int = 0  # pages are cut to so many rows of patches; 0: as many as columns
     dropping: float = 0.0  # share of steps in which the language model is shown only some of the vision tokens
+
+
+_READING: tuple[Density | Layout, ...] = ("page", "page", "page", "sparse")
+_MIXED: tuple[Density | Layout, ...] = ("sparse", "page", "chart", "dots", "dense", "page", "chart", "dots")
+_MORE: tuple[Density | Layout, ...] = ("dense", "page", "sparse", "chart", "dense", "page", "sparse", "dots")
+_LAST: tuple[Density | Layout, ...] = ("dense", "page", "dense", "sparse", "dense", "chart", "sparse", "dots")
+_POLISH: tuple[Density | Layout, ...] = ("dense", "page", "dense", "page", "sparse", "page", "dense", "chart", "sparse", "dots")
 
 
 @dataclass(frozen=True)
@@ -47,7 +60,7 @@ class Settings:
     stages: tuple[Stage, ...] = (
         Stage("small", grid=8, steps=1100, batch=32, questions=10, peak=1.0, final=0.3),
         Stage("medium", grid=12, steps=350, batch=24, questions=14, peak=0.7, final=0.45),
-        Stage("full", GRID, steps=2300, batch=8, questions=24, peak=0.6, final=0.02, densities=("sparse", "dense")),
+        Stage("full", GRID, steps=2300, batch=8, questions=24, peak=0.6, final=0.02, pictures=("sparse", "dense")),
         Stage(
             "reduced",
             GRID,
@@ -56,16 +69,24 @@ class Settings:
             questions=24,
             peak=0.25,
             final=0.01,
-            densities=("sparse", "dense"),
+            pictures=("sparse", "dense"),
             dropping=0.6,
         ),
+        Stage("reading", 12, 1800, batch=8, questions=0, peak=0.6, final=0.3, pictures=_READING),
+        Stage("lookup", 12, 800, batch=8, questions=10, peak=0.5, final=0.3, pictures=_READING),
+        Stage("mixed", GRID, steps=400, batch=8, questions=20, peak=0.5, final=0.4, pictures=_MIXED),
+        Stage("lines", GRID, steps=250, batch=8, questions=12, peak=0.4, final=0.2, pictures=("page",), rows=10),
+        Stage("again", GRID, steps=440, batch=8, questions=20, peak=0.4, final=0.01, pictures=_MIXED, dropping=0.3),
+        Stage("scenes", GRID, steps=350, batch=8, questions=20, peak=0.35, final=0.005, pictures=_MORE, dropping=0.15),
+        Stage("last", GRID, steps=480, batch=8, questions=20, peak=0.3, final=0.002, pictures=_LAST, dropping=0.1),
+        Stage("polish", GRID, steps=800, batch=10, questions=20, peak=0.35, final=0.001, pictures=_POLISH, dropping=0.1),
     )
     seed: int = 0
     muon_rate: float = 4e-3
     adam_rate: float = 2e-3
     warmup: float = 0.03  # share of a stage
     log_every: int = 25
-    save_every: int = 250
+    save_every: int = 200
 
 
 SETTINGS = Settings()
@@ -75,6 +96,8 @@ LOSS_WEIGHTS = {
     "shape": 2.0,
     "digit": 1.5,
     "words": 0.2,
+    "page": 1.5,
+    "place": 0.5,
     "scene": 1.0,
     "location": 0.3,
 }
@@ -95,6 +118,21 @@ class Trainee(nn.Module):
         vision.patch_embedding.weight.copy_(_principal_patches().reshape(vision.patch_embedding.weight.shape))
         vision.position_embedding.weight.copy_(0.5 * _sine_positions())
         self.model.get_input_embeddings().weight.normal_(0, 0.3)
+
+    @torch.no_grad()
+    def load(self, directory: Path) -> None:
+        """Takes the weights of a saved model. It may lack the last words of the vocabulary, which start at random.
+
+        Raises ValueError for a model with other words.
+        """
+        model, processor = load(directory)
+        words = sorted(processor.tokenizer.get_vocab().items(), key=lambda item: item[1])
+        if tuple(word for word, _ in words) != vocabulary()[: len(words)]:
+            raise ValueError(f"the words of {directory} are not the first ones of the vocabulary")
+        self.model.get_input_embeddings().weight.normal_(0, 0.3)
+        mine = self.model.state_dict()
+        for name, tensor in model.state_dict().items():
+            mine[name][: len(tensor)].copy_(tensor)
 
 
 def _principal_patches(pictures: int = 48) -> torch.Tensor:
@@ -125,15 +163,12 @@ def shown_tokens(stage: Stage, batch: Batch, generator: torch.Generator) -> torc
     """
     if _uniform(0, 1, generator) >= stage.dropping:
         return None
-    pictures, total = batch.colours.shape
-    kinds = (len(COLOURS) + 1) * (len(SHAPES) + 1)
-    # One kind for the background (0), one for each object, and the last for patches whose label is unsure.
-    kind = (batch.colours * (len(SHAPES) + 1) + batch.shapes).masked_fill(batch.colours == IGNORE, kinds)
-    weight = _uniform(-1.5, 1.5, generator, pictures, kinds + 1)
+    pictures, total = batch.groups.shape
+    weight = _uniform(-1.5, 1.5, generator, pictures, GROUPS + 1)
     weight[:, 0] = _uniform(-5, 0, generator, pictures)
     luck = -_uniform(1e-9, 1, generator, pictures, total).log().neg().log()  # Gumbel: draws without replacement
     count = round(math.exp(float(_uniform(math.log(0.07), math.log(0.9), generator))) * total)
-    return (weight.gather(1, kind) + luck).topk(count, dim=1).indices.sort(1).values
+    return (weight.gather(1, batch.groups) + luck).topk(count, dim=1).indices.sort(1).values
 
 
 def _uniform(low: float, high: float, generator: torch.Generator, *shape: int) -> torch.Tensor:
@@ -185,8 +220,9 @@ def schedule(stage: Stage, step: int, warmup: float) -> float:
 def total_loss(outputs: Outputs, trainee: Trainee, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The weighted sum, and its parts by name."""
     words = trainee.model.get_input_embeddings().weight
+    answers = {} if outputs.logits is None else {"answer": losses.answer_loss(outputs.logits, batch)}
     parts = {
-        "answer": losses.answer_loss(outputs.logits, batch),
+        **answers,
         **losses.alignment_losses(outputs.projected, words, trainee.heads, batch),
         "scene": losses.scene_loss(outputs.features, outputs.last, trainee.heads, batch),
         "location": losses.location_loss(outputs.features[:, 1:], trainee.heads, batch),
@@ -208,18 +244,22 @@ class Progress:
         self.asked: Counter[str] = Counter()
 
     @torch.no_grad()
-    def add(self, parts: dict[str, torch.Tensor], logits: torch.Tensor, batch: Batch) -> None:
+    def add(self, parts: dict[str, torch.Tensor], logits: torch.Tensor | None, batch: Batch) -> None:
         self.steps, self.pictures = self.steps + 1, self.pictures + len(batch.pixels)
         self.losses.update({name: part.item() for name, part in parts.items()})
+        if logits is None:
+            return
         right = logits[:, :, 0].argmax(-1) == batch.text.gather(1, batch.answer_at + 1)
-        for i, kind in enumerate(KINDS):
+        for i, kind in enumerate(ALL_KINDS):
             self.asked[kind] += int((batch.kinds == i).sum())
             self.right[kind] += int((right & (batch.kinds == i)).sum())
 
     def report(self, stage: Stage, step: int) -> None:
         now = time.perf_counter()
         parts = " ".join(f"{name} {value / self.steps:.3f}" for name, value in self.losses.items())
-        accuracy = " ".join(f"{kind} {self.right[kind] / max(1, self.asked[kind]):.3f}" for kind in KINDS)
+        accuracy = " ".join(
+            f"{kind} {self.right[kind] / self.asked[kind]:.3f}" for kind in ALL_KINDS if self.asked[kind]
+        )
         rate = self.pictures / (now - self.since)
         minutes = (now - self.started) / 60
         where = f"{stage.name} {step}/{stage.steps} {minutes:.1f} min {rate:.1f} img/s"
@@ -227,18 +267,25 @@ class Progress:
         self.reset()
 
 
-def train(output: Path, settings: Settings = SETTINGS) -> None:
-    """Runs all stages; `output` holds a usable model after each of them and, in the last, every few steps."""
+def train(output: Path, settings: Settings = SETTINGS, start: Path | None = None, first: str | None = None) -> None:
+    """Runs the stages from the one named `first` on, with the weights of the directory `start` if there is one.
+
+    `output` holds a usable model every few steps and at the end. A stage has the same pictures whatever ran before it.
+    """
     torch.manual_seed(settings.seed)
     log.info("settings %s loss weights %s", asdict(settings), LOSS_WEIGHTS)
     master = Trainee()
-    master.initialise()
+    if start is None:
+        master.initialise()
+    else:
+        master.load(start)
     optimisers, progress = Optimisers(master, settings), Progress()
-    generator = torch.Generator().manual_seed(settings.seed)
-    seed = 0
-    for stage in settings.stages:
+    skipped = [stage.name for stage in settings.stages].index(first) if first else 0
+    seed = sum(stage.steps * stage.batch for stage in settings.stages[:skipped])
+    for stage in settings.stages[skipped:]:
+        generator = torch.Generator().manual_seed(seed)
         for step in range(stage.steps):
-            batch = make_batch(seed, stage.batch, stage.grid, stage.densities, stage.questions)
+            batch = make_batch(seed, stage.batch, stage.grid, stage.pictures, stage.questions, stage.rows)
             seed += stage.batch
             outputs = forward(optimisers.working.model, batch, shown_tokens(stage, batch, generator))
             loss, parts = total_loss(outputs, optimisers.working, batch)
@@ -247,7 +294,7 @@ def train(output: Path, settings: Settings = SETTINGS) -> None:
             progress.add(parts, outputs.logits, batch)
             if (step + 1) % settings.log_every == 0:
                 progress.report(stage, step + 1)
-            if stage is settings.stages[-1] and (step + 1) % settings.save_every == 0:
+            if (step + 1) % settings.save_every == 0:
                 save(master.model, output)
         save(master.model, output)
         log.info("%s finished, saved to %s", stage.name, output)
@@ -271,11 +318,13 @@ def save(model: LlavaForConditionalGeneration, output: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="directory to write the model to")
+    parser.add_argument("--from", dest="start", type=Path, help="directory of a saved model to continue from")
+    parser.add_argument("--first", choices=[stage.name for stage in SETTINGS.stages], help="the stage to begin with")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     torch.set_num_threads(arguments.threads)
-    train(arguments.output)
+    train(arguments.output, SETTINGS, arguments.start, arguments.first)
 
 
 if __name__ == "__main__":
