@@ -50,7 +50,18 @@ _READING: tuple[Density | Layout, ...] = ("page", "page", "page", "sparse")
 _MIXED: tuple[Density | Layout, ...] = ("sparse", "page", "chart", "dots", "dense", "page", "chart", "dots")
 _MORE: tuple[Density | Layout, ...] = ("dense", "page", "sparse", "chart", "dense", "page", "sparse", "dots")
 _LAST: tuple[Density | Layout, ...] = ("dense", "page", "dense", "sparse", "dense", "chart", "sparse", "dots")
-_POLISH: tuple[Density | Layout, ...] = ("dense", "page", "dense", "page", "sparse", "page", "dense", "chart", "sparse", "dots")
+_POLISH: tuple[Density | Layout, ...] = (
+    "dense",
+    "page",
+    "dense",
+    "page",
+    "sparse",
+    "page",
+    "dense",
+    "chart",
+    "sparse",
+    "dots",
+)
 
 
 @dataclass(frozen=True)
@@ -79,7 +90,7 @@ class Settings:
         Stage("again", GRID, steps=440, batch=8, questions=20, peak=0.4, final=0.01, pictures=_MIXED, dropping=0.3),
         Stage("scenes", GRID, steps=350, batch=8, questions=20, peak=0.35, final=0.005, pictures=_MORE, dropping=0.15),
         Stage("last", GRID, steps=480, batch=8, questions=20, peak=0.3, final=0.002, pictures=_LAST, dropping=0.1),
-        Stage("polish", GRID, steps=800, batch=10, questions=20, peak=0.35, final=0.001, pictures=_POLISH, dropping=0.1),
+        Stage("polish", GRID, 800, batch=10, questions=20, peak=0.35, final=0.001, pictures=_POLISH, dropping=0.1),
     )
     seed: int = 0
     muon_rate: float = 4e-3
