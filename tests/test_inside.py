@@ -289,7 +289,7 @@ def test_what_a_cut_shows(positions: Positions, use_cache: bool, vlm: VisionLang
 def test_mean_attention_in_blocks(tiny: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = hf.decoder_layers(hf.language_model(tiny.model))[0]
     hidden = torch.randn(50, tiny.model.config.text_config.hidden_size)
-    rotary = hf.rotary_embedding(hf.language_model(tiny.model), hidden[None], torch.arange(50)[None])
+    rotary = hf.rotary_embedding(hf.language_model(tiny.model), hidden[None], torch.arange(50)[None], tiny.device)
     rotary = (rotary[0][0], rotary[1][0])
     whole = mean_attention(layer, hidden, rotary)
     torch.testing.assert_close(whole, attention_rows(layer, hidden, rotary, torch.arange(50)).mean(1))

@@ -19,7 +19,7 @@ from mmtok_cli.pipeline import answer, reduce
 from mmtok_cli.rules import Rules, Track
 from mmtok_cli.video import Video
 
-SEEING = ("qwen2_5_vl", "qwen3_5", "qwen3_vl")
+SEEING = ("qwen2_5_vl", "qwen3_5", "qwen3_vl", "qwen3_vl_moe")
 SIDE = 2 * PATCH  # pixels of a vision token
 
 

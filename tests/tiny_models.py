@@ -89,10 +89,14 @@ QWEN_VISION = {
 
 
 def scaled(model: Any) -> Any:
+    """The model with larger weights, so that its answers differ. Like a trained one, it answers with no image token."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(3)
+        for name in ("image_token_id", "video_token_id"):
+            if (token := getattr(model.config, name, None)) is not None:
+                model.get_output_embeddings().weight[token] = 0
     return model.eval()
 
 
@@ -318,8 +322,6 @@ def build_tiny_internvl(
             torch.nn.init.normal_(parameter)
         elif "lambda_" in name:
             torch.nn.init.ones_(parameter)
-    # The forward pass counts image tokens in answers as well: a model that was trained never gives one.
-    model.lm_head.weight.data[config.image_token_id] = 0
     image_processor = GotOcr2ImageProcessorPil(size={"height": side, "width": side}, max_patches=6)
     template = CHAT_TEMPLATE.replace("<image>", "<IMG_CONTEXT>")
     return model, InternVLImageTextProcessor(image_processor, tokenizer, template)

@@ -311,8 +311,8 @@ class VisionLanguageModel(ABC):
         Raises MMTokError unless a question has no markers or one for each image.
         """
         flat = [image for group in images for image in group]
-        pixels = [self.pixels(image, grid) for image, grid in zip(flat, grids, strict=True)]
         encoded = self.tokenize(questions, images, grids).to(self.device)
+        pixels = [self.pixels(image, grid) for image, grid in zip(flat, grids, strict=True)]
         return Prompt(
             input_ids=encoded["input_ids"],
             attention_mask=encoded["attention_mask"],
