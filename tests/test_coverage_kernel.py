@@ -110,9 +110,9 @@ def test_compiles_for_a_gpu(capability: int) -> None:
 
     from mmtok_cli.methods.coverage_kernel import _pick as kernel
 
-    pointers = {"alive": "*i8", "token_of_block": "*i32", "order": "*i64"}
-    numbers = {"pick", "n", "targets", "blocks", "k"}
-    constants = {"WITH_FACTOR": True, "WITH_BONUS": True, "ROWS": 16, "TARGETS": 128, "BLOCKS": 256}
+    pointers = {"alive": "*i8", "token_of_part": "*i32", "order": "*i64"}
+    numbers = {"pick", "n", "targets", "parts", "k"}
+    constants = {"WITH_FACTOR": True, "WITH_BONUS": True, "ROWS": 16, "TARGETS": 128, "PARTS": 256}
     types = {
         name: "constexpr" if name in constants else "i32" if name in numbers else pointers.get(name, "*fp32")
         for name in kernel.arg_names

@@ -231,13 +231,14 @@ def greedy_lazy(
         those of `greedy_exhaustive` to the bit: every gain is summed afresh, and the lowest index wins a tie.
     """
     lazy = LazyGains(matrix, excluded, factor, bonus)
-    order = np.empty((len(matrix), k), np.int64)
-    gains = np.empty((len(matrix), k), lazy.bound.dtype)
-    for pick in range(k):
+    order: list[Block] = [np.empty((len(matrix), 0), np.int64)]
+    gains: list[Gains] = [np.empty((len(matrix), 0), lazy.bound.dtype)]
+    for _ in range(k):
         gain, winner = lazy.best()
         lazy.take(winner)
-        gains[:, pick : pick + 1], order[:, pick : pick + 1] = gain, winner
-    found, added = (torch.from_numpy(x).to(matrix.device) for x in (order, gains))
+        order.append(winner)
+        gains.append(gain)
+    found, added = (torch.from_numpy(np.concatenate(x, 1)).to(matrix.device) for x in (order, gains))
     return found, added, lazy.evaluated
 
 
