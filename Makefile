@@ -5,7 +5,8 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint .ci/c
 EXAMPLE := mmtok_cli/demo/example.png
 QUESTION ?= What color is the star?
 
-.PHONY: help demo test test-families test-floor test-newest test-engines test-vllm test-lmms check lock bench train-demo clean
+.PHONY: help demo test test-families test-floor test-newest test-engines test-vllm test-lmms check lock bench bench-gpu
+.PHONY: train-demo clean
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-13s %s\n", $$1, $$2}'
@@ -59,6 +60,9 @@ lock: ## renew .ci/constraints.txt: the newest releases that pyproject.toml admi
 
 bench: .venv/installed-test ## time the selection against the paper's plain loop
 	$(BIN)/python tests/bench_selection.py
+
+bench-gpu: .venv/installed-test ## time the greedy on a GPU: torch, Triton kernel, CUDA graphs
+	$(BIN)/python tests/bench_gpu.py
 
 train-demo: .venv/installed ## train the demo model again (see mmtok_cli/demo/README.md)
 	$(BIN)/python -m mmtok_cli.demo.train --output runs/demo-weights

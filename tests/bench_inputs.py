@@ -1,5 +1,6 @@
 """What the benchmarks of selection share: features, a clock, and how times are printed."""
 
+import sys
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -30,6 +31,12 @@ def timed(function: Callable[[], Result]) -> tuple[float, Result]:
     start = clock()
     result = function()
     return clock() - start, result
+
+
+def tell(line: str) -> None:
+    """Show a line on standard error at once, as the tables come at the end."""
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
 
 
 def human(value: float) -> str:

@@ -10,13 +10,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from bench_inputs import human, make_features, timed
+from bench_inputs import human, make_features, tell, timed
 from rich.table import Table
 from torch import Tensor
 
 from mmtok_cli.methods import make_method
 from mmtok_cli.methods.cosine import unit_rows
-from mmtok_cli.methods.coverage import greedy_lazy, self_product
+from mmtok_cli.methods.coverage import greedy, self_product
 from mmtok_cli.methods.pivoted_qr import pivoted_rows
 from mmtok_cli.tokens import TextTokens, VisionTokens
 
@@ -105,7 +105,7 @@ def sides(loop: Loop) -> tuple[Callable[[], Tensor], Callable[[], Tensor], int]:
     picks = loop.kept if loop.tokens < 1000 else SAMPLED_PICKS
     return (
         lambda: released_scope(cosines, saliency[0], picks),
-        lambda: greedy_lazy(cosines[None], loop.kept, nothing, factor=saliency)[0][0],
+        lambda: greedy(cosines[None], loop.kept, nothing, factor=saliency)[0][0],
         picks,
     )
 
@@ -118,6 +118,7 @@ def measure_loop(loop: Loop, rounds: int) -> dict[str, Any]:
         own, found = timed(ours)
         taken += [(spent * loop.kept / picks, own)] if number else []
     ratio = statistics.median(a / b for a, b in taken)
+    tell(f"{loop.method}, {loop.tokens} x {loop.dim}, {loop.kept}, {loop.features}: {ratio:.3g} (≥ {loop.demanded:g})")
     return {
         **asdict(loop),
         "seconds": {
@@ -162,6 +163,7 @@ def measure_methods(rows: int, columns: int, kept: int, rounds: int) -> list[dic
     found = []
     for name, spent in taken.items():
         ratio = statistics.median(own / base for own, base in zip(spent, taken["mmtok"], strict=True))
+        tell(f"{name}, {rows * columns} tokens, {kept} kept: {ratio:.2f} times mmtok")
         found.append(
             {
                 "method": name,
