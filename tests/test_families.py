@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import test_matrix as matrix
 import torch
+import transformers
 from tiny_models import FAMILIES
 
 from mmtok_cli.budget import Budget
 from mmtok_cli.data.samples import Sample
-from mmtok_cli.models import hf
+from mmtok_cli.errors import MMTokError
+from mmtok_cli.models import hf, load_model
 from mmtok_cli.models.base import VisionLanguageModel
+from mmtok_cli.models.families import WITHOUT_ENCODED_IMAGES
 from mmtok_cli.pipeline import reduce
 from mmtok_cli.rules import Rules
 
@@ -43,3 +49,19 @@ def test_the_forward_pass_reads_what_it_is_given(vlm: VisionLanguageModel, sampl
     _, cache = hf.forward(vlm.model, reduced.inputs)
     assert hf.cached_tokens(cache) == reduced.inputs["input_ids"].shape[1]
     assert len(hf.cached_bytes(cache)) == vlm.layer_count
+
+
+@pytest.mark.parametrize("model_type", WITHOUT_ENCODED_IMAGES)
+def test_families_that_take_no_encoded_images_are_refused_by_name(model_type: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    with pytest.raises(MMTokError, match=f"is a '{model_type}' model, to which transformers gives no encoded") as error:
+        load_model(str(tmp_path))
+    assert "qwen3_5" in error.value.hint
+
+
+@pytest.mark.parametrize("model_type", [*FAMILIES, *WITHOUT_ENCODED_IMAGES])
+def test_encoded_images_are_taken_as_the_lists_say(model_type: str) -> None:
+    """By the text of transformers' own file of each architecture."""
+    folder = Path(transformers.__file__).parent / "models" / model_type
+    text = (folder / f"modeling_{model_type}.py").read_text(encoding="utf-8")
+    assert ("mm_encoder_outputs" in text) == (model_type in FAMILIES)

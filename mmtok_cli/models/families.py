@@ -21,8 +21,19 @@ FAMILIES = {
 }
 
 
+# Architectures whose forward pass takes no encoded images: between their encoder and their language model, which sees
+# images by cross-attention or encodes them itself, there is no place at which vision tokens could be dropped.
+WITHOUT_ENCODED_IMAGES = ("idefics", "mllama", "phi4_multimodal", "pixtral")
+
+
 def require_family(model_type: str, name: str) -> None:
     """Raises MMTokError for an architecture that is not supported."""
+    if model_type in WITHOUT_ENCODED_IMAGES:
+        raise MMTokError(
+            f"{name} is a {model_type!r} model, to which transformers gives no encoded images, so that vision tokens "
+            "cannot be dropped before its language model",
+            f"supported families: {', '.join(FAMILIES)}",
+        )
     if model_type not in FAMILIES:
         raise MMTokError(
             f"{name} is a {model_type!r} model, which is not supported", f"supported families: {', '.join(FAMILIES)}"
