@@ -76,7 +76,7 @@ def test_an_image_of_many_crops(tiny: LlavaOneVision) -> None:
         for rules in (Rules(), Rules("harmonised")):
             said = answer(tiny, make_method(name), [LARGE], Budget(count=24), rules=rules, max_new_tokens=1)
             assert said.reduced.tokens[0].kept == 24
-            if name != "resize":
+            if name != "resize" and not (rules.track == "released" and make_method(name).keeps_padding):
                 assert not bool(ends[said.selections[0].places].any())
     with pytest.raises(MMTokError, match="pooling needs vision tokens that form a rectangle"):
         reduce(tiny, make_method("resize:pool"), [LARGE], Budget(count=24))

@@ -53,8 +53,8 @@ Hooks, in the order in which they are called
 What a method reads
     `vision.projected` and `vision.features` are always there. Name anything else in the class attribute `signals`; it
     is then computed and put into `vision.signals`. A family that does not offer a signal refuses the method.
-    class_attention       [heads, tokens]    attention of the class token to each patch (LLaVA families, InternVL)
-    class_feature         [vision dim]       the class token itself (LLaVA families)
+    class_attention       [heads, tokens]    attention of the class token to each patch (encoders of CLIP, InternVL)
+    class_feature         [vision dim]       the class token itself (encoders of CLIP)
     mean_keys             [tokens, head dim] keys of the encoder's attention, averaged over heads (all families)
     received_attention    [tokens]           attention that a patch receives in the same layer (all families)
     middle_attention      [tokens]           the same in a layer in the middle of the encoder (all families)
