@@ -20,6 +20,7 @@ class Profile(BaseModel):
 
     location: a hub id, or `package:PATH` for what comes with mmtok.
     parameters: their number. vision_tokens: per image; where it depends on the image, that of a 640 x 480 photograph.
+    frame_tokens: per frame of a video of this size, for models that see videos.
     budgets: those published for the model.
     methods: parameters that differ from a method's defaults on this model, by method.
     architecture: the whole configuration of the model, and chat_template: its prompt, for building it without any
@@ -35,6 +36,7 @@ class Profile(BaseModel):
     location: str
     parameters: float
     vision_tokens: int
+    frame_tokens: float | None = None
     budgets: tuple[str, ...]
     methods: dict[str, dict[str, Any]] = {}
     text_tower: str | None = None

@@ -262,3 +262,31 @@ def test_bad_options_and_models_are_one_line(tiny_directory: Path, qwen: Path, c
     options = ("--method", "fastv", "--budget-per", "frame", "--budget", "50%")
     refused(run("infer", clip, QUESTION, "--model", qwen, *options), "cannot reduce each frame")
     refused(run("infer", clip, QUESTION, "--model", qwen, "--budget-per", "slice"), "'slice'")
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-vl-7b", "qwen3-vl-8b", "qwen3.5-4b"])
+def test_profiles_say_how_many_tokens_a_frame_has(name: str) -> None:
+    from mmtok_cli.models import outline
+    from mmtok_cli.profiles import known_profiles
+
+    blank = Image.new("RGB", (640, 480))
+    model, profile = outline(name, device="cpu", attention="sdpa"), known_profiles()[name]
+    for frames in (2, 4, 16):
+        video = Video.of((blank,) * frames, tuple(map(float, range(frames))), 1.0)
+        assert model.total(video) / frames == profile.frame_tokens
+    assert model.total(blank) == profile.vision_tokens
+
+
+def test_long_videos_have_smaller_frames() -> None:
+    """As in qwen-vl-utils: 768 tokens of two frames at most, and 115,200 of a whole video; 128 at least."""
+    from mmtok_cli.models import outline
+
+    model, large, small = outline("qwen2.5-vl-7b", device="cpu", attention="sdpa"), (1920, 1080), (64, 64)
+
+    def of_slice(size: tuple[int, int], frames: int) -> float:
+        blank = Image.new("RGB", size)
+        return model.total(Video.of((blank,) * frames, tuple(map(float, range(frames))), 1.0)) / (frames / 2)
+
+    assert 700 < of_slice(large, 16) <= 768
+    assert 350 < of_slice(large, 600) <= 2 * 115_200 / 600
+    assert 128 <= of_slice(small, 16) <= 150

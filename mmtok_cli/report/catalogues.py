@@ -39,14 +39,15 @@ def models_table(profiles: Sequence[Profile], here: Sequence[bool]) -> Table:
     """Known models, one line each; `here` says whose weights need no download. `models_legend` explains the rest."""
     table = plain_table()
     table.add_column("name")
-    for heading in ("size", "tokens"):
+    for heading in ("size", "tokens", "frame"):
         table.add_column(heading, justify="right")
     table.add_column("here")
     table.add_column("loaded from", overflow="fold")
     for profile, is_here in zip(profiles, here, strict=True):
         where = "this package" if profile.location.startswith("package:") else profile.location
         size = count(profile.parameters).replace(" G", " B")
-        table.add_row(profile.name, size, str(profile.vision_tokens), yes_or_no(is_here), where)
+        frame = "–" if profile.frame_tokens is None else f"{profile.frame_tokens:g}"
+        table.add_row(profile.name, size, str(profile.vision_tokens), frame, yes_or_no(is_here), where)
     return table
 
 
@@ -57,7 +58,8 @@ def models_legend(profiles: Sequence[Profile]) -> str:
         kinds.setdefault((profile.family, profile.budgets), profile.name.rpartition("-")[0] or profile.name)
     budgets = [f"{kind} {' '.join(each)}" for (_, each), kind in kinds.items()]
     return (
-        "size: number of parameters. tokens: of one image; if that depends on its size, of one of 640 x 480. "
+        "size: number of parameters. tokens: of one image; if that depends on its size, of one of 640 x 480. frame: of "
+        "one frame of a video of this size, in models that see videos. "
         f"here: the weights are on this machine. Published budgets: {'; '.join(budgets)}."
     )
 
