@@ -166,6 +166,11 @@ def test_several_cards_are_read_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
         def nvmlDeviceGetCurrentClocksEventReasons(self, handle: str) -> int:  # noqa: N802
             return {"GPU-0": 0x04, "GPU-1": 0x04 | 0x20}[handle]
 
+        def nvmlDeviceGetViolationStatus(self, handle: str, policy: int) -> Any:  # noqa: N802
+            if policy != 1:
+                raise self.NVMLError
+            return SimpleNamespace(violationTime={"GPU-0": 5, "GPU-1": 9}[handle])
+
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=str(device.index)))
     devices = [torch.device("cuda:0"), torch.device("cuda:1")]
     gpu = open_gpus(devices, TwoCards(init=None, nvmlSystemGetDriverVersion="580.1"))
@@ -173,6 +178,11 @@ def test_several_cards_are_read_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
     state = gpu.state(3.5)
     assert (state.clock, state.joules, state.power_limit) == (1200, 3.5, None)
     assert state.throttled == ["power cap", "thermal slowdown"]
+    # Only the second card was slowed down by heat since then, as the time says that it counts.
+    before = {"0 thermal slowdown": 5, "1 thermal slowdown": 5}
+    assert gpu.violations() == {"0 thermal slowdown": 5, "1 thermal slowdown": 9}
+    assert gpu.state(3.5, before).throttled == ["power cap", "thermal slowdown"]
+    assert gpu.state(3.5, gpu.violations()).throttled == ["power cap"]
     assert open_gpus([*devices, torch.device("cpu")], TwoCards(init=None)) is None
 
 

@@ -98,16 +98,20 @@ class Gpus:
         return _combined(sum, (card.joules() for card in self.cards))
 
     def violations(self) -> Violations:
-        """Those of every card, its number before the reason."""
-        return {f"{i}: {name}": time for i, card in enumerate(self.cards) for name, time in card.violations().items()}
+        """Those of all cards, by the card's number and the reason."""
+        return {
+            f"{number} {reason}": nanoseconds
+            for number, card in enumerate(self.cards)
+            for reason, nanoseconds in card.violations().items()
+        }
 
     def state(self, joules: float | None = None, before: Violations | None = None) -> GpuState:
-        """Clocks and limits of the slowest card, and what slowed down any. before: as in `Gpu.state`."""
-        states = []
-        for number, card in enumerate(self.cards):
-            head = f"{number}: "
-            mine = {name.removeprefix(head): time for name, time in (before or {}).items() if name.startswith(head)}
-            states.append(card.state(before=mine))
+        """Clocks and limits of the slowest card, and what slowed down any."""
+        given = [
+            {key.partition(" ")[2]: value for key, value in (before or {}).items() if key.startswith(f"{number} ")}
+            for number in range(len(self.cards))
+        ]
+        states = [card.state(before=since) for card, since in zip(self.cards, given, strict=True)]
         return GpuState(
             clock=_combined(min, (state.clock for state in states)),
             memory_clock=_combined(min, (state.memory_clock for state in states)),
