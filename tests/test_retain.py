@@ -400,13 +400,13 @@ def test_without_reference_answers_agreement_is_kept(tmp_path: Path) -> None:
     assert found["decisions"][0]["budget"] == "256"
 
 
-def test_budgets_by_kind_name_the_kind_that_limits() -> None:
+def test_budgets_by_kind_name_the_kinds_that_limit() -> None:
     done = invoke(
-        *("compare", "--retain", "50%", "--by", "kind", "--methods", "mmtok", "--budget", "64,16", "--limit", "160"),
+        *("compare", "--retain", "60%", "--by", "kind", "--methods", "mmtok", "--budget", "64,16,4", "--limit", "320"),
         *("--batch-size", "8", "--rounds", "1"),
     )
     assert done.exit_code == 0, done.output
-    assert "limits it" in done.stdout.splitlines()[0] and "budgets by kind: " in done.stdout
+    assert "count and digit limit it" in done.stdout.splitlines()[0] and "budgets by kind: " in done.stdout
 
 
 def test_a_model_that_cannot_do_the_task_is_told(tmp_path: Path) -> None:
@@ -425,7 +425,7 @@ def test_a_model_that_cannot_do_the_task_is_told(tmp_path: Path) -> None:
 def test_parameters_of_methods_are_followed() -> None:
     """Also where one method has none, and no budget is found for another, whose times are not measured."""
     done = invoke(
-        *("compare", "--retain", "60%", "--methods", "mmtok,visionzip,random", "--budget", "16", "--limit", "80"),
+        *("compare", "--retain", "50%", "--methods", "mmtok,visionzip,random", "--budget", "16", "--limit", "80"),
         *("--batch-size", "8", "--rounds", "1", "--json", "--set", "mmtok.alpha=0.25", "--set", "random.seed=3"),
     )
     assert done.exit_code == 0, done.output

@@ -78,8 +78,10 @@ def _grouped(found: Retention, decisions: list[Decision]) -> list[str]:
         open_groups = [one.group for one in decisions if one.budget is None]
         head = f"{method}: no budget is shown to keep {share(found.target)} in {', '.join(map(str, open_groups))}"
     else:
-        which = " and ".join(found.limiting(method))
-        head = f"{method} at {budget} keeps {share(found.target)} in every kind; {which} limits it"
+        head = f"{method} at {budget} keeps {share(found.target)} in every kind"
+        limiting = found.limiting(method)
+        if len(limiting) < len(decisions):  # otherwise all need the same budget
+            head += f"; {' and '.join(limiting)} limit{'s' * (len(limiting) == 1)} it"
         one = next(one for one in decisions if one.budget == budget)
         head += _faster(_speedup(found, one))
     return [f"{head} (budgets by kind: {needs})"]

@@ -556,8 +556,9 @@ def planned_case(case: CaseId, environment: Environment, common: Mapping[str, An
     where = environment.model_dump(exclude={"command", "fallback"})  # which a comparison never has
     if where.get("pixels") in (None, NATIVE):
         where.pop("pixels", None)
-    if where.get("encoder_attention") is None:
-        where.pop("encoder_attention", None)
+    for name in ("encoder_attention", "linear_layers"):
+        if not where.get(name):
+            where.pop(name, None)
     newer = ("draft", "draft_tokens", "repeat", "image_scale")  # keys of older runs know nothing of these
     without = {name for name in newer if getattr(case, name) is None}
     return PlannedCase(case=case, key=digest([case.model_dump(exclude=without), where, dict(common)]))
