@@ -93,7 +93,8 @@ def test_prompts_are_those_of_the_processor(monkeypatch: pytest.MonkeyPatch) -> 
     config = hf.make_config("gemma3", profile.architecture or {})
     model = Gemma3("4b", laid_out(config, None), Gemma3.stand_in_processor(config, profile.chat_template or ""))
     monkeypatch.setattr(Gemma3, "device", torch.device("cpu"))  # the model itself has no memory
-    image = picture(640, 480)
+    image, shape = picture(640, 480), hf.encoder_shape(config)
+    assert (shape.patches, shape.longest) == (16, 4096)  # of a token, and of an image
     assert model.pixels(image, None).shape == (3, 896, 896) and model.total(image) == profile.vision_tokens
     prompt = model.prepare(["red?"], [(image, image)], [("a", "b")], [None, None])
     around = "\n\n<start_of_image>" + "<image_soft_token>" * 256 + "<end_of_image>\n\n"

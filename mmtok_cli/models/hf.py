@@ -231,6 +231,9 @@ def encoder_shape(config: Any) -> EncoderShape:
     side = getattr(vision, "spatial_merge_size", None) or round(1 / getattr(config, "downsample_ratio", 1))
     pictures, patch = getattr(vision, "image_size", None), part(vision, "patch_size")
     longest = None if pictures is None else (_side(pictures) // _side(patch)) ** 2
+    tokens = getattr(config, "mm_tokens_per_image", None)  # of Gemma, whose tokens are means of patches
+    if tokens and longest:
+        side = round((longest / tokens) ** 0.5)
     return EncoderShape(part(vision, "hidden_size"), part(vision, "intermediate_size"), heads, side**2, longest)
 
 
