@@ -11,6 +11,7 @@ from functools import partial
 from itertools import chain, count
 from pathlib import Path
 
+from mmtok_cli import precision
 from mmtok_cli.cases import Case
 from mmtok_cli.configuration import cases_of, configured_model, with_writer
 from mmtok_cli.conversation import check_conversation, require_policy
@@ -182,6 +183,8 @@ class ComparisonRun:
         stopped = stopped or stopped_too
         if not stopped and self._lacks_task_scores(store):
             stopped = self._until_stopped(store, lambda: self._score_tasks(prepared, store))
+        if not stopped:
+            stopped = self._until_stopped(store, lambda: self._compare_precision(prepared, store))
         if not stopped and self.overlays:
             stopped = self._until_stopped(store, lambda: self._draw(prepared, store))
         comparison = summarise_run(store)
@@ -230,6 +233,13 @@ class ComparisonRun:
 
         with self.progress.task("scoring by task"):
             store.add_task_scores(score_tasks(prepared.dataset.samples, evaluated_batches(store), store.key))
+
+    def _compare_precision(self, prepared: Prepared, store: RunDirectory) -> None:
+        """Find out what the data type changes about the selections."""
+        if not (store.path / precision.FILE).exists():
+            found = precision.measure_overlaps(prepared.model, prepared.cases, prepared.dataset.samples)
+            if found:
+                precision.save_overlaps(store, found)
 
     def _draw(self, prepared: Prepared, store: RunDirectory) -> None:
         """Draw the kept tokens."""

@@ -12,6 +12,7 @@ from mmtok_cli.evaluation.summary import (
     task_remarks,
     unevaluated_cases,
 )
+from mmtok_cli.precision import precision_remarks
 from mmtok_cli.results.progress import is_finished, require_flops, whole_rounds
 from mmtok_cli.results.records import TimedRun
 from mmtok_cli.results.run_directory import RunDirectory
@@ -43,7 +44,12 @@ def summarise_run(store: RunDirectory) -> Comparison:
         turns=summarise_turns(store),
         tasks=summarise_tasks(store),
         left_out=[*left_out(store), *left_out_conversations(store)],
-        remarks=[*metric_remarks(store), *task_remarks(store), *failed_conversations(store)],
+        remarks=[
+            *metric_remarks(store),
+            *task_remarks(store),
+            *failed_conversations(store),
+            *precision_remarks(store),
+        ],
         machine=summarise_machine([_measured(store, i) for i in rounds]),
         equivalents=equivalents_of([planned.case for planned in plan.cases]),
     )

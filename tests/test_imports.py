@@ -62,7 +62,8 @@ ALLOWED = {
         "results",
         "data",
     },
-    "summary": {"evaluation", "timing", "results", "turns"},
+    "summary": {"evaluation", "precision", "timing", "results", "turns"},
+    "precision": SHARED | {"cases", "data", "models", "pipeline", "results"},
     "turns": {"evaluation", "timing", "results"},
     "report": SHARED | {"report", "results", "planning", "progress", "settings", "files", "profiles"},
     "integrations": SHARED
