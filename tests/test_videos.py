@@ -290,3 +290,31 @@ def test_long_videos_have_smaller_frames() -> None:
     assert 700 < of_slice(large, 16) <= 768
     assert 350 < of_slice(large, 600) <= 2 * 115_200 / 600
     assert 128 <= of_slice(small, 16) <= 150
+
+
+def test_the_video_of_the_package_is_what_was_drawn() -> None:
+    """Its questions are exact: what they ask about is in the decoded frames."""
+    pytest.importorskip("av")
+    from mmtok_cli.demo import film
+    from mmtok_cli.demo.scenes import COLOURS
+
+    folder = Path(film.__file__).parent
+    video = open_video(folder / "example.mp4", Sampling(frames=film.FPS * film.SECONDS))
+    drawn = film.frames()
+    assert len(video) == len(drawn)
+    for decoded, image in zip(video.frames.images, drawn, strict=True):
+        difference = np.asarray(decoded, dtype=float) - np.asarray(image, dtype=float)
+        assert np.abs(difference).mean() < 6
+    samples = open_dataset(str(folder / "example_video.jsonl")).samples
+    assert [(s.question, s.answer, s.kind) for s in samples] == [tuple(q) for q in film.QUESTIONS]
+
+    def centre(image: Image.Image, colour: str) -> tuple[float, float] | None:
+        close = np.abs(np.asarray(image, dtype=float) - COLOURS[colour]).sum(-1) < 60
+        ys, xs = close.nonzero()
+        return (xs.mean(), ys.mean()) if len(xs) > 100 else None
+
+    first, middle, last = (video.frames.images[i] for i in (0, len(video) // 2, -1))
+    (x0, _), (x1, _) = centre(first, "red"), centre(last, "red")  # type: ignore[misc]
+    (_, y0), (_, y1) = centre(first, "blue"), centre(last, "blue")  # type: ignore[misc]
+    assert x1 > x0 + 100 and y1 < y0 - 60 and centre(first, "green") == pytest.approx(centre(last, "green"), abs=2)
+    assert centre(middle, "yellow") and not centre(first, "yellow") and not centre(last, "yellow")

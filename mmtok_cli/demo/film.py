@@ -31,7 +31,7 @@ def frame(time: float) -> Image.Image:
     part = time / SECONDS
     objects = [
         SceneObject("circle", "red", None, (round(30 + 160 * part), 48), 22),
-        SceneObject("square", "blue", None, (186, round(190 - 110 * part)), 22),
+        SceneObject("square", "blue", None, (186, round(190 - 90 * part)), 22),
         SceneObject("triangle", "green", None, (110, 120), 20),
     ]
     if 1.5 <= time < 2.5:
