@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -26,9 +27,10 @@ def is_video(path: Path) -> bool:
 
 
 def open_video(path: Path | str, sampling: Sampling = USUAL_SAMPLING) -> Video:
-    """A video file or a folder of frames in the order of their names; frames are read when they are first needed.
+    """A video file or a folder of frames, which are read when they are first needed.
 
-    Raises MMTokError where PyAV is missing; `Video.frames` raises it for what cannot be decoded.
+    Frames of a folder are in the order of their names, frame9.png before frame10.png. Raises MMTokError where PyAV is
+    missing; `Video.frames` raises it for what cannot be decoded.
     """
     path = Path(path)
     if path.is_dir():
@@ -54,7 +56,8 @@ def video_of_arrays(arrays: Any, fps: float = FOLDER_FPS) -> Video:
 
 
 def _of_folder(path: Path, sampling: Sampling) -> Frames:
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() in FRAME_SUFFIXES and file.is_file())
+    files = [file for file in path.iterdir() if file.suffix.lower() in FRAME_SUFFIXES and file.is_file()]
+    files.sort(key=_natural)
     if not files:
         raise MMTokError(
             f"there is no image in {path}",
@@ -67,6 +70,12 @@ def _of_folder(path: Path, sampling: Sampling) -> Frames:
     if odd is not None:
         raise MMTokError(f"{files[odd]} is of another size than {files[places[0]].name}", "frames must be of one size")
     return Frames(tuple(images), tuple(place / sampling.folder_fps for place in places), len(places) / seconds)
+
+
+def _natural(file: Path) -> list[tuple[int, str]]:
+    """A key that sorts numbers in names by their values: frame9.png comes before frame10.png."""
+    parts = [*re.split(r"(\d+)", file.name), file.name]  # the name itself tells 1.png and 01.png apart
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
 
 
 def _of_file(path: Path, sampling: Sampling) -> Frames:
@@ -98,11 +107,14 @@ def _stream(path: Path, container: Any) -> Any:
 
 
 def _times(stream: Any, container: Any) -> list[float]:
-    """The time of each frame in seconds from the first one."""
+    """The time of each frame in seconds from the first one.
+
+    Frames that are decoded but not shown do not count: a clip that was cut without encoding it again begins with them.
+    """
     shown = sorted(
         float(packet.pts * packet.time_base)
         for packet in container.demux(stream)
-        if packet.pts is not None and packet.size
+        if packet.pts is not None and packet.size and not packet.is_discard
     )
     if not shown:
         raise MMTokError(f"{container.name} has no frames", "save or convert it again")
@@ -110,8 +122,8 @@ def _times(stream: Any, container: Any) -> list[float]:
 
 
 def _duration(times: Sequence[float]) -> float:
-    """Seconds that frames at these times last, the last one as long as the others on average."""
-    return (times[-1] - times[0]) * len(times) / (len(times) - 1) if len(times) > 1 else 1.0
+    """Seconds that frames at these times last, the last one as long as the others on average; 1 if all are at once."""
+    return (times[-1] - times[0]) * len(times) / max(1, len(times) - 1) or 1.0
 
 
 def _images(path: Path, stream: Any, container: Any, wanted: Sequence[int], count: int) -> tuple[Image, ...]:
