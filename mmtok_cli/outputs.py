@@ -76,14 +76,16 @@ def check_outputs(outputs: Sequence[Output], inputs: Inputs) -> None:
 
 
 def model_inputs(model: str, *files: Path) -> Inputs:
-    """Files, the directory of a model, which may be that of the hub's cache, and the profiles of known models."""
+    """Files and folders of frames, the directory of a model, which may be that of the hub's cache, and the profiles of
+    known models."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     from mmtok_cli.profiles import known_profiles, profile_directory
 
     known = known_profiles().get(model)
     sources = [known.source, known.text_tower] if known else [model]
-    inputs = Inputs(files=list(files), directories=[profile_directory()])
+    folders = [path for path in files if _kind(path) == "directory"]
+    inputs = Inputs(files=[path for path in files if path not in folders], directories=[profile_directory(), *folders])
     for source in filter(None, sources):
         local = Path(os.path.expanduser(source))  # noqa: PTH111 (leaves the name of an unknown user as it is)
         cached = Path(HF_HUB_CACHE, f"models--{source.replace('/', '--')}")
@@ -119,7 +121,7 @@ def comparison_inputs(settings: CompareSettings, run: Path | None, outputs: Sequ
 
 
 def _image_files(settings: CompareSettings) -> Iterator[Path]:
-    """The image files of a dataset, also those beyond --limit."""
+    """The images, videos and frames of a dataset, also those beyond --limit."""
     from mmtok_cli.data.datasets import open_dataset
     from mmtok_cli.data.samples import ClosedImages
     from mmtok_cli.settings import column_names
@@ -134,7 +136,8 @@ def _image_files(settings: CompareSettings) -> Iterator[Path]:
     )
     for sample in dataset.samples:
         if isinstance(sample.images, ClosedImages):
-            yield from sample.images.files
+            for path in sample.images.files:  # a video may be a folder
+                yield from _files_below(path)
 
 
 def _require_distinct(one: Output, other: Output) -> None:
