@@ -57,12 +57,14 @@ def plan_images(
     budget is still one of the tokens that an image has at its own size. strict: raise UnmetBudgetError for a budget
     that an image cannot meet, in place of reducing the image as far as possible.
 
-    Raises MMTokError for a smaller version and a method that makes images smaller itself, for an image and a method
-    that needs a video, and for a method inside the language model where text stands between the frames of a video.
+    Raises MMTokError for a video and a model that sees images only, for a smaller version and a method that makes
+    images smaller itself, for an image and a method that needs a video, and for a method inside the language model
+    where text stands between the frames of a video.
     """
+    model.require_visible(images)
     if method.needs_video and not all(model.slices(image) for image in images):
         raise MMTokError(
-            f"{type(method).__name__} compares the frames of a video, and this is an image",
+            f"{type(method).__name__} is for the frames of a video, and this is an image",
             "give a video, or use a method for images such as mmtok",
         )
     if type(method).cuts is not Method.cuts and any(map(model.has_text_within, images)):
@@ -108,7 +110,15 @@ def _plan(
         kept = hooks.keep_slices(method, slices, total // slices, keep)
         if kept is not None and kept < slices:
             least = total // slices * kept  # more than the budget, where that is less than one slice
-            return ImagePlan(total, max(keep, least), (rows // slices * kept, columns), short or keep < least, kept)
+            if keep < least and budget is not None and budget.count is not None:  # a share is met as nearly as possible
+                if strict:
+                    raise UnmetBudgetError(
+                        f"one slice in time of the video has {least} vision tokens, which cannot be kept in part",
+                        f"choose {least} tokens or more, or another method",
+                        nearest=least,
+                    )
+                short = True
+            return ImagePlan(total, max(keep, least), (rows // slices * kept, columns), short, kept)
     smaller = hooks.resize(method, total, keep)
     if smaller is None:
         return ImagePlan(total, keep, grid, short)

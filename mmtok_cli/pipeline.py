@@ -540,7 +540,7 @@ def _in_slices(vision: VisionTokens, method: Method) -> VisionTokens:
     if not vision.slices:
         return vision
     if method.needs_video or type(method).cuts is not Method.cuts:
-        why = "compares the frames of a video" if method.needs_video else "drops tokens inside the language model"
+        why = "is for all frames of a video" if method.needs_video else "drops tokens inside the language model"
         raise MMTokError(
             f"{type(method).__name__} {why}, so it cannot reduce each frame by itself",
             "omit --budget-per frame, or use a method such as mmtok",

@@ -177,7 +177,7 @@ def test_evs_keeps_the_first_slice_and_what_moves(model: VisionLanguageModel) ->
 @pytest.mark.parametrize("name", ["evs", "vidcom2"])
 def test_methods_of_videos_refuse_images(model: VisionLanguageModel, name: str) -> None:
     image = Image.new("RGB", (4 * SIDE, 4 * SIDE), "red")
-    with pytest.raises(MMTokError, match="compares the frames of a video"):
+    with pytest.raises(MMTokError, match="is for the frames of a video"):
         reduce(model, method_class(name)(), [about(image)], Budget(count=4))
 
 

@@ -182,9 +182,15 @@ class VisionLanguageModel(ABC):
         if isinstance(image, Video):
             raise MMTokError(
                 f"{self.name} sees images only, and this is a video",
-                "use a model of Qwen2.5-VL or Qwen3-VL; `mmtok models` lists them",
+                "use a model of Qwen2.5-VL, Qwen3-VL or Qwen3.5; `mmtok models` lists them",
             )
         return image
+
+    def require_visible(self, images: Sequence[Visual]) -> None:
+        """Raises MMTokError for a video, in families that see images only."""
+        if not self.sees_videos:
+            for image in images:
+                self.as_image(image)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -332,9 +338,7 @@ class VisionLanguageModel(ABC):
         Arguments and errors as for `prepare`.
         """
         flat = [image for group in images for image in group]
-        if not self.sees_videos:
-            for image in flat:
-                self.as_image(image)
+        self.require_visible(flat)
         sizes = zip(flat, grids, strict=True)
         counts = iter(self.total(image) if grid is None else grid[0] * grid[1] for image, grid in sizes)
         texts = [
