@@ -169,6 +169,7 @@ def profile(
             new_tokens=settings.new_tokens,
             prompt_tokens=settings.prompt_tokens,
             image_size=sample.images[0].size,
+            sampling=settings.sampling.described if sample.has_video else None,
         ),
         interrupted=remainder.interrupted,
         cases=results,

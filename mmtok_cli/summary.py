@@ -17,6 +17,7 @@ from mmtok_cli.results.progress import is_finished, require_flops, whole_rounds
 from mmtok_cli.results.records import TimedRun
 from mmtok_cli.results.run_directory import RunDirectory
 from mmtok_cli.results.schema import CaseResult, Comparison, FailedCase, Schedule, equivalents_of
+from mmtok_cli.stages import DECODE_VIDEO
 from mmtok_cli.timing.summary import summarise_case, summarise_machine, with_slowdown
 from mmtok_cli.turns import failed_conversations, held_conversations, left_out_conversations, summarise_turns
 
@@ -96,6 +97,7 @@ def _schedule(store: RunDirectory, rounds: list[int], columns: list[list[TimedRu
         (planned.case.batch_size, run.batch) for planned, runs in zip(plan.cases, columns, strict=True) for run in runs
     }
     timed = max(size * sum(1 for other, _ in batches if other == size) for size in sizes)
+    videos = any(DECODE_VIDEO in run.seconds for runs in columns for run in runs)
     return Schedule(
         data=plan.data,
         seed=plan.seed,
@@ -115,4 +117,5 @@ def _schedule(store: RunDirectory, rounds: list[int], columns: list[list[TimedRu
         prompt_tokens=plan.options.prompt_tokens,
         metric_title=METRICS[plan.metric].title if plan.metric else None,
         conversations=len(held_conversations(store)) if plan.options.turns else None,
+        sampling=plan.options.sampling.described if videos else None,
     )

@@ -30,6 +30,13 @@ class Sampling:
     def __str__(self) -> str:
         return f"{self.frames} frames" if self.fps is None else f"{self.fps:g} fps"
 
+    @property
+    def described(self) -> str:
+        """In words, for reports: "16 frames per video"."""
+        if self.fps is not None:
+            return f"{self.fps:g} frame{'s' * (self.fps != 1)} per second of video"
+        return f"{self.frames} frame{'s' * (self.frames != 1)} per video"
+
     def places(self, count: int, seconds: float) -> list[int]:
         """Which of `count` frames are sampled of a video of this duration."""
         wanted = self.frames if self.fps is None else round(seconds * self.fps)

@@ -114,6 +114,48 @@ def test_a_rotated_video_stands_upright(clip: Path) -> None:
     assert av and videos._images(clip, None, Container(), [0], 1)[0].size == (84, 112)
 
 
+def test_a_clip_cut_without_encoding_begins_at_its_first_shown_frame(tmp_path: Path) -> None:
+    """The frames from the key frame to the cut are in the file, marked as not to be shown."""
+    av = pytest.importorskip("av")
+    whole, cut = tmp_path / "whole.mp4", tmp_path / "cut.mp4"
+    with av.open(str(whole), "w") as container:
+        stream = container.add_stream("mpeg4", rate=RATE, options={"g": str(COUNT)})
+        stream.width, stream.height, stream.pix_fmt = 112, 84, "yuv420p"
+        for number in range(COUNT):
+            container.mux(stream.encode(av.VideoFrame.from_image(frame(number))))
+        container.mux(stream.encode())
+    with av.open(str(whole)) as source, av.open(str(cut), "w", options={"avoid_negative_ts": "disabled"}) as container:
+        stream = container.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(source.streams.video[0]):
+            if packet.size:
+                earlier = round(0.5 / packet.time_base)
+                packet.pts, packet.dts, packet.stream = packet.pts - earlier, packet.dts - earlier, stream
+                container.mux(packet)
+    frames = open_video(cut, Sampling(frames=3)).frames
+    assert [number_of(image) for image in frames.images] == [6, 14, 23]
+    assert frames.times == pytest.approx([0, 8 / RATE, 17 / RATE])
+
+
+def test_frames_without_times_of_their_own_are_read(tmp_path: Path) -> None:
+    av = pytest.importorskip("av")
+    path = tmp_path / "still.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mjpeg", rate=RATE)
+        stream.width, stream.height, stream.pix_fmt = 112, 84, "yuvj420p"
+        pictures = [av.VideoFrame.from_image(frame(number)) for number in range(3)]
+        for packet in [packet for picture in (*pictures, None) for packet in stream.encode(picture)]:
+            packet.pts = packet.dts = 0
+            container.mux(packet)
+    frames = open_video(path).frames
+    assert frames.times == (0, 0, 0) and frames.fps == 3
+
+
+def test_numbers_in_the_names_of_frames_are_sorted_by_value(tmp_path: Path) -> None:
+    for number in range(12):
+        frame(number).save(tmp_path / f"{number}.png")
+    assert [number_of(image) for image in open_video(tmp_path).frames.images] == list(range(12))
+
+
 def broken(folder: Path) -> dict[str, tuple[Path, str]]:
     text, empty, sizes, cut = folder / "text.mp4", folder / "empty", folder / "sizes", folder / "nothing.mp4"
     text.write_text("not a video")
@@ -180,8 +222,9 @@ def test_infer_answers_about_a_video(qwen: Path, clip: Path) -> None:
     assert found["tokens"]["kept"] == int(0.2 * found["tokens"]["total"]) and found["seconds"]["decode video"] > 0
     whole = found["baseline"]["seconds"]
     assert whole["ttft"] >= whole["decode video"] + whole["encode"]
+    assert found["frames"] == [8]
     shown = run("infer", clip, QUESTION, *options[:-1]).stdout
-    assert "decode video" in shown
+    assert "decode video" in shown and "frames sampled: 8" in shown
 
 
 def test_prune_draws_a_sheet_of_frames(qwen: Path, folder: Path, tmp_path: Path) -> None:
@@ -194,13 +237,17 @@ def test_prune_draws_a_sheet_of_frames(qwen: Path, folder: Path, tmp_path: Path)
     found = json.loads(run("prune", folder, QUESTION, *options, "--json").stdout)
     (entry,) = found["images"]
     assert len(entry["panels"]) == 3 and len(entry["panels"][0]["kept"]) == entry["total"] // 3
-    assert entry["kept"] == sum(len(panel["kept"]) for panel in entry["panels"])
+    assert entry["kept"] == sum(len(panel["kept"]) for panel in entry["panels"]) and entry["frames"] == 6
+    one = run("prune", folder, QUESTION, "--model", qwen, "--frames", 1, "--budget", 4).stdout
+    assert "(1 slice of 10x14, 1 frame)" in one
+    refused(run("prune", folder, QUESTION, *options, "--output", folder / "0001.png"), "which this command reads")
 
 
 def test_profile_times_the_decoding_of_a_video(qwen: Path, clip: Path, tmp_path: Path) -> None:
     file = tmp_path / "found.json"
     options = ("--budget", "20%", "--frames", 4, "--rounds", 2, "--warmup", 1, "--max-new-tokens", 2)
-    run("profile", clip, "--model", qwen, *options, "--trace-dir", tmp_path / "trace", "--export", file)
+    shown = run("profile", clip, "--model", qwen, *options, "--trace-dir", tmp_path / "trace", "--export", file)
+    assert "4 frames per video" in " ".join(shown.stdout.split())
     cases = json.loads(file.read_text())["cases"]
     assert all(case["seconds"]["decode video"]["median"] > 0 for case in cases)
 
@@ -238,8 +285,14 @@ def test_compare_reads_videos_of_a_data_file(qwen: Path, clip: Path, folder: Pat
     file = tmp_path / "found.json"
     common = ("compare", "--model", qwen, "--data", data, "--rounds", 2, "--warmup", 0, "--max-new-tokens", 2)
     methods = ("--methods", "mmtok,uniform:frames,resize", "--budget", "40%", "--frames", 4)
-    run(*common, *methods, "--run-dir", tmp_path / "run", "--export", file)
-    results = json.loads(file.read_text())["results"]
+    shown = run(*common, *methods, "--run-dir", tmp_path / "run", "--export", file).stdout
+    assert "of asked.jsonl, 4 frames per video, " in " ".join(shown.split())
+    found = json.loads(file.read_text())
+    assert found["schedule"]["sampling"] == "4 frames per video"
+    for suffix in ("csv", "md", "html"):
+        run("report", tmp_path / "run", "--export", tmp_path / f"found.{suffix}")
+        assert "4 frames per video" in (tmp_path / f"found.{suffix}").read_text()
+    results = found["results"]
     assert len(results) == 4 and all(result["seconds"]["decode video"]["median"] > 0 for result in results)
     assert all(result["score"] is not None for result in results)
     images = rows(tmp_path / "images.jsonl", {"image": str(folder / "0003.png"), "question": "?", "answer": "no"})
@@ -256,7 +309,11 @@ def test_rows_without_a_video_that_exists_are_left_out(clip: Path, tmp_path: Pat
 
 
 def test_bad_options_and_models_are_one_line(tiny_directory: Path, qwen: Path, clip: Path, folder: Path) -> None:
-    refused(run("infer", clip, QUESTION, "--model", tiny_directory, "--budget", 4), "sees images only")
+    for budget in (4, 64):  # 64 is more than an image has
+        refused(run("infer", clip, QUESTION, "--model", tiny_directory, "--budget", budget), "sees images only")
+    whole = ("--model", qwen, "--method", "uniform:frames", "--budget")
+    refused(run("infer", clip, QUESTION, *whole, 2), "one slice in time of the video has")
+    assert "than the budget" not in run("infer", clip, QUESTION, *whole, "1%").stdout
     refused(run("infer", clip, QUESTION, "--model", qwen, "--frames", 4, "--fps", 2), "--frames and --fps")
     refused(run("prune", folder / "0001.png", QUESTION, "--model", qwen, "--method", "evs"), "an image")
     options = ("--method", "fastv", "--budget-per", "frame", "--budget", "50%")

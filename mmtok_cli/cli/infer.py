@@ -104,11 +104,16 @@ def infer(
     if turn:
         _show_conversation(settings, cases, sample, talks, model.weights, as_json)
     else:
-        _show(settings, cases, runs, model.weights, as_json)
+        _show(settings, cases, sample, runs, model.weights, as_json)
 
 
 def _show(
-    settings: InferSettings, cases: Sequence[Case], runs: Sequence[TimedRun], weights: str, as_json: bool
+    settings: InferSettings,
+    cases: Sequence[Case],
+    sample: Sample,
+    runs: Sequence[TimedRun],
+    weights: str,
+    as_json: bool,
 ) -> None:
     """The answer of each case, and what it took."""
     from rich.text import Text
@@ -119,7 +124,7 @@ def _show(
 
     if as_json:
         first, *rest = map(_as_json, runs)
-        print_json(_head(settings, cases[0]) | first | ({"baseline": rest[0]} if rest else {}))
+        print_json(_head(settings, cases[0], sample) | first | ({"baseline": rest[0]} if rest else {}))
         return
     out = results_console()
     for each, run in zip(cases, runs, strict=True):
@@ -128,7 +133,7 @@ def _show(
         if run.drafts:
             out.print(Text.assemble(("draft: ", "bold"), printable_lines(run.drafts[0])), style="dim")
     out.print(answer_table([printable(each) for each in cases], runs))
-    _show_remarks(settings, cases[0], weights, short_text(runs[0].tokens[0]))
+    _show_remarks(settings, cases[0], sample, weights, short_text(runs[0].tokens[0]))
 
 
 def _show_conversation(
@@ -150,7 +155,7 @@ def _show_conversation(
     questions = [turn.question for turn in sample.turns]
     if as_json:
         first, *rest = ([_turn_as_json(*pair) for pair in zip(questions, talk, strict=True)] for talk in talks)
-        head = _head(settings, cases[0]) | {"policy": settings.turns, "encode_again": settings.encode_again}
+        head = _head(settings, cases[0], sample) | {"policy": settings.turns, "encode_again": settings.encode_again}
         print_json(head | {"turns": first} | ({"baseline": {"turns": rest[0]}} if rest else {}))
         return
     out = results_console()
@@ -161,23 +166,24 @@ def _show_conversation(
             out.print(Text.assemble("  ", (name, "bold"), printable_lines(talk[number].answer)))
     for each, talk in zip(cases, talks, strict=True):
         out.print(conversation_table(printable(each), talk))
-    _show_remarks(settings, cases[0], weights, short_text(talks[0][0].tokens))
+    _show_remarks(settings, cases[0], sample, weights, short_text(talks[0][0].tokens))
 
 
-def _show_remarks(settings: InferSettings, case: Case, weights: str, short: str) -> None:
+def _show_remarks(settings: InferSettings, case: Case, sample: Sample, weights: str, short: str) -> None:
     from mmtok_cli.report.console import results_console
     from mmtok_cli.report.tables import equivalent_notes, pixels_text, rules_text, weights_text
     from mmtok_cli.results.schema import equivalents_of
     from mmtok_cli.rules import NATIVE
 
     rules, elsewhere = rules_text(settings.rules, settings.parameters), equivalent_notes(equivalents_of([case.id]))
+    frames = f"frames sampled: {', '.join(map(str, sample.frames))}" if sample.frames else ""
     pixels = "" if settings.pixels == NATIVE else pixels_text(settings.pixels)
-    for remark in filter(None, (short, rules, weights_text(weights), pixels, *elsewhere)):
+    for remark in filter(None, (short, frames, rules, weights_text(weights), pixels, *elsewhere)):
         results_console().print(remark, style="dim", markup=False)
 
 
-def _head(settings: InferSettings, case: Case) -> dict[str, Any]:
-    """What the JSON of an answer and of a conversation begins with."""
+def _head(settings: InferSettings, case: Case, sample: Sample) -> dict[str, Any]:
+    """What the JSON of an answer and of a conversation begins with. frames: of each video, if there are any."""
     return {
         "schema": "mmtok.infer/1",
         "model": settings.model,
@@ -188,6 +194,7 @@ def _head(settings: InferSettings, case: Case) -> dict[str, Any]:
         "budget": case.id.budget,
         "image_scale": case.id.image_scale,
         "pixels": settings.pixels,
+        **({"frames": sample.frames} if sample.frames else {}),
         "equivalents": {} if case.budget is None else case.budget.engine_settings,
         "rules": asdict(settings.rules),
     }

@@ -221,6 +221,8 @@ def _entry(sample: Sample, selected: Selected, shown: list[Shown]) -> dict[str, 
         entry["order"] = [place for place in selection.order.tolist() if place >= 0]
     if selection.gains is not None:
         entry["gains"] = selection.gains.tolist()
+    if sample.frames:
+        entry["frames"] = sample.frames[0]
     if len(shown) > 1:
         entry["panels"] = [{"title": s.panel.title, "grid": list(s.panel.grid), "kept": s.kept} for s in shown]
     return entry
@@ -278,7 +280,7 @@ def _show(
 
 def _sentence(case: Case, selected: Selected, grids: list[tuple[int, int]]) -> str:
     """How many tokens are kept, and how many of them are merged or stand for no patch."""
-    from mmtok_cli.report.units import number
+    from mmtok_cli.report.units import number, plural
     from mmtok_cli.tokens import CLASS_TOKEN
 
     selection, tokens = selected.selection, selected.reduced.tokens[0]
@@ -290,7 +292,8 @@ def _sentence(case: Case, selected: Selected, grids: list[tuple[int, int]]) -> s
     if selected.reduced.cuts:
         more += f", {number(round(tokens.layer_average, 1))} on average over the decoder layers"
     if selected.reduced.vision[0].slices:
-        shape = f"{len(grids)} slices of {grids[0][0]}x{grids[0][1]}"
+        frames = plural(len(selected.reduced.prompt.images[0]), "frame")
+        shape = f"{plural(len(grids), 'slice')} of {grids[0][0]}x{grids[0][1]}, {frames}"
     else:
         shape = " and ".join(f"{rows}x{columns}" for rows, columns in grids) + f" grid{'s' * (len(grids) > 1)}"
     return f"{tokens.kept} of {tokens.total} vision tokens kept by {case}{more} ({shape})"

@@ -33,8 +33,9 @@ def show(comparison: Comparison, parameters: Sequence[str], as_json: bool, quiet
     for part in tables.by_batch_size(comparison):
         schedule = part.schedule
         data = "" if schedule.data == "demo" else f" of {schedule.data}"
+        frames = f", {schedule.sampling}" if schedule.sampling else ""
         out.print(
-            f"{part.model}: {plural(schedule.samples, 'sample')}{data}, "
+            f"{part.model}: {plural(schedule.samples, 'sample')}{data}{frames}, "
             f"batch size {schedule.batch_size}, seed {schedule.seed}"
             + "".join(f"; {text}" for text in (tables.lengths_text(schedule), rules) if text)
         )

@@ -103,6 +103,11 @@ class Sample:
         return any(isinstance(image, Video) for image in self.images)
 
     @property
+    def frames(self) -> list[int]:
+        """How many frames were sampled of each video."""
+        return [len(image) for image in self.images if isinstance(image, Video)]
+
+    @property
     def references(self) -> tuple[str, ...]:
         """All reference answers; empty if none is known."""
         return self.answers or (() if self.answer is None else (self.answer,))

@@ -56,6 +56,7 @@ CONTEXT: tuple[CsvColumn[Comparison], ...] = (
     CsvColumn(
         "pixels", "resolution of images: native, or fixed and a number of tokens", lambda c: c.environment.pixels
     ),
+    CsvColumn("sampling", "how many frames of each video were sampled", lambda c: c.schedule.sampling),
     CsvColumn("samples", "samples that were evaluated", lambda c: c.schedule.samples, always=True),
     CsvColumn("metric", "metric that judges the answers", lambda c: c.schedule.metric, always=True),
     CsvColumn("rounds", "timed rounds over all cases", lambda c: c.schedule.rounds, always=True),

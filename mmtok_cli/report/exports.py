@@ -155,6 +155,7 @@ def _conditions(comparison: Comparison) -> str:
         f"{environment_line(comparison.model, comparison.environment).plain}; "
         f"{plural(schedule.samples, 'sample')}, {plural(schedule.rounds, 'round')}, "
         f"batch size {sizes}, seed {schedule.seed}"
+        + (f"; {schedule.sampling}" if schedule.sampling else "")
         + (f"; image of {picture_size(schedule.image_size)} pixels" if schedule.image_size else "")
         + (f"; score: {schedule.metric_title}" if schedule.metric_title else "")
         + "".join(f"; {text}" for text in (lengths_text(schedule), rules) if text)

@@ -45,8 +45,9 @@ def head_lines(profile: ProfileResult) -> list[str]:
     if schedule.image_size:
         data = "a drawn scene" if schedule.data == "demo" else schedule.data
         sizes = schedule.batch_size if isinstance(schedule.batch_size, list) else [schedule.batch_size]
+        frames = f"{schedule.sampling}, " if schedule.sampling else ""
         lines.append(
-            f"{profile.model}: {data}, {picture_size(schedule.image_size)} pixels, "
+            f"{profile.model}: {data}, {picture_size(schedule.image_size)} pixels, {frames}"
             f"batch size {', '.join(map(str, sizes))}, {plural(schedule.rounds, 'round')}"
         )
     return lines

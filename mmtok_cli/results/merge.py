@@ -98,6 +98,7 @@ def _facts(comparison: Comparison) -> dict[str, Any]:
         "exact number of prompt tokens": schedule.prompt_tokens,
         "samples evaluated": schedule.samples,
         "metric": schedule.metric,
+        "frames": schedule.sampling,
     }
 
 

@@ -547,6 +547,7 @@ class Schedule(Record):
     where they were not fixed; evaluated answers are not affected. metric: name of the metric that judges the answers,
     None if they are not judged; metric_title: what it is, in words. conversations: number of them that were evaluated,
     of `planned_samples`; None without --turns. image_size: width and height in pixels of the one image of a profile.
+    sampling: how many frames of a video were sampled, in words; None without videos.
     """
 
     data: str
@@ -568,6 +569,7 @@ class Schedule(Record):
     prompt_tokens: int | None = None
     conversations: int | None = None
     image_size: tuple[int, int] | None = None
+    sampling: str | None = None
 
 
 class SamplePrediction(Record):

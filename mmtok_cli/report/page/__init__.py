@@ -135,6 +135,7 @@ def _subtitle(comparison: Comparison) -> str:
         + (f" at {'a budget' if len(budgets) == 1 else 'budgets'} of {', '.join(budgets)}" if budgets else ""),
         f"images at scales {', '.join(scales)}" if len(scales) > 1 else "",
         plural(schedule.samples, "sample"),
+        schedule.sampling or "",
         f"batch size {batch_sizes(comparison)}",
         f"{environment.processor} ({environment.device}, {environment.dtype})",
         tables.rules_text(comparison.rules) or f"{comparison.rules.track} track",

@@ -31,6 +31,7 @@ def environment_facts(comparison: Comparison) -> list[tuple[str, str]]:
             f"{s.data}, {plural(s.samples, 'sample')}, batch size {batch_sizes(comparison)}, at most "
             f"{plural(s.max_new_tokens, 'new token')}",
         ),
+        *([("videos", s.sampling)] if s.sampling else []),
         *([("image", f"{picture_size(s.image_size)} pixels")] if s.image_size else []),
         *([("lengths", lengths)] if (lengths := tables.lengths_text(s)) else []),
         *([("metric", f"{s.metric}: {s.metric_title}")] if s.metric else []),

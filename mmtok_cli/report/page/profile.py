@@ -113,6 +113,7 @@ def _subtitle(profile: ProfileResult) -> str:
         plural(len(profile.cases), "case"),
         f"{count(profile.parameters)} parameters",
         f"{plural(schedule.rounds, 'round')} on {schedule.data}",
+        schedule.sampling or "",
         f"{e.processor} ({e.device}, {e.dtype})",
         tables.rules_text(profile.rules) or f"{profile.rules.track} track",
         tables.measured_text(e),
