@@ -97,7 +97,7 @@ def _plan(
     entering = size[0] * size[1] if size else total
     keep, short = min(total, entering), False
     if budget is not None:
-        keep, short = _nearest(partial(_kept, model, method, image, budget, rules, grid, total), strict)
+        keep, short = _nearest(partial(_kept, model, method, image, budget, rules, grid, total, entering), strict)
         if keep > entering:  # a smaller image keeps all that it has, whatever the other scales can meet
             keep, short = entering, True
         if rules.budget_means == "layer-average":
@@ -152,11 +152,20 @@ def _kept(
     rules: Rules,
     grid: Grid | None,
     total: int,
+    entering: int,
 ) -> int:
-    """Vision tokens that the image keeps of `total`."""
+    """Vision tokens that the image keeps of `total`; `entering` of them, fewer if it was made smaller, are encoded."""
     if rules.track == "released" and budget.percent is not None:
         if slices := model.slices(image):
-            return budget.resolve(total, partial(hooks.video_count, method, slices=slices))
+
+            def count(share: float, total: int) -> int:
+                """A share of the tokens at the video's own size; whole slices are those that are encoded."""
+                encoded = share * (total / entering)
+                return (
+                    math.floor(share * total) if encoded > 1 else hooks.video_count(method, encoded, entering, slices)
+                )
+
+            return budget.resolve(total, count)
         return budget.resolve(total, partial(hooks.count, method, signals=method.signals_among(model.signals)))
     return budget.resolve(total) if grid else model.keep(image, budget, rules.track)
 

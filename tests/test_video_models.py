@@ -198,6 +198,15 @@ def test_resize_and_scale_make_all_frames_smaller(model: VisionLanguageModel) ->
     assert sum(auto.tokens[0].encoded or (45,)) % 3 == 0
 
 
+def test_the_first_slice_of_evs_is_that_of_the_smaller_video(model: VisionLanguageModel) -> None:
+    reduced = reduce(model, method_class("evs")(), [about(film(6))], Budget(percent=10), image_scale=0.5)
+    assert reduced.tokens[0].encoded == (12,) and reduced.tokens[0].kept == 4
+    more = reduce(model, method_class("evs")(), [about(film(6))], Budget(percent=20), image_scale=0.5)
+    assert more.tokens[0].kept == 9 and not more.tokens[0].short
+    most = reduce(model, method_class("evs")(), [about(film(6))], Budget(percent=50), image_scale=0.5)
+    assert most.tokens[0].kept == 12 and most.tokens[0].short
+
+
 def test_fewer_frames_are_evenly_spaced_and_whole(model: VisionLanguageModel) -> None:
     sample = about(film(12))
     reduced = reduce(model, method_class("uniform:frames")(), [sample], Budget(percent=50))
