@@ -282,6 +282,7 @@ def _sentence(case: Case, selected: Selected, grids: list[tuple[int, int]]) -> s
     """How many tokens are kept, and how many of them are merged or stand for no patch."""
     from mmtok_cli.report.units import number, plural
     from mmtok_cli.tokens import CLASS_TOKEN
+    from mmtok_cli.video import Video
 
     selection, tokens = selected.selection, selected.reduced.tokens[0]
     more = ""
@@ -291,9 +292,9 @@ def _sentence(case: Case, selected: Selected, grids: list[tuple[int, int]]) -> s
         more += f", {merged} of them merged" + (f" and {tokens_of_class}" if classes else "")
     if selected.reduced.cuts:
         more += f", {number(round(tokens.layer_average, 1))} on average over the decoder layers"
-    if selected.reduced.vision[0].slices:
-        frames = plural(len(selected.reduced.prompt.images[0]), "frame")
-        shape = f"{plural(len(grids), 'slice')} of {grids[0][0]}x{grids[0][1]}, {frames}"
+    image = selected.reduced.prompt.images[0]
+    if isinstance(image, Video):
+        shape = f"{plural(len(grids), 'slice')} of {grids[0][0]}x{grids[0][1]}, {plural(len(image), 'frame')}"
     else:
         shape = " and ".join(f"{rows}x{columns}" for rows, columns in grids) + f" grid{'s' * (len(grids) > 1)}"
     return f"{tokens.kept} of {tokens.total} vision tokens kept by {case}{more} ({shape})"
