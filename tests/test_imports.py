@@ -62,7 +62,7 @@ ALLOWED = {
         "results",
         "data",
     },
-    "summary": {"evaluation", "precision", "timing", "results", "turns"},
+    "summary": {"evaluation", "precision", "stages", "timing", "results", "turns"},
     "precision": SHARED | {"cases", "data", "models", "pipeline", "results"},
     "turns": {"evaluation", "timing", "results"},
     "report": SHARED | {"report", "results", "planning", "progress", "settings", "files", "profiles"},
