@@ -123,7 +123,7 @@ class Conversation:
             return self._read(reduced, (question,), stage)
         with stage("prepare"):
             between = self._model.next_turn(before.questions, question, len(self._sample.images))
-            said = _without_end(before.said, self._model).to(between.device)
+            said = _without_end(before.said, self._model).to(between.device)  # on the host
             self._require_text(said)
         if self._policy == "reuse":
             return self._read_on(before, torch.cat([said[len(before.said) - 1 :], between]), question, stage)
@@ -177,7 +177,7 @@ class Conversation:
         """Read further text [tokens] after what is in the cache, and answer its question."""
         require_room(self._model, before.continuation.length + len(text), self._max_new_tokens)
         with stage("prefill"):
-            logits = before.continuation.read_text(text[None])
+            logits = before.continuation.read_text(text[None].to(self._model.device))
         entered = sum(selection.kept for selection in before.selections)
         tokens = replace(before.tokens, text=before.continuation.length - entered)
         return self._answer(replace(before, tokens=tokens, questions=(*before.questions, question)), logits, stage)

@@ -11,6 +11,7 @@ from torch import Tensor
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.models import hf
 from mmtok_cli.models.base import VisionLanguageModel
+from mmtok_cli.values import on_host, to_device
 
 
 def prefill(model: VisionLanguageModel, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
@@ -52,7 +53,7 @@ def decode_after(
     """`decode` from a cache that may hold more than a prompt. The last new token is not read."""
     model = continuation.model
     token = first_logits.argmax(-1)
-    ends = torch.tensor(model.eos_token_ids, device=token.device)
+    ends = to_device(torch.tensor(model.eos_token_ids), token.device)
     tokens = [token]
     ended = torch.isin(token, ends)
     while len(tokens) < max_new_tokens and (ignore_eos or not bool(ended.all())):
@@ -80,6 +81,7 @@ class Continuation:
         self.model = model
         self.cache = cache
         self._mask = inputs["attention_mask"]
+        self._is_padded = not bool(on_host(self._mask).all())
         self._position = inputs["position_ids"][..., -1:]  # of one axis or of several
 
     def read(self, token: Tensor) -> Tensor:
@@ -95,7 +97,9 @@ class Continuation:
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(self._mask), count)], dim=1)
         positions = self._position + torch.arange(1, count + 1, device=self._position.device)
         self._position = positions[..., -1:]
-        step = {"input_ids": tokens, "attention_mask": self._mask, "position_ids": positions}
+        # A mask that hides nothing is read by transformers, for which the host waits at every token.
+        mask = self._mask if self._is_padded else None
+        step = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
         logits, self.cache = hf.forward(self.model.model, step, self.cache)
         return logits
 

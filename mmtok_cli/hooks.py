@@ -21,6 +21,7 @@ from mmtok_cli.methods.base import Method, package_of
 from mmtok_cli.methods.isolation import GlobalStateError, isolated
 from mmtok_cli.stages import CHECK, Stage
 from mmtok_cli.tokens import PADDING, Cut, LayerTokens, Rows, Selection, TextTokens, VisionTokens
+from mmtok_cli.values import deferred, require
 
 PACKAGE = __name__.partition(".")[0]
 
@@ -107,7 +108,7 @@ def select_crops(method: Method, crops: Sequence[VisionTokens], text: TextTokens
 def check_selections(
     method: Method, vision: Sequence[VisionTokens], budgets: Sequence[int], selections: Sequence[Selection]
 ) -> None:
-    """Check the values of what `select` returned, which reads them from the device."""
+    """Check what `select` returned; where checks are `deferred`, values on a device are read when they are settled."""
     for tokens, budget, selection in zip(vision, budgets, selections, strict=True):
         check_kept(method, selection.kept, budget, tokens, "select")
         if selection.kept != tokens.total or selection.tokens is not None:
@@ -162,9 +163,8 @@ def queries(method: Method, vision: Tensor, text: Tensor, stage: Stage) -> Tenso
     if found.device != text.device:
         raise fault(method, "queries", f"returned a tensor on {found.device}, and the text is on {text.device}")
     with stage(CHECK):
-        exist = bool(((found >= 0) & (found < len(text))).all())
-    if not exist:
-        raise fault(method, "queries", f"returned an index beyond the {len(text)} text tokens")
+        error = fault(method, "queries", f"returned an index beyond the {len(text)} text tokens")
+        require(((found >= 0) & (found < len(text))).all(), error)
     return found
 
 
@@ -175,13 +175,16 @@ def choose(method: Method, tokens: LayerTokens, cut: Cut, stage: Stage) -> Selec
         seen = [tokens.hidden, tokens.eligible, *tokens.earlier.values()]
         return seen if tokens.vision is None else [*seen, tokens.vision.projected, *tokens.vision.signals.values()]
 
-    with unchanged(method, given, stage), _calling(method, "choose"):
-        selection = method.choose(tokens, cut)
-    _check_shapes(method, "choose", selection, tokens.hidden)
-    if selection.kept != cut.keep:
-        raise fault(method, "choose", f"kept {selection.kept} of {tokens.image_id}, and `cuts` announced {cut.keep}")
-    with stage(CHECK):
-        _check_values(method, "choose", selection, tokens.eligible)
+    with unchanged(method, given, stage), deferred() as settle:
+        with _calling(method, "choose"):
+            selection = method.choose(tokens, cut)
+        _check_shapes(method, "choose", selection, tokens.hidden)
+        if selection.kept != cut.keep:
+            problem = f"kept {selection.kept} of {tokens.image_id}, and `cuts` announced {cut.keep}"
+            raise fault(method, "choose", problem)
+        with stage(CHECK):
+            _check_values(method, "choose", selection, tokens.eligible)
+            settle()
     return selection
 
 
@@ -259,7 +262,7 @@ def _check_shapes(method: Method, hook: str, selection: Selection, rows: Tensor)
 
 
 def _check_values(method: Method, hook: str, selection: Selection, eligible: Tensor) -> None:
-    """Check indices and merged rows with a single transfer from the device. eligible: [tokens]."""
+    """Require of indices and merged rows what every method must keep to. eligible: [tokens]."""
     indices, total = selection.indices, len(eligible)
     if not len(indices):
         return
@@ -284,9 +287,8 @@ def _check_values(method: Method, hook: str, selection: Selection, eligible: Ten
         ).all()
     if selection.tokens is not None:
         facts["returned tokens that are not finite"] = selection.tokens.isfinite().all()
-    for problem, holds in zip(facts, torch.stack(list(facts.values())).tolist(), strict=True):
-        if not holds:
-            raise fault(method, hook, problem)
+    for problem, holds in facts.items():
+        require(holds, fault(method, hook, problem))
 
 
 def _shown(value: Any) -> str:

@@ -24,7 +24,8 @@ from mmtok_cli.models.inside import Inside
 from mmtok_cli.models.sequences import CutImage
 from mmtok_cli.rules import AUTO, ImageScale, Positions, Rules, Track
 from mmtok_cli.stages import CHECK, Stage, unwatched
-from mmtok_cli.tokens import Crops, Cut, Selection, TextTokens, VisionTokens
+from mmtok_cli.tokens import Crops, Cut, Selection, TextTokens, VisionTokens, all_eligible
+from mmtok_cli.values import deferred, on_host
 from mmtok_cli.video import Visual
 
 RELEASED = Rules()
@@ -211,7 +212,7 @@ def reduce_encoded(
     """
     prompt, positions = encoded.prompt, _positions(model, method, rules)
     images = _reduce_images(model, method, encoded, plans, rules, stage)
-    with stage("select"):
+    with stage("select"), deferred() as settle:
         if earlier:
             images = [
                 replace(image, selection=before.united(image.selection, image.vision))
@@ -220,6 +221,8 @@ def reduce_encoded(
         inputs = model.assemble(prompt, encoded.vision, [image.selection for image in images], positions)
         cuts = _cut_images(model, method, images, inputs)
         tokens = _count_tokens(prompt, images, inputs, model.layer_count)
+        with stage(CHECK):
+            settle()
     return Reduced(prompt, images, inputs, cuts, positions, tokens)
 
 
@@ -428,7 +431,7 @@ def _entering(method: Method, plan: ImagePlan, seen: VisionTokens) -> int:
 def _eligible(seen: VisionTokens, method: Method) -> int:
     """How many tokens of an image the method may keep."""
     parts = seen.crops.tokens if seen.crops and method.per_crop else (seen,)
-    return sum(int(part.eligible.sum()) for part in parts)
+    return sum(part.eligible_count for part in parts)
 
 
 def select(
@@ -489,11 +492,11 @@ def _select_shown(
     def given() -> list[Tensor]:
         return [tensor for each in vision for tensor in (each.projected, each.eligible)]
 
-    with stage("select"):
-        with hooks.unchanged(method, given, stage):
-            selected = hooks.select(method, vision, [task.text for task in tasks], budgets)
+    with stage("select"), hooks.unchanged(method, given, stage), deferred() as settle:
+        selected = hooks.select(method, vision, [task.text for task in tasks], budgets)
         with stage(CHECK):
             hooks.check_selections(method, vision, budgets, selected)
+            settle()
     if picks is not None and method.nested:
         found = zip(shown, selected, strict=True)
         picks |= {(method, *place): selection for place, selection in found if selection.order is not None}
@@ -515,10 +518,11 @@ def _select_crops(method: Method, task: SelectionTask, stage: Stage) -> Selectio
         return [tensor for crop in crops.tokens for tensor in (crop.projected, crop.eligible)]
 
     with stage("select"):
-        with hooks.unchanged(method, given, stage):
+        with hooks.unchanged(method, given, stage), deferred() as settle:
             chosen = hooks.select_crops(method, crops.tokens, task.text, task.budget)
-        with stage(CHECK):
-            hooks.check_selections(method, crops.tokens, [selection.kept for selection in chosen], chosen)
+            with stage(CHECK):
+                hooks.check_selections(method, crops.tokens, [selection.kept for selection in chosen], chosen)
+                settle()
         return crops.join(chosen)
 
 
@@ -570,13 +574,14 @@ def _as_seen(vision: VisionTokens, method: Method, track: Track) -> VisionTokens
     if vision.crops and (method.per_crop or vision.slices):
         crops = [_as_seen(crop, method, track) for crop in vision.crops.tokens]
         if track == "released":  # no release leaves out the padding of crops
-            crops = [replace(crop, eligible=torch.ones_like(crop.eligible)) for crop in crops]
+            whole = all_eligible(crops[0].total, crops[0].projected.device)
+            crops = [replace(crop, eligible=whole) for crop in crops]
         return replace(vision, crops=replace(vision.crops, tokens=tuple(crops)))
     if track == "harmonised":
         signals = {name: signal.float() for name, signal in vision.signals.items()}
         return replace(vision, projected=vision.projected.float(), features=vision.features.float(), signals=signals)
     if method.keeps_padding:
-        return replace(vision, eligible=torch.ones_like(vision.eligible))
+        return replace(vision, eligible=all_eligible(vision.total, vision.projected.device))
     return vision
 
 
@@ -589,10 +594,11 @@ def _cut_images(
     starts = model.image_starts(inputs["input_ids"], [image.selection.kept for image in images])
     cut = []
     for (row, start), image in zip(starts, images, strict=True):
-        entered = image.selection.indices
-        eligible = image.eligible[entered] | (entered < 0)
+        vision, entered, eligible = image.vision, None, image.eligible
+        if method.selects():
+            entered = image.selection.indices
+            eligible = eligible[entered] | (entered < 0)
         queries, choose = partial(hooks.queries, method), partial(hooks.choose, method)
-        vision = image.vision
         cut.append(CutImage(row, start, eligible, vision.image_id, image.cuts, queries, choose, vision, entered))
     return cut
 
@@ -602,7 +608,7 @@ def _count_tokens(
 ) -> list[TokenCounts]:
     """The counts of each sample, over all its images."""
     counts = []
-    for row, length in enumerate(inputs["attention_mask"].sum(1).tolist()):
+    for row, length in enumerate(on_host(inputs["attention_mask"]).sum(1).tolist()):
         mine = [image for image, owner in zip(images, prompt.owners, strict=True) if owner == row]
         counts.append(
             TokenCounts(

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
+from mmtok_cli.values import mirrored, on_host, to_device
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -50,6 +52,16 @@ class VisionTokens:
     def total(self) -> int:
         return self.projected.shape[0]
 
+    @property
+    def eligible_count(self) -> int:
+        """How many tokens are eligible, for which the host need not wait where a model made them."""
+        return int(on_host(self.eligible).sum())
+
+    @property
+    def eligible_places(self) -> Tensor:
+        """[eligible], the indices of the eligible tokens, ascending."""
+        return mirrored(on_host(self.eligible).nonzero().squeeze(1), self.projected.device)
+
     def to(self, device: torch.device) -> VisionTokens:
         """The tokens on a device; those that are there already as they are."""
         if self.projected.device == device:
@@ -58,7 +70,7 @@ class VisionTokens:
             self,
             projected=self.projected.to(device),
             features=self.features.to(device),
-            eligible=self.eligible.to(device),
+            eligible=mirrored(on_host(self.eligible), device),
             project=lambda features: self.project(features.to(self.projected.device)).to(device),
             signals={name: signal.to(device) for name, signal in self.signals.items()},
             crops=self.crops and self.crops.to(device),
@@ -74,11 +86,18 @@ class VisionTokens:
 
         if self.crops is None:
             return score(self).float()
-        values = torch.stack([score(crop).float() for crop in self.crops.tokens])
-        shown = self.crops.places >= 0
-        found = values[shown].min().repeat(self.total)
-        found[self.crops.places[shown]] = values[shown]
-        return found
+        values = torch.stack([score(crop).float() for crop in self.crops.tokens]).flatten()
+        places = on_host(self.crops.places).flatten()
+        shown = mirrored((places >= 0).nonzero().squeeze(1), values.device)
+        shown_values = values[shown]
+        return shown_values.min().repeat(self.total).index_copy(0, self.crops.places.flatten()[shown], shown_values)
+
+
+def all_eligible(count: int, device: torch.device) -> Tensor:
+    """`VisionTokens.eligible` of an image without padding."""
+    import torch
+
+    return mirrored(torch.ones(count, dtype=torch.bool), device)
 
 
 @dataclass(frozen=True)
@@ -203,7 +222,7 @@ class Crops:
 
         What a crop cannot hold without keeping padding goes to the others; together they must hold the budget.
         """
-        capacities = [int(crop.eligible.sum()) for crop in self.tokens]
+        capacities = [crop.eligible_count for crop in self.tokens]
         shares = [0] * len(capacities)
         while left := budget - sum(shares):
             open_crops = [i for i, capacity in enumerate(capacities) if shares[i] < capacity]
@@ -222,23 +241,27 @@ class Crops:
         import torch
 
         device, dtype = self.places.device, self.tokens[0].projected.dtype
-        rows, places, merged, keys = [], [], [], []
-        for number, (crop, chosen) in enumerate(zip(self.tokens, selections, strict=True)):
-            indices, at = chosen.indices, chosen.indices.clamp(min=0)
-            is_merged = torch.zeros_like(indices, dtype=torch.bool) if chosen.merged is None else chosen.merged
-            rows.append(crop.projected[indices] if chosen.tokens is None else chosen.tokens.to(dtype))
-            places.append(torch.where(indices < 0, indices, self.places[number][at]))
-            merged.append(is_merged)
-            line = torch.arange(len(indices), device=device)
-            if number > 0:
-                by_crop = number * (GROUP // len(self.tokens)) + line
-                line = GROUP + self.ranks[number][at]
-                line = torch.where(indices == CLASS_TOKEN, 2 * GROUP + by_crop, line)
-                if not bool(is_merged.all()):
-                    line = torch.where(is_merged, 3 * GROUP + by_crop, line)
-            keys.append(line)
-        order = torch.cat(keys).argsort(stable=True)
-        return Selection(torch.cat(places)[order], tokens=torch.cat(rows)[order], merged=torch.cat(merged)[order])
+        indices = torch.cat([chosen.indices for chosen in selections])
+        rows = [
+            crop.projected[chosen.indices] if chosen.tokens is None else chosen.tokens.to(dtype)
+            for crop, chosen in zip(self.tokens, selections, strict=True)
+        ]
+        counts = torch.tensor([chosen.kept for chosen in selections])
+        numbers = torch.arange(len(counts)).repeat_interleave(counts)  # of the crops, for each token
+        # In the first crop tokens are ordered as they are, in the others those that come last crop by crop.
+        lines = torch.arange(len(numbers)) + (numbers > 0) * (numbers * (GROUP // len(counts)))
+        number, line = (to_device(each, device) for each in (numbers, lines))
+        flat = indices.clamp(min=0) + number * self.places.shape[1]
+        places = torch.where(indices < 0, indices, self.places.flatten()[flat])
+        keys = GROUP + self.ranks.flatten()[flat]
+        keys = torch.where(indices == CLASS_TOKEN, 2 * GROUP + line, keys)
+        merged = torch.zeros_like(indices, dtype=torch.bool)
+        if any(chosen.merged is not None for chosen in selections):
+            merged = torch.cat([chosen._is_merged for chosen in selections])
+            plain = torch.zeros_like(counts, device=device).index_add_(0, number, (~merged).long())
+            keys = torch.where(merged & (plain[number] > 0), 3 * GROUP + line, keys)
+        order = torch.where(number == 0, line, keys).argsort(stable=True)
+        return Selection(places[order], tokens=torch.cat(rows)[order], merged=merged[order])
 
 
 @dataclass(frozen=True)

@@ -68,9 +68,9 @@ def test_end_to_end(case: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> No
         own = chosen.indices if chosen.merged is None else chosen.indices[~chosen.merged]
         assert own[own >= 0].sort().values.equal(places.sort().values)
     if isinstance(method, MMTok):
-        words, _ = method._words(model.text_tokens(reduced.prompt, "released"))
+        (words,) = method._words(model.text_tokens(reduced.prompt, "released"))
         covered = expected["expected_text_ids"][1:]  # the first begins the sequence, and is dropped
-        assert words is not None and words[0].equal(model.model.get_input_embeddings()(covered))
+        assert words.equal(model.model.get_input_embeddings()(covered))
     rows = reduced.inputs["mm_encoder_outputs"]["image"].pooler_output[0]
     torch.testing.assert_close(rows, expected["expected_rows"], atol=tolerance["rows_atol"], rtol=0)
     logits, _ = prefill(model, reduced.inputs)

@@ -44,8 +44,8 @@ def test_end_to_end(case: dict[str, Any]) -> None:
     reduced = reduce(model, method, [sample], budget_of(case))
     assert reduced.prompt.input_ids[0].equal(expected["input_ids"])
     text = model.text_tokens(reduced.prompt, "released")
-    words, _ = method._words(text)
-    assert words is not None and words[0].equal(model.model.get_input_embeddings()(expected["expected_text_ids"]))
+    (words,) = method._words(text)
+    assert words.equal(model.model.get_input_embeddings()(expected["expected_text_ids"]))
     projected = torch.cat([vision.projected for vision in reduced.vision])
     features = torch.cat([vision.features for vision in reduced.vision])
     # What the release calls image_embeds is behind the merger, image_features in front of it.
@@ -90,6 +90,6 @@ def test_degenerate_is_better_than_released(case: dict[str, Any]) -> None:
         kept = selection.indices.tolist()
         assert kept == sorted(set(kept)) and kept[0] >= 0 and kept[-1] < total
     assert said.first_logits.isfinite().all()
-    words, _ = method_of(case)._words(model.text_tokens(said.reduced.prompt, "released"))
+    words, *_ = method_of(case)._words(model.text_tokens(said.reduced.prompt, "released"))
     covered = model.model.get_input_embeddings()(golden_tensors(FOLDER, case)["expected_text_ids"])
-    assert words is not None and words[0].equal(covered)
+    assert words.equal(covered)

@@ -17,12 +17,12 @@ from packaging.utils import canonicalize_name
 import mmtok_cli
 
 PACKAGE = Path(mmtok_cli.__file__).parent
-SHARED = {"tokens", "budget", "errors", "rules", "stages", "video"}
+SHARED = {"tokens", "budget", "errors", "rules", "stages", "values", "video"}
 ALLOWED = {
     "methods": SHARED | {"methods", "kept"},
     "models": SHARED | {"models", "profiles"},
     "data": {"errors", "data", "demo", "stages", "video"},
-    "decoding": {"models", "errors"},
+    "decoding": {"models", "errors", "values"},
     "configuration": {"methods", "models", "settings", "cases", "drafts", "image_scale"}
     | {"budget", "errors", "progress", "rules"},
     "fallback": SHARED
@@ -81,7 +81,8 @@ ALLOWED = {
     }
     | {"image_plan", "methods", "models", "pipeline", "profiles", "progress", "results", "settings", "timing"},
     "demo": {"demo", "errors", "models"},
-    "tokens": {"errors"},
+    "tokens": {"errors", "values"},
+    "values": {"errors"},
     "stages": set(),
     "video": set(),
     "errors": set(),

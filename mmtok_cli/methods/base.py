@@ -94,13 +94,14 @@ Register the class in the package's pyproject.toml, and it works in every comman
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.rules import Positions
 from mmtok_cli.tokens import Cut, LayerTokens, Selection, TextTokens, VisionTokens
+from mmtok_cli.values import mirrored, on_host
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -273,7 +274,7 @@ class Method:
         """
         import torch
 
-        return torch.tensor([len(text) - 1], device=text.device)
+        return torch.arange(len(text) - 1, len(text), device=text.device)
 
     def choose(self, tokens: LayerTokens, cut: Cut) -> Selection:
         """Choose `cut.keep` of the vision tokens that are left at a cut; indices count those tokens."""
@@ -322,9 +323,9 @@ def known(value: T | None, name: str) -> T:
 def ranking(scores: Tensor, eligible: Tensor) -> Tensor:
     """Indices of all tokens [tokens] by descending score, those that are not eligible last.
 
-    scores: [tokens]. Equal scores keep the order of the image, on every device.
+    scores: [tokens], or [images, tokens] for several. Equal scores keep the order of the image, on every device.
     """
-    return scores.float().masked_fill(~eligible, float("-inf")).argsort(descending=True, stable=True)
+    return scores.float().masked_fill(~eligible, float("-inf")).argsort(dim=-1, descending=True, stable=True)
 
 
 def highest(scores: Tensor, eligible: Tensor, keep: int) -> Selection:
@@ -340,6 +341,35 @@ def engine_count(share: float, total: int, fewest: int) -> int:
     """
     rate = round(1 - share, 12)  # as it is written in the engine's settings
     return max(fewest, min(total, int(total * (1 - rate))))
+
+
+def in_groups(
+    vision: Sequence[VisionTokens],
+    budgets: Sequence[int],
+    key: Callable[[int], Hashable],
+    select: Callable[[list[int]], Sequence[Selection]],
+) -> list[Selection]:
+    """`Method.select_batch` for images that can be computed together; those that keep everything need not be computed.
+
+    key: equal for the numbers of images that belong together. select: their selections, by their numbers.
+    """
+    found: dict[int, Selection] = {}
+    groups: dict[Hashable, list[int]] = {}
+    for number, (image, budget) in enumerate(zip(vision, budgets, strict=True)):
+        if budget == image.total:
+            found[number] = Selection.everything(image)
+        else:
+            groups.setdefault((budget, key(number)), []).append(number)
+    for members in groups.values():
+        found |= dict(zip(members, select(members), strict=True))
+    return [found[number] for number in range(len(vision))]
+
+
+def excluded_of(vision: Sequence[VisionTokens]) -> Tensor:
+    """[images, tokens], True for tokens of images of one size that are never to be kept."""
+    import torch
+
+    return mirrored(~torch.stack([on_host(image.eligible) for image in vision]), vision[0].projected.device)
 
 
 def random_scores(seed: int, image_id: str, count: int) -> Tensor:

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from mmtok_cli.errors import MMTokError
+from mmtok_cli.values import mirrored, on_host, require, to_device
 
 _Given = TypeVar("_Given", Tensor, Tensor | None)
 Block: TypeAlias = npt.NDArray[np.int64]
@@ -99,12 +100,12 @@ def select_tokens(
     excluded, text_mask = _with_batch(excluded, 2), _with_batch(text_mask, 2)
     _check_shapes(text, projected, features, excluded, text_mask)
     if excluded is None:
-        excluded = torch.zeros(projected.shape[:2], dtype=torch.bool, device=projected.device)
+        excluded = mirrored(torch.zeros(projected.shape[:2], dtype=torch.bool), projected.device)
     _check_numbers(k, alpha, text_temperature, vision_temperature, excluded)
     excluded = excluded.expand(projected.shape[:2])
 
     options = {"alpha": alpha, "text_temperature": text_temperature, "vision_temperature": vision_temperature}
-    if text is None or text_mask is None or bool(text_mask.all()):
+    if text is None or text_mask is None or bool(on_host(text_mask).all()):
         order, gains = _select(text, projected, features, k, excluded, **options)
     else:
         # Images with equally long questions go together. Padding them all to one length would change the order of
@@ -112,10 +113,13 @@ def select_tokens(
         text = text.expand(len(projected), -1, -1)
         order = torch.empty(len(projected), k, dtype=torch.int64, device=projected.device)
         gains = torch.empty(len(projected), k, dtype=torch.float32, device=projected.device)
-        lengths = text_mask.sum(1)
+        real = on_host(text_mask)
+        lengths = real.sum(1)
         for length in lengths.unique().tolist():
-            group = lengths == length
-            rows = text[group][text_mask[group]].view(-1, length, text.shape[-1])
+            members = (lengths == length).nonzero().squeeze(1)
+            words = real[members].nonzero()[:, 1].view(len(members), length)
+            group, words = to_device(members, projected.device), to_device(words, projected.device)
+            rows = text[group].gather(1, words.unsqueeze(2).expand(-1, -1, text.shape[2]))
             vision = None if features is None else features[group]
             order[group], gains[group] = _select(rows, projected[group], vision, k, excluded[group], **options)
     if not batched:
@@ -130,8 +134,8 @@ def _select(
     if matrix.shape[2] == 0:
         raise MMTokError("there is nothing to cover", "give text tokens, or features with alpha above 0")
     # Every entry of a row has been through a softmax over all tokens: one row shows whatever is wrong with any.
-    if not bool(matrix[:, :1].isfinite().all()):
-        raise MMTokError("text, projected or features hold NaN or infinity", "score in a wider dtype")
+    error = MMTokError("text, projected or features hold NaN or infinity", "score in a wider dtype")
+    require(matrix[:, :1].isfinite().all(), error)
     return greedy(matrix, k, excluded)
 
 
@@ -414,7 +418,7 @@ def _check_numbers(k: int, alpha: float, text_temperature: float, vision_tempera
             f"alpha {alpha}, temperatures {text_temperature} (text), {vision_temperature} (vision): out of range",
             "alpha must not be negative, and the temperatures must be positive",
         )
-    eligible = int((~excluded).sum(1).min())
+    eligible = int((~on_host(excluded)).sum(1).min())
     if not 0 <= k <= eligible:
         raise MMTokError(
             f"cannot keep {k} vision tokens: {eligible} of {excluded.shape[1]} are eligible",

@@ -33,7 +33,6 @@ class GreedyLoop(MMTok):
         features: Tensor | None,
         budget: int,
         excluded: Tensor,
-        text_mask: Tensor | None,
     ) -> Coverage:
         import torch
 
@@ -42,7 +41,7 @@ class GreedyLoop(MMTok):
 
         found = []
         for i in range(len(projected)):
-            words = None if text is None else text[i] if text_mask is None else text[i][text_mask[i]]
+            words = None if text is None else text[i]
             patches = None if features is None else features[i]
             matrix = plain_matrix(
                 words,

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from mmtok_cli.methods.base import RECORDED_OUTPUTS, Method
+from mmtok_cli.methods.base import RECORDED_OUTPUTS, Method, excluded_of, in_groups
 from mmtok_cli.methods.keywords import keywords
 from mmtok_cli.tokens import Selection, TextTokens, VisionTokens
 
@@ -51,27 +50,21 @@ class MMTok(Method):
     ) -> list[Selection]:
         import torch
 
-        selections: dict[int, Selection] = {}
-        groups: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for i, (image, budget) in enumerate(zip(vision, budgets, strict=True)):
-            if budget == image.total:
-                selections[i] = Selection.everything(image)
-            else:
-                groups[image.total, budget].append(i)
-        for (_, budget), members in groups.items():
-            images = [vision[i] for i in members]
-            words, word_mask = self._words([text[i] for i in members])
+        words = self._words(text)
+
+        def select(members: list[int]) -> list[Selection]:
             found = self.cover(
-                words,
-                torch.stack([image.projected for image in images]),
-                self._features(images),
-                budget,
-                ~torch.stack([image.eligible for image in images]),
-                word_mask,
+                torch.stack([words[i] for i in members]) if words else None,
+                torch.stack([vision[i].projected for i in members]),
+                self._features([vision[i] for i in members]),
+                budgets[members[0]],
+                excluded_of([vision[i] for i in members]),
             )
-            for row, i in enumerate(members):
-                selections[i] = Selection(found.indices[row], found.order[row], found.gains[row])
-        return [selections[i] for i in range(len(vision))]
+            parts = zip(found.indices, found.order, found.gains, strict=True)
+            return [Selection(indices, order, gains) for indices, order, gains in parts]
+
+        # Padding questions to one length would change the order of the sums, and so, at the last digit, the picks.
+        return in_groups(vision, budgets, lambda i: (vision[i].total, len(words[i]) if words else 0), select)
 
     def cover(
         self,
@@ -80,7 +73,6 @@ class MMTok(Method):
         features: Tensor | None,
         budget: int,
         excluded: Tensor,
-        text_mask: Tensor | None,
     ) -> Coverage:
         """The search itself, for images of one size; arguments as those of `select_tokens`, with the batch axis."""
         from mmtok_cli.methods.coverage import select_tokens
@@ -94,17 +86,18 @@ class MMTok(Method):
             text_temperature=self.text_temperature,
             vision_temperature=self.vision_temperature,
             excluded=excluded,
-            text_mask=text_mask,
         )
 
-    def _words(self, text: Sequence[TextTokens]) -> tuple[Tensor | None, Tensor | None]:
-        """Embeddings of the questions' words, padded to [batch, words, dim], and which of them are real."""
-        import torch
-        from torch.nn.utils.rnn import pad_sequence
-
-        rows = [t.embed(keywords(t.question) if t.words is None else t.words) for t in text]
-        mask = pad_sequence([torch.ones(len(row), dtype=torch.bool, device=row.device) for row in rows], True)
-        return pad_sequence(rows, True), mask
+    def _words(self, text: Sequence[TextTokens]) -> list[Tensor]:
+        """Embeddings of each question's words, [words, dim]; nothing where no words are covered."""
+        embedded: dict[tuple[str, ...], Tensor] = {}
+        found = []
+        for each in text:
+            words = tuple(keywords(each.question) if each.words is None else each.words)
+            if words not in embedded:
+                embedded[words] = each.embed(words)
+            found.append(embedded[words])
+        return found
 
     def _features(self, images: Sequence[VisionTokens]) -> Tensor | None:
         import torch
@@ -129,5 +122,5 @@ class VisionCoverage(MMTok):
     summary: ClassVar[str] = "covers the image"
     reads_question: ClassVar[bool] = False
 
-    def _words(self, text: Sequence[TextTokens]) -> tuple[Tensor | None, Tensor | None]:
-        return None, None
+    def _words(self, text: Sequence[TextTokens]) -> list[Tensor]:
+        return []

@@ -9,6 +9,7 @@ from mmtok_cli.budget import UnmetBudgetError, rectangle
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.methods.base import Method
 from mmtok_cli.tokens import Selection, TextTokens, VisionTokens
+from mmtok_cli.values import on_host, to_device
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Pool(Method):
 
         if budget == vision.total:
             return Selection.everything(vision)
-        places = vision.eligible.view(vision.grid).nonzero()
+        places = on_host(vision.eligible).view(vision.grid).nonzero()
         (top, left), (bottom, right) = places.amin(0).tolist(), (places.amax(0) + 1).tolist()
         height, width = bottom - top, right - left
         if len(places) < height * width:
@@ -47,7 +48,7 @@ class Pool(Method):
         middle_row = top + (2 * torch.arange(rows) + 1) * height // (2 * rows)
         middle_column = left + (2 * torch.arange(columns) + 1) * width // (2 * columns)
         indices = (middle_row[:, None] * vision.grid[1] + middle_column).flatten()
-        indices = indices.to(content.device)
+        indices = to_device(indices, content.device)
         return Selection(
             indices, tokens=cells.flatten(1).T.contiguous(), merged=torch.ones_like(indices, dtype=torch.bool)
         )

@@ -10,6 +10,7 @@ from mmtok_cli.methods.base import Method, highest, random_scores, require_layer
 from mmtok_cli.methods.fastv import FastV
 from mmtok_cli.rules import Positions
 from mmtok_cli.tokens import Cut, LayerTokens, Selection, TextTokens, VisionTokens
+from mmtok_cli.values import to_device
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Random(Method):
     def select(self, vision: VisionTokens, text: TextTokens, budget: int) -> Selection:
         if budget == vision.total:
             return Selection.everything(vision)
-        scores = random_scores(self.seed, vision.image_id, vision.total).to(vision.projected.device)
+        scores = to_device(random_scores(self.seed, vision.image_id, vision.total), vision.projected.device)
         return highest(scores, vision.eligible, budget)
 
 
@@ -53,5 +54,5 @@ class RandomInside(Method):
         return (Cut(self.layer, budget),) if budget < total else ()
 
     def choose(self, tokens: LayerTokens, cut: Cut) -> Selection:
-        scores = random_scores(self.seed, tokens.image_id, len(tokens.eligible)).to(tokens.hidden.device)
+        scores = to_device(random_scores(self.seed, tokens.image_id, len(tokens.eligible)), tokens.hidden.device)
         return highest(scores, tokens.eligible, cut.keep)

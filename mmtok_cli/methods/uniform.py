@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from mmtok_cli.methods.base import Method
 from mmtok_cli.tokens import Selection, TextTokens, VisionTokens
+from mmtok_cli.values import on_host, to_device
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,14 +27,14 @@ class Uniform(Method):
         if budget == vision.total:
             return Selection.everything(vision)
         columns = vision.grid[1]
-        places = vision.eligible.nonzero().squeeze(1)
+        places = on_host(vision.eligible).nonzero().squeeze(1)
         lines = [line for line in places.split(torch.bincount(places // columns).tolist()) if len(line)]
         shortest = min(len(line) for line in lines)
         square = round(math.sqrt(budget * len(lines) / shortest))
         chosen = _spread(min(max(square, math.ceil(budget / shortest), 1), budget, len(lines)), len(lines))
         shares = [(i + 1) * budget // len(chosen) - i * budget // len(chosen) for i in range(len(chosen))]
         picks = [lines[row][_spread(share, len(lines[row]))] for row, share in zip(chosen, shares, strict=True)]
-        return Selection(torch.cat(picks))
+        return Selection(to_device(torch.cat(picks), vision.projected.device))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ family differs:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, ClassVar
@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 import torch
 from PIL.Image import Image
 from torch import Tensor
+from torch.nn.functional import pad
 
 from mmtok_cli.budget import Budget
 from mmtok_cli.errors import MMTokError
@@ -33,6 +34,7 @@ from mmtok_cli.models.sequences import CutImage
 from mmtok_cli.rules import FIXED, NATIVE, Positions, Track
 from mmtok_cli.stages import Stage, unwatched
 from mmtok_cli.tokens import PADDING, Crops, Selection, TextTokens, VisionTokens
+from mmtok_cli.values import mirrored, on_host, require, to_device
 from mmtok_cli.video import Video, Visual
 
 Grid = tuple[int, int]  # rows, columns
@@ -46,7 +48,8 @@ STAND_IN = "answer"  # for the answers of a conversation whose text is rendered 
 class Prompt:
     """A batch of questions about images, as the processor made it.
 
-    input_ids, attention_mask: [batch, length], left-padded, with one placeholder for each vision token.
+    input_ids, attention_mask: [batch, length], left-padded, with one placeholder for each vision token; on the host,
+        where the shorter prompt is made of them.
     pixel_values: one tensor per image, since images may be encoded at different sizes.
     images: the opened pictures and videos. owners[i]: the row that image i belongs to. grids: at which each image is
         encoded; None is the model's own choice.
@@ -317,12 +320,12 @@ class VisionLanguageModel(ABC):
         Raises MMTokError unless a question has no markers or one for each image.
         """
         flat = [image for group in images for image in group]
-        encoded = self.tokenize(questions, images, grids).to(self.device)
+        encoded = self.tokenize(questions, images, grids)
         pixels = [self.pixels(image, grid) for image, grid in zip(flat, grids, strict=True)]
         return Prompt(
             input_ids=encoded["input_ids"],
             attention_mask=encoded["attention_mask"],
-            pixel_values=tuple(p.to(self.device, self.dtype) for p in pixels),
+            pixel_values=tuple(to_device(p.to(self.dtype), self.device) for p in pixels),
             images=tuple(flat),
             image_ids=tuple(name for group in image_ids for name in group),
             grids=tuple(grids),
@@ -373,7 +376,7 @@ class VisionLanguageModel(ABC):
         return self._rendered(messages, images)
 
     def next_turn(self, earlier: Sequence[str], question: str, images: int) -> Tensor:
-        """The tokens between an answer of a conversation and the next one, [tokens].
+        """The tokens between an answer of a conversation and the next one, [tokens], on the host.
 
         They are those of the text by which two renderings of the chat template differ: what ends the answer, the next
         question, and what begins the next answer. earlier: the questions before, of which the first is about `images`
@@ -398,7 +401,7 @@ class VisionLanguageModel(ABC):
                 f"the chat template of {self.name} joins an answer and what follows it to one token",
                 "use a template that separates messages",
             )
-        return torch.tensor(ids[len(answered) :], dtype=torch.long, device=self.device)
+        return torch.tensor(ids[len(answered) :], dtype=torch.long)
 
     def _user_message(self, question: str, images: int) -> dict[str, Any]:
         """A message of the chat template. Raises MMTokError for a question that does not suit the images."""
@@ -466,7 +469,7 @@ class VisionLanguageModel(ABC):
 
     def embed_words(self, words: Sequence[str]) -> Tensor:
         """Input embeddings of words, [text tokens, dim], without the token that begins every sequence."""
-        return hf.input_embedding(self.model)(self.word_ids(words).to(self.device))
+        return hf.input_embedding(self.model)(to_device(self.word_ids(words), self.device))
 
     def word_ids(self, words: Sequence[str]) -> Tensor:
         """The ids of words, [text tokens], without the token that begins every sequence."""
@@ -487,43 +490,48 @@ class VisionLanguageModel(ABC):
         Raises MMTokError where positions should be kept and a token has none.
         """
         live = prompt.attention_mask.bool()
-        sources = torch.arange(live.shape[1], device=live.device).repeat(len(live), 1)
         places = self.image_places(prompt.input_ids, [v.total for v in vision])
-        for (row, columns), tokens, selection in zip(places, vision, selections, strict=True):
-            # The first placeholders of an image are reused for whichever tokens are kept, in whichever order. Those of
-            # a video may have text between them, so every token keeps its own.
-            reused = columns[selection.indices] if tokens.slices else columns[: selection.kept]
+        for (row, columns), image, selection in zip(places, prompt.images, selections, strict=True):
+            # The first placeholders are reused for whichever tokens are kept, in whichever order. Where there is text
+            # between them every token keeps its own.
             live[row, columns] = False
-            live[row, reused] = True
-            sources[row, reused] = columns[selection.indices.clamp(min=0)]
-            if positions == "keep" and bool((selection.indices == PADDING).any()):
-                raise MMTokError(
-                    f"padding of {tokens.image_id} was kept, which has no position in the unreduced prompt",
-                    "use --track harmonised, which keeps no padding, or --positions renumber",
-                )
+            reused = on_host(selection.indices) if self.has_text_within(image) else slice(selection.kept)
+            live[row, columns[reused]] = True
 
         length = int(live.sum(1).max())
         columns = live.int().argsort(dim=1, stable=True)[:, -length:]
         mask = live.gather(1, columns)
+        ids = prompt.input_ids.gather(1, columns).masked_fill(~mask, self.tokenizer.pad_token_id)
+        if positions == "keep":
+            _require_positions(vision, selections)
+
+        def sources() -> Tensor:
+            padded = columns.masked_fill(~mask, live.shape[1])
+            begin = self.image_starts(ids, [selection.kept for selection in selections])
+            moved = [i for i, image in enumerate(prompt.images) if not self.has_text_within(image)]
+            starts = [int(places[i][1][0]) if selections[i].kept else 0 for i in moved]
+            return _sources(padded, starts, [begin[i] for i in moved], [selections[i] for i in moved], self.device)
+
         rows = [
             v.projected[s.indices] if s.tokens is None else s.tokens.to(v.projected.dtype)
             for v, s in zip(vision, selections, strict=True)
         ]
         return {
-            "input_ids": prompt.input_ids.gather(1, columns).masked_fill(~mask, self.tokenizer.pad_token_id),
-            "attention_mask": mask.long(),
-            "position_ids": self.position_ids(prompt, sources.gather(1, columns), mask, positions),
+            "input_ids": mirrored(ids, self.device),
+            "attention_mask": mirrored(mask.long(), self.device),
+            "position_ids": self.position_ids(prompt, mask, positions, sources),
             **self.encoded_images(rows, vision, selections),
         }
 
-    def position_ids(self, prompt: Prompt, sources: Tensor, mask: Tensor, positions: Positions) -> Tensor:
-        """Positions of a shorter prompt, zero where `mask` [batch, length] is False.
+    def position_ids(self, prompt: Prompt, mask: Tensor, positions: Positions, sources: Callable[[], Tensor]) -> Tensor:
+        """Positions of a shorter prompt, [batch, length] on the model's device, zero for padding.
 
-        sources: [batch, length], the column of the unreduced prompt that each token comes from.
+        mask: [batch, length], on the host, False for padding. sources: gives [batch, length], the column of the
+        unreduced prompt that each token comes from, and the number of its columns for padding.
         """
-        kept = (prompt.attention_mask.cumsum(1) - 1).gather(1, sources)
-        counted = mask.long().cumsum(1) - 1
-        return (kept if positions == "keep" else counted).masked_fill(~mask, 0)
+        if positions == "renumber":
+            return to_device(counted(mask), self.device)
+        return to_device(pad(prompt.attention_mask.cumsum(1) - 1, (0, 1)), self.device).gather(1, sources())
 
     def encoded_images(
         self, rows: list[Tensor], vision: Sequence[VisionTokens], selections: Sequence[Selection]
@@ -557,8 +565,7 @@ class VisionLanguageModel(ABC):
 
     def image_places(self, input_ids: Tensor, totals: Sequence[int]) -> list[tuple[int, Tensor]]:
         """The row of each image and the columns of its `totals` placeholders, [total]; -1 for the row without any."""
-        marks = torch.tensor(self.placeholder_ids, device=input_ids.device)
-        rows, columns = torch.isin(input_ids, marks).nonzero(as_tuple=True)
+        rows, columns = torch.isin(on_host(input_ids), torch.tensor(self.placeholder_ids)).nonzero(as_tuple=True)
         starts, found = accumulate(totals, initial=0), rows.tolist()
         return [
             (found[start] if n else -1, columns[start : start + n]) for start, n in zip(starts, totals, strict=False)
@@ -571,6 +578,46 @@ class VisionLanguageModel(ABC):
         """
         places = self.image_places(input_ids, totals)
         return [(row, int(columns[0]) if len(columns) else -1) for row, columns in places]
+
+
+def counted(mask: Tensor) -> Tensor:
+    """Numbers of the tokens of each row, from zero on, and zero for padding. mask: [batch, length], of the tokens."""
+    return (mask.long().cumsum(1) - 1).masked_fill(~mask, 0)
+
+
+def _sources(
+    columns: Tensor,
+    starts: Sequence[int],
+    begin: Sequence[tuple[int, int]],
+    selections: Sequence[Selection],
+    device: torch.device,
+) -> Tensor:
+    """The columns [batch, length] that the tokens of a shorter prompt come from, on a device.
+
+    columns: the same where the first placeholders of each image stay. starts: the first column of each image in the
+    unreduced prompt. begin: its row and column in the shorter one.
+    """
+    there = to_device(columns, device)
+    if not any(selection.kept for selection in selections):
+        return there
+    places = [
+        torch.arange(s.kept) + row * columns.shape[1] + at for (row, at), s in zip(begin, selections, strict=True)
+    ]
+    offsets = [torch.full((s.kept,), start) for start, s in zip(starts, selections, strict=True)]
+    kept = torch.cat([selection.indices for selection in selections]).clamp(min=0)
+    kept = kept + to_device(torch.cat(offsets), device)
+    return there.flatten().index_copy(0, to_device(torch.cat(places), device), kept).view(columns.shape)
+
+
+def _require_positions(vision: Sequence[VisionTokens], selections: Sequence[Selection]) -> None:
+    """Refuse tokens without a position in the unreduced prompt, which only crops have."""
+    for tokens, selection in zip(vision, selections, strict=True):
+        if tokens.crops is not None:
+            error = MMTokError(
+                f"padding of {tokens.image_id} was kept, which has no position in the unreduced prompt",
+                "use --track harmonised, which keeps no padding, or --positions renumber",
+            )
+            require((selection.indices != PADDING).all(), error)
 
 
 def _message(role: str, text: str, images: int = 0) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from mmtok_cli.models.clip_signals import (
 from mmtok_cli.models.clip_text import ClipText
 from mmtok_cli.profiles import known_profiles
 from mmtok_cli.stages import Stage
-from mmtok_cli.tokens import VisionTokens
+from mmtok_cli.tokens import VisionTokens, all_eligible
 from mmtok_cli.video import Visual
 
 CHECK_CONFIG = "compare its config.json with the original"
@@ -129,7 +129,7 @@ class ClipEncoded(VisionLanguageModel):
             with stage("select"):
                 encoded = Encoded(hidden, questions, attention, seen, self._text_tower, middle, seen_in_middle)
                 found = {name: SIGNALS[name](encoded) for name in signals}
-        eligible = torch.ones(grid[0] * grid[1], dtype=torch.bool, device=pixels.device)
+        eligible = all_eligible(grid[0] * grid[1], pixels.device)
         return [
             VisionTokens(
                 projected=projected[row],

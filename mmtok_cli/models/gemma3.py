@@ -18,7 +18,7 @@ from mmtok_cli.models.processors import ImageTextProcessor
 from mmtok_cli.models.siglip_signals import SIGNALS, averaged, layers_of, signals_of, watched
 from mmtok_cli.rules import Positions
 from mmtok_cli.stages import Stage, unwatched
-from mmtok_cli.tokens import Selection, VisionTokens
+from mmtok_cli.tokens import Selection, VisionTokens, all_eligible
 from mmtok_cli.video import Visual
 
 START, END = "<start_of_image>", "<end_of_image>"
@@ -133,7 +133,7 @@ class Gemma3(VisionLanguageModel):
                 "projected": projected[i],
                 "features": features[i],
                 "grid": grid,
-                "eligible": torch.ones(grid[0] * grid[1], dtype=torch.bool, device=pixels.device),
+                "eligible": all_eligible(grid[0] * grid[1], pixels.device),
                 "project": partial(hf.project_gemma, self.model),
                 "signals": {name: value[i] for name, value in values.items()},
             }

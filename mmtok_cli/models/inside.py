@@ -26,6 +26,7 @@ from mmtok_cli.models.attention_rows import attention_rows, keys_at, mean_attent
 from mmtok_cli.models.sequences import CutImage, ImageTokens, LayerSequence, Row, causal_mask, gather_slots, step_mask
 from mmtok_cli.rules import Positions
 from mmtok_cli.tokens import Cut, LayerTokens, Selection
+from mmtok_cli.values import on_host, to_device
 
 
 class Inside:
@@ -59,9 +60,10 @@ class Inside:
         self._images = images
         self._positions = positions
         self._stage = stage
-        self._lengths: list[int] = attention_mask.sum(1).tolist()
-        self._width = attention_mask.shape[1]
-        if not bool((attention_mask.diff(dim=1) >= 0).all()):
+        shown = on_host(attention_mask)
+        self._lengths: list[int] = shown.sum(1).tolist()
+        self._width = shown.shape[1]
+        if not bool((shown.diff(dim=1) >= 0).all()):
             raise MMTokError(
                 "methods inside the language model need prompts that are padded on the left",
                 "set the tokenizer's padding_side to left",
@@ -221,8 +223,8 @@ class Inside:
         index = torch.stack([pad(s, (width - len(s), 0)) for s in slots])
         live = None
         if min(lengths) < width:
-            missing = torch.tensor([width - length for length in lengths], device=hidden.device)
-            live = torch.arange(width, device=hidden.device) >= missing[:, None]
+            missing = torch.tensor([width - length for length in lengths])
+            live = to_device(torch.arange(width) >= missing[:, None], hidden.device)
         needed = {read: states for read, states in self._read.items() if self._held[read] > layer}
         self._read = {read: gather_slots(states, index.to(states.device)) for read, states in needed.items()}
         position_ids, rotary = now.position_ids, now.rotary
@@ -233,8 +235,8 @@ class Inside:
             if position_ids is not None:
                 position_ids = position_ids.expand(batch, -1).gather(1, index)
         else:
-            counted = torch.arange(width, device=hidden.device)
-            position_ids = torch.stack([(counted - (width - length)).clamp(min=0) for length in lengths])
+            numbers = torch.arange(width) - (width - torch.tensor(lengths))[:, None]
+            position_ids = to_device(numbers.clamp(min=0), hidden.device)
             rotary = hf.rotary_embedding(self._model, remaining, position_ids, hidden.device)
         copies = batch // len(self._lengths)
         images = {id(image.plan): image for row in rows[::copies] for image in row.images}
@@ -247,7 +249,7 @@ class Inside:
             rows=rows,
             width=width,
             live=live,
-            removed=now.removed + torch.tensor(removed, device=hidden.device),
+            removed=now.removed + to_device(torch.tensor(removed), hidden.device),
             mask=causal_mask(width, live, now.mask_dtype, hidden.device),
             mask_dtype=now.mask_dtype,
             position_ids=position_ids,

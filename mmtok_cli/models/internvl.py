@@ -19,7 +19,8 @@ from mmtok_cli.models.clip_signals import MIDDLE_LAYER, inputs_of
 from mmtok_cli.models.processors import ImageTextProcessor
 from mmtok_cli.models.qwen_signals import MIDDLE, column_sums
 from mmtok_cli.stages import Stage, unwatched
-from mmtok_cli.tokens import Crops, Selection, VisionTokens
+from mmtok_cli.tokens import Crops, Selection, VisionTokens, all_eligible
+from mmtok_cli.values import mirrored
 from mmtok_cli.video import Visual
 
 START, END = "<img>", "</img>"
@@ -172,6 +173,7 @@ class InternVL(VisionLanguageModel):
         last, middle = hf.internvl_attention(self.model, -1), hf.internvl_attention(self.model, self._middle_layer)
         with _watched(last, {*signals} - {MIDDLE}) as seen, _watched(middle, {*signals} & {MIDDLE}) as seen_in_middle:
             features, projected = hf.encode_internvl(self.model, pixels, patches)
+        eligible = all_eligible(grid[0] * grid[1], pixels.device)
         values: dict[str, Tensor] = {}
         if signals:
             with stage("select"):
@@ -183,7 +185,7 @@ class InternVL(VisionLanguageModel):
                 projected=projected[i],
                 features=features[i],
                 grid=grid,
-                eligible=torch.ones(grid[0] * grid[1], dtype=torch.bool, device=pixels.device),
+                eligible=eligible,
                 image_id="",
                 project=partial(hf.project, self.model),
                 signals={name: value[i] for name, value in values.items()},
@@ -214,12 +216,12 @@ class InternVL(VisionLanguageModel):
 
     def _joined(self, tiles: Sequence[VisionTokens], image_id: str) -> VisionTokens:
         """The vision tokens of an image from those of its tiles, in the prompt's order."""
-        places = torch.arange(len(tiles) * self.side**2, device=self.device).view(len(tiles), -1)
+        places = mirrored(torch.arange(len(tiles) * self.side**2).view(len(tiles), -1), self.device)
         return VisionTokens(
             projected=torch.cat([tile.projected for tile in tiles]),
             features=torch.cat([tile.features for tile in tiles]),
             grid=(1, places.numel()),
-            eligible=torch.cat([tile.eligible for tile in tiles]),
+            eligible=all_eligible(places.numel(), self.device),
             image_id=image_id,
             project=tiles[0].project,
             crops=Crops(tokens=tuple(tiles), places=places, ranks=places),

@@ -17,6 +17,7 @@ from mmtok_cli.models.clip import ClipEncoded
 from mmtok_cli.models.padding import padding_mask
 from mmtok_cli.stages import Stage, unwatched
 from mmtok_cli.tokens import VisionTokens
+from mmtok_cli.values import mirrored
 from mmtok_cli.video import Visual
 
 LONGEST_SIDE = 8192  # a line of a hundred thousand pixels is small, but the square around it is not
@@ -80,7 +81,7 @@ class Llava(ClipEncoded):
                 tokens[i] = (
                     vision
                     if grid
-                    else replace(vision, eligible=self.unencoded(prompt.images[i]).eligible.to(self.device))
+                    else replace(vision, eligible=mirrored(self.unencoded(prompt.images[i]).eligible, self.device))
                 )
         return [tokens[i] for i in range(len(prompt.images))]
 

@@ -18,6 +18,7 @@ from mmtok_cli.models.clip import ClipEncoded
 from mmtok_cli.rules import Track
 from mmtok_cli.stages import Stage, unwatched
 from mmtok_cli.tokens import PADDING, Crops, VisionTokens
+from mmtok_cli.values import mirrored, to_device
 from mmtok_cli.video import Visual
 
 
@@ -43,18 +44,19 @@ class Packing:
     ) -> VisionTokens:
         """The vision tokens of an image from those of its crops. projected: [total, dim], packed by the model."""
         device = projected.device
-        sources, places = self.sources.to(device), self.places.to(device)
+        sources = to_device(self.sources, device)
         features = torch.cat([tile.features for tile in tiles])[sources.clamp(min=0)]
+        shown = [mirrored(place >= 0, device) for place in self.places]
         crops = Crops(
-            tokens=tuple(replace(tile, eligible=place >= 0) for tile, place in zip(tiles, places, strict=True)),
-            places=places,
-            ranks=self.ranks.to(device),
+            tokens=tuple(replace(tile, eligible=each) for tile, each in zip(tiles, shown, strict=True)),
+            places=mirrored(self.places, device),
+            ranks=to_device(self.ranks, device),
         )
         return VisionTokens(
             projected=projected,
             features=features.masked_fill((sources < 0)[:, None], 0),
             grid=(1, len(sources)),
-            eligible=sources >= 0,
+            eligible=mirrored(self.sources >= 0, device),
             image_id=image_id,
             project=project,
             crops=crops,

@@ -19,7 +19,8 @@ from mmtok_cli.models.processors import ImageTextProcessor
 from mmtok_cli.models.siglip_signals import SIGNALS, layers_of, signals_of, watched
 from mmtok_cli.rules import Track
 from mmtok_cli.stages import Stage
-from mmtok_cli.tokens import VisionTokens
+from mmtok_cli.tokens import VisionTokens, all_eligible
+from mmtok_cli.values import mirrored
 from mmtok_cli.video import Visual
 
 
@@ -127,7 +128,7 @@ class LlavaOneVision(LlavaNext):
                 projected=projected[row],
                 features=hidden[row],
                 grid=grid,
-                eligible=torch.ones(grid[0] * grid[1], dtype=torch.bool, device=pixels.device),
+                eligible=all_eligible(grid[0] * grid[1], pixels.device),
                 image_id=image_id,
                 project=self._project,
                 signals={name: value[row] for name, value in values.items()},
@@ -169,7 +170,7 @@ class LlavaOneVision(LlavaNext):
             projected=projected,
             features=packed([tile.features for tile in tiles]),
             grid=(1, len(shrunk)),
-            eligible=shrunk.to(projected.device),
+            eligible=mirrored(shrunk, projected.device),
             image_id=image_id,
             project=self._project,
             signals={name: packed([tile.signals[name] for tile in tiles]) for name in tiles[0].signals},

@@ -4,7 +4,7 @@ axes."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -12,16 +12,18 @@ import torch
 from PIL import Image as PILImage
 from PIL.Image import Image
 from torch import Tensor
+from torch.nn.functional import pad
 
 from mmtok_cli.budget import UnmetBudgetError
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.models import hf
-from mmtok_cli.models.base import Grid, Panel, Prompt, VisionLanguageModel, cells
+from mmtok_cli.models.base import Grid, Panel, Prompt, VisionLanguageModel, cells, counted
 from mmtok_cli.models.foreign_errors import COMPARE
 from mmtok_cli.models.qwen_signals import MIDDLE, SIGNALS, calls_of, signals_of
 from mmtok_cli.rules import Positions
 from mmtok_cli.stages import Stage, unwatched
-from mmtok_cli.tokens import Selection, VisionTokens
+from mmtok_cli.tokens import Selection, VisionTokens, all_eligible
+from mmtok_cli.values import to_device
 from mmtok_cli.video import Video, Visual
 
 FULLEST = 0.85  # of a budget that a smaller image takes up at least
@@ -212,8 +214,13 @@ class QwenVL(VisionLanguageModel):
             calls_of(last, wanted=bool({*signals} - {MIDDLE})) as calls,
             calls_of(middle, wanted=MIDDLE in signals) as middle_calls,
         ):
-            out = hf.encode_qwen(self.model, torch.cat(prompt.pixel_values), sizes, deepstack=self.has_deepstack)
-        order = self._raster_order(sizes)
+            out = hf.encode_qwen(
+                self.model,
+                torch.cat(prompt.pixel_values),
+                to_device(sizes, self.device),
+                deepstack=self.has_deepstack,
+            )
+        order = to_device(self._raster_order(sizes), self.device)
         cells_of_patches = out.patches.unflatten(0, (-1, self.merge**2))
         features = cells_of_patches.mean(1)[order].split(counts)
         found: dict[str, Sequence[Tensor]] = {}
@@ -233,7 +240,7 @@ class QwenVL(VisionLanguageModel):
                 projected=out.tokens[i],
                 features=features[i],
                 grid=grid,
-                eligible=torch.ones(counts[i], dtype=torch.bool, device=self.device),
+                eligible=all_eligible(counts[i], self.device),
                 image_id=prompt.image_ids[i],
                 project=self._project,
                 signals={name: values[i] for name, values in found.items()},
@@ -264,7 +271,7 @@ class QwenVL(VisionLanguageModel):
         """MMTok's code for Qwen covers all words, and the one that it puts in front of them."""
         return tuple(f"Question: {question}".split())
 
-    def position_ids(self, prompt: Prompt, sources: Tensor, mask: Tensor, positions: Positions) -> Tensor:
+    def position_ids(self, prompt: Prompt, mask: Tensor, positions: Positions, sources: Callable[[], Tensor]) -> Tensor:
         """[4, batch, length]: a count of the tokens, and time, row and column as in the whole prompt."""
         _, sizes = self._sizes(prompt)
         whole = hf.qwen_positions(
@@ -276,8 +283,8 @@ class QwenVL(VisionLanguageModel):
             [isinstance(image, Video) for image in prompt.images],
             self._seconds(prompt.images),
         )
-        counted = mask.long().cumsum(1) - 1
-        return torch.cat([counted[None], whole.gather(2, sources.expand(3, -1, -1))]).masked_fill(~mask, 0)
+        of_sources = to_device(pad(whole, (0, 1)), self.device).gather(2, sources().expand(3, -1, -1))
+        return torch.cat([to_device(counted(mask), self.device)[None], of_sources])
 
     def _seconds(self, images: Sequence[Visual]) -> list[float] | None:
         """Seconds from one slice of each video to the next, which its positions depend on; None where they do not."""
@@ -321,14 +328,14 @@ class QwenVL(VisionLanguageModel):
         return slices, grid[0] // slices * self.merge, grid[1] * self.merge
 
     def _sizes(self, prompt: Prompt) -> tuple[list[Grid], Tensor]:
-        """The grid of each image, and [images, 3], its time, rows and columns in patches."""
+        """The grid of each image, and [images, 3], its time, rows and columns in patches, on the host."""
         grids = [grid or self._grid(image) for grid, image in zip(prompt.grids, prompt.images, strict=True)]
         sizes = [self._size(image, grid) for image, grid in zip(prompt.images, grids, strict=True)]
-        return grids, torch.tensor(sizes, device=self.device).view(-1, 3)
+        return grids, torch.tensor(sizes).view(-1, 3)
 
     def _raster_order(self, sizes: Tensor) -> Tensor:
         """Where each vision token in raster order comes from in the order of the encoder's windows."""
-        return hf.qwen_window_order(self.model.config.vision_config, sizes).to(self.device).argsort()
+        return hf.qwen_window_order(self.model.config.vision_config, sizes).argsort()
 
     def _last_attention(self) -> Any:
         """The attention of the last block that sees whole images."""
@@ -394,7 +401,7 @@ class Qwen35(QwenVL):
         return super().assemble(prompt, vision, in_time, positions)
 
     def _raster_order(self, sizes: Tensor) -> Tensor:
-        return torch.arange(int(sizes.prod(-1).sum()) // self.merge**2, device=self.device)
+        return torch.arange(int(sizes.prod(-1).sum()) // self.merge**2)
 
     def _whole_image_blocks(self) -> Sequence[int]:
         return range(self.model.config.vision_config.depth)

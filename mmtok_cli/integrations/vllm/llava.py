@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from PIL import Image as PILImage
 from torch import Tensor
 from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_gather
@@ -18,7 +17,7 @@ from mmtok_cli.integrations.vllm.processing import ReducingProcessor, info_of, u
 from mmtok_cli.integrations.vllm.reducing import Reducing, watched
 from mmtok_cli.integrations.vllm.request import CLIP_SIGNALS, ImageRequest
 from mmtok_cli.models.clip_signals import class_probabilities
-from mmtok_cli.tokens import VisionTokens
+from mmtok_cli.tokens import VisionTokens, all_eligible
 
 ATTENTION_SIGNALS = {"class_attention", "mean_keys"}
 
@@ -52,7 +51,7 @@ class ClipReducing(Reducing):
         if wanted:
             found |= attention_signals(attention, seen[0][1], signals)
         side = self.layout.side  # type: ignore[attr-defined]
-        eligible = torch.ones(side**2, dtype=torch.bool, device=hidden.device)
+        eligible = all_eligible(side**2, hidden.device)
         return [
             VisionTokens(
                 projected=projected[row],

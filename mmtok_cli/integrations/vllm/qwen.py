@@ -24,7 +24,7 @@ from mmtok_cli.integrations.vllm.processing import KEY, ReducingProcessor
 from mmtok_cli.integrations.vllm.reducing import Reducing, watched
 from mmtok_cli.integrations.vllm.request import ImageRequest
 from mmtok_cli.models.qwen_signals import SIGNALS, attention_signals
-from mmtok_cli.tokens import Selection, VisionTokens
+from mmtok_cli.tokens import Selection, VisionTokens, all_eligible
 
 BASE = 256  # positions are written as two digits, which even bfloat16 holds exactly
 COLUMNS = 4  # two digits each of row and column
@@ -95,7 +95,7 @@ class QwenReducing(Reducing):
                 projected=rows[:, :width],
                 features=features[i],
                 grid=(sizes[i][1] // side, sizes[i][2] // side),
-                eligible=torch.ones(counts[i], dtype=torch.bool, device=rows.device),
+                eligible=all_eligible(counts[i], rows.device),
                 image_id=requests[i].image_id,
                 project=no_projector,
                 signals={name: values[i] for name, values in per_token.items()},
