@@ -14,6 +14,7 @@ from mmtok_cli.methods.base import RECORDED_OUTPUTS, Method
 from mmtok_cli.methods.cosine import unit_rows, without_gradients
 from mmtok_cli.rules import Positions
 from mmtok_cli.tokens import Selection, TextTokens, VisionTokens
+from mmtok_cli.values import on_host, require, to_device
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,7 +46,7 @@ class DivPrune(Method):
     def select(self, vision: VisionTokens, text: TextTokens, budget: int) -> Selection:
         if budget == vision.total:
             return Selection.everything(vision)
-        order = farthest_points(vision.projected, budget, ~vision.eligible)
+        order = farthest_points(vision.projected, budget, ~on_host(vision.eligible))
         return Selection(order.sort().values, order)
 
 
@@ -59,24 +60,22 @@ def farthest_points(features: Tensor, k: int, excluded: Tensor | None = None) ->
     Args:
         features: `[n, d]`; distances are computed in its data type.
         k: rows to pick.
-        excluded: bool `[n]`, True for rows to ignore.
+        excluded: bool `[n]`, True for rows to ignore; the host reads it.
 
     Raises:
         MMTokError: fewer than `k` rows are left, or a value is not finite.
     """
     import torch
 
-    places = torch.arange(len(features), device=features.device)
-    if excluded is not None:
-        places = places[~excluded]
+    places = torch.arange(len(features)) if excluded is None else (~on_host(excluded)).nonzero().squeeze(1)
     if not 0 <= k <= len(places):
         raise MMTokError(f"cannot keep {k} vision tokens: {len(places)} of {len(features)} are eligible")
+    places = to_device(places, features.device)
     if k == 0:
         return places[:0]
     distance = cosine_distances(features[places])
     # A row that is not finite makes its distance to all others not finite, so one row of the matrix shows it.
-    if not bool(distance[0].isfinite().all()):
-        raise MMTokError("features hold NaN or infinity", "score in a wider dtype")
+    require(distance[0].isfinite().all(), MMTokError("features hold NaN or infinity", "score in a wider dtype"))
     distance.fill_diagonal_(torch.inf)
 
     standing_out = distance.amin(1)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.methods.base import RECORDED_OUTPUTS, Method, ranking
 from mmtok_cli.methods.cosine import in_float64
-from mmtok_cli.tokens import Selection, TextTokens, VisionTokens
+from mmtok_cli.tokens import Selection, TextTokens, VisionTokens, all_eligible
+from mmtok_cli.values import on_host, to_device
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,7 +105,7 @@ class VisionZip(Method):
                 f"the budget of {budget} is less than {contextual} contextual tokens",
                 f"choose {contextual} to {vision.total}",
             )
-        order = ranking(vision.signals["received_attention"], vision.eligible)[: int(vision.eligible.sum())]
+        order = ranking(vision.signals["received_attention"], vision.eligible)[: vision.eligible_count]
         dominant, others = order[: budget - contextual], order[budget - contextual :].sort().values
         rows, targets = _merge_into_targets(
             vision.projected[others], vision.signals["mean_keys"][others], contextual, self.merge
@@ -123,7 +124,7 @@ class VisionZip(Method):
     def _contextual(self, vision: VisionTokens, budget: int) -> int:
         """How many tokens of the budget are contextual. Raises MMTokError where the budget cannot be met."""
         contextual = self._share(budget)
-        eligible, smallest = int(vision.eligible.sum()), 1 + (self.contextual or 0)
+        eligible, smallest = vision.eligible_count, 1 + (self.contextual or 0)
         if smallest > eligible + 1:
             raise MMTokError(
                 f"VisionZip cannot make {contextual} contextual tokens of the {eligible} vision tokens of "
@@ -178,8 +179,8 @@ def zip_tokens(
     """
     import torch
 
-    eligible = torch.ones_like(features[:, 0], dtype=torch.bool) if eligible is None else eligible
-    count = int(eligible.sum())
+    eligible = all_eligible(len(features), features.device) if eligible is None else eligible
+    count = int(on_host(eligible).sum())
     if dominant < 1 or not 0 <= contextual <= count - (dominant - 1):
         raise MMTokError(
             f"{count} vision tokens and a class token do not make {dominant} dominant and {contextual} contextual ones",
@@ -189,7 +190,7 @@ def zip_tokens(
     patches, others = order[: dominant - 1].sort().values, order[dominant - 1 :].sort().values
     merged, targets = _merge_into_targets(features[others], mean_keys[others], contextual, merge)
     rows = torch.cat([class_feature.unsqueeze(0), features[patches], merged])
-    return rows, torch.cat([patches.new_tensor([-1]), patches, others[targets]])
+    return rows, torch.cat([patches.new_full((1,), -1), patches, others[targets]])
 
 
 def _merge_into_targets(features: Tensor, keys: Tensor, count: int, merge: Merge) -> tuple[Tensor, Tensor]:
@@ -201,11 +202,13 @@ def _merge_into_targets(features: Tensor, keys: Tensor, count: int, merge: Merge
     from torch.nn.functional import normalize, one_hot
 
     patches = len(features)
-    targets = torch.arange(count, device=features.device) * max(1, patches // max(1, count))
+    step = max(1, patches // max(1, count))
+    chosen = torch.arange(count) * step
+    targets = to_device(chosen, features.device)
     if count in (0, patches):
         return features[targets], targets
-    is_target = torch.zeros(patches, dtype=torch.bool, device=features.device).index_fill(0, targets, True)
-    members = is_target.logical_not().nonzero().squeeze(1)
+    is_member = torch.ones(patches, dtype=torch.bool).index_fill(0, chosen, False)
+    members = to_device(is_member.nonzero().squeeze(1), features.device)
     directions = normalize(in_float64(keys), dim=-1)
     cosines = directions[members.to(directions.device)] @ directions[targets.to(directions.device)].T
     nearest = cosines.argmax(1).to(features.device)  # the first on ties
