@@ -11,6 +11,7 @@ from mmtok_cli.methods.base import RECORDED_OUTPUTS, Method
 from mmtok_cli.methods.cosine import unit_rows, without_gradients
 from mmtok_cli.rules import Positions
 from mmtok_cli.tokens import Selection, TextTokens, VisionTokens
+from mmtok_cli.values import require
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,9 +56,9 @@ class CDPruner(Method):
     def across_crops(self, crops: Sequence[VisionTokens]) -> list[VisionTokens]:
         import torch
 
-        embeds = torch.cat([crop.signals["clip_image_embeds"][crop.eligible] for crop in crops])
+        embeds = torch.cat([crop.signals["clip_image_embeds"][crop.eligible_places] for crop in crops])
         scores = relevance(embeds[None], crops[0].signals["clip_text_embeds"], self.relevance_sign)[0]
-        shares = scores.split([int(crop.eligible.sum()) for crop in crops])
+        shares = scores.split([crop.eligible_count for crop in crops])
         return [
             replace(crop, signals={**crop.signals, RELEVANCE: share}) for crop, share in zip(crops, shares, strict=True)
         ]
@@ -67,7 +68,7 @@ class CDPruner(Method):
             return Selection.everything(vision)
         if RELEVANCE not in vision.signals:
             (vision,) = self.across_crops([vision])
-        places, scores = vision.eligible.nonzero().squeeze(1), vision.signals[RELEVANCE]
+        places, scores = vision.eligible_places, vision.signals[RELEVANCE]
         order, _ = greedy_determinant(conditional_kernel(vision.projected[places][None], scores[None]), budget)
         picks = places[order[0]]
         return Selection(picks.sort().values, picks)  # its gains are factors of a determinant, not sums
@@ -131,8 +132,8 @@ def greedy_determinant(kernel: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if not 0 <= k <= n:
         raise MMTokError(f"cannot keep {k} vision tokens: {n} are eligible", f"choose a number from 0 to {n}")
     # A token that is not finite spoils its entry in every row, so one row shows them all.
-    if not bool(kernel[:, :1].isfinite().all()):
-        raise MMTokError("features or relevance hold NaN or infinity", "score in a wider dtype")
+    error = MMTokError("features or relevance hold NaN or infinity", "score in a wider dtype")
+    require(kernel[:, :1].isfinite().all(), error)
     tiny = torch.finfo(kernel.dtype).tiny
     left = kernel.diagonal(dim1=1, dim2=2).clamp(min=0)  # what each row would gain now
     barred = torch.zeros_like(left)

@@ -79,12 +79,14 @@ def hierarchical(
     import torch
 
     eligible = torch.ones_like(middle, dtype=torch.bool) if eligible is None else eligible
-    by_middle = ranking(middle, eligible)[: int(eligible.sum())]
+    tokens = len(middle)
+    by_middle, by_last = ranking(torch.stack([middle, last]), eligible)
     found = by_middle[: min(anchors, k)]
-    steps = found.new_tensor([-1, 1, -grid[1], grid[1]])
-    near = torch.zeros_like(eligible).index_fill(0, (found[:, None] + steps).clamp(0, len(middle) - 1).flatten(), True)
-    near = near.index_fill(0, found, False)
-    buffers = by_middle[near[by_middle]][: k - len(found)]
-    cross = torch.cat([found, buffers])
-    left = eligible.index_fill(0, cross, False)
-    return torch.cat([cross, ranking(last, left)[: k - len(cross)]])
+    near = torch.cat([found + step for step in (-1, 1, -grid[1], grid[1])]).clamp(0, tokens - 1)
+    # Anchors come first, then buffers, both as the middle layer ranks them, then registers.
+    numbers = torch.arange(tokens, device=middle.device)
+    in_middle = torch.empty_like(by_middle).index_copy_(0, by_middle, numbers)
+    places = torch.empty_like(by_last).index_copy_(0, by_last, numbers + tokens)
+    places = torch.where(torch.zeros_like(eligible).index_fill_(0, near, True), in_middle, places)
+    places = places.index_copy(0, found, numbers[: len(found)] - tokens)
+    return places.masked_fill_(~eligible, 2 * tokens).argsort()[:k]

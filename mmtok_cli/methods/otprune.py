@@ -51,7 +51,7 @@ class OTPrune(Method):
     def select(self, vision: VisionTokens, text: TextTokens, budget: int) -> Selection:
         if budget == vision.total:
             return Selection.everything(vision)
-        places = vision.eligible.nonzero().squeeze(1)
+        places = vision.eligible_places
         order, _ = greedy_determinant(covariance_kernel(vision.projected[places], self.gamma)[None], budget)
         picks = places[order[0]]
         return Selection(picks.sort().values, picks)  # its gains are factors of a determinant, not sums

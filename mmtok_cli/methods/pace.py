@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from mmtok_cli.methods.base import RECORDED_OUTPUTS, Method, attention_at, highest, known, require_layers
 from mmtok_cli.rules import Positions
 from mmtok_cli.tokens import Cut, LayerTokens, Rows, Selection, VisionTokens
+from mmtok_cli.values import on_host, to_device
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,7 +79,7 @@ class PACE(Method):
         if seen is None:
             return scaled(read, eligible)
         scores = torch.stack([scaled(read, eligible), scaled(seen, eligible)])
-        return self.weights(scores[:, eligible]) @ scores
+        return self.weights(scores[:, _places(eligible)]) @ scores
 
     def weights(self, scores: Tensor) -> Tensor:
         """The share of each score, [2]. scores: [2, tokens], scaled. A single token has no spread: equal shares."""
@@ -97,5 +98,10 @@ def saliency(vision: VisionTokens, places: Tensor) -> Tensor | None:
 
 def scaled(scores: Tensor, eligible: Tensor) -> Tensor:
     """Scores [tokens] such that those of eligible tokens go from 0 to just below 1."""
-    low, high = scores[eligible].aminmax()
+    low, high = scores[_places(eligible)].aminmax()
     return (scores - low) / (high - low + FLOOR)
+
+
+def _places(eligible: Tensor) -> Tensor:
+    """The indices of the eligible tokens, of which the host knows how many there are."""
+    return to_device(on_host(eligible).nonzero().squeeze(1), eligible.device)

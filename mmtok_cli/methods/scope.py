@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from mmtok_cli.errors import MMTokError
-from mmtok_cli.methods.base import RECORDED_OUTPUTS, Method
+from mmtok_cli.methods.base import RECORDED_OUTPUTS, Method, excluded_of
 from mmtok_cli.methods.cosine import unit_rows, without_gradients
 from mmtok_cli.tokens import Selection, TextTokens, VisionTokens
+from mmtok_cli.values import on_host, require
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,7 +75,7 @@ class SCOPE(Method):
             budget,
             alpha=self.alpha,
             combine=self.combine,
-            excluded=~vision.eligible[None],
+            excluded=excluded_of([vision]),
         )
         return Selection(order[0].sort().values, order[0], gains[0])
 
@@ -111,15 +112,15 @@ def salient_coverage(
 
     batch, n, _ = features.shape
     excluded = torch.zeros_like(saliency, dtype=torch.bool) if excluded is None else excluded
-    eligible = int((~excluded).sum(1).min())
+    eligible = int((~on_host(excluded)).sum(1).min())
     if not 0 <= k <= eligible:
         raise MMTokError(f"cannot keep {k} vision tokens: {eligible} of {n} are eligible")
     cosines = torch.empty(batch, n, n, device=features.device)
     for image, out in zip(features, cosines, strict=True):
         self_product(unit_rows(image.float()), out=out)
     # A token that is not finite spoils its entry in every row, so one row shows them all.
-    if not bool(cosines[:, :1].isfinite().all() & saliency.isfinite().all()):
-        raise MMTokError("features or saliency hold NaN or infinity", "score in a wider dtype")
+    error = MMTokError("features or saliency hold NaN or infinity", "score in a wider dtype")
+    require(cosines[:, :1].isfinite().all() & saliency.isfinite().all(), error)
     prior = saliency.float() ** alpha
     if combine == "add":
         return greedy(cosines.relu_(), k, excluded, bonus=prior)
@@ -134,11 +135,8 @@ def _filled(order: Tensor, scores: Tensor, prior: Tensor, ranks: Tensor) -> Tens
 
     weights = prior.gather(1, order)
     gains = torch.where(weights > 0, scores / weights, 0)
-    noise = (gains <= NEGLIGIBLE * gains[:, :1]).cumsum(1) > 0
-    if not bool(noise.any()):
-        return order
-    filled = order.clone()
-    for picks, is_noise, rank in zip(filled, noise, ranks, strict=True):
-        left = rank.index_fill(0, picks[~is_noise], -torch.inf)
-        picks[is_noise] = left.argsort(descending=True, stable=True)[: int(is_noise.sum())]
-    return filled
+    number = (gains <= NEGLIGIBLE * gains[:, :1]).cumsum(1).gt(0).cumsum(1)  # of each pick that is noise, from 1 on
+    noise = number > 0
+    left = ranks.scatter(1, order, torch.where(noise, ranks.gather(1, order), -torch.inf))
+    best = left.argsort(dim=1, descending=True, stable=True)
+    return torch.where(noise, best.gather(1, (number - 1).clamp(min=0)), order)

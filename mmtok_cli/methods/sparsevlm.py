@@ -150,7 +150,8 @@ def cluster_and_merge(tokens: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
     member = distance[centres].argmin(0)
     member[centres] = torch.arange(clusters, device=tokens.device)
     sums = torch.zeros(clusters, points.shape[1], device=tokens.device).index_add_(0, member, points)
-    return (sums / torch.bincount(member, minlength=clusters)[:, None]).to(tokens.dtype), centres
+    sizes = sums.new_zeros(clusters).index_add_(0, member, sums.new_ones(len(points)))
+    return (sums / sizes[:, None]).to(tokens.dtype), centres
 
 
 def _clusters(dropped: int) -> int:

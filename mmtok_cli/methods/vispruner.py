@@ -9,6 +9,7 @@ from mmtok_cli.errors import MMTokError
 from mmtok_cli.methods.base import RECORDED_OUTPUTS, Method
 from mmtok_cli.methods.cosine import in_float64
 from mmtok_cli.tokens import Selection, TextTokens, VisionTokens
+from mmtok_cli.values import on_host
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,7 +82,7 @@ def important_and_diverse(
     attention, count = in_float64(class_attention).mean(0), len(features)
     if eligible is not None:
         attention = attention.masked_fill(~eligible.to(attention.device), -torch.inf)
-        count = int(eligible.sum())
+        count = int(on_host(eligible).sum())
     ranking = attention.argsort(descending=True, stable=True)[:count]
     important = int(k * important_ratio)
     diverse = _thin_out(ranking[important:], features, k - important)
