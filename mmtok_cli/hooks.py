@@ -155,16 +155,21 @@ def cuts(method: Method, total: int, budget: int, layers: int) -> tuple[Cut, ...
 
 
 def queries(method: Method, vision: Tensor, text: Tensor, stage: Stage) -> Tensor:
-    """`Method.queries`: indices of text tokens."""
+    """`Method.queries`: indices of text tokens, or bool [text tokens]."""
     with _calling(method, "queries"):
         found = method.queries(vision, text)
-    if not isinstance(found, Tensor) or found.dtype != torch.int64 or found.ndim != 1 or not found.numel():
-        raise fault(method, "queries", "must return the indices of text tokens, an int64 tensor [queries]")
+    is_tensor = isinstance(found, Tensor) and found.ndim == 1 and found.numel()
+    is_mask = is_tensor and found.dtype == torch.bool and len(found) == len(text)
+    if not is_mask and not (is_tensor and found.dtype == torch.int64):
+        raise fault(method, "queries", "must return the indices of text tokens, an int64 tensor [queries], or a mask")
     if found.device != text.device:
         raise fault(method, "queries", f"returned a tensor on {found.device}, and the text is on {text.device}")
     with stage(CHECK):
-        error = fault(method, "queries", f"returned an index beyond the {len(text)} text tokens")
-        require(((found >= 0) & (found < len(text))).all(), error)
+        if is_mask:
+            require(found.any(), fault(method, "queries", "chose no text token"))
+        else:
+            error = fault(method, "queries", f"returned an index beyond the {len(text)} text tokens")
+            require(((found >= 0) & (found < len(text))).all(), error)
     return found
 
 

@@ -258,7 +258,7 @@ class Crops:
         merged = torch.zeros_like(indices, dtype=torch.bool)
         if any(chosen.merged is not None for chosen in selections):
             merged = torch.cat([chosen._is_merged for chosen in selections])
-            plain = torch.zeros_like(counts, device=device).index_add_(0, number, (~merged).long())
+            plain = torch.zeros(len(counts), dtype=torch.long, device=device).index_add_(0, number, (~merged).long())
             keys = torch.where(merged & (plain[number] > 0), 3 * GROUP + line, keys)
         order = torch.where(number == 0, line, keys).argsort(stable=True)
         return Selection(places[order], tokens=torch.cat(rows)[order], merged=merged[order])

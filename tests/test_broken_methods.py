@@ -248,6 +248,10 @@ HOOKS: dict[str, tuple[dict[str, Any], str]] = {
         {"cuts": one_cut(2, 8, 1), "choose": first, "queries": lambda self, v, t: torch.tensor([])},
         "queries must return the indices",
     ),
+    "queries as an empty mask": (
+        {"cuts": one_cut(2, 8, 1), "choose": first, "queries": lambda self, v, t: torch.zeros(len(t)).bool()},
+        "queries chose no text token",
+    ),
     "queries as a number": (
         {"cuts": one_cut(2, 8, 1), "choose": first, "queries": lambda self, v, t: 0},
         "queries must return the indices",

@@ -98,8 +98,8 @@ def test_clusters_of_equal_tokens() -> None:
 
 
 def test_text_tokens_alike_all_rate() -> None:
-    assert raters(torch.randn(5, 4), torch.ones(3, 4)).tolist() == [0, 1, 2]
-    assert raters(torch.randn(5, 4), torch.ones(1, 4)).tolist() == [0]
+    assert raters(torch.randn(5, 4), torch.ones(3, 4)).tolist() == [True, True, True]
+    assert raters(torch.randn(5, 4), torch.ones(1, 4)).tolist() == [True]
 
 
 @pytest.mark.parametrize(

@@ -267,7 +267,9 @@ class Method:
         return ()
 
     def queries(self, vision: Tensor, text: Tensor) -> Tensor:
-        """The text tokens whose attention to the image a cut reads: [queries] indices into `text`. Default: the last.
+        """The text tokens whose attention to the image a cut reads. Default: the last.
+
+        Their indices, [queries], or bool [text tokens]: the host reads the masks of all images at once.
 
         vision: [tokens, dim]; text: [text tokens, dim], the tokens after the image. Embeddings as they enter the first
         decoder layer.

@@ -113,16 +113,14 @@ class SparseVLM(SparseVLM2):
 
 
 def raters(vision: Tensor, text: Tensor) -> Tensor:
-    """The text tokens that score the image: [raters] indices into `text`.
+    """The text tokens that score the image: bool [text tokens].
 
     vision: [tokens, dim], text: [text tokens, dim], input embeddings. Each vision token's affinities are a softmax over
     the text tokens; raters are those with more than the average share. If all are equal, all are raters.
     """
-    import torch
-
     share = (vision.float() @ text.float().T).softmax(-1).mean(0)
-    found = (share > share.mean()).nonzero().squeeze(1)
-    return found if len(found) else torch.arange(len(text), device=text.device)
+    found = share > share.mean()
+    return found | ~found.any()
 
 
 def heads_by_attention(attention: Tensor, count: int) -> Tensor:

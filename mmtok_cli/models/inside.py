@@ -25,8 +25,9 @@ from mmtok_cli.models import hf
 from mmtok_cli.models.attention_rows import attention_rows, keys_at, mean_attention, rotary_response
 from mmtok_cli.models.sequences import CutImage, ImageTokens, LayerSequence, Row, causal_mask, gather_slots, step_mask
 from mmtok_cli.rules import Positions
+from mmtok_cli.stages import CHECK
 from mmtok_cli.tokens import Cut, LayerTokens, Selection
-from mmtok_cli.values import on_host, to_device
+from mmtok_cli.values import deferred, on_host, to_device
 
 
 class Inside:
@@ -174,10 +175,10 @@ class Inside:
                     if plan.row == number // copies
                 ),
             )
-            if any(image.plan.asks for image in row.images):
-                with self._stage("select"):
-                    row = self._with_queries(row, hidden[number, width - row.length :])
             rows.append(row)
+        if any(image.plan.asks for row in rows for image in row.images):
+            with self._stage("select"):
+                rows = self._with_queries(rows, hidden)
         if self._positions == "renumber" and call.position_ids is None:
             raise MMTokError("the positions of this model cannot be renumbered", "use --positions keep")
         return LayerSequence(
@@ -191,22 +192,35 @@ class Inside:
             rotary=call.rotary,
         )
 
-    def _with_queries(self, row: Row, hidden: Tensor) -> Row:
-        images = []
-        for image in row.images:
-            if not image.plan.asks:
-                images.append(image)
-                continue
-            text = hidden[row.text_behind(image, hidden.device)]
-            if not len(text):
-                raise MMTokError(
-                    f"no text follows {image.plan.image_id}, so there is no text whose attention could be read",
-                    "put the question after the image, or use a method that acts before the language model",
-                )
-            images.append(
-                replace(image, queries=image.plan.queries(hidden[image.start : image.end], text, self._stage))
-            )
-        return replace(row, images=tuple(images))
+    def _with_queries(self, rows: Sequence[Row], hidden: Tensor) -> list[Row]:
+        """The rows with what their images ask for. hidden: [batch, width, dim], as it enters the first layer."""
+        found: dict[tuple[int, int], Tensor] = {}
+        with deferred() as settle:
+            for number, row in enumerate(rows):
+                own = hidden[number, hidden.shape[1] - row.length :]
+                for place, image in enumerate(row.images):
+                    if not image.plan.asks:
+                        continue
+                    text = own[row.text_behind(image, hidden.device)]
+                    if not len(text):
+                        raise MMTokError(
+                            f"no text follows {image.plan.image_id}, so there is no text whose attention could be read",
+                            "put the question after the image, or use a method that acts before the language model",
+                        )
+                    found[number, place] = image.plan.queries(own[image.start : image.end], text, self._stage)
+            with self._stage(CHECK):
+                settle()
+        masks = {key: queries for key, queries in found.items() if queries.dtype == torch.bool}
+        if masks:
+            read = torch.cat(list(masks.values())).cpu().split([len(mask) for mask in masks.values()])
+            for key, mask in zip(masks, read, strict=True):
+                found[key] = to_device(mask.nonzero().squeeze(1), hidden.device)
+
+        def asking(number: int, row: Row) -> Row:
+            images = (replace(image, queries=found.get((number, place))) for place, image in enumerate(row.images))
+            return replace(row, images=tuple(images))
+
+        return [asking(number, row) for number, row in enumerate(rows)]
 
     def _cut(self, layer: int, now: LayerSequence, hidden: Tensor, cache: Any) -> tuple[Tensor, LayerSequence]:
         """Make the cuts before a layer: the hidden states that remain, [batch, shorter width, dim], and their frame."""
