@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pretend_counts
 import pytest
 import torch
 from pretend_cuda import KERNEL, OUTSIDE, Counts, PretendTensor, counting, in_process, on_gpu, pretend
@@ -85,6 +87,9 @@ def test_operators_that_mix_devices_fail() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Several GPUs
 
+# Gemma 3 runs nothing inside its language model, and experts are chosen on a GPU by an operator that a CPU lacks.
+SPREAD = [family for family in FAMILIES if family not in ("gemma3", "qwen3_vl_moe")]
+
 
 def spread(model: Any) -> Any:
     """Put the second half of the decoder layers on a second GPU with accelerate's hooks, as `--device-map` does."""
@@ -94,7 +99,8 @@ def spread(model: Any) -> Any:
     places = {f"model.{name}": 0 for name, _ in model.model.named_children() if name != "language_model"}
     places |= {f"model.{name}": 0 for name, _ in model.model.named_parameters(recurse=False)}
     places |= {f"{language}.{name}": 1 for name, _ in model.model.language_model.named_children() if name != "layers"}
-    places |= {f"{language}.layers.{layer}": int(layer >= LAYERS // 2) for layer in range(LAYERS)}
+    layers = range(len(model.model.language_model.layers))
+    places |= {f"{language}.layers.{layer}": int(layer >= LAYERS // 2) for layer in layers}
     places |= {f"{language}.embed_tokens": 0, "lm_head": 1}
     on_gpu(model, lambda name: places[max((part for part in places if name.startswith(part)), key=len)])
     hooks.set_module_tensor_to_device = lambda *_, **__: None  # they are where they belong
@@ -105,7 +111,7 @@ def answers_on_two_gpus(family: str, names: list[str], samples: list[Sample]) ->
     """For each method, what a model answers on the CPU and spread over two GPUs, by what is compared."""
     alone, two = FAMILIES[family]("sdpa"), FAMILIES[family]("sdpa")
     spread(two.model)
-    methods = {name: tiny_method(name) for name in names}
+    methods = {name: tiny_method(name, family) for name in names}
     methods |= {f"{name} behind the border": make_method(name, layer=LAYERS - 1) for name in ("fastv", "random:inside")}
     found = {}
     for name, method in methods.items():
@@ -121,7 +127,7 @@ def compared(answers: Answers) -> tuple[list[list[int]], list[str], Any]:
     return kept, answers.texts, answers.first_logits.tolist()
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("family", SPREAD)
 def test_methods_inside_a_model_that_is_spread_over_gpus(family: str, samples: list[Sample]) -> None:
     names = INSIDE if family in ("llava", "qwen2_5_vl") else ["sparsevlm", "pace"]  # by text, and by the encoder
     for case, (expected, given) in in_process(answers_on_two_gpus, family, names, samples[:2]).items():
@@ -180,3 +186,22 @@ def test_every_moment_of_a_run_belongs_to_a_stage(samples: list[Sample]) -> None
     for name, (stages, whole, outside) in in_process(sums_of_stages, ["full", "mmtok", "fastv"], samples[:2]).items():
         assert stages == pytest.approx(whole, rel=0.01), name
         assert outside == (0, 0), name
+
+
+@pytest.mark.parametrize("batch", pretend_counts.BATCHES)
+@pytest.mark.parametrize("name", pretend_counts.MODELS)
+def test_no_method_waits_or_launches_more_than_before(name: str, batch: int) -> None:
+    known = pretend_counts.table()[name, batch]
+    # What runs more kernels takes long.
+    methods = tuple(method for method in pretend_counts.METHODS if known.get(method, (0, 0))[1] < (1000 if batch == 1 else 600))
+    found = in_process(pretend_counts.rows_of, name, batch, methods)
+    assert set(found) == {*known} & {*methods}
+    grown = {key: (row, known[key]) for key, row in found.items() if any(map(operator.gt, row, known[key]))}
+    assert not grown, "more than in pretend_counts.txt: see pretend_counts.py"
+
+
+def test_selection_does_not_wait_for_the_device() -> None:
+    for case, rows in pretend_counts.table().items():
+        waits = {method: row[0] for method, row in rows.items()}
+        assert {waits[name] for name in ("full", "random", "uniform", "mmtok", "divprune", "visionzip")} == {0}, case
+        assert max(found for method, found in waits.items() if method not in ("gots", "mmtok:stack")) <= 2, case

@@ -13,6 +13,7 @@ from mmtok_cli.models import hf
 from mmtok_cli.models.checkpoint import check_directory
 from mmtok_cli.models.foreign_errors import errors_as
 from mmtok_cli.models.pretrained import require_finite, require_same_weights
+from mmtok_cli.values import to_device
 
 
 class ClipText(nn.Module):
@@ -69,7 +70,7 @@ class ClipText(nn.Module):
     def text_embeds(self, question: str) -> Tensor:
         """The question in the shared space: `[pieces, clip dim]`, one row for each piece that the tower can read."""
         device = self.text_projection.weight.device
-        pieces = [torch.tensor([piece], device=device) for piece in self._pieces(question)]
+        pieces = [to_device(torch.tensor([piece]), device) for piece in self._pieces(question)]
         return torch.cat([self.text_projection(hf.pooled(self.text_model, piece)) for piece in pieces])
 
     def _pieces(self, question: str) -> list[list[int]]:
