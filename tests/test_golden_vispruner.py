@@ -16,7 +16,9 @@ def select(case: dict[str, Any]) -> list[list[int]]:
     params, tensors = case["params"], golden_tensors("vispruner", case)
     crops = zip(tensors["features"].float(), tensors["class_attention"].float(), strict=True)
     return [
-        important_and_diverse(features, attention, params["visual_token_num"], params["important_ratio"]).tolist()
+        important_and_diverse([features], [attention], params["visual_token_num"], params["important_ratio"])[
+            0
+        ].tolist()
         for features, attention in crops
     ]
 
@@ -45,5 +47,7 @@ def test_budgets_on_which_the_released_code_fails(crops: int, tokens: int, budge
     generator = torch.Generator().manual_seed(0)
     for _ in range(crops):
         features = torch.randn(tokens, 16, generator=generator)
-        kept = important_and_diverse(features, torch.rand(4, tokens, generator=generator), budget, ratio).tolist()
+        kept = important_and_diverse([features], [torch.rand(4, tokens, generator=generator)], budget, ratio)[
+            0
+        ].tolist()
         assert len(kept) == len(set(kept)) == budget

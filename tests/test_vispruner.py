@@ -101,12 +101,12 @@ def test_repetitions_are_thinned_out() -> None:
     features = torch.eye(8)[torch.arange(16) // 2]  # pairs of equals
     features[[2, 6, 8, 14]] = -1.0  # four that are unlike any patch between
     attention = torch.linspace(0.02, 0.01, 16).expand(2, -1)
-    indices = important_and_diverse(features, attention, 12, 0.0)
+    indices = important_and_diverse([features], [attention], 12, 0.0)[0]
     assert set(range(16)) - set(indices.tolist()) == {0, 4, 10, 12}
 
 
 def test_zero_features_are_harmless() -> None:
-    indices = important_and_diverse(torch.zeros(10, 3), torch.rand(2, 10), 5)
+    indices = important_and_diverse([torch.zeros(10, 3)], [torch.rand(2, 10)], 5)[0]
     assert len(set(indices.tolist())) == 5
 
 

@@ -138,8 +138,8 @@ def greedy_determinant(kernel: Tensor, k: int) -> tuple[Tensor, Tensor]:
     left = kernel.diagonal(dim1=1, dim2=2).clamp(min=0)  # what each row would gain now
     barred = torch.zeros_like(left)
     factor = kernel.new_zeros(batch, k, n)
-    order = torch.zeros(batch, k, dtype=torch.int64, device=kernel.device)
-    gains = kernel.new_zeros(batch, k)
+    order = [torch.empty(batch, 0, dtype=torch.int64, device=kernel.device)]
+    gains = [kernel.new_empty(batch, 0)]
     for i in range(k):
         pick = (left + barred).argmax(1, keepdim=True)
         gain = left.gather(1, pick)
@@ -152,5 +152,7 @@ def greedy_determinant(kernel: Tensor, k: int) -> tuple[Tensor, Tensor]:
         entry = (row.squeeze(1) / gain.clamp(min=tiny).sqrt()).clamp(-bound, bound)
         left = (left - entry.square()).clamp(min=0)
         barred.scatter_(1, pick, -torch.inf)
-        factor[:, i], order[:, i], gains[:, i] = entry, pick.squeeze(1), gain.squeeze(1)
-    return order, gains
+        factor[:, i] = entry
+        order.append(pick)
+        gains.append(gain)
+    return torch.cat(order, 1), torch.cat(gains, 1)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from mmtok_cli.errors import MMTokError
-from mmtok_cli.methods.base import RECORDED_OUTPUTS, Method
+from mmtok_cli.methods.base import RECORDED_OUTPUTS, Method, in_groups
 from mmtok_cli.methods.cosine import in_float64
 from mmtok_cli.tokens import Selection, TextTokens, VisionTokens
 from mmtok_cli.values import on_host
@@ -56,41 +57,54 @@ class VisPruner(Method):
             )
 
     def select(self, vision: VisionTokens, text: TextTokens, budget: int) -> Selection:
-        if budget == vision.total:
-            return Selection.everything(vision)
-        attention = vision.signals["class_attention"]
-        return Selection(
-            important_and_diverse(vision.features, attention, budget, self.important_ratio, eligible=vision.eligible)
-        )
+        return self.select_batch([vision], [text], [budget])[0]
+
+    def select_batch(
+        self, vision: Sequence[VisionTokens], text: Sequence[TextTokens], budgets: Sequence[int]
+    ) -> list[Selection]:
+        def select(members: list[int]) -> list[Selection]:
+            images = [vision[i] for i in members]
+            found = important_and_diverse(
+                [image.features for image in images],
+                [image.signals["class_attention"] for image in images],
+                budgets[members[0]],
+                self.important_ratio,
+                eligible=[image.eligible for image in images],
+            )
+            return [Selection(indices) for indices in found]
+
+        return in_groups(vision, budgets, lambda i: (vision[i].total, vision[i].eligible_count), select)
 
 
 def important_and_diverse(
-    features: Tensor,
-    class_attention: Tensor,
+    features: Sequence[Tensor],
+    class_attention: Sequence[Tensor],
     k: int,
     important_ratio: float = IMPORTANT_RATIO,
     *,
-    eligible: Tensor | None = None,
+    eligible: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    """Select `k` of the n patches of one image: [k] indices, ascending.
+    """Select `k` of the n patches of each image: [images, k] indices, ascending.
 
-    features: [n, dim], before the projector. class_attention: [heads, n], probabilities with which the class token
-    attends to each patch. eligible: [n], False for patches never to be selected; at least `k` must be eligible.
+    features: [n, dim] of each image, before the projector. class_attention: [heads, n], probabilities with which the
+    class token attends to each patch. eligible: [n], False for patches never to be selected; in each image equally
+    many must be eligible, at least `k`.
     """
     import torch
 
-    attention, count = in_float64(class_attention).mean(0), len(features)
+    attention, count = torch.stack([in_float64(each).mean(0) for each in class_attention]), len(features[0])
     if eligible is not None:
-        attention = attention.masked_fill(~eligible.to(attention.device), -torch.inf)
-        count = int(on_host(eligible).sum())
-    ranking = attention.argsort(descending=True, stable=True)[:count]
+        attention = attention.masked_fill(~torch.stack(list(eligible)).to(attention.device), -torch.inf)
+        count = int(on_host(eligible[0]).sum())
+    ranking = attention.argsort(dim=1, descending=True, stable=True)[:, :count]
     important = int(k * important_ratio)
-    diverse = _thin_out(ranking[important:], features, k - important)
-    return torch.cat([ranking[:important], diverse]).sort().values.to(features.device)
+    diverse = _thin_out(ranking[:, important:], features, k - important)
+    return torch.cat([ranking[:, :important], diverse], 1).sort(1).values.to(features[0].device)
 
 
-def _thin_out(pool: Tensor, features: Tensor, k: int) -> Tensor:
-    """The `k` tokens of the pool that are left when those that resemble others most have gone.
+def _thin_out(pool: Tensor, features: Sequence[Tensor], k: int) -> Tensor:
+    """The `k` tokens of each image's pool, [images, tokens], that are left when those that resemble others most have
+    gone.
 
     Of a pool in descending order of attention, every second token from the first on is compared with those between.
     The ones most similar to any of these go, the surviving ones move to the front, most similar first, and the next
@@ -100,14 +114,17 @@ def _thin_out(pool: Tensor, features: Tensor, k: int) -> Tensor:
     from torch.nn.functional import normalize
 
     if k == 0:
-        return pool[:0]
-    directions = normalize(in_float64(features)[pool], dim=-1)
-    similarity = directions @ directions.T
-    line = torch.arange(len(pool), device=pool.device)  # rows of `similarity`
-    while len(line) > k:
-        thinned, compared = line[::2], line[1::2]
-        drop = min(_DROPPED_AT_ONCE, len(line) - k, len(thinned))
-        closest = similarity[thinned[:, None], compared].amax(1)
-        survivors = closest.argsort(descending=True, stable=True)[drop:]
-        line = torch.cat([thinned[survivors], compared])
-    return pool[line]
+        return pool[:, :0]
+    similarity = torch.empty(*pool.shape, pool.shape[1], dtype=torch.float64, device=pool.device)
+    for rows, own, out in zip(features, pool, similarity, strict=True):  # batched products round differently
+        directions = normalize(in_float64(rows)[own], dim=-1)
+        torch.mm(directions, directions.T, out=out)
+    image = torch.arange(len(pool), device=pool.device)[:, None, None]
+    line = torch.arange(pool.shape[1], device=pool.device).repeat(len(pool), 1)  # rows of `similarity`
+    while line.shape[1] > k:
+        thinned, compared = line[:, ::2], line[:, 1::2]
+        drop = min(_DROPPED_AT_ONCE, line.shape[1] - k, thinned.shape[1])
+        closest = similarity[image, thinned[:, :, None], compared[:, None]].amax(2)
+        survivors = closest.argsort(dim=1, descending=True, stable=True)[:, drop:]
+        line = torch.cat([thinned.gather(1, survivors), compared], 1)
+    return pool.gather(1, line)
