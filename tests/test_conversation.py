@@ -317,6 +317,10 @@ def test_the_chat_templates_of_all_profiles_hold_conversations(name: str) -> Non
     model.name, model.model = name, SimpleNamespace(config=config, device=torch.device("cpu"))
     model.processor = family.stand_in_processor(config, profile.chat_template)
     model.tokenizer = model.processor.tokenizer
+    if profile.family == "llava_onevision":  # as on the hub: a space after "assistant" that the generation prompt lacks
+        with pytest.raises(MMTokError, match="changes earlier turns"):
+            model.next_turn(QUESTIONS[:2], QUESTIONS[2], 1)
+        return
     appended = " ".join(map(str, model.next_turn(QUESTIONS[:2], QUESTIONS[2], 1).tolist()))
     asked = [" ".join(map(str, model.tokenizer(text, add_special_tokens=False)["input_ids"])) for text in QUESTIONS]
     assert [appended.count(ids) for ids in asked] == [0, 0, 1] and not appended.startswith(asked[2])

@@ -58,8 +58,11 @@ class Needs:
 
     def layers_within(self, free: int) -> int:
         """How many decoder layers would fit, in whole groups."""
-        counts = (self.layers, *range(self.layers - self.layers % self.group, 0, -self.group))
-        return next((layers for layers in counts if self.of_layers(layers).total <= free), 0)
+        none = self.of_layers(0)
+        reading = (free - none.weights - none.working) // (self.layer + self.cache)
+        encoding = (free - none.weights - none.encoder) // self.layer
+        fitting = max(0, min(self.layers, reading, encoding))
+        return fitting if fitting == self.layers else fitting - fitting % self.group
 
 
 def laid_out(config: Any, dtype: torch.dtype | None, attention: str | Mapping[str, str] = "sdpa") -> Any:
