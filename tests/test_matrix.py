@@ -14,12 +14,13 @@ from mmtok_cli.data.samples import Sample
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.methods import make_method, method_names
 from mmtok_cli.methods.base import Method
+from mmtok_cli.methods.catalogue import method_class
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.pipeline import Answers, answer
 from mmtok_cli.rules import Positions, Rules, Track
 
 BUDGET = Budget(count=8)  # a rectangle of 2x4 for those that resize
-ALL = method_names()
+ALL = [name for name in method_names() if not method_class(name).needs_video]
 TINY_LAYERS = {  # of a language model of four
     "fastv": {"layer": 1},
     "random:inside": {"layer": 2},

@@ -23,6 +23,7 @@ from mmtok_cli.evaluation.predictions import reference_of
 from mmtok_cli.evaluation.sequential import LEVEL, BudgetSearch, PairedTest
 from mmtok_cli.evaluation.shared import SharedBatch
 from mmtok_cli.methods import make_method, method_names
+from mmtok_cli.methods.catalogue import method_class
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.pipeline import answer
 from mmtok_cli.progress import Progress
@@ -144,7 +145,7 @@ def test_the_gap_is_refined_from_above() -> None:
 # --- Shared encoding -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", method_names())
+@pytest.mark.parametrize("name", [name for name in method_names() if not method_class(name).needs_video])
 def test_shared_batches_answer_as_single_runs_do(
     vlm: VisionLanguageModel, name: str, images: Any, request: pytest.FixtureRequest
 ) -> None:
