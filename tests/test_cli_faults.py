@@ -90,7 +90,8 @@ def test_bad_images(tiny_directory: Path, tmp_path: Path) -> None:
     text.write_text("this is not a picture")
     refused(run("infer", text, QUESTION, "-m", tiny_directory), "is not an image")
     refused(run("infer", tmp_path / "gone.png", QUESTION, "-m", tiny_directory), "there is no file")
-    refused(run("infer", tmp_path, QUESTION, "-m", tiny_directory), "is a directory")
+    (tmp_path / "frames").mkdir()  # a folder would be a video
+    refused(run("infer", tmp_path / "frames", QUESTION, "-m", tiny_directory), "there is no image in")
     whole = tmp_path / "whole.jpg"
     picture(300, 300).save(whole)
     (tmp_path / "half.jpg").write_bytes(whole.read_bytes()[:3000])

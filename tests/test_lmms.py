@@ -40,7 +40,9 @@ RED, BLUE = (Image.new("RGB", (8, 8), color) for color in ("red", "blue"))
 
 def test_arguments_are_the_options_of_one_case() -> None:
     others = LmmsSettings.model_fields.keys() - {"batch_size", "cost_path"}
-    assert others == PruneSettings.model_fields.keys() - {"data", "image_root", "limit", "kept"}
+    assert others == PruneSettings.model_fields.keys() - {
+        *("data", "image_root", "limit", "kept", "frames", "fps", "folder_fps"),
+    }
     assert others - {"method"} < CompareSettings.model_fields.keys()
     for name in others:
         assert LmmsSettings.model_fields[name].default == PruneSettings.model_fields[name].default

@@ -39,6 +39,8 @@ def shorten(model: VisionLanguageModel, layers: int) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_counts_of_a_part_are_those_of_the_whole(family: str, case: Case, samples: list[Sample]) -> None:
     """Layers behind the last cut are alike, so what can be counted must come out exactly."""
+    if case.name == "fastv" and family in ("gemma3", "qwen3_5"):
+        pytest.skip("its first layers cannot be cut")
     whole, part = FAMILIES[family]("sdpa"), FAMILIES[family]("sdpa")
     shorten(part, 2)
     true, estimate = (run_case(model, case, samples[:1], 1) for model in (whole, part))

@@ -69,8 +69,9 @@ def infer(
     from mmtok_cli.timing.turns import run_conversation
 
     require_replay_alone(settings, given_options(context, InferSettings))
+    engine = chosen_engine(context, settings)
     opened = sample_from_file(image, question, *(more or ()), sampling=settings.sampling)
-    if chosen_engine(context, settings) != "transformers":
+    if engine != "transformers":
         infer_by_engine(settings, opened, baseline, as_json, quiet)
         return
     if not turn and (settings.turns != "reuse" or settings.encode_again):
