@@ -11,7 +11,8 @@ The Python interface:
 
 load_model      a model by name, hub id or directory
 make_method     a reduction method, with the parameters that the model's profile sets for it
-load_sample     a question about one image or several; `Sample` is its class
+load_sample     a question about one image or several, or about videos; `Sample` is its class
+video_of_arrays a video of frames as an array
 answer          answers to a batch of samples, with the tokens kept and the seconds of each stage
 converse        answers to several questions about the same images, one after another
 compare         methods measured side by side, as by `mmtok compare`: the results object
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from mmtok_cli.api import make_method as make_method
     from mmtok_cli.budget import Budget as Budget
     from mmtok_cli.data.samples import Sample as Sample
+    from mmtok_cli.data.videos import video_of_arrays as video_of_arrays
     from mmtok_cli.errors import MMTokError as MMTokError
     from mmtok_cli.methods.coverage import select_tokens as select_tokens
     from mmtok_cli.models import load_model as load_model
@@ -57,6 +59,7 @@ _MODULES = {
     "load_sample": "mmtok_cli.api",
     "make_method": "mmtok_cli.api",
     "select_tokens": "mmtok_cli.methods.coverage",
+    "video_of_arrays": "mmtok_cli.data.videos",
 }
 __all__ = [
     "Budget",
@@ -73,6 +76,7 @@ __all__ = [
     "load_sample",
     "make_method",
     "select_tokens",
+    "video_of_arrays",
 ]
 
 

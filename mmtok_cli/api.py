@@ -13,8 +13,7 @@ from mmtok_cli import pipeline
 from mmtok_cli.budget import Budget
 from mmtok_cli.configuration import configured_method
 from mmtok_cli.conversation import Conversation, TurnAnswer
-from mmtok_cli.data.images import open_image
-from mmtok_cli.data.samples import Sample, require_question
+from mmtok_cli.data.samples import Sample, open_visual, require_question, visual_name
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.methods import accepted
 from mmtok_cli.methods import make_method as default_method
@@ -25,6 +24,7 @@ from mmtok_cli.results.retention import Retention
 from mmtok_cli.results.schema import Comparison
 from mmtok_cli.rules import ImageScale, Rules, TurnPolicy, require_scale
 from mmtok_cli.timing.clock import Clock
+from mmtok_cli.video import USUAL_SAMPLING, Sampling, Video, Visual
 
 
 @dataclass(frozen=True)
@@ -80,19 +80,22 @@ def make_method(
     return configured_method(name, model.name, parameters, seed=seed, family=model.family)
 
 
-def load_sample(images: Path | str | Image | Sequence[Path | str | Image], question: str) -> Sample:
-    """A question about one image or several, which are given as paths or as PIL images.
+def load_sample(
+    images: Path | str | Visual | Sequence[Path | str | Visual], question: str, *, sampling: Sampling = USUAL_SAMPLING
+) -> Sample:
+    """A question about one image or several, or about videos: paths, PIL images, or videos of `video_of_arrays`.
 
-    `<image>` markers in the question say where the images go; without them they come first.
-    Raises MMTokError for an unreadable image and for an empty question.
+    `<image>` markers in the question say where the images go; without them they come first. sampling: of the frames of
+    video files and of folders of frames. Raises MMTokError for what cannot be read and for an empty question.
     """
     require_question(question)
-    given = [images] if isinstance(images, (str, Path, Image)) else list(images)
-    opened = tuple(image if isinstance(image, Image) else open_image(image) for image in given)
-    names = tuple(
-        f"image-{number}" if isinstance(image, Image) else Path(image).name for number, image in enumerate(given)
-    )
-    return Sample(opened, question, names)
+    given = [images] if isinstance(images, (str, Path, Image, Video)) else list(images)
+    opened, names = [], []
+    for number, image in enumerate(given):
+        is_open = isinstance(image, (Image, Video))
+        opened.append(image if isinstance(image, (Image, Video)) else open_visual(Path(image), sampling))
+        names.append(f"image-{number}" if is_open else visual_name(Path(str(image)).name, sampling, Path(str(image))))
+    return Sample(tuple(opened), question, tuple(names)).open()
 
 
 def answer(

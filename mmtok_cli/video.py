@@ -103,7 +103,7 @@ class Video:
         return self.size[1]
 
     def decoded(self) -> Video:
-        """The video with its frames decoded anew."""
+        """The video with its frames decoded again."""
         video = replace(self)
         _ = video.frames
         return video

@@ -1,8 +1,8 @@
 """How often methods make the host wait for a GPU, and how many kernels they launch: a table, on a pretend device.
 
-    python tests/pretend_counts.py      measure everything anew, and write pretend_counts.txt
+    python tests/pretend_counts.py      measure everything again, and write pretend_counts.txt
 
-`tests/test_pretend_cuda.py` keeps the numbers from growing. Write the table anew where a change lowers them.
+`tests/test_pretend_cuda.py` keeps the numbers from growing. Write the table again where a change lowers them.
 """
 
 from __future__ import annotations

@@ -95,6 +95,18 @@ def test_arrays_are_videos() -> None:
             video_of_arrays(wrong)
 
 
+def test_python_takes_files_folders_and_arrays(qwen: Path, clip: Path, folder: Path) -> None:
+    import mmtok_cli as mmtok
+
+    model = mmtok.load_model(str(qwen))
+    arrays = mmtok.video_of_arrays(np.stack([np.asarray(frame(n)) for n in range(4)]), fps=2)
+    for given in (clip, str(folder), arrays):
+        sample = mmtok.load_sample(given, QUESTION, sampling=Sampling(frames=4))
+        assert isinstance(sample.images[0], Video) and len(sample.images[0]) == 4
+        kept = mmtok.answer(model, "mmtok", sample, "20%", max_new_tokens=1).reduced.tokens[0]
+        assert kept.kept == int(0.2 * kept.total)
+
+
 def test_a_rotated_video_stands_upright(clip: Path) -> None:
     """Phones store the rotation beside the pictures."""
     av = pytest.importorskip("av")

@@ -95,7 +95,7 @@ class Sample:
         return replace(self, images=images)
 
     def decoded(self) -> Sample:
-        """The sample with the frames of its videos decoded anew."""
+        """The sample with the frames of its videos decoded again."""
         return replace(self, images=tuple(i.decoded() if isinstance(i, Video) else i for i in self.images))
 
     @property
@@ -125,8 +125,13 @@ def sample_from_file(path: Path | str, question: str, *more: Path | str, samplin
     """
     require_question(question)
     paths = [Path(each) for each in (path, *more)]
-    images = tuple(open_video(each, sampling) if is_video(each) else open_image(each) for each in paths)
+    images = tuple(open_visual(each, sampling) for each in paths)
     return Sample(images, question, tuple(visual_name(each.name, sampling, each) for each in paths)).open()
+
+
+def open_visual(path: Path, sampling: Sampling) -> Visual:
+    """The image or the video at a path. Raises MMTokError where it cannot be read."""
+    return open_video(path, sampling) if is_video(path) else open_image(path)
 
 
 def visual_name(name: str, sampling: Sampling, path: Path) -> str:
@@ -189,7 +194,7 @@ def demo_conversations(limit: int) -> list[Sample]:
 
 
 def decoded_videos(samples: Sequence[Sample], stage: Stage) -> Sequence[Sample]:
-    """The samples with the frames of their videos decoded anew, in a stage of its own; as they are without videos."""
+    """The samples with the frames of their videos decoded again, in a stage of its own; as they are without videos."""
     if not any(sample.has_video for sample in samples):
         return samples
     with stage(DECODE_VIDEO):
