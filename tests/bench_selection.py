@@ -215,7 +215,7 @@ def main() -> int:
     parser.add_argument("--json", metavar="FILE", help="write the figures here too")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    console, results = Console(), []
+    console, results = Console(width=None if sys.stdout.isatty() else 150), []
     clock = "CPU time of the thread" if args.threads == 1 else "wall clock"
     where = f"torch {torch.__version__}, {platform.machine()}, {args.threads} thread(s), {clock}"
     for load in WORKLOADS:

@@ -287,7 +287,7 @@ class LazyGains:
             row = winner + self.first_row
             # The winner must itself be fresh. Comparing its gain with the next bound instead would let a token with
             # a higher index win a tie.
-            if not np.count_nonzero(self.evaluated_at[row] < self.evaluated):
+            if min(self.evaluated_at[row].ravel().tolist()) == self.evaluated:
                 return self.bound_of_row[row], winner
             size = min(_BLOCK_GROWTH * size, _LARGEST_BLOCK, self.tokens)
             block = self._largest(size)
@@ -327,7 +327,7 @@ class LazyGains:
         row = winner + self.first_row
         self.bound_of_row[row] = -np.inf
         if self.on_host:
-            np.maximum(self.host_cover, self.host_rows[row], out=self.host_cover)
+            np.maximum(self.host_cover, self.host_rows.take(row, axis=0), out=self.host_cover)
         else:
             taken = self.rows[torch.from_numpy(row).to(self.rows.device)]
             torch.maximum(self.cover, taken, out=self.cover)
