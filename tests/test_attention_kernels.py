@@ -7,8 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from comparisons import comparison
-from test_profile_page import profile
+from comparisons import case, comparison
 from tiny_models import FAMILIES
 
 from mmtok_cli.cases import Case
@@ -21,11 +20,11 @@ from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.models.devices import require_attention
 from mmtok_cli.models.room import laid_out, needs_of
 from mmtok_cli.models.sources import architecture
-from mmtok_cli.report.profiles import encoder_notes
+from mmtok_cli.report.checks import encoder_notes, notes
 from mmtok_cli.report.tables import settings_text
-from mmtok_cli.results.profile import Operator
 from mmtok_cli.results.records import planned_case
-from mmtok_cli.timing.traces import trace_case
+from mmtok_cli.results.schema import CaseResult, FlopCoverage
+from mmtok_cli.timing.flops import measure_flops
 
 
 @pytest.mark.parametrize("weights", ["pretrained", "random"])
@@ -38,17 +37,17 @@ def test_the_encoder_may_have_a_kernel_of_its_own(weights: str, tiny_directory: 
     )
     alike = environment_of(load_model(str(tiny_directory), device="cpu", weights=weights, encoder_attention="sdpa"))
     assert alike.encoder_attention is None and settings_text(alike).endswith("sdpa attention")
-    case = Case("full", make_method("full"), None).id
-    assert planned_case(case, environment, {}).key != planned_case(case, alike, {}).key
+    full = Case("full", make_method("full"), None).id
+    assert planned_case(full, environment, {}).key != planned_case(full, alike, {}).key
 
 
 def test_runs_of_versions_without_the_option_can_be_resumed() -> None:
     environment = comparison([]).environment
-    case = Case("full", make_method("full"), None).id
+    full = Case("full", make_method("full"), None).id
     older = SimpleNamespace(
         model_dump=lambda exclude: environment.model_dump(exclude={*exclude, "encoder_attention"}),
     )
-    assert planned_case(case, environment, {}).key == planned_case(case, older, {}).key  # type: ignore[arg-type]
+    assert planned_case(full, environment, {}).key == planned_case(full, older, {}).key  # type: ignore[arg-type]
 
 
 def test_every_family_has_both_kernels(vlm: VisionLanguageModel) -> None:
@@ -81,21 +80,29 @@ def test_the_memory_of_an_eager_encoder_is_its_own() -> None:
     assert eager.working == plain.working and eager.encoder - plain.encoder == 16 * 576**2 * 6
 
 
-def test_an_encoder_that_loops_over_windows_is_named(samples: list[Sample], tmp_path: Path) -> None:
-    """With the calls that its trace has, and nothing of encoders with a call for each block."""
-    model = FAMILIES["qwen2_5_vl"]("sdpa")
-    trace = trace_case(model, Case("full", make_method("full"), None), samples[1:2], tmp_path, max_new_tokens=1)
-    (attention,) = (
-        o for o in trace.operators if o.stage == "encode" and o.name == "aten::scaled_dot_product_attention"
-    )
-    assert attention.calls > model.model.config.vision_config.depth
-    plain = profile()
-    case = plain.cases[0].case.label
+def test_an_encoder_that_loops_over_windows_is_named(samples: list[Sample]) -> None:
+    """With the calls that were counted, and nothing of encoders with a call for each block."""
+    counted = {}
+    for family, eager in (("qwen2_5_vl", False), ("llava", False), ("qwen2_5_vl", True)):
+        model = FAMILIES[family]("eager" if eager else "sdpa")
+        flops = measure_flops(model, Case("full", make_method("full"), None), samples[1:2], 1)
+        counted[family, eager] = flops.coverage.encoder_attention
+    blocks = model.model.config.vision_config.depth
+    assert counted["qwen2_5_vl", False] > blocks and counted["qwen2_5_vl", True] == 0
+    assert counted["llava", False] <= blocks
 
-    def operators(calls: int, stage: str = "encode") -> list[Operator]:
-        return [Operator(case=case, stage=stage, name=attention.name, calls=calls, cpu_seconds=1.0, device_seconds=1.0)]
+    def results(*calls: int, batch_size: int = 1) -> list[CaseResult]:
+        made = []
+        for method, number in zip(("full", "mmtok"), calls, strict=False):
+            one = case(method)
+            seen = FlopCoverage(calls=9999, counted={}, missed={}, encoder_attention=number)
+            at = one.case.model_copy(update={"batch_size": batch_size})
+            made.append(one.model_copy(update={"case": at, "flop_coverage": seen}))
+        return made
 
-    (note,) = encoder_notes(plain.model_copy(update={"operators": operators(2270)}))
-    assert f"{case} 2270 calls" in note.replace(",", "") and "--encoder-attention flash_attention_2" in note
-    for few in (operators(32), operators(2270, "decode"), []):
-        assert encoder_notes(plain.model_copy(update={"operators": few})) == []
+    (note,) = encoder_notes(results(2270, 2270))
+    assert "per sample: 2270 calls" in note and "--encoder-attention flash_attention_2" in note
+    (note,) = encoder_notes(results(2270, 568))
+    assert "full 2270, mmtok" in note and "568 calls" in note
+    assert encoder_notes(results(4 * 48, batch_size=4)) == encoder_notes(results(32)) == encoder_notes([]) == []
+    assert note in notes(comparison(results(2270, 568)))

@@ -27,6 +27,7 @@ from mmtok_cli.report.units import cpus, duration, plural, points, ratio, second
 MOST_LEFT_OUT = 3  # lines on data that could not be used
 FEW_QUESTIONS = 200
 MOST_ROUNDS = 8  # that are listed
+MANY_CALLS = 200  # for one image; an encoder that does not loop has a call for each of its 24 to 64 blocks
 
 # From here on, what others take of the machine disturbs a measurement; a quiet machine is far below.
 BUSY = 0.25  # CPUs
@@ -58,7 +59,7 @@ def notes(comparison: Comparison, *, ceilings: bool = True) -> list[str]:
     if comparison.results:
         lines += comparison_notes(comparison)
     lines += turn_notes(comparison)
-    return [*lines, *flop_notes(comparison.results), *gpu_notes(comparison)]
+    return [*lines, *encoder_notes(comparison.results), *flop_notes(comparison.results), *gpu_notes(comparison)]
 
 
 def short_notes(results: Sequence[CaseResult], samples: int) -> list[str]:
@@ -345,6 +346,24 @@ def drift_notes(results: Sequence[CaseResult]) -> list[str]:
             )
         )
     return lines
+
+
+def encoder_notes(results: Sequence[CaseResult]) -> list[str]:
+    """How often the encoder calls attention per sample, where that is far more than once for each of its blocks."""
+    calls = {
+        str(result): result.flop_coverage.encoder_attention // result.case.batch_size
+        for result in results
+        if result.flop_coverage
+    }
+    if max(calls.values(), default=0) < MANY_CALLS:
+        return []
+    same = len(set(calls.values())) == 1
+    listed = str(min(calls.values())) if same else ", ".join(f"{case} {count}" for case, count in calls.items())
+    return [
+        "the encoder calls its attention kernel once for each window or image of each block (per sample: "
+        f"{listed} calls), which lengthens encode and lowers speedups; --encoder-attention flash_attention_2 calls it "
+        "once for each block"
+    ]
 
 
 def flop_notes(results: Sequence[CaseResult]) -> list[str]:

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from mmtok_cli.report import tables
 from mmtok_cli.report.cells import encoded_cell
-from mmtok_cli.report.checks import drift_notes, flop_notes, machine_notes, outlier_notes
+from mmtok_cli.report.checks import drift_notes, encoder_notes, flop_notes, machine_notes, outlier_notes
 from mmtok_cli.report.columns import COMPARED, KEPT, OPTIONAL, STAGES, layers_differ, stages_of
 from mmtok_cli.report.units import count, number, picture_size, plural, seconds, share, size, spread
 
@@ -25,8 +25,6 @@ SIDE_BY_SIDE = 2  # cases that fit beside each other with their spread
 ESTIMATED = ("prefill", "ttft", "decode", "total")  # if only some layers are run
 SPEEDUPS = ("prefill", "ttft", "total")
 MEMORY_STAGES = ("encode", "select", "prefill", "decode")
-ATTENTION = "aten::scaled_dot_product_attention"
-MANY_CALLS = 200  # in one encoding; an encoder that does not loop has a call for each of its 24 to 64 blocks
 HELD_UP = "†"  # beside a speedup of which a stage is bound by launches
 
 
@@ -84,7 +82,8 @@ def profile_notes(
         ]
         lines += [head + note for note in notes]
     lines += [*tables.largest_batch_notes(profile.cases), *machine_notes(profile.machine, profile.environment)]
-    lines += [*launch_notes(profile), *encoder_notes(profile), *ceiling_notes(profile), *flop_notes(profile.cases)]
+    lines += [*launch_notes(profile), *encoder_notes(profile.cases), *ceiling_notes(profile)]
+    lines += flop_notes(profile.cases)
     if sizes:
         lines += scaling_notes(profile, context_length)
     if profile.schedule.rounds < planned_rounds:
@@ -190,23 +189,6 @@ def launch_notes(profile: ProfileResult) -> list[str]:
         f"{HELD_UP} {stage} is bound by launches, not by work: kernels take less than {LAUNCH_BOUND:.0%} of its time, "
         f"{', '.join(cases)}. Fewer tokens hardly shorten such a stage, and on a faster GPU even less"
         for stage, cases in stages.items()
-    ]
-
-
-def encoder_notes(profile: ProfileResult) -> list[str]:
-    """How often the encoder launches attention, where that is far more than once for each of its blocks."""
-    calls = {
-        case: sum(o.calls for o in profile.operators if (o.case, o.stage, o.name) == (case, "encode", ATTENTION))
-        for case in dict.fromkeys(operator.case for operator in profile.operators)
-    }
-    most = max(calls.values(), default=0)
-    if most < MANY_CALLS:
-        return []
-    listed = ", ".join(f"{case} {number(count)}" for case, count in calls.items() if count)
-    return [
-        "the encoder calls its attention kernel once for each window or image of each block (from the traces: "
-        f"{listed} calls), which lengthens encode and lowers speedups; --encoder-attention flash_attention_2 calls it "
-        "once for each block"
     ]
 
 

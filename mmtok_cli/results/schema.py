@@ -188,12 +188,13 @@ class FlopCoverage(Record):
 
     calls: of all operators. counted: calls of the operators that torch has a formula for. missed: calls of operators
     whose names say that they multiply matrices and that torch has no formula for; if there are any, the FLOPs are
-    underestimated.
+    underestimated. encoder_attention: calls of attention kernels while images are encoded.
     """
 
     calls: Number
     counted: dict[str, Number]
     missed: dict[str, Number]
+    encoder_attention: Number = 0
 
     @property
     def share(self) -> float:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -60,6 +61,7 @@ PRODUCTS = re.compile(
 )
 # Packages of attention kernels name what runs one fwd, and themselves in the namespace: flash_attn_3.fwd.
 ATTENTION_PACKAGE, FORWARD = re.compile(r"(^|_)attn\d*(_|$)"), re.compile(r"(^|_)(fwd|forward)(_|$)")
+ATTENTION = re.compile(r"(^|[_.])(attn\d*|attention)(_|\.|$)")
 PLAIN_ATTENTION = ("sdpa", "eager")  # kernels of torch itself
 
 
@@ -84,6 +86,10 @@ class SeenOperators(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.calls[getattr(func, "_overloadpacket", func)] += 1
         return func(*args, **(kwargs or {}))
+
+    def attention_calls(self) -> int:
+        """Calls of attention kernels so far; eager attention has none."""
+        return sum(number for operator, number in self.calls.items() if ATTENTION.search(str(operator)))
 
 
 def count_flops(
@@ -112,9 +118,16 @@ def measure_flops(
     operators (softmax, normalisation, MMTok's greedy loop) are not counted.
     """
     counter = FlopCounterMode(display=False, custom_mapping=formulas())
-    stages = Stages(counter.get_total_flops)
-    with SeenOperators() as seen, counter, last_layer(model, counter.get_total_flops) as spans:
-        case.answer(model, samples, max_new_tokens, stages.stage, ignore_eos=ignore_eos)
+    seen = SeenOperators()
+    stages, attention_calls = Stages(counter.get_total_flops), Stages(seen.attention_calls)
+
+    @contextmanager
+    def stage(name: str) -> Iterator[None]:
+        with stages.stage(name), attention_calls.stage(name):
+            yield
+
+    with seen, counter, last_layer(model, counter.get_total_flops) as spans:
+        case.answer(model, samples, max_new_tokens, stage, ignore_eos=ignore_eos)
     stage_spans = stages.spans()
     seen_stages = {name for name, _, _ in stage_spans}
     stages_of_case = tuple(name for name in ALL_STAGES if name in STAGES or name in seen_stages)
@@ -127,15 +140,21 @@ def measure_flops(
     total = sum(whole[name] for name in stages_of_case)
     return Flops(
         stages={**whole, "total": total},
-        coverage=coverage(seen.calls, counter.flop_registry, model.attention, model.encoder_attention),
+        coverage=coverage(
+            seen.calls,
+            counter.flop_registry,
+            model.attention,
+            model.encoder_attention,
+            encoder_calls=sum(end - start for name, start, end in attention_calls.spans() if name == "encode"),
+        ),
     )
 
 
-def coverage(calls: Counter[Any], formulas: Any, *attention: str) -> FlopCoverage:
+def coverage(calls: Counter[Any], formulas: Any, *attention: str, encoder_calls: int = 0) -> FlopCoverage:
     """Calls of all operators, of those with a formula, and of matrix products without one.
 
     attention: the kernels in use. One of which no operator was seen is missed as a whole: releases of flash-attn
-    before 2.7 call their kernels past torch's dispatcher.
+    before 2.7 call their kernels past torch's dispatcher. encoder_calls: of attention kernels while images are encoded.
     """
     counted: dict[str, int] = {}
     missed: dict[str, int] = {}
@@ -149,7 +168,7 @@ def coverage(calls: Counter[Any], formulas: Any, *attention: str) -> FlopCoverag
         kind = kernel.partition("_")[0]
         if kernel not in PLAIN_ATTENTION and not any(kind in name for name in (*counted, *missed)):
             missed[kernel] = 0
-    return FlopCoverage(calls=calls.total(), counted=counted, missed=missed)
+    return FlopCoverage(calls=calls.total(), counted=counted, missed=missed, encoder_attention=encoder_calls)
 
 
 def _multiplies(name: str) -> bool:
