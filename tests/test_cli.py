@@ -327,12 +327,15 @@ def test_random_weights_say_what_they_are(tiny_directory: Path, photo: Path, tmp
     command = (photo, QUESTION, "-m", tiny_directory, "-b", 4, "--weights", "random")
     for shown in (
         run("infer", *command, "--max-new-tokens", 2),
-        run("prune", *command),
         run("compare", *command[2:], "--methods", "mmtok", "--limit", 2, "--max-new-tokens", 2),
         run("profile", *command, "--rounds", 2, "--max-new-tokens", 2, "--trace-dir", tmp_path),
     ):
         assert shown.exit_code == 0, shown.output
         assert "random weights: only time and memory are meaningful" in " ".join(shown.stdout.split())
+    pruned = run("prune", *command, "--layers", 1)
+    assert pruned.exit_code == 0, pruned.output
+    assert "random weights: which vision tokens are kept is not meaningful" in pruned.stdout
+    assert re.search(r"only 1 of \d+ decoder layers were run", pruned.stdout) and "estimate" not in pruned.stdout
     assert run_json("infer", *command, "--max-new-tokens", 2)["weights"] == "random"
     assert "random weights" not in run("infer", *command[:-2], "--max-new-tokens", 2).stdout
     refused(run("infer", *command[:-1], "zero"), "no weights 'zero'", "pretrained, random")

@@ -257,14 +257,14 @@ def _show(
 ) -> None:
     from mmtok_cli.report.catalogues import kept_map, slices_table
     from mmtok_cli.report.console import results_console
-    from mmtok_cli.report.tables import part_text, rules_text, short_text, weights_text
+    from mmtok_cli.report.tables import rules_text, short_text
     from mmtok_cli.report.text import printable
 
     out = results_console()
     out.print(printable(_sentence(case, selected, [each.panel.grid for each in shown])), soft_wrap=True)
     rules = rules_text(settings.rules, settings.parameters)
     short = short_text(selected.reduced.tokens[0])
-    for remark in filter(None, (short, rules, weights_text(model.weights), part_text(_layers(model)))):
+    for remark in filter(None, (short, rules, *_model_remarks(model))):
         out.print(remark, style="dim", markup=False)
     if selected.reduced.vision[0].slices:
         out.print(slices_table([(s.panel.title, len(s.kept), len(s.panel.tokens)) for s in shown]))
@@ -276,6 +276,14 @@ def _show(
                 out.print(panel.title, style="bold")
             eligible = selected.reduced.vision[0].eligible[list(panel.tokens)].tolist()
             out.print(kept_map(panel.grid, each.kept, each.order, mark, eligible, each.merged))
+
+
+def _model_remarks(model: VisionLanguageModel) -> list[str]:
+    """In what the model is not a whole, trained one."""
+    remarks = ["random weights: which vision tokens are kept is not meaningful"] if model.weights == "random" else []
+    if layers := _layers(model):
+        remarks.append("only {} of {} decoder layers were run".format(*layers))
+    return remarks
 
 
 def _sentence(case: Case, selected: Selected, grids: list[tuple[int, int]]) -> str:

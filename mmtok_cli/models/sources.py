@@ -154,8 +154,8 @@ def shortened(config: Any, layers: int, name: str) -> Any:
     if layers % group:
         kinds = " and ".join(dict.fromkeys(kind.replace("_", " ") for kind in hf.layer_types(text)))
         raise MMTokError(
-            f"the decoder layers of {name} come in groups of {group}, with {kinds}, so that {layers} of them do not "
-            "stand for the whole",
+            f"the decoder layers of {name} come in groups of {group}, with {kinds}: {layers} of them do not represent "
+            "the whole model",
             f"choose a multiple of {group} for --layers",
         )
     text.num_hidden_layers = layers
