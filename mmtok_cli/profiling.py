@@ -15,6 +15,7 @@ from mmtok_cli.environment import environment_of
 from mmtok_cli.errors import MMTokError, first_line
 from mmtok_cli.fallback import Plan, plan_profile
 from mmtok_cli.lengths import of_prompt_length
+from mmtok_cli.models import hf
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.pipeline import Reduced, check_sample, require_room
 from mmtok_cli.progress import Progress
@@ -179,7 +180,7 @@ def profile(
         trace=str(trace_dir),
         ceilings=ceilings,
         weights_read=read,
-        achieved=achieved(results, read),
+        achieved=achieved(results, read, experts=hf.expert_share(model.model.config) < 1),
         machine=summarise_machine(rounds),
         equivalents=equivalents_of([case.id for case in cases]),
         kernels=kernels,

@@ -10,7 +10,9 @@ import pytest
 import torch
 from cli_helpers import QUESTION, run, run_json
 from test_report import result
+from tiny_models import FAMILIES
 
+from mmtok_cli.models import hf
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.models.llava import Llava
 from mmtok_cli.results.schema import Times
@@ -118,6 +120,21 @@ def test_weights_that_a_decoded_token_reads(tiny_sdpa: Llava) -> None:
     inner, head = tiny_sdpa.model.model.language_model, tiny_sdpa.model.lm_head
     layers = sum(p.nbytes for name, p in inner.named_parameters() if "embed" not in name)
     assert weights_read(tiny_sdpa) == layers + head.weight.nbytes
+
+
+def test_a_decoded_token_reads_the_experts_that_it_is_sent_to() -> None:
+    model = FAMILIES["qwen3_vl_moe"]("sdpa")
+    inner = hf.language_model(model.model)
+    of_experts = sum(weight.nbytes for name, weight in inner.named_parameters() if "experts" in name)
+    others = sum(w.nbytes for name, w in inner.named_parameters() if "experts" not in name and "embed" not in name)
+    assert of_experts > 0
+    assert weights_read(model) == others + of_experts // 2 + hf.output_embedding(model.model).weight.nbytes  # 2 of 4
+    one = result("mmtok", 64, 64)
+    one = one.model_copy(update={"tokens": one.tokens.model_copy(update={"new": 5})})
+    batches = [one, one.model_copy(update={"case": one.case.model_copy(update={"batch_size": 4})})]
+    alone, together = achieved(batches, weights_read=1000, experts=True)
+    assert alone.decode_bytes_per_second and together.decode_bytes_per_second is None
+    assert achieved(batches, weights_read=1000)[1].decode_bytes_per_second
 
 
 def test_every_family_has_such_weights(vlm: VisionLanguageModel) -> None:

@@ -519,6 +519,17 @@ def layer_group(text_config: Any) -> int:
     return next(size for size in range(1, len(kinds) + 1) if kinds[size:] == kinds[:-size])
 
 
+def expert_share(config: Any) -> float:
+    """The share of the experts of a layer that one token is sent to: 1 without a mixture of experts."""
+    experts = getattr(config.text_config, "num_experts", None)
+    return config.text_config.num_experts_per_tok / experts if experts else 1.0
+
+
+def is_of_experts(name: str) -> bool:
+    """Whether a parameter of this name holds weights of the experts of a layer, not of what chooses between them."""
+    return ".experts." in name
+
+
 def keep_layer_types(text_config: Any, layers: int) -> None:
     """Shorten the list of layer types, which only some architectures have, to the first `layers`."""
     if getattr(text_config, "layer_types", None):

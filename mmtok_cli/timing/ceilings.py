@@ -53,27 +53,37 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     )
 
 
-def achieved(results: Sequence[CaseResult], weights_read: int) -> list[Achieved]:
-    """The rates that the cases of a profile reached."""
-    return [_achieved(result, weights_read) for result in results]
+def achieved(results: Sequence[CaseResult], weights_read: int, *, experts: bool = False) -> list[Achieved]:
+    """The rates that the cases of a profile reached.
+
+    experts: whether the model is a mixture of experts. How many of them a batch reads depends on its tokens, so that
+    the rate of decoding is known for single sequences alone.
+    """
+    return [_achieved(result, None if experts and result.case.batch_size > 1 else weights_read) for result in results]
 
 
 def weights_read(model: VisionLanguageModel) -> int:
     """Bytes of weights that are read to decode one token: those of the language model and its head.
 
     The KV cache and the one row of the input embedding are not counted. Layers that are not run count as the last one
-    that is.
+    that is. Of a mixture of experts, those that one token is sent to count.
     """
     embedding = hf.input_embedding(model.model).weight
     head = hf.output_embedding(model.model).weight
     language_model = hf.language_model(model.model)
-    missing = int(missing_groups(model) * sum(map(stored_bytes, last_group(model).parameters())))
-    return (
-        stored_bytes(head) + missing + sum(stored_bytes(w) for w in language_model.parameters() if w is not embedding)
-    )
+    expert_share = hf.expert_share(model.model.config)
+
+    def read(module: Any) -> float:
+        return sum(
+            stored_bytes(weight) * (expert_share if hf.is_of_experts(name) else 1)
+            for name, weight in module.named_parameters()
+            if weight is not embedding
+        )
+
+    return stored_bytes(head) + round(missing_groups(model) * read(last_group(model)) + read(language_model))
 
 
-def _achieved(result: CaseResult, weights_read: int) -> Achieved:
+def _achieved(result: CaseResult, weights_read: int | None) -> Achieved:
     seconds = {stage: times.median for stage, times in result.seconds.items()}
     passes = result.tokens.new - 1  # the first token comes from the logits of the prefill
     return Achieved(
@@ -83,7 +93,7 @@ def _achieved(result: CaseResult, weights_read: int) -> Achieved:
             for stage, flops in result.flops.items()
             if flops > 0 and seconds[stage] > 0
         },
-        decode_bytes_per_second=weights_read * passes / seconds["decode"] if passes > 0 else None,
+        decode_bytes_per_second=weights_read * passes / seconds["decode"] if passes > 0 and weights_read else None,
     )
 
 
