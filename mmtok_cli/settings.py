@@ -863,7 +863,7 @@ def require_replay_alone(settings: ReplaySettings, given: Collection[str]) -> No
     """Refuse options beside --kept that say what to keep. given: those that were spelled out. Raises MMTokError."""
     if settings.kept is None:
         return
-    for name in ("method", "budget", "parameters", "draft", "engine", "budget_means", "budget_per"):
+    for name in ("method", "budget", "parameters", "seed", "draft", "engine", "budget_means", "budget_per"):
         if name in given:
             option = option_name(type(settings), name)
             raise MMTokError(
@@ -880,6 +880,11 @@ def require_consistent(settings: CompareSettings | ProfileSettings, given: Colle
         raise MMTokError("--compile needs a warm-up: the first runs compile", "use --warmup 1 or more")
     if isinstance(settings, CompareSettings) and settings.tasks is not None and "data" in given:
         raise MMTokError("--tasks and --data contradict each other", "omit --data, or --tasks")
+    if "budget" in given and all(own for _, own in settings.named_methods):
+        raise MMTokError(
+            "every method has a budget of its own, so that --budget has no effect",
+            "omit --budget, or the @ of a method",
+        )
     if {"new_tokens", "max_new_tokens"} <= set(given):
         raise MMTokError(
             "--new-tokens and --max-new-tokens contradict each other",

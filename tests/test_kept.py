@@ -118,7 +118,7 @@ def test_options_that_contradict_a_replay_are_refused(photo: Path, tmp_path: Pat
     kept = tmp_path / "kept.json"
     write_kept(kept, KeptFile(selections=(Kept(image=photo.name, indices=(3, 40)),)), {})
     assert run_json("infer", photo, QUESTION, "--kept", kept)["tokens"]["kept"] == 2  # as written by hand
-    for option in (("-b", 8), ("--method", "random"), ("--set", "mmtok.alpha=1"), ("--draft", "self")):
+    for option in (("-b", 8), ("--method", "random"), ("--set", "mmtok.alpha=1"), ("--draft", "self"), ("--seed", 1)):
         refused(run("infer", photo, QUESTION, "--kept", kept, *option), "has no effect")
     refused(run("infer", photo, QUESTION, "--method", "kept"), "replay a file by --kept FILE")
     twice = CompareSettings.of(methods="mmtok", budget="8", kept=[kept, kept])
