@@ -16,11 +16,11 @@ from mmtok_cli.data.samples import Sample
 from mmtok_cli.methods import make_method
 from mmtok_cli.methods.base import Method
 from mmtok_cli.models.base import VisionLanguageModel
+from mmtok_cli.option_values import TEXT_DRAFT
 from mmtok_cli.pipeline import answer
 from mmtok_cli.rules import ImageScale, Rules
 
 SELF = "self"
-TEXT = "text:"
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Draft:
     @property
     def writer(self) -> str | None:
         """The name of the other model that writes it."""
-        return None if self.source == SELF or self.source.startswith(TEXT) else self.source
+        return None if self.source == SELF or self.source.startswith(TEXT_DRAFT) else self.source
 
     def write(
         self,
@@ -53,8 +53,8 @@ class Draft:
         The model's own draft is a whole run of its own, image encoder included, with the same method, budget and scale;
         another model sees its whole image.
         """
-        if self.source.startswith(TEXT):
-            return [self.source.removeprefix(TEXT).strip()] * len(samples)
+        if self.source.startswith(TEXT_DRAFT):
+            return [self.source.removeprefix(TEXT_DRAFT).strip()] * len(samples)
         if self.source == SELF:
             said = answer(
                 model, method, samples, budget, rules=rules, max_new_tokens=self.tokens, image_scale=image_scale

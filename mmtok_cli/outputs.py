@@ -124,7 +124,7 @@ def _image_files(settings: CompareSettings) -> Iterator[Path]:
     """The images, videos and frames of a dataset, also those beyond --limit."""
     from mmtok_cli.data.datasets import open_dataset
     from mmtok_cli.data.samples import ClosedImages
-    from mmtok_cli.settings import column_names
+    from mmtok_cli.option_values import column_names
 
     dataset = open_dataset(
         settings.data,

@@ -15,12 +15,13 @@ from mmtok_cli.data.datasets import Dataset, open_dataset
 from mmtok_cli.data.names import parse_name
 from mmtok_cli.data.samples import Sample, batches
 from mmtok_cli.errors import MMTokError
+from mmtok_cli.option_values import column_names
 from mmtok_cli.profiles import known_profiles
 from mmtok_cli.results.records import CaseFailure, Plan, digest_of_samples, planned_case
 from mmtok_cli.results.schedule import rotation
 from mmtok_cli.results.schema import CaseId, Environment, OfCase, Record
 from mmtok_cli.rules import NATIVE
-from mmtok_cli.settings import CompareSettings, column_names
+from mmtok_cli.settings import CompareSettings
 
 SHOWN_ROUNDS = 5
 DEFAULT_ROUNDS = 30  # unless more are asked for: more would hardly narrow the intervals

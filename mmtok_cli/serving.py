@@ -35,6 +35,7 @@ from mmtok_cli.models.base import IMAGE_MARKER, VisionLanguageModel
 from mmtok_cli.models.devices import choose_device, choose_dtype
 from mmtok_cli.models.sources import missing_weights, source_of
 from mmtok_cli.models.without_weights import save_without_weights
+from mmtok_cli.option_values import image_size
 from mmtok_cli.pipeline import check_sample
 from mmtok_cli.planning import dataset_of, timed_samples
 from mmtok_cli.progress import Progress
@@ -57,7 +58,6 @@ from mmtok_cli.settings import (
     InferSettings,
     ModelSettings,
     ProfileSettings,
-    image_size,
 )
 from mmtok_cli.timing.load import summarise_load, whole_rounds
 from mmtok_cli.video import Video, Visual

@@ -5,21 +5,40 @@ The options of the commands are generated from these models (see cli/options.py)
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypedDict, cast, get_args
+from typing import Annotated, Any, Literal, Self, TypedDict, cast
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
-from mmtok_cli.budget import Budget, parse_budgets
+from mmtok_cli.budget import Budget
 from mmtok_cli.errors import MMTokError
+from mmtok_cli.option_values import (
+    LARGEST_BATCH,
+    BatchSizes,
+    Budgets,
+    ColumnNames,
+    Concurrencies,
+    Draft,
+    Grouping,
+    ImageSize,
+    Methods,
+    OneBudget,
+    OneTurnPolicy,
+    Pixels,
+    Retained,
+    Scale,
+    Scales,
+    Tasks,
+    TurnPolicies,
+    budgets_of,
+    methods_of,
+)
 from mmtok_cli.protocols import protocol_of
 from mmtok_cli.rules import (
-    FIXED,
     NATIVE,
     BudgetArea,
     BudgetMeaning,
@@ -27,8 +46,6 @@ from mmtok_cli.rules import (
     Positions,
     Rules,
     Track,
-    TurnPolicy,
-    fixed_tokens,
     require_scale,
 )
 from mmtok_cli.video import MOST_FRAMES, USUAL_FRAMES, Sampling
@@ -46,11 +63,8 @@ MOST_SAMPLES = 10_000_000
 MOST_NEW_TOKENS = 1_000_000
 MOST_PROMPT_TOKENS = 1_000_000
 MOST_REQUESTS = 100_000  # of a case in a round
-LARGEST_BATCH = 10_000
 LONGEST = 7 * 24 * 3600  # seconds
 LARGEST_SEED = 2**63 - 1  # that of torch's generators
-TEXT_DRAFT = "text:"  # begins a draft that is given as a text
-LARGEST_SIDE = 10_000  # pixels of an image
 FULL_SIZE = ("1",)  # the image scales, where none are named
 
 # Of `mmtok profile`, where nothing else is asked for.
@@ -64,7 +78,6 @@ USUAL_IMAGE = "1024x768"  # that people give to a model with crops or with image
 USUAL_LIMIT = 80  # samples of a comparison
 ENGINE_METHODS = ("mmtok", "random", "uniform")  # of a comparison through an engine, where none are named
 SEARCH_LIMIT = 2000  # and of a search for budgets, which stops as soon as it can
-LEAST_RETAINED, MOST_RETAINED = 10.0, 99.9  # percent; that all of it is kept can never be shown
 
 
 @dataclass(frozen=True)
@@ -82,184 +95,10 @@ class Option:
     complete: Literal["models", "methods", "parameters"] | None = None
 
 
-def _split(value: Any) -> Any:
-    """ "a, b,a" as ("a", "b"); other values as they are."""
-    parts = value.split(",") if isinstance(value, str) else value
-    if not isinstance(parts, (list, tuple)):
-        return parts
-    return tuple(dict.fromkeys(str(part).strip() for part in parts if str(part).strip()))
-
-
-def _methods(value: Any) -> Any:
-    names = _split(value)
-    if not names:
-        raise MMTokError("no method was named", "name some of those that `mmtok methods` lists")
-    return tuple(map(_method, names)) if isinstance(names, tuple) else names
-
-
-def _method(text: str) -> str:
-    """ "mmtok @ 64" as "mmtok@64"."""
-    name, at, budget = (part.strip() for part in text.partition("@"))
-    return f"{name}@{Budget.parse(budget)}" if at else name
-
-
-def _budgets(value: Any) -> Any:
-    if isinstance(value, (int, Budget)) and not isinstance(value, bool):
-        value = [value]
-    if not isinstance(value, (str, list, tuple)):
-        return value
-    text = value if isinstance(value, str) else ",".join(map(str, value))
-    return tuple(map(str, parse_budgets(text)))
-
-
-def _batch_sizes(value: Any) -> Any:
-    return _sizes(value, "batch size", "--batch-size 1,8")
-
-
-def _concurrencies(value: Any) -> Any:
-    return _sizes(value, "number of requests in flight", "--concurrency 1,4,16")
-
-
-def _sizes(value: Any, what: str, example: str) -> tuple[int, ...]:
-    sizes = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
-    for size in sizes:
-        if not re.fullmatch(r"\s*[0-9]{1,6}\s*", str(size)) or not 1 <= int(size) <= LARGEST_BATCH:
-            raise MMTokError(
-                f"{str(size).strip()!r} is not a {what}",
-                f"give one or several from 1 to {LARGEST_BATCH}, as in {example}",
-            )
-    return tuple(dict.fromkeys(map(int, sizes)))
-
-
-def _turn_policies(value: Any) -> Any:
-    policies = _split(value)
-    for policy in policies if isinstance(policies, tuple) else ():
-        _turn_policy(policy)
-    if policies == ():
-        _turn_policy("")
-    return policies
-
-
-def _turn_policy(value: str) -> str:
-    if value not in get_args(TurnPolicy):
-        raise MMTokError(f"--turns {value!r} is not a policy", f"choose among {', '.join(get_args(TurnPolicy))}")
-    return value
-
-
-def _scales(value: Any) -> Any:
-    """ "1,0.50" as ("1", "0.5")."""
-    scales = _split(value if isinstance(value, (str, list, tuple)) else [value])
-    if not scales:
-        require_scale("")
-    return tuple(dict.fromkeys(map(_scale, scales))) if isinstance(scales, tuple) else scales
-
-
-def _scale(value: Any) -> str:
-    scale = require_scale(value)
-    return scale if isinstance(scale, str) else f"{scale:.6g}"
-
-
-def _pixels(value: str) -> str:
-    tokens = fixed_tokens(value)
-    return NATIVE if tokens is None else f"{FIXED}{tokens}"
-
-
-def _budget(value: str) -> str:
-    return str(Budget.parse(value))
-
-
-def _share(value: Any) -> Any:
-    """ "98%" as it is, "0.98" as "98%"."""
-    if value is None:
-        return None
-    text = str(value).strip()
-    percent = re.fullmatch(r"([0-9]{1,3}(?:\.[0-9]{1,6})?)\s*%", text)
-    share = re.fullmatch(r"0?\.[0-9]{1,8}", text)
-    found = float(percent[1]) if percent else 100 * float(text) if share else None
-    if found is None or not LEAST_RETAINED <= found <= MOST_RETAINED:
-        raise MMTokError(
-            f"{text!r} is not a share of the score to be kept",
-            f"give {LEAST_RETAINED:g}% to {MOST_RETAINED:g}%, as in --retain 98%",
-        )
-    return f"{found:.6g}%"
-
-
-def _draft(value: str | None) -> str | None:
-    if value is not None and not value.removeprefix(TEXT_DRAFT).strip():
-        raise MMTokError("--draft names no draft", "as in --draft self, --draft qwen2.5-vl-3b or --draft text:red")
-    if value is not None:
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise MMTokError("--draft is not valid UTF-8", "enter it again") from error
-    return value
-
-
-def _image_size(value: str | None) -> str | None:
-    return value if value is None else "x".join(map(str, image_size(value)))
-
-
-def image_size(text: str) -> tuple[int, int]:
-    """Width and height in pixels, from "1280x960". Raises MMTokError for anything else."""
-    found = re.fullmatch(r"\s*([0-9]{1,6})\s*[xX×]\s*([0-9]{1,6})\s*", text)
-    size = (int(found[1]), int(found[2])) if found else (0, 0)
-    if not all(1 <= side <= LARGEST_SIDE for side in size):
-        raise MMTokError(
-            f"--image-size {text!r} is not a width and a height in pixels, each 1 to {LARGEST_SIDE}",
-            "as in --image-size 1280x960",
-        )
-    return size
-
-
-def _column_names(value: str | None) -> str | None:
-    column_names(value)
-    return value
-
-
-def column_names(text: str | None) -> dict[str, str]:
-    """Fields of a sample by their names in a dataset, from "question=text,answer=label".
-
-    Raises MMTokError for a part that is not `field=name`.
-    """
-    names: dict[str, str] = {}
-    if text is None:
-        return names
-    for part in filter(None, map(str.strip, text.split(","))):
-        field, _, name = (each.strip() for each in part.partition("="))
-        if not field or not name:
-            raise MMTokError(f"--columns {part!r} is not field=name", "as in --columns question=text,answer=label")
-        names[field] = name
-    if not names:
-        raise MMTokError("--columns names no column", "as in --columns question=text,answer=label")
-    return names
-
-
-def _tasks(value: Any) -> Any:
-    names = _split(value)
-    if names == ():
-        raise MMTokError("--tasks names no task", "as in --tasks pope,gqa; `lmms-eval tasks list` lists them")
-    return names
-
-
-def _group(value: str | None) -> str | None:
-    if value not in (None, "kind"):
-        raise MMTokError(f"--by {value!r} is not a way to group questions", "use --by kind, or omit it")
-    return value
-
-
 _SCALE = (
     "Encode smaller images. 0.5: half the width and height, a quarter of the patches. auto: each image decides by how "
     "much detail it shows (PACE), in a stage of its own."
 )
-
-Retained = Annotated[str | None, BeforeValidator(_share)]
-Methods = Annotated[tuple[str, ...], BeforeValidator(_methods)]
-Budgets = Annotated[tuple[str, ...], BeforeValidator(_budgets)]
-TurnPolicies = Annotated[tuple[TurnPolicy, ...], BeforeValidator(_turn_policies)]
-Tasks = Annotated[tuple[str, ...], BeforeValidator(_tasks)]
-Scales = Annotated[tuple[str, ...], BeforeValidator(_scales)]
-BatchSizes = Annotated[tuple[int, ...], BeforeValidator(_batch_sizes)]
-Concurrencies = Annotated[tuple[int, ...], BeforeValidator(_concurrencies)]
 
 
 class Settings(BaseModel):
@@ -308,7 +147,7 @@ class ModelSettings(Settings):
     quantization: Annotated[str | None, Option(panel=MODEL, metavar="int8|int4|bnb-8bit|bnb-4bit")] = Field(
         None, description="Quantize the weights of linear layers, by torchao or bitsandbytes."
     )
-    pixels: Annotated[str, AfterValidator(_pixels), Option(panel=MODEL, metavar="native|fixed:TOKENS")] = Field(
+    pixels: Annotated[Pixels, Option(panel=MODEL, metavar="native|fixed:TOKENS")] = Field(
         NATIVE,
         description="Resolution of images, for models that see them at their own. fixed:2048: every image is scaled to "
         "about 2048 vision tokens, as in papers.",
@@ -358,12 +197,10 @@ class ReductionSettings(Settings):
         0, ge=0, le=LARGEST_SEED, description="Seed of methods that draw at random, and of the order of cases."
     )
 
-    draft: Annotated[str | None, AfterValidator(_draft), Option(panel=REDUCTION, metavar="self|MODEL|text:TEXT")] = (
-        Field(
-            None,
-            description="First answer whose words a method covers beside those of the question: the model's own with "
-            "the same method and budget, that of another model, or a text. Its time is a stage of its own.",
-        )
+    draft: Annotated[Draft, Option(panel=REDUCTION, metavar="self|MODEL|text:TEXT")] = Field(
+        None,
+        description="First answer whose words a method covers beside those of the question: the model's own with "
+        "the same method and budget, that of another model, or a text. Its time is a stage of its own.",
     )
     draft_tokens: Annotated[int, Option(panel=REDUCTION)] = Field(
         16, ge=1, le=MOST_NEW_TOKENS, description="Maximum number of tokens of a draft."
@@ -393,10 +230,10 @@ class MethodSettings(Settings):
     method: Annotated[str, Option(("--method",), REDUCTION, complete="methods")] = Field(
         "mmtok", description="Reduction method (see `mmtok methods`)."
     )
-    budget: Annotated[str, AfterValidator(_budget), Option(("--budget", "-b"), REDUCTION)] = Field(
+    budget: Annotated[OneBudget, Option(("--budget", "-b"), REDUCTION)] = Field(
         "64", description="Vision tokens kept per image: 64, or 10% of them."
     )
-    image_scale: Annotated[str, BeforeValidator(_scale), Option(panel=REDUCTION, metavar="SCALE|auto")] = Field(
+    image_scale: Annotated[Scale, Option(panel=REDUCTION, metavar="SCALE|auto")] = Field(
         "1",
         description=f"{_SCALE} The method selects from what is left, and a --budget of 10% is one of the tokens at 1.",
     )
@@ -459,12 +296,10 @@ class InferSettings(ReplaySettings, OneCaseSettings, VideoSettings, EngineSettin
     max_new_tokens: Annotated[int, Option(panel=MEASUREMENT)] = Field(
         64, ge=1, le=MOST_NEW_TOKENS, description="Maximum number of new tokens."
     )
-    turns: Annotated[str, AfterValidator(_turn_policy), Option(panel=REDUCTION, metavar="reuse|reselect|union")] = (
-        Field(
-            "reuse",
-            description="Vision tokens at each --turn. reuse: those selected for the first question, in the KV cache. "
-            "reselect: selected again. union: the newly selected ones join those kept before.",
-        )
+    turns: Annotated[OneTurnPolicy, Option(panel=REDUCTION, metavar="reuse|reselect|union")] = Field(
+        "reuse",
+        description="Vision tokens at each --turn. reuse: those selected for the first question, in the KV cache. "
+        "reselect: selected again. union: the newly selected ones join those kept before.",
     )
     encode_again: Annotated[bool, Option(("--encode-again",), REDUCTION)] = Field(
         False, description="Encode images again for each selection at a --turn, in place of keeping encoder outputs."
@@ -627,7 +462,7 @@ class ProfileSettings(CasesSettings, EngineSettings):
         le=MOST_RUNS,
         description=f"Untimed runs of each case. Default: {PROFILE_WARMUP}, 1 where --max-time applies.",
     )
-    image_size: Annotated[str | None, AfterValidator(_image_size), Option(panel=DATA, metavar="WIDTHxHEIGHT")] = Field(
+    image_size: Annotated[ImageSize, Option(panel=DATA, metavar="WIDTHxHEIGHT")] = Field(
         None,
         description="Size in pixels that the image is resized to. Default: a file keeps its own; the drawn scene is "
         f"{USUAL_IMAGE}, with the demo model that of its training.",
@@ -679,7 +514,7 @@ class CompareSettings(CasesSettings, EngineSettings):
         "resize, whose errors split the samples into two groups. unipruneb (UniPruneBench): a third, two ninths and a "
         "ninth of the tokens, beside random methods drawn three times.",
     )
-    by: Annotated[str | None, AfterValidator(_group), Option(panel=REDUCTION, metavar="kind")] = Field(
+    by: Annotated[Grouping, Option(panel=REDUCTION, metavar="kind")] = Field(
         None, description="kind: find the budget of --retain for each kind of question."
     )
     warmup: Annotated[int, Option(panel=MEASUREMENT)] = Field(
@@ -732,7 +567,7 @@ class CompareSettings(CasesSettings, EngineSettings):
         description="Metric that judges the answers: exact, yes-no (POPE), mme, vqav2, textvqa, anls (DocVQA), choice, "
         "relaxed (ChartQA) or task (that of --tasks). Default: that of the dataset.",
     )
-    columns: Annotated[str | None, AfterValidator(_column_names), Option(panel=DATA, metavar="FIELD=NAME,…")] = Field(
+    columns: Annotated[ColumnNames, Option(panel=DATA, metavar="FIELD=NAME,…")] = Field(
         None,
         description="Names that the data uses for image, question, questions, answer, answers, choices, id and kind.",
     )
@@ -755,8 +590,8 @@ class CompareSettings(CasesSettings, EngineSettings):
         if values.get("protocol") is None:
             return super().of(**values)
         protocol = protocol_of(values["protocol"])
-        methods = _methods(values["methods"]) if "methods" in values else protocol.methods
-        if values.get("budget") is not None and _budgets(values["budget"]) != protocol.budgets:
+        methods = methods_of(values["methods"]) if "methods" in values else protocol.methods
+        if values.get("budget") is not None and budgets_of(values["budget"]) != protocol.budgets:
             raise MMTokError(
                 f"--protocol {values['protocol']} has budgets of its own: {', '.join(protocol.budgets)}",
                 "omit --budget, or --protocol",

@@ -18,8 +18,9 @@ from mmtok_cli.cases import Case
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.methods import make_method
 from mmtok_cli.models.llava import Llava
+from mmtok_cli.option_values import LARGEST_BATCH
 from mmtok_cli.report.cells import largest_batch_cell
-from mmtok_cli.settings import LARGEST_BATCH, AnswerLength
+from mmtok_cli.settings import AnswerLength
 from mmtok_cli.timing import capacity
 from mmtok_cli.timing.capacity import fitting, largest_batch, line, search
 

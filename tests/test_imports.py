@@ -28,11 +28,12 @@ ALLOWED = {
     "fallback": SHARED
     | {"cases", "configuration", "data", "drafts", "image_plan", "lengths", "models", "profiles"}
     | {"progress", "settings", "timing"},
-    "settings": {"budget", "errors", "protocols", "rules", "video"},
+    "settings": {"budget", "errors", "option_values", "protocols", "rules", "video"},
+    "option_values": {"budget", "errors", "rules"},
     "protocols": {"errors"},
     "kept": {"errors", "files", "tokens"},
     "progress": {"errors"},
-    "planning": {"cases", "data", "profiles", "results", "settings", "errors", "rules"},
+    "planning": {"cases", "data", "profiles", "results", "option_values", "settings", "errors", "rules"},
     "api": SHARED
     | {"cases", "comparison", "configuration", "conversation", "data", "evaluation", "methods", "models", "pipeline"}
     | {"results", "retention", "settings", "timing"},
@@ -44,11 +45,11 @@ ALLOWED = {
     "conversation": SHARED | {"models", "methods", "data", "decoding", "image_plan", "pipeline"},
     # Plain data: neither what measures it nor what runs a model.
     "results": {"__version__", "results", "kept", "data", "settings", "budget", "errors", "files", "rules", "stages"},
-    "drafts": SHARED | {"pipeline", "models", "methods", "data"},
+    "drafts": SHARED | {"option_values", "pipeline", "models", "methods", "data"},
     "cases": SHARED | {"drafts", "pipeline", "models", "methods", "results", "data"},
     "timing": SHARED
     | {"timing", "cases", "hooks", "conversation", "pipeline", "decoding", "models", "methods", "results", "data"}
-    | {"files", "settings"},
+    | {"files", "option_values", "settings"},
     "evaluation": SHARED
     | {
         "evaluation",
@@ -65,7 +66,7 @@ ALLOWED = {
     "summary": {"evaluation", "precision", "stages", "timing", "results", "turns"},
     "precision": SHARED | {"cases", "data", "models", "pipeline", "results"},
     "turns": {"evaluation", "timing", "results"},
-    "report": SHARED | {"report", "results", "planning", "progress", "settings", "files", "profiles"},
+    "report": SHARED | {"report", "results", "planning", "progress", "option_values", "settings", "files", "profiles"},
     "integrations": SHARED
     | {
         "integrations",
@@ -91,7 +92,7 @@ ALLOWED = {
     "rules": {"errors"},
     "profiles": {"errors"},
     "files": {"errors"},
-    "outputs": {"data", "errors", "files", "profiles", "results", "settings"},
+    "outputs": {"data", "errors", "files", "option_values", "profiles", "results", "settings"},
     "environment": {"__version__", "timing", "results", "models"},
 }
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mmtok_cli.cli.options import OUTPUT, PLOTS, JsonOption, QuietOption, given_options, with_options
-from mmtok_cli.settings import MEASUREMENT, USUAL_IMAGE, ProfileSettings, image_size, require_consistent
+from mmtok_cli.option_values import image_size
+from mmtok_cli.settings import MEASUREMENT, USUAL_IMAGE, ProfileSettings, require_consistent
 
 if TYPE_CHECKING:
     from mmtok_cli.data.samples import Sample

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
+from mmtok_cli.option_values import LARGEST_BATCH
 from mmtok_cli.report.units import number, points, ratio, share, shares
 from mmtok_cli.results.schema import CaseResult, FailedCase
-from mmtok_cli.settings import LARGEST_BATCH
 
 if TYPE_CHECKING:
     from mmtok_cli.results.schema import Comparison, Speedup, TaskResult, TurnResult

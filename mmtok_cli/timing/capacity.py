@@ -13,9 +13,10 @@ from mmtok_cli.errors import is_out_of_memory
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.models.quantization import stored_bytes
 from mmtok_cli.models.room import free_memory
+from mmtok_cli.option_values import LARGEST_BATCH
 from mmtok_cli.pipeline import Answers
 from mmtok_cli.results.schema import LargestBatch
-from mmtok_cli.settings import LARGEST_BATCH, AnswerLength
+from mmtok_cli.settings import AnswerLength
 from mmtok_cli.stages import unwatched
 from mmtok_cli.timing.memory import peak_memory
 from mmtok_cli.timing.partial import last_group, missing_groups, missing_layers
