@@ -591,15 +591,16 @@ def _cut_images(
     """What the context inside the language model needs of each image; nothing where no image is cut there."""
     if not any(image.cuts for image in images):
         return []
-    starts = model.image_starts(inputs["input_ids"], [image.selection.kept for image in images])
+    vision, kept = [image.vision for image in images], [image.selection.kept for image in images]
+    starts = model.image_starts(inputs["input_ids"], vision, kept)
     cut = []
     for (row, start), image in zip(starts, images, strict=True):
-        vision, entered, eligible = image.vision, None, image.eligible
+        seen, entered, eligible = image.vision, None, image.eligible
         if method.selects():
             entered = image.selection.indices
             eligible = eligible[entered] | (entered < 0)
         queries, choose = partial(hooks.queries, method), partial(hooks.choose, method)
-        cut.append(CutImage(row, start, eligible, vision.image_id, image.cuts, queries, choose, vision, entered))
+        cut.append(CutImage(row, start, eligible, seen.image_id, image.cuts, queries, choose, seen, entered))
     return cut
 
 

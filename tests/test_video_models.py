@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,7 +21,7 @@ from mmtok_cli.pipeline import answer, reduce
 from mmtok_cli.rules import Rules, Track
 from mmtok_cli.video import Video
 
-SEEING = ("qwen2_5_vl", "qwen3_5", "qwen3_vl", "qwen3_vl_moe")
+SEEING = ("llava_onevision", "qwen2_5_vl", "qwen3_5", "qwen3_vl", "qwen3_vl_moe")
 SIDE = 2 * PATCH  # pixels of a vision token
 
 
@@ -45,9 +47,25 @@ def model(request: pytest.FixtureRequest) -> VisionLanguageModel:
     return found
 
 
+def of_slice(model: VisionLanguageModel, video: Video) -> int:
+    """Vision tokens of each slice in time."""
+    return model.total(video) // model.slices(video)
+
+
+def kept_of_slices(model: VisionLanguageModel, video: Video, kept: torch.Tensor) -> list[int]:
+    return torch.bincount(kept // of_slice(model, video), minlength=model.slices(video)).tolist()
+
+
 def stock(model: VisionLanguageModel, sample: Sample) -> dict[str, Any]:
     """What transformers' own forward takes, pixels and all."""
     prompt = model.prepare([sample.question], [sample.images], [sample.image_ids], [None] * len(sample.images))
+    videos = [i for i, image in enumerate(sample.images) if isinstance(image, Video)]
+    if model.family == "llava_onevision":
+        found = {"input_ids": prompt.input_ids, "attention_mask": prompt.attention_mask}
+        for i in {*range(len(sample.images))} - {*videos}:
+            size = torch.tensor([sample.images[i].size[::-1]])
+            found |= {"pixel_values": prompt.pixel_values[i], "image_sizes": size}
+        return found | {"pixel_values_videos": torch.stack([prompt.pixel_values[i] for i in videos])}
     image_token, video_token = model.placeholder_ids
     kinds = (prompt.input_ids == image_token).int() + 2 * (prompt.input_ids == video_token).int()
     inputs: dict[str, Any] = {
@@ -56,7 +74,7 @@ def stock(model: VisionLanguageModel, sample: Sample) -> dict[str, Any]:
         "mm_token_type_ids": kinds,
     }
     for name, suffix, wanted in (("image", "", False), ("video", "_videos", True)):
-        mine = [i for i, image in enumerate(sample.images) if isinstance(image, Video) == wanted]
+        mine = [i for i in range(len(sample.images)) if (i in videos) == wanted]
         if mine:
             inputs[f"pixel_values{suffix}"] = torch.cat([prompt.pixel_values[i] for i in mine])
             grids = [(max(1, model.slices(sample.images[i])), *model.whole_grid(sample.images[i])) for i in mine]
@@ -79,19 +97,31 @@ def stock(model: VisionLanguageModel, sample: Sample) -> dict[str, Any]:
 )
 def test_all_tokens_give_the_logits_of_transformers(model: VisionLanguageModel, sample: Sample) -> None:
     """Bit for bit, for a prompt of one kind; images and videos together are encoded in one pass here, in two there."""
+    if model.family == "llava_onevision":  # whose videos must have equally many frames in transformers alone
+        alike = [
+            image.part([0, 1, 2]) if isinstance(image, Video) and len(image) > 3 else image for image in sample.images
+        ]
+        sample = replace(sample, images=tuple(alike))
+    inputs = stock(model, sample)
     with torch.inference_mode():
-        expected = model.model(**stock(model, sample), logits_to_keep=1).logits[:, -1]
-    found = answer(model, method_class("full")(), [sample], None, max_new_tokens=1).first_logits
+        expected = model.model(**inputs, logits_to_keep=1).logits[:, -1]
+        said = model.model.generate(**inputs, max_new_tokens=3, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    found = answer(model, method_class("full")(), [sample], None, max_new_tokens=3)
+    assert found.token_ids.tolist() == said.tolist()
     if len({type(image) for image in sample.images}) == 1:
-        assert torch.equal(found, expected)
+        assert torch.equal(found.first_logits, expected)
     else:
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found.first_logits, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_frames_become_the_patches_of_the_reference(model: VisionLanguageModel) -> None:
     """The layout of transformers' video processor, which cannot be loaded without torchvision, written out."""
     video = film(3)
     pixels = model.pixels(video, None)
+    if model.family == "llava_onevision":  # each frame is what an image's view of the whole is
+        views = [model.processor.image_processor(f, return_tensors="pt") for f in video.frames.images]
+        assert torch.equal(pixels, torch.stack([each["pixel_values"][0, 0] for each in views]))
+        return
     frames = [model.processor.image_processor(f, do_resize=False, return_tensors="pt") for f in video.frames.images]
     whole = torch.stack([_picture(each["pixel_values"], 3, 5) for each in frames])  # [frames, 3, height, width]
     whole = torch.cat([whole, whole[-1:]])
@@ -108,15 +138,19 @@ def _picture(patches: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
 
 def test_each_slice_keeps_its_times_and_places(model: VisionLanguageModel) -> None:
     """What is kept of a slice stands in the slice's part of the prompt, with the positions of the whole."""
-    sample, method = about(film(5)), method_class("random")()
-    whole = reduce(model, method_class("full")(), [sample], None)
-    some = reduce(model, method, [sample], Budget(count=11))
+    sample, method, rules = about(film(5)), method_class("random")(), Rules(positions="keep")
+    whole = reduce(model, method_class("full")(), [sample], None, rules=rules)
+    some = reduce(model, method, [sample], Budget(count=11), rules=rules)
     kept = some.selections[0].indices
-    assert some.vision[0].slices == 3 and kept.tolist() == sorted(kept.tolist())
+    slices = len(sample.images[0]) if model.family == "llava_onevision" else 3
+    assert some.vision[0].slices == slices and kept.tolist() == sorted(kept.tolist())
     marks = torch.tensor(model.placeholder_ids)
     before, after = (torch.isin(r.inputs["input_ids"][0], marks).nonzero().squeeze(1) for r in (whole, some))
-    expected = whole.inputs["position_ids"][1:, 0, before[kept]]
-    assert torch.equal(some.inputs["position_ids"][1:, 0, after], expected)
+    if model.family == "llava_onevision":  # the row behind the video stays
+        kept = torch.cat([kept, torch.tensor([len(before) - 1])])
+    assert len(after) == len(kept)
+    positions = [r.inputs["position_ids"].view(-1, r.inputs["input_ids"].shape[1]) for r in (whole, some)]
+    assert torch.equal(positions[1][-3:, after], positions[0][-3:, before[kept]])
     text = [[i for i in r.inputs["input_ids"][0].tolist() if i not in model.placeholder_ids] for r in (whole, some)]
     assert text[0] == text[1]
     if model.family == "qwen3_vl":  # the tokens between two times are those of the slice between them
@@ -128,7 +162,31 @@ def test_each_slice_keeps_its_times_and_places(model: VisionLanguageModel) -> No
             place += token == start
             if token in model.placeholder_ids:
                 counts[place] += 1
-        assert counts == [int(((kept >= 15 * i) & (kept < 15 * (i + 1))).sum()) for i in range(3)]
+        assert counts == kept_of_slices(model, sample.images[0], kept)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("size", [(230, 130), (90, 200)])
+def test_patches_of_frames_land_where_they_were_seen(model: VisionLanguageModel, size: tuple[int, int]) -> None:
+    """As in tests/test_pipeline.py for images: the boxes of frames of any shape, of their own size and made smaller."""
+    model.fixed_tokens = 40
+    for name, parameter in model.model.named_parameters():
+        if re.search(r"(out_proj|attn\.proj)\.(weight|bias)$", name):
+            parameter.zero_()
+    dark = Image.new("RGB", size)
+    slices = model.slices(film(4))
+
+    def seen(images: list[Image.Image], grid: tuple[int, int] | None) -> torch.Tensor:
+        video = Video.of(tuple(images), (0.0, 1.0, 2.0, 3.0), 1.0)
+        return model.encode(model.prepare(["Is there a star?"], [[video]], [["x"]], [grid]))[0].features
+
+    for grid in (None, (2 * slices, 2)):
+        baseline = seen([dark] * 4, grid)
+        for panel in model.panels(Video.of((dark,) * 4, (0.0, 1.0, 2.0, 3.0), 1.0), grid):
+            for token, box in [*zip(panel.tokens, panel.boxes, strict=True)][:: max(1, len(panel.tokens) // 5)]:
+                images = [dark.copy() for _ in range(4)]
+                images[panel.frame].paste((255, 255, 255), tuple(map(round, box)))  # type: ignore[arg-type]
+                assert int((seen(images, grid) - baseline).norm(dim=-1).argmax()) == token, panel.title
 
 
 def video_methods() -> list[str]:
@@ -169,9 +227,10 @@ def test_methods_reduce_videos_exactly_and_alike_in_batches(model: VisionLanguag
 
 
 def test_evs_keeps_the_first_slice_and_what_moves(model: VisionLanguageModel) -> None:
-    reduced = reduce(model, method_class("evs")(), [about(film(8, step=4))], Budget(percent=40))
-    kept = reduced.selections[0].indices
-    assert kept[:15].tolist() == list(range(15)) and len(kept) == 24
+    video = film(8, step=4)
+    kept = reduce(model, method_class("evs")(), [about(video)], Budget(percent=40)).selections[0].indices
+    first = of_slice(model, video)
+    assert kept[:first].tolist() == list(range(first)) and len(kept) == int(0.4 * model.total(video))
 
 
 @pytest.mark.parametrize("name", ["evs", "vidcom2"])
@@ -190,35 +249,42 @@ def test_families_of_images_refuse_videos(family: str) -> None:
 
 def test_resize_and_scale_make_all_frames_smaller(model: VisionLanguageModel) -> None:
     sample = about(film(6))
+    slices = model.slices(sample.images[0])
     smaller = reduce(model, method_class("resize")(), [sample], Budget(count=20))
-    assert smaller.tokens[0].kept <= 20 and smaller.tokens[0].kept % 3 == 0
+    assert 0.85 * (20 // slices) * slices <= smaller.tokens[0].kept <= 20 and smaller.tokens[0].kept % slices == 0
     half = reduce(model, method_class("mmtok")(), [sample], Budget(count=9), image_scale=0.5)
-    assert half.tokens[0].encoded == (3 * 2 * 2,) and half.tokens[0].kept == 9
+    assert half.tokens[0].encoded == (slices * 2 * 2,) and half.tokens[0].kept == 9
     auto = reduce(model, method_class("full")(), [sample], None, image_scale="auto")
-    assert sum(auto.tokens[0].encoded or (45,)) % 3 == 0
+    assert sum(auto.tokens[0].encoded or (slices,)) % slices == 0
+    least = reduce(model, method_class("resize")(), [sample], Budget(count=1))
+    assert least.tokens[0].kept == slices and least.tokens[0].short
 
 
 def test_the_first_slice_of_evs_is_that_of_the_smaller_video(model: VisionLanguageModel) -> None:
-    reduced = reduce(model, method_class("evs")(), [about(film(6))], Budget(percent=10), image_scale=0.5)
-    assert reduced.tokens[0].encoded == (12,) and reduced.tokens[0].kept == 4
+    total, encoded = model.total(film(6)), 4 * model.slices(film(6))
+    reduced = reduce(model, method_class("evs")(), [about(film(6))], Budget(percent=5), image_scale=0.5)
+    assert reduced.tokens[0].encoded == (encoded,) and reduced.tokens[0].kept == 4
     more = reduce(model, method_class("evs")(), [about(film(6))], Budget(percent=20), image_scale=0.5)
-    assert more.tokens[0].kept == 9 and not more.tokens[0].short
+    assert more.tokens[0].kept == int(0.2 * total) and not more.tokens[0].short
     most = reduce(model, method_class("evs")(), [about(film(6))], Budget(percent=50), image_scale=0.5)
-    assert most.tokens[0].kept == 12 and most.tokens[0].short
+    assert most.tokens[0].kept == encoded and most.tokens[0].short
 
 
 def test_fewer_frames_are_evenly_spaced_and_whole(model: VisionLanguageModel) -> None:
     sample = about(film(12))
     reduced = reduce(model, method_class("uniform:frames")(), [sample], Budget(percent=50))
     seen = reduced.prompt.images[0]
-    assert isinstance(seen, Video) and reduced.tokens[0].kept == 45 and reduced.tokens[0].total == 90
-    assert seen.frames.times == (1.0, 1.5, 3.0, 3.5, 5.0, 5.5) and seen.frames.fps == 1.0
+    total = model.total(sample.images[0])
+    assert isinstance(seen, Video) and reduced.tokens[0].kept == total // 2 and reduced.tokens[0].total == total
+    by_frame = model.family == "llava_onevision"
+    chosen = (0.5, 1.5, 2.5, 3.5, 4.5, 5.5) if by_frame else (1.0, 1.5, 3.0, 3.5, 5.0, 5.5)  # slices of two frames
+    assert seen.frames.times == chosen and seen.frames.fps == 1.0
     logits = answer(model, method_class("full")(), [about(seen)], None, max_new_tokens=1).first_logits
     assert torch.equal(
         answer(model, method_class("uniform:frames")(), [sample], Budget(percent=50)).first_logits, logits
     )
     short = reduce(model, method_class("uniform:frames")(), [sample], Budget(count=3))
-    assert short.tokens[0].kept == 15 and short.tokens[0].short
+    assert short.tokens[0].kept == of_slice(model, sample.images[0]) and short.tokens[0].short
 
 
 def test_harmonised_track(model: VisionLanguageModel) -> None:
@@ -233,9 +299,10 @@ def test_harmonised_track(model: VisionLanguageModel) -> None:
 @pytest.mark.parametrize("name", ["mmtok", "mmtok:stack", "visionzip", "divprune", "random", "uniform", "hiprune"])
 def test_a_budget_per_frame_is_spread_evenly(model: VisionLanguageModel, name: str, track: Track) -> None:
     rules = Rules(track=track, budget_per="frame")
-    reduced = reduce(model, method_class(name)(), [about(film(6))], Budget(count=14), rules=rules)
-    kept = reduced.selections[0].indices
-    assert [int(((kept >= 15 * i) & (kept < 15 * (i + 1))).sum()) for i in range(3)] == [5, 5, 4]
+    slices = model.slices(film(6))
+    reduced = reduce(model, method_class(name)(), [about(film(6))], Budget(count=5 * slices - 1), rules=rules)
+    kept = kept_of_slices(model, film(6), reduced.selections[0].indices)
+    assert kept == [5] * (slices - 1) + [4]
     whole = answer(model, method_class(name)(), [about(film(6))], Budget(percent=100), rules=rules, max_new_tokens=1)
     full = answer(model, method_class("full")(), [about(film(6))], None, max_new_tokens=1)
     assert torch.equal(whole.first_logits, full.first_logits)

@@ -333,7 +333,7 @@ def test_bad_options_and_models_are_one_line(tiny_directory: Path, qwen: Path, c
     refused(run("infer", clip, QUESTION, "--model", qwen, "--budget-per", "slice"), "'slice'")
 
 
-@pytest.mark.parametrize("name", ["qwen2.5-vl-7b", "qwen3-vl-8b", "qwen3.5-4b"])
+@pytest.mark.parametrize("name", ["llava-onevision-7b", "qwen2.5-vl-7b", "qwen3-vl-8b", "qwen3.5-4b"])
 def test_profiles_say_how_many_tokens_a_frame_has(name: str) -> None:
     from mmtok_cli.models import outline
     from mmtok_cli.profiles import known_profiles

@@ -10,6 +10,7 @@ family differs:
     stand_in_processor  for `--weights random` without any download
     image_text, placeholders, reserved  how images are written in a prompt
     keep, unencoded, released_words, position_ids, encoded_images, first_cut
+    sees_videos, slices, has_text_within, placeholders_behind  for videos
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.nn.functional import pad
 
-from mmtok_cli.budget import Budget
+from mmtok_cli.budget import Budget, UnmetBudgetError
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.models import hf
 from mmtok_cli.models.foreign_errors import COMPARE, errors_as
@@ -185,7 +186,7 @@ class VisionLanguageModel(ABC):
         if isinstance(image, Video):
             raise MMTokError(
                 f"{self.name} sees images only, and this is a video",
-                "use a model of Qwen2.5-VL, Qwen3-VL or Qwen3.5; `mmtok models` lists them",
+                "use a model of Qwen2.5-VL, Qwen3-VL, Qwen3.5 or LLaVA-OneVision; `mmtok models` lists them",
             )
         return image
 
@@ -266,11 +267,19 @@ class VisionLanguageModel(ABC):
 
     def shortened(self, image: Visual, slices: int) -> Visual:
         """A video of which only so many slices in time are left, evenly spaced."""
-        raise NotImplementedError
+        assert isinstance(image, Video)  # an image has no slices
+        count = self.slices(image)
+        pace = frames_of_slice(image, count)
+        chosen = [(2 * i + 1) * count // (2 * slices) for i in range(slices)]
+        return image.part([frame for i in chosen for frame in range(i * pace, min((i + 1) * pace, len(image)))])
 
     def has_text_within(self, image: Visual) -> bool:
         """Whether text stands between the vision tokens of an image in a prompt, as the times of a video's slices."""
         return False
+
+    def placeholders_behind(self, vision: VisionTokens) -> int:
+        """Placeholders behind those of an image's vision tokens that stand for none of them, and always stay."""
+        return 0
 
     def keep(self, image: Visual, budget: Budget, track: Track) -> int:
         """Vision tokens to keep of the image. Raises UnmetBudgetError for a budget that it cannot meet."""
@@ -490,7 +499,7 @@ class VisionLanguageModel(ABC):
         Raises MMTokError where positions should be kept and a token has none.
         """
         live = prompt.attention_mask.bool()
-        places = self.image_places(prompt.input_ids, [v.total for v in vision])
+        places = self.image_places(prompt.input_ids, vision, [v.total for v in vision])
         for (row, columns), image, selection in zip(places, prompt.images, selections, strict=True):
             # The first placeholders are reused for whichever tokens are kept, in whichever order. Where there is text
             # between them every token keeps its own.
@@ -507,7 +516,7 @@ class VisionLanguageModel(ABC):
 
         def sources() -> Tensor:
             padded = columns.masked_fill(~mask, live.shape[1])
-            begin = self.image_starts(ids, [selection.kept for selection in selections])
+            begin = self.image_starts(ids, vision, [selection.kept for selection in selections])
             moved = [i for i, image in enumerate(prompt.images) if not self.has_text_within(image)]
             starts = [int(places[i][1][0]) if selections[i].kept else 0 for i in moved]
             return _sources(padded, starts, [begin[i] for i in moved], [selections[i] for i in moved], self.device)
@@ -563,20 +572,25 @@ class VisionLanguageModel(ABC):
                 "leave out --compile, or these methods",
             )
 
-    def image_places(self, input_ids: Tensor, totals: Sequence[int]) -> list[tuple[int, Tensor]]:
+    def image_places(
+        self, input_ids: Tensor, vision: Sequence[VisionTokens], totals: Sequence[int]
+    ) -> list[tuple[int, Tensor]]:
         """The row of each image and the columns of its `totals` placeholders, [total]; -1 for the row without any."""
         rows, columns = torch.isin(on_host(input_ids), torch.tensor(self.placeholder_ids)).nonzero(as_tuple=True)
-        starts, found = accumulate(totals, initial=0), rows.tolist()
+        lengths = [n + self.placeholders_behind(v) for n, v in zip(totals, vision, strict=True)]
+        starts, found = accumulate(lengths, initial=0), rows.tolist()
         return [
             (found[start] if n else -1, columns[start : start + n]) for start, n in zip(starts, totals, strict=False)
         ]
 
-    def image_starts(self, input_ids: Tensor, totals: Sequence[int]) -> list[tuple[int, int]]:
+    def image_starts(
+        self, input_ids: Tensor, vision: Sequence[VisionTokens], totals: Sequence[int]
+    ) -> list[tuple[int, int]]:
         """(row, column) of each image's first placeholder; each image has `totals` adjacent ones.
 
         (-1, -1) for an image without any.
         """
-        places = self.image_places(input_ids, totals)
+        places = self.image_places(input_ids, vision, totals)
         return [(row, int(columns[0]) if len(columns) else -1) for row, columns in places]
 
 
@@ -629,6 +643,29 @@ def without_values(eligible: Tensor, grid: Grid, crops: Crops | None = None) -> 
     """Vision tokens of which only the number and the layout are known. eligible: [tokens]."""
     nothing = torch.empty(len(eligible), 0)
     return VisionTokens(nothing, nothing, grid, eligible, "", lambda features: features, crops=crops)
+
+
+def frames_of_slice(video: Video, slices: int) -> int:
+    """Frames of each of a video's slices in time; the last slice may have fewer."""
+    return -(-len(video) // slices)
+
+
+def slice_panels(video: Video, slices: int, grid: Grid) -> list[Panel]:
+    """A panel for each slice in time, with its time, over its first frame. grid: of each slice."""
+    pace, count, boxes = frames_of_slice(video, slices), grid[0] * grid[1], cells(grid, (0, 0, *video.size))
+    return [
+        Panel(f"{video.frames.times[i * pace]:.1f} s", grid, tuple(range(i * count, (i + 1) * count)), boxes, i * pace)
+        for i in range(slices)
+    ]
+
+
+def unmet_by_slices(slices: int) -> UnmetBudgetError:
+    """The error for a smaller video of fewer tokens than slices in time."""
+    return UnmetBudgetError(
+        f"a video of {slices} slices in time cannot be made smaller than a token for each",
+        f"choose {slices} tokens or more, or sample fewer --frames",
+        nearest=slices,
+    )
 
 
 def cells(grid: Grid, area: Box) -> tuple[Box, ...]:

@@ -630,15 +630,16 @@ def encoded_images(
     *,
     deepstack: Sequence[Sequence[Tensor]] | None = None,
     stacked: bool = False,
+    stacked_videos: bool = False,
 ) -> dict[str, Any]:
     """Arguments of a forward pass whose images are encoded already.
 
-    rows: [kept, dim] of each image. videos: which of them are videos, if any. stacked: the architecture takes one
-    tensor of them all, not a list. deepstack: for each of the first decoder layers, [kept, dim] of each image. Made for
-    each call, since beam search changes them in place.
+    rows: [kept, dim] of each image. videos: which of them are videos, if any. stacked, stacked_videos: the architecture
+    takes one tensor of all images, or of all videos, not a list. deepstack: for each of the first decoder layers,
+    [kept, dim] of each image. Made for each call, since beam search changes them in place.
     """
 
-    def output(chosen: Sequence[int]) -> Any:
+    def output(chosen: Sequence[int], stacked: bool) -> Any:
         mine = [rows[i] for i in chosen]
         if deepstack is None:
             images = torch.cat(mine)[None] if stacked else mine
@@ -648,8 +649,8 @@ def encoded_images(
 
     films = [i for i, is_video in enumerate(videos) if is_video]
     images = [i for i in range(len(rows)) if i not in films]
-    found = {"image": output(images)} if images or not films else {}
-    return {"mm_encoder_outputs": _Encoded(found | ({"video": output(films)} if films else {}))}
+    found = {"image": output(images, stacked)} if images or not films else {}
+    return {"mm_encoder_outputs": _Encoded(found | ({"video": output(films, stacked_videos)} if films else {}))}
 
 
 _reads = threading.local()  # kinds: the encoder outputs that this thread's forward pass has read
@@ -999,6 +1000,18 @@ def pack_onevision(
     )
     rows: Tensor = packed[0]
     return rows
+
+
+def pool_frames(model: Any, features: Tensor) -> Tensor:
+    """LLaVA-OneVision's rows of a video's frames, made fewer: [frames, patches, dim] to [frames, tokens, dim]."""
+    rows: Tensor = call(part(model, "model.apply_pooling"), features)
+    return rows
+
+
+def newline(model: Any) -> Tensor:
+    """The row that ends a line of an image, or a whole video: [dim]."""
+    row: Tensor = part(model, "model.image_newline")
+    return row
 
 
 # ---------------------------------------------------------------------------------------------------------------------

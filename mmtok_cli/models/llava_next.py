@@ -19,7 +19,7 @@ from mmtok_cli.rules import Track
 from mmtok_cli.stages import Stage, unwatched
 from mmtok_cli.tokens import PADDING, Crops, VisionTokens
 from mmtok_cli.values import mirrored, to_device
-from mmtok_cli.video import Visual
+from mmtok_cli.video import Video, Visual
 
 
 @dataclass(frozen=True)
@@ -153,9 +153,9 @@ class LlavaNext(ClipEncoded):
             )
             for i, count in zip(members, counts, strict=True):
                 mine, tiles = tiles[:count], tiles[count:]
-                whole = prompt.grids[i] is None
                 image, image_id = prompt.images[i], prompt.image_ids[i]
-                tokens[i] = self._packed(mine, image, image_id) if whole else replace(mine[0], image_id=image_id)
+                in_parts = prompt.grids[i] is None or isinstance(image, Video)  # crops, or frames
+                tokens[i] = self._packed(mine, image, image_id) if in_parts else replace(mine[0], image_id=image_id)
         return [tokens[i] for i in range(len(prompt.images))]
 
     def panels(self, image: Visual, grid: Grid | None) -> list[Panel]:

@@ -14,10 +14,18 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.nn.functional import pad
 
-from mmtok_cli.budget import UnmetBudgetError
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.models import hf
-from mmtok_cli.models.base import Grid, Panel, Prompt, VisionLanguageModel, cells, counted
+from mmtok_cli.models.base import (
+    Grid,
+    Panel,
+    Prompt,
+    VisionLanguageModel,
+    cells,
+    counted,
+    slice_panels,
+    unmet_by_slices,
+)
 from mmtok_cli.models.foreign_errors import COMPARE
 from mmtok_cli.models.qwen_signals import MIDDLE, SIGNALS, calls_of, signals_of
 from mmtok_cli.rules import Positions
@@ -139,12 +147,6 @@ class QwenVL(VisionLanguageModel):
         pace = self.model.config.vision_config.temporal_patch_size
         return -(-len(image) // pace) if isinstance(image, Video) else 0
 
-    def shortened(self, image: Visual, slices: int) -> Visual:
-        assert isinstance(image, Video)  # an image has no slices
-        pace, count = self.model.config.vision_config.temporal_patch_size, self.slices(image)
-        chosen = [(2 * i + 1) * count // (2 * slices) for i in range(slices)]
-        return image.part([frame for i in chosen for frame in range(i * pace, min((i + 1) * pace, len(image)))])
-
     def unencoded(self, image: Visual) -> VisionTokens:
         return replace(super().unencoded(image), grid=self._grid(image), slices=self.slices(image))
 
@@ -156,11 +158,7 @@ class QwenVL(VisionLanguageModel):
         """
         slices = max(1, self.slices(image))
         if tokens < slices:
-            raise UnmetBudgetError(
-                f"a video of {slices} slices in time cannot be made smaller than a token for each",
-                f"choose {slices} tokens or more, or sample fewer --frames",
-                nearest=slices,
-            )
+            raise unmet_by_slices(slices)
         aspect, best, tokens = image.height / image.width, None, tokens // slices
         for rows in range(1, tokens + 1):
             for columns in range(math.ceil(FULLEST * tokens / rows), tokens // rows + 1):
@@ -251,21 +249,10 @@ class QwenVL(VisionLanguageModel):
         ]
 
     def panels(self, image: Visual, grid: Grid | None) -> list[Panel]:
-        rows, columns = grid or self._grid(image)
-        slices = max(1, self.slices(image))
-        rows //= slices
-        boxes, count = cells((rows, columns), (0, 0, *image.size)), rows * columns
-        return [
-            Panel(title, (rows, columns), tuple(range(i * count, (i + 1) * count)), boxes, frame)
-            for i, (title, frame) in enumerate(self._slice_titles(image))
-        ]
-
-    def _slice_titles(self, image: Visual) -> list[tuple[str, int]]:
-        """The title of each slice and the number of its first frame; of an image, one without a title."""
-        if not isinstance(image, Video):
-            return [("", 0)]
-        pace = self.model.config.vision_config.temporal_patch_size
-        return [(f"{image.frames.times[frame]:.1f} s", frame) for frame in range(0, len(image), pace)]
+        rows, columns = grid = grid or self._grid(image)
+        if isinstance(image, Video):
+            return slice_panels(image, self.slices(image), (rows // self.slices(image), columns))
+        return [Panel("", grid, tuple(range(rows * columns)), cells(grid, (0, 0, *image.size)))]
 
     def released_words(self, question: str) -> tuple[str, ...]:
         """MMTok's code for Qwen covers all words, and the one that it puts in front of them."""
