@@ -131,7 +131,8 @@ def _plan(
     except UnmetBudgetError as error:
         if strict and budget is not None and budget.count is not None:  # a share is met as nearly as possible
             raise
-        return ImagePlan(total, keep, encoded_at(error.nearest), short=True)
+        nearest = encoded_at(error.nearest)  # of a video more than the budget, where that is less than its slices
+        return ImagePlan(total, max(keep, nearest[0] * nearest[1]), nearest, short=True)
 
 
 def _nearest(find: Callable[[], int], strict: bool) -> tuple[int, bool]:
