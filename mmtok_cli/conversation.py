@@ -202,9 +202,10 @@ class Conversation:
         )
 
     def _require_text(self, said: Tensor) -> None:
-        if bool((said == self._model.image_token_id).any()):
+        marks = torch.tensor(self._model.placeholder_ids, device=said.device)
+        if bool(torch.isin(said, marks).any()):
             raise MMTokError(
-                "an answer contains the token that stands for images, so that no question can follow it",
+                "an answer contains a token that stands for images, so that no question can follow it",
                 "ask this question last",
             )
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from conftest import picture
+from tiny_models import FAMILIES
 from torch import Tensor
 
 from mmtok_cli.budget import Budget
@@ -288,11 +289,12 @@ def test_questions_that_cannot_follow_are_refused(tiny_sdpa: VisionLanguageModel
             conversation.ask("star " * 2040)
 
 
-def test_an_answer_with_an_image_token_ends_the_conversation(
-    tiny_sdpa: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("mmtok_cli.conversation.decode_after", lambda *_: torch.tensor([[tiny_sdpa.image_token_id, 5]]))
-    with Conversation(tiny_sdpa, make_method("full"), SAMPLE, None) as conversation:
+@pytest.mark.parametrize("place", [0, 1])  # the tokens of images and of videos
+def test_an_answer_with_an_image_token_ends_the_conversation(place: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = FAMILIES["llava_onevision"]("sdpa")
+    said = torch.tensor([[model.placeholder_ids[place], 5]])
+    monkeypatch.setattr("mmtok_cli.conversation.decode_after", lambda *_: said)
+    with Conversation(model, make_method("full"), SAMPLE, None) as conversation:
         conversation.ask(QUESTIONS[0])
         with pytest.raises(MMTokError, match="stands for images"):
             conversation.ask(QUESTIONS[1])
