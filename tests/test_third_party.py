@@ -169,6 +169,28 @@ def test_built_in_methods_pass_the_checks(name: str) -> None:
     assert check_method(method, ["llava", "qwen3_vl"] if name != "sparsevlm" else ["llava_next"]) == []
 
 
+@pytest.mark.parametrize("name", ["evs", "uniform:frames"])
+def test_methods_for_videos_are_checked_with_videos(name: str) -> None:
+    assert check_method(mmtok.make_method(name), ["llava", "llava_onevision"]) == ["llava"]
+
+
+def test_defects_of_methods_for_videos_are_found() -> None:
+    @dataclass(frozen=True)
+    class Still(Method):
+        """Keeps what changes between frames, and one token too few."""
+
+        summary: ClassVar[str] = "broken"
+        needs_video: ClassVar[bool] = True
+
+        def select(self, vision: VisionTokens, text: TextTokens, budget: int) -> Selection:
+            slices = vision.features.unflatten(0, (vision.slices, -1))
+            changes = (slices - slices.roll(1, 0)).norm(dim=-1).flatten()
+            return highest(changes, vision.eligible, budget - 1)
+
+    with pytest.raises(AssertionError, match="kept 17 tokens of video-0 at a budget of 18"):
+        check_method(Still(), ["llava_onevision"])
+
+
 def test_examples_of_the_guide() -> None:
     """The docstring of methods/base.py shows one method for each place after the encoder."""
     names = vars(base) | {"dataclass": dataclass, "ClassVar": ClassVar, "Cut": Cut}

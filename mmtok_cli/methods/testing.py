@@ -11,6 +11,9 @@ Without it, `check_method(Unlike(pivots=2))` raises AssertionError with what is 
 configurations with random weights; nothing is downloaded. Their language models have four decoder layers, so set
 parameters that name layers to values that fit: cuts can be before layer 1, 2 or 3.
 
+A method with `needs_video` is given videos of changing blocks, on the families that see videos; its budget is about a
+third of their tokens.
+
 The checks: identity at the full budget, the exact number of tokens, their order without duplicates, no padding, batches
 equal single samples, nested picks where the method says so, bfloat16, the same choice every time, the model left as it
 was, and tokens removed inside the language model equal tokens masked there.
@@ -40,7 +43,8 @@ from mmtok_cli.models import hf
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.models.tiny import tiny_families, tiny_model
 from mmtok_cli.pipeline import Answers, Encoded, answer, inside, prepare, reduce, reduce_encoded
-from mmtok_cli.rules import Positions, Rules, Track
+from mmtok_cli.rules import Rules, Track
+from mmtok_cli.video import Video
 
 BUDGET = Budget(count=8)
 CROPPED = ("llava_next", "llava_onevision")  # families whose images are cut into crops with padding
@@ -56,7 +60,7 @@ class NotOfferedError(Exception):
 class MethodTests:
     """Subclass it in a test file, set `method`, and pytest runs every check on every family and track.
 
-    A family that does not offer a signal that the method reads is skipped.
+    A family that does not offer what the method reads, a signal or videos, is skipped.
     """
 
     method: ClassVar[Method]
@@ -123,9 +127,9 @@ def check_full_budget(method: Method, model: VisionLanguageModel, track: Track) 
         return
     from mmtok_cli.methods.full import Full
 
-    for sample in samples():
-        reduced = _answer(model, method, [sample], track, budget=EVERYTHING)
-        whole = _answer(model, Full(), [sample], track, budget=None)
+    for sample in _given(method, model)[0]:
+        reduced = _answer(model, method, [sample], track, EVERYTHING)
+        whole = _answer(model, Full(), [sample], track, None)
         tokens = reduced.reduced.tokens[0]
         assert tokens.kept == tokens.total, f"{tokens.kept} of {tokens.total} tokens are kept at 100%"
         assert torch.equal(reduced.first_logits, whole.first_logits), "logits differ from the unreduced model's"
@@ -133,12 +137,15 @@ def check_full_budget(method: Method, model: VisionLanguageModel, track: Track) 
 
 def check_count(method: Method, model: VisionLanguageModel, track: Track) -> None:
     """As many tokens are kept as the budget says. Their order and range are checked in every run."""
-    answers = _answer(model, method, samples(), track)
-    wanted = [model.keep(sample.images[0], BUDGET, track) for sample in samples()]
-    for selection, tokens, budget in zip(answers.selections, answers.reduced.tokens, wanted, strict=True):
+    batch, given = _given(method, model)
+    answers = _answer(model, method, batch, track, given)
+    for sample, selection, tokens in zip(batch, answers.selections, answers.reduced.tokens, strict=True):
         assert tokens.kept == selection.kept
         if method.takes_budget:  # an encoder of native resolution meets a budget from below
+            budget = model.keep(sample.images[0], given, track)
             lowest = budget if method.exact else 0.85 * budget
+            if type(method).keep_slices is not Method.keep_slices:  # as many whole slices as fit
+                lowest = budget - model.total(sample.images[0]) // model.slices(sample.images[0]) + 1
             assert lowest <= selection.kept <= budget, f"{selection.kept} tokens are kept at a budget of {budget}"
 
 
@@ -146,9 +153,10 @@ def check_padding(method: Method, model: VisionLanguageModel, track: Track) -> N
     """No token is kept that shows nothing but padding, unless the authors' code keeps it."""
     if not method.takes_budget or (track == "released" and (method.keeps_padding or model.family in CROPPED)):
         return  # no release leaves out the padding of crops
-    answers = _answer(model, method, samples(), track)
-    for sample, grid, selection in zip(samples(), answers.reduced.prompt.grids, answers.selections, strict=True):
-        image = sample.images[0]
+    batch, budget = _given(method, model)
+    answers = _answer(model, method, batch, track, budget)
+    prompt = answers.reduced.prompt
+    for image, grid, selection in zip(prompt.images, prompt.grids, answers.selections, strict=True):
         shown = {  # tokens whose patch covers some of the image; those at the ends of lines have no patch
             token
             for panel in model.panels(image, grid)
@@ -161,20 +169,22 @@ def check_padding(method: Method, model: VisionLanguageModel, track: Track) -> N
 
 def check_batch(method: Method, model: VisionLanguageModel, track: Track) -> None:
     """A sample is reduced and answered in a batch as it is alone."""
-    together = _answer(model, method, samples(), track, new_tokens=3)
-    for i, sample in enumerate(samples()):
-        alone = _answer(model, method, [sample], track, new_tokens=3)
+    batch, budget = _given(method, model)
+    together = _answer(model, method, batch, track, budget, new_tokens=3)
+    for i, sample in enumerate(batch):
+        alone = _answer(model, method, [sample], track, budget, new_tokens=3)
         assert together.selections[i].indices.equal(alone.selections[0].indices), "other tokens are kept in a batch"
         torch.testing.assert_close(together.first_logits[i], alone.first_logits[0], atol=5e-5, rtol=1e-5)
 
 
 def check_repeatable(method: Method, model: VisionLanguageModel, track: Track) -> None:
     """The same tokens are kept every time, whatever the state of the random generators."""
+    batch, budget = _given(method, model)
     chosen = []
     for seed in (0, 1):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            chosen.append(_answer(model, method, samples(), track).selections)
+            chosen.append(_answer(model, method, batch, track, budget).selections)
     same = all(a.indices.equal(b.indices) for a, b in zip(*chosen, strict=True))
     assert same, "the choice changes: draw with `random_scores`, or a generator seeded with vision.image_id"
 
@@ -183,8 +193,8 @@ def check_nested(method: Method, model: VisionLanguageModel, track: Track) -> No
     """A method that says it is nested picks at a smaller budget what it picks first at a larger one."""
     if not method.nested:
         return
-    large, small = Budget(count=16), Budget(count=7)
-    batch, rules = samples(), Rules(track)
+    (batch, given), rules = _given(method, model), Rules(track)
+    large, small = Budget(count=2 * (given.count or 0)), Budget(count=(given.count or 0) - 1)
     images = [image for sample in batch for image in sample.images]
     with _signals(model):
         plans = [plan_images(model, method, images, budget, rules) for budget in (large, small)]
@@ -201,9 +211,10 @@ def check_nested(method: Method, model: VisionLanguageModel, track: Track) -> No
 def check_narrow_dtype(method: Method, model: VisionLanguageModel, track: Track) -> None:
     """The method works on a model in bfloat16."""
     narrow = shared_model(model.family, torch.bfloat16)
-    answers = _answer(narrow, method, samples(), track)
+    batch, budget = _given(method, model)
+    answers = _answer(narrow, method, batch, track, budget)
     counts = [tokens.kept for tokens in answers.reduced.tokens]
-    assert counts == [tokens.kept for tokens in _answer(model, method, samples(), track).reduced.tokens]
+    assert counts == [tokens.kept for tokens in _answer(model, method, batch, track, budget).reduced.tokens]
     assert bool(answers.first_logits.isfinite().all()), "logits in bfloat16 are not finite"
 
 
@@ -211,12 +222,14 @@ def check_model_unchanged(method: Method, model: VisionLanguageModel, track: Tra
     """Afterwards the model answers as before, bit by bit, and has no hook more."""
     from mmtok_cli.methods.full import Full
 
+    batch, budget = _given(method, model)
+
     def state() -> tuple[Tensor, int]:
         hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.model.modules())
-        return _answer(model, Full(), samples(), track, budget=None).first_logits, hooks
+        return _answer(model, Full(), batch, track, None).first_logits, hooks
 
     logits, hooks = state()
-    _answer(model, method, samples(), track)
+    _answer(model, method, batch, track, budget)
     logits_after, hooks_after = state()
     assert torch.equal(logits, logits_after), "the unreduced model answers differently afterwards"
     assert hooks == hooks_after, "hooks are left on the model"
@@ -229,11 +242,12 @@ def check_removed_equals_masked(method: Method, model: VisionLanguageModel, trac
         return  # linear attention sees no token that is masked, but still sees where it stood
     if method.selects() and model.family in CROPPED and track == "released":
         return  # padding of crops may enter, which has no position to keep
-    sample, rules = samples()[1], Rules(track, positions="keep")
-    reduced = _reduce(model, method, sample, rules)
+    (batch, budget), rules = _given(method, model), Rules(track, positions="keep")
+    with _signals(model):
+        reduced = reduce(model, method, batch[1:2], budget, rules=rules)
     (image,) = reduced.cuts
     ids = reduced.inputs["input_ids"]
-    places = (ids[0] == model.image_token_id).nonzero().squeeze(1)
+    ((_, places),) = model.image_places(ids, reduced.vision, [selection.kept for selection in reduced.selections])
     survivors = {}
     for number, cut in enumerate(image.cuts):
         up_to = replace(reduced, cuts=[replace(image, cuts=image.cuts[: number + 1])])
@@ -284,32 +298,52 @@ def samples() -> tuple[Sample, ...]:
     return tuple(made)
 
 
+@cache
+def videos() -> tuple[Sample, ...]:
+    """A square, a wide and a tall video of blocks that change, with questions of different lengths."""
+    made = []
+    for number, (still, frames) in enumerate(zip(samples(), (6, 8, 7), strict=True)):
+        (image,) = still.images
+        draw, blocks = np.random.default_rng(number), np.asarray(image, dtype=np.float32)
+        changes = draw.uniform(-60, 60, (frames, *blocks.shape[:2], 1))
+        pictures = tuple(Image.fromarray((blocks + each).clip(0, 255).astype(np.uint8)) for each in changes)
+        video = Video.of(pictures, tuple(map(float, range(frames))), 1.0)
+        made.append(Sample((video,), still.question, (f"video-{number}",)))
+    return tuple(made)
+
+
+def _given(method: Method, model: VisionLanguageModel) -> tuple[tuple[Sample, ...], Budget]:
+    """What a method is checked with on a model, and its budget. Raises NotOfferedError for a model without videos."""
+    if not method.needs_video:
+        return samples(), BUDGET
+    if not model.sees_videos:
+        raise NotOfferedError(f"{model.family}: sees no videos")
+    seen = [sample.images[0] for sample in videos()]
+    slices = [model.total(video) // model.slices(video) for video in seen]
+    return videos(), Budget(count=max(min(map(model.total, seen)) // 3, *slices))
+
+
 def _answer(
     model: VisionLanguageModel,
     method: Method,
     batch: Sequence[Sample],
     track: Track,
-    *,
-    budget: Budget | None = BUDGET,
+    budget: Budget | None,
     new_tokens: int = 1,
-    positions: Positions | None = None,
 ) -> Answers:
     with _signals(model):
-        return answer(model, method, batch, budget, rules=Rules(track, positions), max_new_tokens=new_tokens)
-
-
-def _reduce(model: VisionLanguageModel, method: Method, sample: Sample, rules: Rules) -> Any:
-    with _signals(model):
-        return reduce(model, method, [sample], BUDGET, rules=rules)
+        return answer(model, method, batch, budget, rules=Rules(track), max_new_tokens=new_tokens)
 
 
 @contextmanager
 def _signals(model: VisionLanguageModel) -> Iterator[None]:
-    """Raise NotOfferedError in place of the error for a signal, or the attention of a layer, that the family lacks."""
+    """Raise NotOfferedError in place of the error for what the family lacks: a signal, the attention of a layer, or a
+    video without text between its frames."""
     try:
         yield
     except MMTokError as error:
-        if any(words in error.message for words in ("does not offer", "text tower", "linear attention")):
+        lacking = "does not offer", "text tower", "linear attention", "has text between the frames"
+        if any(words in error.message for words in lacking):
             raise NotOfferedError(f"{model.family}: {error.message}") from error
         raise
 
