@@ -16,7 +16,7 @@ from mmtok_cli.errors import MMTokError
 from mmtok_cli.evaluation.per_sample import sample_predictions
 from mmtok_cli.results.run_directory import read_file, validation_message
 from mmtok_cli.results.schema import Record, from_json, json_text
-from mmtok_cli.video import Video, picture_of
+from mmtok_cli.video import Video
 
 if TYPE_CHECKING:
     from mmtok_cli.cases import Case
@@ -65,6 +65,8 @@ def save_overlays(
 
     A case that fails is left out, with a note. Raises NotWrittenError where pictures cannot be written.
     """
+    from mmtok_cli.panels import unreduced
+
     if has_overlays(store.path):
         return
     chosen = dict(_of_middle_budget(cases))
@@ -82,8 +84,8 @@ def save_overlays(
             pictures.append(_saved(store, drawn, number, place, str(case), predictions))
         if pictures:
             first = store.plan.baseline_of(next(iter(chosen)))
-            image = picture_of(sample.images[0]).copy()
-            image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+            image = unreduced(sample.images[0])
+            image.thumbnail((LONGEST_SIDE * _across(sample, 1), LONGEST_SIDE))
             pictures.insert(0, _saved(store, image, number, first, str(cases[first]), predictions))
             references = " / ".join(dict.fromkeys(sample.references))
             groups.append(SavedGroup(title=sample.question, references=references, pictures=pictures))
@@ -191,6 +193,10 @@ def _draw(model: VisionLanguageModel, case: Case, sample: Sample) -> Image:
         reduced, selections = said.reduced, said.selections
     shown = lay_out(model, reduced, selections[0])
     drawn = draw(reduced.prompt.images[0], shown)
-    across = 2 if isinstance(sample.images[0], Video) else len(shown)
-    drawn.thumbnail((LONGEST_SIDE * across, LONGEST_SIDE))
+    drawn.thumbnail((LONGEST_SIDE * _across(sample, len(shown)), LONGEST_SIDE))
     return drawn
+
+
+def _across(sample: Sample, panels: int) -> int:
+    """How many times as wide as high a picture may be: as many as it has panels, or twice for a sheet of frames."""
+    return 2 if isinstance(sample.images[0], Video) else panels

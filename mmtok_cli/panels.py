@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from PIL.Image import Image
 
 from mmtok_cli.models.base import Panel, VisionLanguageModel
 from mmtok_cli.pipeline import Reduced
-from mmtok_cli.report.overlay import captioned, overlay, side_by_side, stacked
+from mmtok_cli.report.overlay import captioned, enlarged, overlay, side_by_side, stacked
 from mmtok_cli.tokens import Selection
 from mmtok_cli.video import Video, Visual, picture_of
 
@@ -49,13 +50,29 @@ def draw(image: Visual, shown: list[Shown], mark: int = 8) -> Image:
     """
     if not isinstance(image, Video):
         return side_by_side([overlay(image, s.panel.boxes, s.kept, s.order, mark, s.merged) for s in shown])
-    columns = math.ceil(math.sqrt(len(shown) * image.height / image.width))
-    sheet = [
-        captioned(overlay(picture_of(image, s.panel.frame), s.panel.boxes, s.kept, None, 0, s.merged), s.panel.title)
-        for s in shown
-    ]
-    width = max(1, SHEET // columns)
-    for picture in sheet:
-        picture.thumbnail((width, width * picture.height // picture.width))
-    rows = [side_by_side(sheet[first : first + columns]) for first in range(0, len(sheet), columns)]
-    return stacked(rows)
+    return _sheet(
+        [
+            captioned(
+                overlay(picture_of(image, s.panel.frame), s.panel.boxes, s.kept, None, 0, s.merged), s.panel.title
+            )
+            for s in shown
+        ]
+    )
+
+
+def unreduced(image: Visual) -> Image:
+    """A copy of the image, or a sheet of all frames of a video with their times."""
+    if not isinstance(image, Video):
+        return image.copy()
+    frames = image.frames
+    return _sheet([captioned(enlarged(each), frames.title(number)) for number, each in enumerate(frames.images)])
+
+
+def _sheet(pictures: Sequence[Image]) -> Image:
+    """Pictures of one size in rows, which together are about as wide as high."""
+    width, height = pictures[0].size
+    columns = math.ceil(math.sqrt(len(pictures) * height / width))
+    most = max(1, SHEET // columns)
+    for picture in pictures:
+        picture.thumbnail((most, most * height // width))
+    return stacked([side_by_side(pictures[first : first + columns]) for first in range(0, len(pictures), columns)])

@@ -65,6 +65,10 @@ class Frames:
         if len({image.size for image in self.images}) > 1:
             raise ValueError("the frames are of different sizes")
 
+    def title(self, number: int) -> str:
+        """The time of a frame, for people: "1.5 s"."""
+        return f"{self.times[number]:.1f} s"
+
 
 @dataclass(frozen=True)
 class Video:

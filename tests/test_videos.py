@@ -311,6 +311,21 @@ def test_compare_reads_videos_of_a_data_file(qwen: Path, clip: Path, folder: Pat
     refused(run("compare", "--model", qwen, "--data", images, "--methods", "evs", "--budget", "40%"), "an image")
 
 
+def test_the_page_shows_all_frames_of_the_unreduced_video(qwen: Path, tmp_path: Path) -> None:
+    colours = [(250, 20, 20), (20, 250, 20), (20, 20, 250), (250, 250, 20), (20, 250, 250)]
+    (tmp_path / "frames").mkdir()
+    for number, colour in enumerate(colours):
+        Image.new("RGB", (112, 84), colour).save(tmp_path / "frames" / f"{number}.png")
+    data = rows(tmp_path / "asked.jsonl", {"video": str(tmp_path / "frames"), "question": QUESTION, "answer": "red"})
+    options = ("--methods", "random", "--budget", "40%", "--rounds", 1, "--warmup", 0, "--max-new-tokens", 1)
+    files = ("--run-dir", tmp_path / "run", "--export", tmp_path / "found.html")
+    run("compare", "--model", qwen, "--data", data, *options, *files)
+    with Image.open(tmp_path / "run" / "overlays" / "000000-000.webp") as sheet:
+        pixels = np.asarray(sheet.convert("RGB"), dtype=int)
+    shares = [(np.abs(pixels - colour).sum(-1) < 60).mean() for colour in colours]
+    assert min(shares) > 0.1 and max(shares) < 1.2 * min(shares)
+
+
 def test_rows_without_a_video_that_exists_are_left_out(clip: Path, tmp_path: Path) -> None:
     data = rows(tmp_path / "asked.jsonl", {"video": str(clip), "question": "?"}, {"video": "no.mp4", "question": "?"})
     found = open_dataset(str(data))

@@ -654,7 +654,7 @@ def slice_panels(video: Video, slices: int, grid: Grid) -> list[Panel]:
     """A panel for each slice in time, with its time, over its first frame. grid: of each slice."""
     pace, count, boxes = frames_of_slice(video, slices), grid[0] * grid[1], cells(grid, (0, 0, *video.size))
     return [
-        Panel(f"{video.frames.times[i * pace]:.1f} s", grid, tuple(range(i * count, (i + 1) * count)), boxes, i * pace)
+        Panel(video.frames.title(i * pace), grid, tuple(range(i * count, (i + 1) * count)), boxes, i * pace)
         for i in range(slices)
     ]
 

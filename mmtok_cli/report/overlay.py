@@ -29,8 +29,8 @@ def overlay(
     boxes: pixels of the image that each vision token covers; what lies outside the image is padding. merged: those of
     `kept` that only stand for a token made of several patches; they are framed and stay dim.
     """
-    scale = max(1, round(720 / max(image.size)))
-    large = image.resize((image.width * scale, image.height * scale), PILImage.Resampling.BICUBIC)
+    large = enlarged(image)
+    scale = large.width // image.width
     faded = ImageEnhance.Brightness(ImageEnhance.Color(large).enhance(0.25)).enhance(0.35)
     for index in kept:
         box = _clip(boxes[index], scale, large)
@@ -47,6 +47,12 @@ def overlay(
         if box:
             _mark(draw, box, str(rank), width)
     return faded
+
+
+def enlarged(image: Image) -> Image:
+    """A copy of the image, a whole number of times as large, in which lines and letters are legible."""
+    scale = max(1, round(720 / max(image.size)))
+    return image.resize((image.width * scale, image.height * scale), PILImage.Resampling.BICUBIC)
 
 
 def side_by_side(pictures: Sequence[Image]) -> Image:
