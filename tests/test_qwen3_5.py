@@ -22,7 +22,7 @@ from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.models.room import laid_out, needs_of
 from mmtok_cli.models.sources import architecture, shortened
 from mmtok_cli.pipeline import answer, inside, reduce
-from mmtok_cli.report.tables import linear_text
+from mmtok_cli.report.tables import linear_text, part_text
 from mmtok_cli.rules import Rules
 from mmtok_cli.timing.ceilings import weights_read
 from mmtok_cli.timing.flops import count_flops
@@ -202,6 +202,7 @@ def test_a_part_stands_for_the_whole(tmp_path: Path, samples: list[Sample]) -> N
     assert answers[0].kv_cache_bytes == answers[1].kv_cache_bytes and weights_read(whole) == weights_read(part)
     environment = environment_of(part)
     assert environment.layers == (4, 8) and environment.linear_layers == 2
+    assert "every skipped group of them as much as the last group" in part_text(environment.layers)
     assert not linear_text(0) and "2 decoder layers have linear attention" in linear_text(2)
 
 

@@ -33,7 +33,7 @@ def largest_batch(model: VisionLanguageModel, case: Case, sample: Sample, length
 
     Peak memory is taken as a line through those of batches of 1 and 2, which the allocator of a GPU reports and the
     profiler sees on a CPU. On a GPU the batch is then run, and smaller or larger ones until the limit is found; memory
-    that runs out is caught. Layers that are not run count as the last one that is, and then nothing is run.
+    that runs out is caught. Layers that are not run count as the last group that is, and then nothing is run.
 
     None where the device does not say how much memory it has, or has too little for a batch of 1.
     """

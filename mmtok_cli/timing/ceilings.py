@@ -65,7 +65,7 @@ def achieved(results: Sequence[CaseResult], weights_read: int, *, experts: bool 
 def weights_read(model: VisionLanguageModel) -> int:
     """Bytes of weights that are read to decode one token: those of the language model and its head.
 
-    The KV cache and the one row of the input embedding are not counted. Layers that are not run count as the last one
+    The KV cache and the one row of the input embedding are not counted. Layers that are not run count as the last group
     that is. Of a mixture of experts, those that one token is sent to count.
     """
     embedding = hf.input_embedding(model.model).weight

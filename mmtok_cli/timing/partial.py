@@ -57,10 +57,11 @@ def last_layer(model: VisionLanguageModel, read: Callable[[], Mark]) -> Iterator
 
 
 def of_whole_model(measured: Mapping[str, float], last: Mapping[str, float], missing: float) -> dict[str, float]:
-    """Figures by stage with the missing layers added, assuming that each costs as much as the last ones that are run.
+    """Figures by stage with the missing layers added, assuming that each group costs as much as the last that is run.
 
-    Those come after every cut, like the missing ones. measured: by stage. last: the share of prefill and decode of the
-    last group of layers. missing: groups. The measured values are kept as `measured_prefill` and `measured_decode`.
+    A group of one layer comes after every cut, like the missing ones. A part of a larger one may come before a cut, and
+    the estimate is then too high. measured: by stage. last: the share of prefill and decode of the last group of
+    layers. missing: groups. The measured values are kept as `measured_prefill` and `measured_decode`.
     """
     if not missing:
         return dict(measured)
