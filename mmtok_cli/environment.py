@@ -49,6 +49,7 @@ def environment_of(model: VisionLanguageModel) -> Environment:
         pixels=model.resolution,
         layers=(model.loaded_layers, model.layer_count) if model.loaded_layers < model.layer_count else None,
         linear_layers=len(model.linear_layers),
+        linear_reference=bool(model.linear_layers) and not hf.has_linear_attention_kernels(),
     )
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from comparisons import case, comparison
+from test_profile_page import profile
 from tiny_models import FAMILIES
 
 from mmtok_cli.budget import Budget
@@ -22,8 +24,11 @@ from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.models.room import laid_out, needs_of
 from mmtok_cli.models.sources import architecture, shortened
 from mmtok_cli.pipeline import answer, inside, reduce
+from mmtok_cli.report.checks import notes
+from mmtok_cli.report.profiles import profile_notes
 from mmtok_cli.report.tables import linear_text, part_text
 from mmtok_cli.rules import Rules
+from mmtok_cli.settings import ProfileSettings
 from mmtok_cli.timing.ceilings import weights_read
 from mmtok_cli.timing.flops import count_flops
 
@@ -204,6 +209,20 @@ def test_a_part_stands_for_the_whole(tmp_path: Path, samples: list[Sample]) -> N
     assert environment.layers == (4, 8) and environment.linear_layers == 2
     assert "every skipped group of them as much as the last group" in part_text(environment.layers)
     assert not linear_text(0) and "2 decoder layers have linear attention" in linear_text(2)
+
+
+def test_reference_code_of_linear_attention_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = FAMILIES["qwen3_5"]("sdpa")
+    told = "4 decoder layers with linear attention ran in transformers' reference code"
+    assert hf.has_linear_attention_kernels() in (False, True)
+    for usable in (False, True):
+        monkeypatch.setattr(hf, "has_linear_attention_kernels", lambda usable=usable: usable)
+        measured = {"environment": environment_of(model)}
+        compared, profiled = comparison([case("full", 576)]), profile()
+        found = notes(compared.model_copy(update=measured))
+        also = profile_notes(profiled.model_copy(update=measured), ProfileSettings(), 5, (), 4096)
+        assert [any(told in line for line in lines) for lines in (found, also)] == [not usable] * 2
+        assert not environment_of(FAMILIES["llava"]("sdpa")).linear_reference
 
 
 def test_states_of_missing_layers_are_those_of_the_last_group(samples: list[Sample]) -> None:

@@ -447,6 +447,11 @@ def has_flash_attention() -> bool:
     return bool(imported("utils", "is_flash_attn_2_available")())
 
 
+def has_linear_attention_kernels() -> bool:
+    """Whether the package flash-linear-attention is installed and usable, in place of transformers' reference code."""
+    return bool(imported("utils.import_utils", "is_flash_linear_attention_available")())
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The parts of a vision-language model
 

@@ -54,7 +54,7 @@ def notes(comparison: Comparison, *, ceilings: bool = True) -> list[str]:
         lines += [head + line for line in (tables.ceilings(part.results) if ceilings else ())]
         disturbed = (*outlier_notes(part.results, part.machine), *drift_notes(part.results))
         lines += [head + line for line in disturbed]
-    lines += machine_notes(comparison.machine, comparison.environment)
+    lines += [*machine_notes(comparison.machine, comparison.environment), *kernel_notes(comparison.environment)]
     lines += [*failure_notes(comparison), *left_out_notes(comparison), *comparison.remarks]
     if comparison.results:
         lines += comparison_notes(comparison)
@@ -327,6 +327,18 @@ def machine_notes(machine: MachineUse | None, environment: Environment) -> list[
             f"intended, set OMP_NUM_THREADS={machine.cores} and run again"
         )
     return lines
+
+
+def kernel_notes(environment: Environment) -> list[str]:
+    """A warning where layers ran without the kernels that users will have."""
+    if not environment.linear_reference:
+        return []
+    layers = plural(environment.linear_layers, "decoder layer")
+    why = "which has kernels for GPUs alone" if environment.device == "cpu" else "which is not installed"
+    return [
+        f"{layers} with linear attention ran in transformers' reference code, not in flash-linear-attention, {why}: "
+        "prefill is slower than users of it will see, and its speedups differ"
+    ]
 
 
 def drift_notes(results: Sequence[CaseResult]) -> list[str]:

@@ -11,7 +11,14 @@ from rich.text import Text
 
 from mmtok_cli.report import tables
 from mmtok_cli.report.cells import encoded_cell
-from mmtok_cli.report.checks import drift_notes, encoder_notes, flop_notes, machine_notes, outlier_notes
+from mmtok_cli.report.checks import (
+    drift_notes,
+    encoder_notes,
+    flop_notes,
+    kernel_notes,
+    machine_notes,
+    outlier_notes,
+)
 from mmtok_cli.report.columns import COMPARED, KEPT, OPTIONAL, STAGES, layers_differ, stages_of
 from mmtok_cli.report.units import count, number, picture_size, plural, seconds, share, size, spread
 
@@ -81,7 +88,8 @@ def profile_notes(
             *tables.inconclusive_notes(others, COMPARED if len(part.cases) <= SIDE_BY_SIDE else SPEEDUPS),
         ]
         lines += [head + note for note in notes]
-    lines += [*tables.largest_batch_notes(profile.cases), *machine_notes(profile.machine, profile.environment)]
+    lines += tables.largest_batch_notes(profile.cases)
+    lines += [*machine_notes(profile.machine, profile.environment), *kernel_notes(profile.environment)]
     lines += [*launch_notes(profile), *encoder_notes(profile.cases), *ceiling_notes(profile)]
     lines += flop_notes(profile.cases)
     if sizes:

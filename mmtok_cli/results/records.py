@@ -556,7 +556,7 @@ def planned_case(case: CaseId, environment: Environment, common: Mapping[str, An
     where = environment.model_dump(exclude={"command", "fallback"})  # which a comparison never has
     if where.get("pixels") in (None, NATIVE):
         where.pop("pixels", None)
-    for name in ("encoder_attention", "linear_layers"):
+    for name in ("encoder_attention", "linear_layers", "linear_reference"):
         if not where.get(name):
             where.pop(name, None)
     newer = ("draft", "draft_tokens", "repeat", "image_scale")  # keys of older runs know nothing of these

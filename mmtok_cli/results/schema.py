@@ -509,6 +509,7 @@ class Environment(Record):
     resolution of images, as with --pixels: "native" or "fixed:2048"; None for models of fixed resolution.
     encoder_attention: the kernel of the vision encoder, if it is not `attention`.
     linear_layers: how many of the decoder layers that were run have linear attention, whose state has a fixed size.
+    linear_reference: whether these ran in transformers' reference code, since there were no kernels for them.
     """
 
     mmtok: str
@@ -535,6 +536,7 @@ class Environment(Record):
     pixels: str | None = None
     encoder_attention: str | None = None
     linear_layers: Annotated[Number, Field(ge=0)] = 0
+    linear_reference: bool = False
 
 
 class Schedule(Record):
