@@ -146,7 +146,7 @@ def test_evaluation_of_many_cases_shares_what_is_encoded_alike(
         case = Case("mmtok", make_method("mmtok"), Budget(count=4), image_scale=scale)
         found, alone = shared.answer(case, 2), case.answer(tiny_sdpa, samples, 2, unwatched)
         assert torch.equal(found.first_logits, alone.first_logits)
-    assert len(shared._encoded) == 3
+    assert len(shared._encodings._encoded) == 3
 
 
 def test_the_preview_is_a_stage_of_its_own(

@@ -46,16 +46,28 @@ ALLOWED = {
     # Plain data: neither what measures it nor what runs a model.
     "results": {"__version__", "results", "kept", "data", "settings", "budget", "errors", "files", "rules", "stages"},
     "drafts": SHARED | {"option_values", "pipeline", "models", "methods", "data"},
+    "encodings": SHARED | {"cases", "data", "image_plan", "image_scale", "methods", "models", "pipeline"},
     "cases": SHARED | {"drafts", "pipeline", "models", "methods", "results", "data"},
     "timing": SHARED
-    | {"timing", "cases", "hooks", "conversation", "pipeline", "decoding", "models", "methods", "results", "data"}
+    | {
+        "timing",
+        "cases",
+        "encodings",
+        "hooks",
+        "conversation",
+        "pipeline",
+        "decoding",
+        "models",
+        "methods",
+        "results",
+        "data",
+    }
     | {"files", "option_values", "settings"},
     "evaluation": SHARED
     | {
         "evaluation",
         "cases",
-        "image_plan",
-        "image_scale",
+        "encodings",
         "pipeline",
         "decoding",
         "models",

@@ -212,6 +212,21 @@ def test_memory_may_run_out_in_a_timed_run(
     assert ours.refused is None and len(ours.select_values) == 4
 
 
+def test_images_are_encoded_once_for_all_runs(
+    tiny_sdpa: Llava, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once for all cases that encode the grid alike, and once for those that make it smaller."""
+    grids: list[Any] = []
+    encode = Llava.encode
+    monkeypatch.setattr(
+        Llava, "encode", lambda model, prompt, *args, **more: grids.append(1) or encode(model, prompt, *args, **more)
+    )
+    cases = [case("full"), case("random", Budget(count=4)), case("resize", Budget(count=4))]
+    points = measure_size(tiny_sdpa, cases, samples[0], 16, runs=3, warmup=2, seed=0)
+    assert [len(point.select_values) for point in points] == [3, 3, 3]
+    assert len(grids) == 2
+
+
 def test_slow_cases_are_run_less_often(
     tiny_sdpa: Llava, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,8 +12,11 @@ from PIL import Image, ImageDraw
 from tiny_models import FAMILIES, PATCH
 
 from mmtok_cli.budget import Budget
+from mmtok_cli.cases import Case
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.errors import MMTokError
+from mmtok_cli.evaluation.shared import SharedBatch
+from mmtok_cli.methods import make_method
 from mmtok_cli.methods.base import Method
 from mmtok_cli.methods.catalogue import method_class, method_names
 from mmtok_cli.models.base import VisionLanguageModel
@@ -319,3 +322,16 @@ def test_methods_inside_the_language_model_refuse_times_between_frames() -> None
     model = FAMILIES["qwen3_vl"]("sdpa")
     with pytest.raises(MMTokError, match="has text between the frames"):
         reduce(model, method_class("fastv")(layer=2), [about(film())], Budget(count=20))
+
+
+def test_cases_share_only_encodings_that_are_alike(model: VisionLanguageModel) -> None:
+    """Fewer frames, or smaller ones, are encoded anew; each case answers as it does alone."""
+    samples = [about(film(8))]
+    shared = SharedBatch(model, samples)
+    for name, budget in (("full", None), ("mmtok", 50.0), ("uniform:frames", 50.0), ("resize", 50.0), ("evs", 50.0)):
+        case = Case(name, make_method(name), Budget(percent=budget) if budget else None)
+        alone = answer(model, case.method, samples, case.budget, max_new_tokens=2)
+        together = shared.answer(case, 2)
+        assert together.token_ids.equal(alone.token_ids)
+        assert together.first_logits.equal(alone.first_logits)
+        assert together.reduced.tokens[0].kept == alone.reduced.tokens[0].kept

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from mmtok_cli.cases import Case
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.decoding import answer_mask
+from mmtok_cli.encodings import SharedEncodings
 from mmtok_cli.evaluation.predictions import logits_after
-from mmtok_cli.image_plan import plan_images
-from mmtok_cli.image_scale import encoded_grids
-from mmtok_cli.models.base import Grid, VisionLanguageModel
-from mmtok_cli.pipeline import Answers, Encoded, Reduced, answer_reduced, images_of, prepare, reduce_encoded
+from mmtok_cli.models.base import VisionLanguageModel
+from mmtok_cli.pipeline import Answers, Reduced, answer_reduced, reduce_encoded
 
 
 class SharedBatch:
@@ -24,9 +21,7 @@ class SharedBatch:
 
     def __init__(self, model: VisionLanguageModel, samples: Sequence[Sample]) -> None:
         self._model = model
-        self._samples = samples
-        self._encoded: dict[Any, Encoded] = {}
-        self._smaller: dict[Any, list[Grid | None]] = {}
+        self._encodings = SharedEncodings(model, samples)
 
     def answer(self, case: Case, max_new_tokens: int) -> Answers:
         """What the case answers. Raises MMTokError for a sample that it refuses."""
@@ -42,15 +37,5 @@ class SharedBatch:
         return shares.tolist(), reduced
 
     def _reduce(self, case: Case) -> Reduced:
-        model, images = self._model, images_of(self._samples)
-        if case.image_scale not in self._smaller:
-            self._smaller[case.image_scale] = encoded_grids(model, images, case.image_scale)
-        smaller = self._smaller[case.image_scale]
-        plans = plan_images(model, case.method, images, case.budget, case.rules, smaller=smaller)
-        signals = case.method.signals_among(model.signals)
-        key = (tuple(plan.grid for plan in plans), signals, case.rules)
-        if key not in self._encoded:
-            with torch.inference_mode():
-                prompt = prepare(model, self._samples, plans)
-                self._encoded[key] = Encoded(prompt, model.encode(prompt, signals), picks={})
-        return reduce_encoded(model, case.method, self._encoded[key], plans, case.rules)
+        encoded, plans = self._encodings.of(case)
+        return reduce_encoded(self._model, case.method, encoded, plans, case.rules)

@@ -101,7 +101,7 @@ class ScalingPoint(OfCase):
     """One case at one number of vision tokens: the seconds of all runs and their medians.
 
     frames: those of the sample's videos, if it has any. refused: why nothing was measured. peak: bytes of the largest
-    run, None where the device does not report them.
+    run, from the selection on; None where the device does not report them.
     select_interval, prefill_interval: 95 % intervals of the medians; None for fewer than six runs.
     """
 

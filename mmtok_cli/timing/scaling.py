@@ -14,11 +14,12 @@ from mmtok_cli import hooks
 from mmtok_cli.cases import Case, release_memory
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.decoding import prefill
+from mmtok_cli.encodings import SharedEncodings
 from mmtok_cli.errors import MMTokError, is_out_of_memory
 from mmtok_cli.models import hf
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.models.room import GIB, free_memory
-from mmtok_cli.pipeline import check_budget, inside, reduce
+from mmtok_cli.pipeline import check_budget, inside, reduce_encoded
 from mmtok_cli.results.profile import DOMINATES, FEWEST_POINTS, Growth, ScalingPoint
 from mmtok_cli.results.schedule import interleaved
 from mmtok_cli.results.schema import CONFIDENCE
@@ -137,20 +138,22 @@ def measure_size(
 ) -> list[ScalingPoint]:
     """Time all cases on the sample, encoded to `tokens` vision tokens, in rounds with an order of their own.
 
+    The images are encoded once for all runs of the cases that encode them alike.
     A case is run as often as fits into `PATIENCE`, at least `FEWEST_RUNS` and at most `runs` times, after `warmup`
     runs, or as many as fit into that time; one that takes `NEVER_TWICE` is run once. What the device has no memory
     for is refused, and not run.
     """
     refused: dict[int, str] = {}
     measured = {i: _Runs() for i in range(len(cases))}
+    encodings = SharedEncodings(model, [sample], _grids(sample, tokens))
     for i, case in enumerate(cases):
-        warm_up = partial(_warm_up, model, case, sample, tokens, measured[i], runs, warmup)
+        warm_up = partial(_warm_up, model, case, encodings, tokens, measured[i], runs, warmup)
         _unless_too_large(model.device, i, refused, warm_up)
     order = interleaved(len(cases), max(done.wanted for done in measured.values()), seed)
     for permutation in order:
         for i in permutation:
             if i not in refused and len(measured[i].seconds) < measured[i].wanted:
-                _unless_too_large(model.device, i, refused, partial(_run, model, cases[i], sample, tokens, measured[i]))
+                _unless_too_large(model.device, i, refused, partial(_run, model, cases[i], encodings, measured[i]))
     frames = sum(len(image) for image in sample.images if isinstance(image, Video)) or None
     points = [_point(case, tokens, measured[i], refused.get(i)) for i, case in enumerate(cases)]
     return [point.model_copy(update={"frames": frames}) for point in points]
@@ -241,7 +244,13 @@ def _grids(sample: Sample, tokens: int) -> list[tuple[int, int]] | None:
 
 
 def _warm_up(
-    model: VisionLanguageModel, case: Case, sample: Sample, tokens: int, done: _Runs, runs: int, warmup: int
+    model: VisionLanguageModel,
+    case: Case,
+    encodings: SharedEncodings,
+    tokens: int,
+    done: _Runs,
+    runs: int,
+    warmup: int,
 ) -> None:
     """Run a case until it is warm, and settle how often it is to be run. Raises _TooLargeError."""
     needed, free = needed_memory(model, case, tokens), _free(model.device)
@@ -250,7 +259,7 @@ def _warm_up(
     spent: list[float] = []
     while not spent or (len(spent) < warmup and sum(spent) + spent[-1] <= PATIENCE):
         done.seconds.clear()
-        spent.append(_run(model, case, sample, tokens, done))
+        spent.append(_run(model, case, encodings, done))
     if spent[-1] >= NEVER_TWICE:
         done.wanted = 1
     else:
@@ -267,13 +276,13 @@ def _free(device: torch.device) -> int | None:
 
 
 @torch.inference_mode()
-def _run(model: VisionLanguageModel, case: Case, sample: Sample, tokens: int, done: _Runs) -> float:
-    """One run from picture to prefill, recorded in `done`: the seconds that all of it took."""
-    grids = _grids(sample, tokens)
+def _run(model: VisionLanguageModel, case: Case, encodings: SharedEncodings, done: _Runs) -> float:
+    """One run from the encoded image to prefill, recorded in `done`: the seconds that all of it took."""
+    encoded, plans = encodings.of(case)
+    encoded = replace(encoded, picks=None)  # a nested method selects again in each run
     with peak_memory(*model.devices) as peak:
         clock = Clock(*model.devices)
-        reduced = reduce(model, case.method, [sample], case.budget, rules=case.rules, stage=clock.stage, grids=grids)
-        reduced = reduced.without_encodings()
+        reduced = reduce_encoded(model, case.method, encoded, plans, case.rules, clock.stage).without_encodings()
         with clock.stage("select"):
             cuts = inside(model, reduced, stage=clock.stage)
         with last_layer(model, clock.now) as spans, cuts, clock.stage("prefill"):
