@@ -19,8 +19,10 @@ from mmtok_cli import pipeline
 from mmtok_cli.budget import Budget
 from mmtok_cli.cases import Case
 from mmtok_cli.data.samples import Sample
+from mmtok_cli.decoding import Continuation, prefill
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.methods import make_method
+from mmtok_cli.models import hf
 from mmtok_cli.models.base import Box, Prompt, VisionLanguageModel
 from mmtok_cli.models.llava import Llava
 from mmtok_cli.pipeline import answer, reduce
@@ -35,6 +37,32 @@ def test_decode_equals_generate(tiny: Llava, samples: list[Sample]) -> None:
         )
     new = expected[:, said.reduced.inputs["input_ids"].shape[1] :]
     assert said.token_ids.equal(new)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3", "qwen3_5"])
+@torch.inference_mode()
+def test_steps_of_a_padded_batch_read_what_their_mask_shows(
+    name: str, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Masks are prepared only where every layer takes the same, and change nothing."""
+    model, forward, seen, logits = FAMILIES[name]("sdpa"), hf.forward, [], []
+
+    def watched(model: Any, inputs: dict[str, Any], cache: Any = None) -> Any:
+        seen.append(inputs["attention_mask"].dim())
+        return forward(model, inputs, cache)
+
+    monkeypatch.setattr(hf, "forward", watched)
+    for prepared in (True, False):
+        if not prepared:
+            monkeypatch.setattr(hf, "takes_step_mask", lambda _: False)
+        inputs = reduce(model, make_method("full"), samples, None).inputs
+        assert not inputs["attention_mask"].all()
+        first, cache = prefill(model, inputs)
+        behind, token = Continuation(model, inputs, cache), first.argmax(-1)
+        logits.append([behind.read(token), behind.read(token)])
+    alike = name in ("llava", "qwen2_5_vl")
+    assert seen == [2, 4, 4, 2, 2, 2] if alike else seen == [2] * 6
+    assert all(map(torch.equal, *logits))
 
 
 def test_stages_are_entered_in_order(tiny_sdpa: Llava, samples: list[Sample]) -> None:
