@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import picture
 from PIL import Image
+from test_matrix import tiny_method
 from tiny_models import FAMILIES
 
 from mmtok_cli import pipeline
@@ -226,12 +227,14 @@ def test_random_draws_depend_on_seed_and_image_alone(tiny_sdpa: Llava, samples: 
     assert drawn(0, [0, 1, 2]) != drawn(1, [0, 1, 2])
 
 
-@pytest.mark.parametrize("name", ["full", "mmtok", "visionzip"])
-def test_a_measured_run_holds_nothing_of_the_encoder_while_the_prompt_is_read(
-    name: str, tiny_sdpa: Llava, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("name", "step"), [("full", "prefill"), ("mmtok", "prefill"), ("visionzip", "prefill"), ("fastv", "decode")]
+)
+def test_a_measured_run_holds_nothing_of_the_encoder_longer_than_it_is_read(
+    name: str, step: str, tiny_sdpa: Llava, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Pixels, features and signals would hide in the peaks what a method saves."""
-    encode, read = type(tiny_sdpa).encode, pipeline.prefill
+    encode, read = type(tiny_sdpa).encode, getattr(pipeline, step)
     held: list[Any] = []
     alive: list[int] = []
 
@@ -241,14 +244,14 @@ def test_a_measured_run_holds_nothing_of_the_encoder_while_the_prompt_is_read(
         held.extend(map(weakref.ref, (*prompt.pixel_values, *tensors)))
         return vision
 
-    def prefill(*given: Any) -> Any:
+    def watched(*given: Any, **options: Any) -> Any:
         gc.collect()
         alive.append(sum(ref() is not None for ref in held))
-        return read(*given)
+        return read(*given, **options)
 
     monkeypatch.setattr(type(tiny_sdpa), "encode", encoding)
-    monkeypatch.setattr(pipeline, "prefill", prefill)
-    case = Case(name, make_method(name), None if name == "full" else Budget(count=4))
+    monkeypatch.setattr(pipeline, step, watched)
+    case = Case(name, tiny_method(name), None if name == "full" else Budget(count=4))
     lean = case.answer(tiny_sdpa, samples[:2], 2, unwatched)
     assert len(held) >= 2 * 3 and alive == [0]
     held.clear()

@@ -115,8 +115,10 @@ class Inside:
         if index in self._cut_layers:
             with self._stage("select"):
                 hidden, now = self._cut(index, now, hidden, call.cache if call else None)
+            if index == max(self._cut_layers):  # nothing reads the images any more
+                now = replace(now, rows=[])
             self._reached = now
-            self._behind[index] = replace(now, mask=None)  # decoding builds its own
+            self._behind[index] = replace(now, mask=None, rows=[])  # decoding builds its own mask
         if self._held.get(index, index) > index:
             self._read[index] = hidden
         if self._behind and call:
