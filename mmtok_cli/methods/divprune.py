@@ -78,14 +78,13 @@ def farthest_points(features: Sequence[Tensor], k: int, places: Tensor | None = 
     require(distance[:, 0].isfinite().all(), MMTokError("features hold NaN or infinity", "score in a wider dtype"))
     distance.diagonal(dim1=1, dim2=2).fill_(torch.inf)
 
-    standing_out = distance.amin(2)
-    nearest = torch.full_like(standing_out, torch.inf)  # distance to the closest row picked so far
-    picks, images = [], torch.arange(len(places), device=places.device)
-    for _ in range(k):
-        pick = standing_out.argmax(1)
-        picks.append(pick)
-        nearest = torch.minimum(nearest, distance[images, pick]).scatter_(1, pick.unsqueeze(1), -torch.inf)
-        standing_out = nearest
+    images = torch.arange(len(places), device=places.device)
+    picks = [distance.amin(2).argmax(1)]
+    nearest = distance[images, picks[0]]  # distance to the closest row picked so far
+    for _ in range(k - 1):
+        nearest.scatter_(1, picks[-1].unsqueeze(1), -torch.inf)
+        picks.append(nearest.argmax(1))
+        nearest = torch.minimum(nearest, distance[images, picks[-1]])
     return places.gather(1, torch.stack(picks, 1))
 
 
