@@ -83,12 +83,14 @@ class MMTok(Method):
 
         from mmtok_cli.methods.coverage import select_tokens
 
-        counts = torch.tensor([len(rows) for rows in words or ()])
-        mask = None
-        if words and counts.min() < counts.max():
-            mask = mirrored(torch.arange(int(counts.max())) < counts[:, None], projected.device)
+        text, mask, counts = None, None, torch.tensor([len(rows) for rows in words or ()])
+        if words and bool((counts == counts[0]).all()):
+            text = torch.stack(list(words))
+        elif words:
+            text = pad_sequence(list(words), batch_first=True)
+            mask = mirrored(torch.arange(text.shape[1]) < counts[:, None], projected.device)
         return select_tokens(
-            pad_sequence(list(words), batch_first=True) if words else None,
+            text,
             projected,
             features,
             budget,
