@@ -25,7 +25,7 @@ from mmtok_cli.models.sequences import CutImage
 from mmtok_cli.rules import AUTO, ImageScale, Positions, Rules, Track
 from mmtok_cli.stages import CHECK, Stage, unwatched
 from mmtok_cli.tokens import Crops, Cut, Selection, TextTokens, VisionTokens, all_eligible
-from mmtok_cli.values import deferred, on_host
+from mmtok_cli.values import deferred, mirrored, on_host
 from mmtok_cli.video import Visual
 
 RELEASED = Rules()
@@ -566,7 +566,7 @@ def _in_slices(vision: VisionTokens, method: Method) -> VisionTokens:
             projected=vision.projected[mine],
             features=vision.features[mine],
             grid=(vision.grid[0] // vision.slices, vision.grid[1]),
-            eligible=vision.eligible[mine],
+            eligible=mirrored(on_host(vision.eligible)[mine], vision.projected.device),
             image_id=f"{vision.image_id}, slice {number}",
             signals={name: values[mine] for name, values in vision.signals.items()},
             deepstack=tuple(layer[mine] for layer in vision.deepstack),
