@@ -88,12 +88,12 @@ def _sweep(x: Sequence[Tensor], norms: Tensor, k: int, floor: Tensor) -> tuple[T
         best, pick = energy.max(1, keepdim=True)
         lengths = best.clamp(min=least).rsqrt()
         for image, (rows, directions, shares) in enumerate(each):  # batched products round differently
-            own = pick[image]
+            own, direction = pick[image], directions[step]
             row = rows.index_select(0, own).squeeze(0)
             if step:
                 row.addmv_(directions[:step].T, shares[:step].index_select(1, own).squeeze(1), alpha=-1)
-            torch.mul(row, lengths[image], out=directions[step])
-            torch.mv(rows, directions[step], out=shares[step])
+            torch.mul(row, lengths[image], out=direction)
+            torch.mv(rows, direction, out=shares[step])
         latest = along[:, step]
         energy.addcmul_(latest, latest, value=-1).scatter_(1, pick, -torch.inf)
         order.append(pick)
