@@ -82,6 +82,7 @@ class Continuation:
         self.cache = cache
         self._mask = inputs["attention_mask"]
         self._is_padded = not bool(on_host(self._mask).all())
+        self._takes_step_mask = hf.takes_step_mask(model.model)
         self._position = inputs["position_ids"][..., -1:]  # of one axis or of several
 
     def read(self, token: Tensor) -> Tensor:
@@ -97,8 +98,10 @@ class Continuation:
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(self._mask), count)], dim=1)
         positions = self._position + torch.arange(1, count + 1, device=self._position.device)
         self._position = positions[..., -1:]
-        # A mask that hides nothing is read by transformers, for which the host waits at every token.
+        # transformers reads a mask, for which the host waits at every token, unless it hides nothing or is prepared.
         mask = self._mask if self._is_padded else None
+        if mask is not None and count == 1 and self._takes_step_mask:
+            mask = mask.bool()[:, None, None]
         step = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
         logits, self.cache = hf.forward(self.model.model, step, self.cache)
         return logits

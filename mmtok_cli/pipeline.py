@@ -25,7 +25,7 @@ from mmtok_cli.models.sequences import CutImage
 from mmtok_cli.rules import AUTO, ImageScale, Positions, Rules, Track
 from mmtok_cli.stages import CHECK, Stage, unwatched
 from mmtok_cli.tokens import Crops, Cut, Selection, TextTokens, VisionTokens, all_eligible
-from mmtok_cli.values import deferred, on_host
+from mmtok_cli.values import deferred, mirrored, on_host
 from mmtok_cli.video import Visual
 
 RELEASED = Rules()
@@ -105,7 +105,7 @@ class Reduced:
             seen = image.vision
             bare = replace(without_values(seen.eligible, seen.grid), image_id=seen.image_id, slices=seen.slices)
             images.append(replace(image, vision=bare))
-        return replace(self, prompt=replace(self.prompt, pixel_values=()), images=images)
+        return replace(self, prompt=replace(self.prompt, pixel_values=()), images=images, cuts=[*self.cuts])
 
 
 @dataclass(frozen=True)
@@ -310,14 +310,16 @@ def answer(
 ) -> Answers:
     """Answer a batch of questions greedily from reduced images. drafts, image_scale: see `reduce`.
 
-    encodings: whether the result holds pixels and encoder outputs; otherwise their memory is free before prefill.
+    encodings: whether the result holds pixels and encoder outputs; otherwise their memory is free before prefill, or,
+    where cuts inside the language model may read them, after it.
     ignore_eos: every answer has exactly `max_new_tokens` tokens; those that end an answer do not.
     Raises MMTokError where a budget cannot be met or the prompt is longer than the model can read.
     """
     reduced = reduce(model, method, samples, budget, rules=rules, stage=stage, drafts=drafts, image_scale=image_scale)
     if not encodings:
         reduced = reduced.without_encodings()
-    return replace(answer_reduced(model, reduced, max_new_tokens, stage, ignore_eos=ignore_eos), drafts=tuple(drafts))
+    answers = answer_reduced(model, reduced, max_new_tokens, stage, ignore_eos=ignore_eos, encodings=encodings)
+    return replace(answers, drafts=tuple(drafts))
 
 
 @torch.inference_mode()
@@ -328,14 +330,20 @@ def answer_reduced(
     stage: Stage = unwatched,
     *,
     ignore_eos: bool = False,
+    encodings: bool = True,
 ) -> Answers:
-    """Answer a reduced prompt greedily. Raises MMTokError where it is longer than the model can read."""
+    """Answer a reduced prompt greedily. encodings: False takes from its cuts what they hold of the encoder, in the end.
+
+    Raises MMTokError where the prompt is longer than the model can read.
+    """
     require_room(model, reduced.inputs["input_ids"].shape[1], max_new_tokens, ignore_eos=ignore_eos)
     with stage("select"):
         context = inside(model, reduced, stage=stage)
     with context as cut:
         with stage("prefill"):
             first_logits, cache = prefill(model, reduced.inputs)
+            if not encodings:
+                reduced.cuts[:] = [replace(each, vision=None) for each in reduced.cuts]  # the context's own list
             with stage(CHECK):
                 require_finite(model, first_logits)
         with stage("decode"):
@@ -558,7 +566,7 @@ def _in_slices(vision: VisionTokens, method: Method) -> VisionTokens:
             projected=vision.projected[mine],
             features=vision.features[mine],
             grid=(vision.grid[0] // vision.slices, vision.grid[1]),
-            eligible=vision.eligible[mine],
+            eligible=mirrored(on_host(vision.eligible)[mine], vision.projected.device),
             image_id=f"{vision.image_id}, slice {number}",
             signals={name: values[mine] for name, values in vision.signals.items()},
             deepstack=tuple(layer[mine] for layer in vision.deepstack),

@@ -99,7 +99,7 @@ def sides(loop: Loop) -> tuple[Callable[[], Tensor], Callable[[], Tensor], int]:
     generator = torch.Generator().manual_seed(loop.tokens + loop.kept)
     x = make_features(loop.features, 1, loop.tokens, loop.dim, generator)[0]
     if loop.method == "gots":
-        return lambda: released_gots(x, loop.kept), lambda: pivoted_rows(x, loop.kept)[0], loop.kept
+        return lambda: released_gots(x, loop.kept), lambda: pivoted_rows([x], loop.kept)[0][0], loop.kept
     saliency, nothing = torch.rand(1, loop.tokens, generator=generator), torch.zeros(1, loop.tokens, dtype=torch.bool)
     cosines = self_product(unit_rows(x)).relu_()
     picks = loop.kept if loop.tokens < 1000 else SAMPLED_PICKS

@@ -32,12 +32,10 @@ METHODS = (
 NOTES = """\
 # Synchronisations between host and device and kernels launched, by tests/pretend_counts.py.
 #
-# select: synchronisations, and launches. prefill, decode: synchronisations; 4 new tokens at most are read. Batches of
-# questions of unequal length are padded, and then transformers reads the mask once more at every token. demo keeps 64
-# of its 576 tokens, tiny models keep 9 of an image (LLaVA-NeXT) or a quarter (Qwen2.5-VL).
+# select: synchronisations, and launches. prefill, decode: synchronisations; 4 new tokens at most are read. demo
+# keeps 64 of its 576 tokens, tiny models keep 9 of an image (LLaVA-NeXT) or a quarter (Qwen2.5-VL).
 #
-# Two methods wait within select. gots: how many picks are more than noise decides how many others are ranked.
-# mmtok:stack: its stages stop where gains fall below a threshold, and its lazy greedy runs on the host.
+# One method waits within select: mmtok:stack, once for each image of several crops, to learn how many tokens each won.
 """
 QUESTIONS = (
     "Is there a red circle in the image?",

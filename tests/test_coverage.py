@@ -152,11 +152,14 @@ def test_batch_equals_single(n: int, dtype: torch.dtype, seed: int, kind: str) -
     mask = torch.rand(4, 6, generator=g) < 0.6  # real words anywhere; some image may have none
     k = n // 3
     batch = select_tokens(text, projected, features, k, excluded=excluded, text_mask=mask)
+    with mock.patch.object(coverage, "_on_host", lambda x: False):  # one search for questions of any length
+        at_once = select_tokens(text, projected, features, k, excluded=excluded, text_mask=mask)
     shared = select_tokens(text[0], projected, features, k)
     for i in range(4):
         single = select_tokens(text[i][mask[i]], projected[i], features[i], k, excluded=excluded[i])
         for field in ("indices", "order", "gains"):
             assert torch.equal(getattr(batch, field)[i], getattr(single, field))
+            assert torch.equal(getattr(at_once, field)[i], getattr(single, field))
         single = select_tokens(text[0], projected[i], features[i], k)
         assert torch.equal(shared.order[i], single.order) and torch.equal(shared.gains[i], single.gains)
 

@@ -70,6 +70,14 @@ def test_same_picks_in_a_batch_with_ties_and_excluded_tokens(
     torch.testing.assert_close(gains, expected[1])
 
 
+def test_targets_of_zeros_at_the_end_change_no_bit(interpreted: Callable[..., tuple[Tensor, Tensor]]) -> None:
+    """Questions of several lengths are padded so."""
+    matrix, excluded = problem("random", 2, 16, 70), torch.zeros(2, 16, dtype=torch.bool)
+    padded = torch.nn.functional.pad(matrix, (0, 70))  # to the end of the tile and beyond
+    for a, b in zip(interpreted(padded, 4, excluded), interpreted(matrix, 4, excluded), strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("name", ["factor", "bonus"])
 def test_same_picks_with_a_prior(interpreted: Callable[..., tuple[Tensor, Tensor]], name: str) -> None:
     matrix, prior = problem("integers", 2, 20, 30), torch.rand(2, 20, generator=torch.Generator().manual_seed(2))

@@ -14,7 +14,7 @@ def check_picks(case: dict[str, Any], tensors: dict[str, Tensor]) -> Tensor:
     features = tensors["features"]
     k = DivPrune().count(case["params"]["ratio"], len(features))
     assert k == case["params"]["kept"]
-    order = farthest_points(features, k)
+    order = farthest_points([features], k)[0]
     assert order.tolist() == tensors["expected_pick_order"].tolist()
     assert order.sort().values.tolist() == tensors["expected_indices"].tolist()
     return order.sort().values

@@ -19,7 +19,7 @@ def test_cases_are_there_and_of_known_kinds() -> None:
 def test_selection(case: dict[str, Any]) -> None:
     tensors = golden_tensors("gots", case)
     features, k = tensors["features"], min(case["params"]["k"], len(tensors["features"]))
-    order, energies = pivoted_rows(features, k)
+    (order,), (energies,) = pivoted_rows([features], k)
     assert order.sort().values.tolist() == tensors["expected_indices"].tolist()
     if not case["passthrough"]:  # nothing is picked there
         assert order.tolist() == tensors["expected_pick_order"].tolist()
@@ -39,9 +39,9 @@ def test_degenerate_is_better_than_released(case: dict[str, Any]) -> None:
     features = tensors["features"]
     if not bool(features.isfinite().all()):
         with pytest.raises(MMTokError, match="NaN"):
-            pivoted_rows(features, k)
+            pivoted_rows([features], k)
         return
-    order, energies = pivoted_rows(features, k)
+    (order,), (energies,) = pivoted_rows([features], k)
     assert len(set(order.tolist())) == k and bool(energies.isfinite().all()) and bool((energies >= 0).all())
     groups = tensors.get("duplicate_group", torch.arange(len(features)))
     certain = min(case["agrees_with_fp64_for"], case["numerical_rank"], k)

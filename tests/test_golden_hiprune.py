@@ -23,7 +23,7 @@ def kept_of_crops(case: dict[str, Any], tensors: dict[str, Tensor]) -> list[list
     layers = (tensors[name].view(-1, params["n"]) for name in ("middle_attention", "last_attention"))
     found = []
     for number, (middle, last) in enumerate(zip(*layers, strict=True)):
-        order = hierarchical(middle, last, tuple(params["grid"]), k, anchors_of(params, k))
+        order = hierarchical(middle[None], last[None], tuple(params["grid"]), k, anchors_of(params, k))[0]
         anchors = tensors.get(f"expected_anchors.{number}", tensors.get("expected_anchors"))
         assert case["kind"] == "degenerate" or set(order[: len(anchors)].tolist()) == set(anchors.tolist())
         found.append(order.sort().values.tolist())
@@ -71,7 +71,9 @@ def test_port(case: dict[str, Any]) -> None:
             received, whole = received_by_tokens(tensors, layer, params["n"]), expected_scores.sum()
             torch.testing.assert_close(received / received.sum(), expected_scores / whole, atol=0, rtol=1e-4)
     least = 1 if params["alpha"] > 0 and k >= 5 else 0
-    order = hierarchical(*scores, tuple(params["grid"]), k, max(least, anchors_of(params, k)))
+    order = hierarchical(*(each[None] for each in scores), tuple(params["grid"]), k, max(least, anchors_of(params, k)))[
+        0
+    ]
     assert len(order) == min(k, params["n"]) and set(order.tolist()) <= set(expected)
     assert len(expected) > k or order.sort().values.tolist() == sorted(expected)
 

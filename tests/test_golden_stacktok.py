@@ -47,7 +47,7 @@ def check(case: dict[str, Any]) -> None:
         assert crop.picked.tolist() == order.tolist()
         assert crop.order.tolist() == after.tolist()
         assert crop.order.sort().values.tolist() == indices.tolist()
-        assert crop.beta == pytest.approx(beta, rel=1e-5)
+        assert float(crop.beta) == pytest.approx(beta, rel=1e-5)
         steps = min(len(curve), len(crop.curve))
         torch.testing.assert_close(crop.curve[:steps], curve[:steps], atol=1e-7, rtol=1e-5)
 

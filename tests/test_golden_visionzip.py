@@ -65,7 +65,8 @@ def test_tokens(case: dict[str, Any]) -> None:
     tensors, p = golden_tensors("visionzip", case), case["params"]
     dominant, contextual, atol = p["dominant_argument"], p["contextual"], case["tolerance"]["tokens_atol"]
     for image, (hidden, attention, keys) in enumerate(zip(*encode(tensors["pixel_values"]), strict=True)):
-        rows, places = zip_tokens(hidden[1:], hidden[0], attention, keys, dominant, contextual)
+        seen = (each[None] for each in (hidden[1:], hidden[0], attention, keys))
+        (rows,), (places,) = zip_tokens(*seen, dominant, contextual)
         expected = tensors["expected_all_indices"][image] - 1  # the class token is 0 there, and -1 here
         assert places[:dominant].tolist() == sorted(expected.tolist())
         assert not set(places[dominant:].tolist()) & set(expected.tolist())

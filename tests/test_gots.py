@@ -27,12 +27,18 @@ def rows(seed: int, n: int, d: int, kind: str = "clustered") -> Tensor:
     return (0.5 * noise + groups + common) * torch.exp(0.4 * torch.randn(n, 1, generator=generator))
 
 
+def pivoted(x: Tensor, k: int, excluded: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`pivoted_rows` of one image."""
+    order, energies = pivoted_rows([x], k, None if excluded is None else excluded[None])
+    return order[0], energies[0]
+
+
 @pytest.mark.parametrize("kind", ["clustered", "iid"])
 @pytest.mark.parametrize(("n", "d", "k"), [(90, 48, 40), (40, 64, 40), (300, 20, 20)])
 def test_picks_are_the_pivots_of_scipy(n: int, d: int, k: int, kind: str) -> None:
     x = rows(n, n, d, kind)
     triangle, pivots = scipy.linalg.qr(x.double().numpy().T, pivoting=True, mode="r")
-    order, energies = pivoted_rows(x, k)
+    order, energies = pivoted(x, k)
     assert order.tolist() == pivots[:k].tolist()
     torch.testing.assert_close(
         energies.double(), torch.from_numpy(np.diag(triangle)[:k] ** 2), rtol=2e-3, atol=1e-5 * float(energies[0])
@@ -45,7 +51,7 @@ def test_lazy_picks_are_those_of_the_sweep(kind: str, sweep: int, monkeypatch: p
     x = rows(3, 400, 150, kind)
     excluded = torch.arange(len(x)) % 7 == 0
     monkeypatch.setattr(pivoted_qr, "_LAZY_FROM", 10_000)
-    plain, energies = pivoted_rows(x, 120, excluded)
+    plain, energies = pivoted(x, 120, excluded)
     for name, value in {
         "_LAZY_FROM": 0,
         "_ADMITTED": 8,
@@ -56,7 +62,7 @@ def test_lazy_picks_are_those_of_the_sweep(kind: str, sweep: int, monkeypatch: p
     }.items():
         monkeypatch.setattr(pivoted_qr, name, value)
     monkeypatch.setattr(pivoted_qr, "_SWEEP", sweep)
-    lazy, same = pivoted_rows(x, 120, excluded)
+    lazy, same = pivoted(x, 120, excluded)
     assert lazy.tolist() == plain.tolist() and not bool(excluded[lazy].any())
     torch.testing.assert_close(same, energies, rtol=1e-3, atol=1e-5 * float(energies[0]))
 
@@ -68,29 +74,29 @@ def test_beyond_the_rank_the_largest_norms_follow(lazy_from: int, monkeypatch: p
     x = x[:, :6] @ rows(6, 6, 40, "iid")  # rank 6
     x[50:] = 0
     x[20:24] = x[20]  # equal rows, and no row comes twice
-    order, energies = pivoted_rows(x, 60)
+    order, energies = pivoted(x, 60)
     assert order[:6].tolist() == scipy.linalg.qr(x.double().numpy().T, pivoting=True, mode="r")[1][:6].tolist()
     assert sorted(order.tolist()) == list(range(60)) and energies[6:].tolist() == [0] * 54
     assert order[-10:].tolist() == list(range(50, 60))
-    smaller, _ = pivoted_rows(x, 20)
+    smaller, _ = pivoted(x, 20)
     assert smaller.tolist() == order[:20].tolist()
-    zeros, _ = pivoted_rows(torch.zeros(5, 3), 4)
+    zeros, _ = pivoted(torch.zeros(5, 3), 4)
     assert zeros.tolist() == [0, 1, 2, 3]
 
 
 def test_equal_energies_go_by_index() -> None:
-    lazy = [pivoted_rows(torch.eye(2304, 2304), 3)[0].tolist(), pivoted_rows(torch.eye(8).repeat(2, 1), 8)[0].tolist()]
+    lazy = [pivoted(torch.eye(2304, 2304), 3)[0].tolist(), pivoted(torch.eye(8).repeat(2, 1), 8)[0].tolist()]
     assert lazy == [[0, 1, 2], list(range(8))]
 
 
 def test_what_cannot_be_picked_is_refused() -> None:
     x = rows(1, 10, 4)
     with pytest.raises(MMTokError, match="cannot keep 8 vision tokens: 7 of 10 are eligible"):
-        pivoted_rows(x, 8, torch.arange(10) < 3)
+        pivoted(x, 8, torch.arange(10) < 3)
     for value in (torch.nan, torch.inf):
         with pytest.raises(MMTokError, match="NaN or infinity"):
-            pivoted_rows(x.index_fill(0, torch.tensor([4]), value), 2)
-    assert pivoted_rows(x, 0)[0].tolist() == []
+            pivoted(x.index_fill(0, torch.tensor([4]), value), 2)
+    assert pivoted(x, 0)[0].tolist() == []
 
 
 def test_the_method_reads_features_of_any_length_and_leaves_padding_out() -> None:
@@ -100,6 +106,6 @@ def test_the_method_reads_features_of_any_length_and_leaves_padding_out() -> Non
     method = make_method("gots")
     kept = method.select(image, TEXT, 9)
     assert kept.order is not None
-    assert kept.order.tolist() == pivoted_rows(features.half(), 9, ~eligible)[0].tolist()
+    assert kept.order.tolist() == pivoted(features.half(), 9, ~eligible)[0].tolist()
     assert bool(eligible[kept.indices].all()) and kept.indices.equal(kept.indices.sort().values)
     assert method.count(0.29, 100) == 28

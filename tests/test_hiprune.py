@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny_models import FAMILIES
+from torch import Tensor
 
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.errors import MMTokError
@@ -53,16 +54,22 @@ def test_the_middle_layer_is_read_like_the_last(
 
 
 def test_neighbours_and_limits() -> None:
+    def one_image(
+        middle: Tensor, last: Tensor, grid: tuple[int, int], k: int, anchors: int, allowed: Tensor | None = None
+    ) -> Tensor:
+        eligible = None if allowed is None else allowed[None]
+        return hierarchical(middle[None], last[None], grid, k, anchors, eligible)[0]
+
     middle, last = torch.zeros(24), torch.arange(24.0)
     middle[6], middle[5], middle[12] = 3, 2, 1  # 6 begins the second of four rows
-    picks = hierarchical(middle, last, (4, 6), 8, 1)
+    picks = one_image(middle, last, (4, 6), 8, 1)
     assert picks[:5].tolist() == [6, 5, 12, 0, 7]  # the anchor, then its neighbours by attention in the middle layer
     assert picks[5:].tolist() == [23, 22, 21]
-    assert hierarchical(middle, last, (4, 6), 3, 1).tolist() == [6, 5, 12]
-    assert hierarchical(middle, last, (4, 6), 2, 5).tolist() == [6, 5]
+    assert one_image(middle, last, (4, 6), 3, 1).tolist() == [6, 5, 12]
+    assert one_image(middle, last, (4, 6), 2, 5).tolist() == [6, 5]
     allowed = torch.ones(24, dtype=torch.bool).index_fill(0, torch.tensor([6, 23]), False)
-    assert hierarchical(middle, last, (4, 6), 6, 1, allowed).tolist() == [5, 0, 4, 11, 22, 21]
-    assert hierarchical(torch.zeros(9), torch.zeros(9), (3, 3), 9, 1).sort().values.tolist() == list(range(9))
+    assert one_image(middle, last, (4, 6), 6, 1, allowed).tolist() == [5, 0, 4, 11, 22, 21]
+    assert one_image(torch.zeros(9), torch.zeros(9), (3, 3), 9, 1).sort().values.tolist() == list(range(9))
 
 
 def test_the_share_of_anchors_is_rounded_as_in_python() -> None:

@@ -17,8 +17,9 @@ from mmtok_cli.cli.main import app
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.methods import accepted, make_method, method_class, method_names
-from mmtok_cli.methods.base import DESCRIPTION_ONLY, RECORDED_OUTPUTS
+from mmtok_cli.methods.base import DESCRIPTION_ONLY, RECORDED_OUTPUTS, Method
 from mmtok_cli.methods.catalogue import BUILT_IN
+from mmtok_cli.methods.divprune import DivPrune
 from mmtok_cli.methods.full import Full
 from mmtok_cli.methods.parameters import parameter_defaults, parameter_types, setting_text
 from mmtok_cli.methods.settings import profile_parameters, read_settings
@@ -59,6 +60,59 @@ def vision(rows: int = 4, columns: int = 6, eligible: list[int] | None = None) -
 
 
 TEXT = TextTokens("Is there a cat?", lambda words: torch.ones(len(words), 8))
+
+
+def with_signals(seed: int) -> VisionTokens:
+    """An image of 35 tokens, of which two are padding, with every signal."""
+    g = torch.Generator().manual_seed(seed)
+    attention, eligible = torch.rand(2, 35, generator=g), torch.ones(35, dtype=torch.bool)
+    eligible[[seed, 30]] = False
+    signals = {
+        "class_attention": attention,
+        "class_feature": torch.randn(17, generator=g),
+        "received_attention": attention[0],
+        "middle_attention": attention[1],
+        "mean_keys": torch.randn(35, 3, generator=g),
+        "clip_image_embeds": torch.randn(35, 6, generator=g),
+        "clip_text_embeds": torch.randn(1, 6, generator=g),
+    }
+    projected, features = torch.randn(35, 17, generator=g), torch.randn(35, 17, generator=g)
+    return VisionTokens(projected, features, (5, 7), eligible, "image", lambda rows: 2 * rows, signals)
+
+
+@pytest.mark.parametrize(
+    "name", ["cdpruner", "divprune", "gots", "hiprune", "otprune", "scope", "visionzip", "vispruner"]
+)
+def test_images_of_one_grid_are_selected_at_once_and_as_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    method, groups = make_method(name), []
+    images = [*map(with_signals, range(3)), vision()]
+    select_group = type(method).select_group
+
+    def watched(self: Method, vision: list[VisionTokens], text: Any, budget: int) -> Any:
+        groups.append(len(vision))
+        return select_group(self, vision, text, budget)
+
+    monkeypatch.setattr(type(method), "select_group", watched)
+    kept = method.select_batch(images, [TEXT] * 4, [26, 26, 26, 24])
+    assert groups == [3]
+    for image, found in zip(images[:3], kept, strict=False):
+        alone = vars(method.select(image, TEXT, 26))
+        assert all(torch.equal(value, alone[name]) for name, value in vars(found).items() if value is not None)
+    assert kept[3].kept == 24
+
+
+def test_a_subclass_that_overrides_select_alone_is_asked_image_by_image() -> None:
+    @dataclass(frozen=True)
+    class Backwards(DivPrune):
+        """DivPrune, and then the opposite."""
+
+        def select(self, vision: VisionTokens, text: TextTokens, budget: int) -> Selection:
+            chosen = super().select(vision, text, vision.total - budget)
+            rest = [i for i in range(vision.total) if i not in chosen.indices]
+            return Selection(torch.tensor(rest))
+
+    (kept,) = Backwards().select_batch([vision()], [TEXT], [20])
+    assert not set(kept.indices.tolist()) & set(DivPrune().select(vision(), TEXT, 4).indices.tolist())
 
 
 @pytest.mark.usefixtures("installed_package")

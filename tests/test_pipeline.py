@@ -13,14 +13,17 @@ import pytest
 import torch
 from conftest import picture
 from PIL import Image
+from test_matrix import tiny_method
 from tiny_models import FAMILIES
 
 from mmtok_cli import pipeline
 from mmtok_cli.budget import Budget
 from mmtok_cli.cases import Case
 from mmtok_cli.data.samples import Sample
+from mmtok_cli.decoding import Continuation, prefill
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.methods import make_method
+from mmtok_cli.models import hf
 from mmtok_cli.models.base import Box, Prompt, VisionLanguageModel
 from mmtok_cli.models.llava import Llava
 from mmtok_cli.pipeline import answer, reduce
@@ -35,6 +38,32 @@ def test_decode_equals_generate(tiny: Llava, samples: list[Sample]) -> None:
         )
     new = expected[:, said.reduced.inputs["input_ids"].shape[1] :]
     assert said.token_ids.equal(new)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3", "qwen3_5"])
+@torch.inference_mode()
+def test_steps_of_a_padded_batch_read_what_their_mask_shows(
+    name: str, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Masks are prepared only where every layer takes the same, and change nothing."""
+    model, forward, seen, logits = FAMILIES[name]("sdpa"), hf.forward, [], []
+
+    def watched(model: Any, inputs: dict[str, Any], cache: Any = None) -> Any:
+        seen.append(inputs["attention_mask"].dim())
+        return forward(model, inputs, cache)
+
+    monkeypatch.setattr(hf, "forward", watched)
+    for prepared in (True, False):
+        if not prepared:
+            monkeypatch.setattr(hf, "takes_step_mask", lambda _: False)
+        inputs = reduce(model, make_method("full"), samples, None).inputs
+        assert not inputs["attention_mask"].all()
+        first, cache = prefill(model, inputs)
+        behind, token = Continuation(model, inputs, cache), first.argmax(-1)
+        logits.append([behind.read(token), behind.read(token)])
+    alike = name in ("llava", "qwen2_5_vl")
+    assert seen == [2, 4, 4, 2, 2, 2] if alike else seen == [2] * 6
+    assert all(map(torch.equal, *logits))
 
 
 def test_stages_are_entered_in_order(tiny_sdpa: Llava, samples: list[Sample]) -> None:
@@ -198,12 +227,14 @@ def test_random_draws_depend_on_seed_and_image_alone(tiny_sdpa: Llava, samples: 
     assert drawn(0, [0, 1, 2]) != drawn(1, [0, 1, 2])
 
 
-@pytest.mark.parametrize("name", ["full", "mmtok", "visionzip"])
-def test_a_measured_run_holds_nothing_of_the_encoder_while_the_prompt_is_read(
-    name: str, tiny_sdpa: Llava, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("name", "step"), [("full", "prefill"), ("mmtok", "prefill"), ("visionzip", "prefill"), ("fastv", "decode")]
+)
+def test_a_measured_run_holds_nothing_of_the_encoder_longer_than_it_is_read(
+    name: str, step: str, tiny_sdpa: Llava, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Pixels, features and signals would hide in the peaks what a method saves."""
-    encode, read = type(tiny_sdpa).encode, pipeline.prefill
+    encode, read = type(tiny_sdpa).encode, getattr(pipeline, step)
     held: list[Any] = []
     alive: list[int] = []
 
@@ -213,14 +244,14 @@ def test_a_measured_run_holds_nothing_of_the_encoder_while_the_prompt_is_read(
         held.extend(map(weakref.ref, (*prompt.pixel_values, *tensors)))
         return vision
 
-    def prefill(*given: Any) -> Any:
+    def watched(*given: Any, **options: Any) -> Any:
         gc.collect()
         alive.append(sum(ref() is not None for ref in held))
-        return read(*given)
+        return read(*given, **options)
 
     monkeypatch.setattr(type(tiny_sdpa), "encode", encoding)
-    monkeypatch.setattr(pipeline, "prefill", prefill)
-    case = Case(name, make_method(name), None if name == "full" else Budget(count=4))
+    monkeypatch.setattr(pipeline, step, watched)
+    case = Case(name, tiny_method(name), None if name == "full" else Budget(count=4))
     lean = case.answer(tiny_sdpa, samples[:2], 2, unwatched)
     assert len(held) >= 2 * 3 and alive == [0]
     held.clear()

@@ -12,6 +12,7 @@ from torch import Tensor
 from mmtok_cli.budget import Budget
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.errors import MMTokError
+from mmtok_cli.methods import gated_coverage as gated_coverage_module
 from mmtok_cli.methods import make_method
 from mmtok_cli.methods.coverage import greedy_exhaustive
 from mmtok_cli.methods.gated_coverage import gated_coverage
@@ -56,6 +57,27 @@ def test_picks_as_defined() -> None:
     nothing = torch.zeros(50, dtype=torch.bool)
     (found,) = gated_coverage(text, [projected], [features], 20, excluded=[nothing], **WARM)
     assert found.order.tolist() == expected
+
+
+@pytest.mark.parametrize("swap", ["auto", "always"])
+@pytest.mark.parametrize(("crops", "n", "words", "k"), [(1, 50, 4, 20), (3, 40, 6, 30), (2, 9, 0, 18), (1, 9, 3, 9)])
+def test_the_search_of_a_gpu_finds_the_same(
+    crops: int, n: int, words: int, k: int, swap: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ties, crops without a token that can be picked and budgets of everything included."""
+    text = given(9)[0].repeat(2, 1)[:words]
+    projected, features = zip(*(given(seed, n)[1:] for seed in range(crops)), strict=True)
+    for rows in (*projected, *features):
+        rows[n // 2 :] = rows[: n - n // 2].clone()
+    excluded = [torch.arange(n) % 7 == 3, *[torch.zeros(n, dtype=torch.bool)] * (crops - 1)]
+    k = min(k, sum(int((~mask).sum()) for mask in excluded))
+    on_host, on_device = [], []
+    for found in (on_host, on_device):
+        for options in (WARM, {}):
+            found += gated_coverage(text, projected, features, k, excluded=excluded, swap=swap, **options)
+        monkeypatch.setattr(gated_coverage_module, "_searched_on_host", gated_coverage_module._searched_on_device)
+    for a, b in zip(on_host, on_device, strict=True):
+        assert a.picked.tolist() == b.picked.tolist() and a.order.tolist() == b.order.tolist()
 
 
 def test_an_exchange_raises_the_coverage() -> None:

@@ -39,7 +39,16 @@ def zipped(image: VisionTokens, budget: int, **parameters: Any) -> Selection:
 
 def zip_image(image: VisionTokens, dominant: int, contextual: int, merge: Any = "sum") -> tuple[Tensor, Tensor]:
     seen = (image.signals[name] for name in ("class_feature", "class_attention", "mean_keys"))
-    return zip_tokens(image.features, *seen, dominant, contextual, eligible=image.eligible, merge=merge)
+    return zip_one(image.features, *seen, splits=(dominant, contextual), eligible=image.eligible, merge=merge)
+
+
+def zip_one(
+    *given: Tensor, splits: tuple[int, int], eligible: Tensor | None = None, merge: Any = "sum"
+) -> tuple[Tensor, Tensor]:
+    """`zip_tokens` of one image."""
+    allowed = None if eligible is None else [eligible]
+    rows, places = zip_tokens(*(each[None] for each in given), *splits, eligible=allowed, merge=merge)
+    return rows[0], places[0]
 
 
 def split(selection: Selection, image: VisionTokens) -> tuple[list[int], list[int]]:
@@ -112,10 +121,10 @@ def test_merging_by_hand() -> None:
     features = torch.tensor([[1.0], [10.0], [7.0], [100.0], [20.0], [300.0]])
     attention = torch.tensor([[0.1, 0.1, 0.2, 0.1, 0.1, 0.1], [0.1, 0.1, 0.3, 0.2, 0.1, 0.1]])
     keys = torch.tensor([[1.0, 0.0], [9.0, 1.0], [0.0, 0.0], [0.0, 2.0], [0.5, 0.4], [-1.0, 1.0]])
-    rows, places = zip_tokens(features, torch.tensor([-1.0]), attention, keys, 2, 2)
+    rows, places = zip_one(features, torch.tensor([-1.0]), attention, keys, splits=(2, 2))
     assert places.tolist() == [-1, 2, 0, 3]
     assert rows.squeeze(1).tolist() == [-1.0, 7.0, 1 + 15, 100 + 300]
-    averaged, same = zip_tokens(features, torch.tensor([-1.0]), attention, keys, 2, 2, merge="mean")
+    averaged, same = zip_one(features, torch.tensor([-1.0]), attention, keys, splits=(2, 2), merge="mean")
     assert same.equal(places)
     torch.testing.assert_close(averaged.squeeze(1), torch.tensor([-1.0, 7.0, 31 / 3, 200.0]))
 
@@ -124,7 +133,7 @@ def test_merging_by_hand() -> None:
 def test_target_without_members_is_just_the_target(merge: Any) -> None:
     """Targets 0 and 2 have the same key, so the first gets all."""
     features, keys = torch.tensor([[1.0], [2.0], [4.0], [6.0]]), torch.ones(4, 2)
-    rows, places = zip_tokens(features, torch.zeros(1), torch.rand(2, 4), keys, 1, 2, merge=merge)
+    rows, places = zip_one(features, torch.zeros(1), torch.rand(2, 4), keys, splits=(1, 2), merge=merge)
     assert places.tolist() == [-1, 0, 2]
     assert rows[2].item() == 4.0
     torch.testing.assert_close(rows[1].item(), 1 + 4.0 if merge == "sum" else 3.0)
@@ -197,7 +206,7 @@ def test_merging_keeps_the_data_type_and_does_not_overflow(dtype: torch.dtype) -
     n = 64
     features = torch.full((n, 4), 3000.0, dtype=dtype)  # the sum of 60 of them is more than float16 holds
     attention, keys = torch.rand(2, n), torch.randn(n, 3).to(dtype)
-    rows, _ = zip_tokens(features, features[0], attention, keys, 2, 1)
+    rows, _ = zip_one(features, features[0], attention, keys, splits=(2, 1))
     assert rows.dtype == dtype
     torch.testing.assert_close(rows[-1].float(), torch.full((4,), 6000.0), rtol=0.01, atol=0)
 

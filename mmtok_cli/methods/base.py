@@ -45,7 +45,8 @@ Hooks, in the order in which they are called
     cuts      inside the language model: before which decoder layers tokens are dropped, and how many stay (see Cut)
     queries   for cuts that read attention: the text tokens whose attention is read
     choose    at each cut: which tokens stay (see LayerTokens)
-    `count` (how a percentage is rounded), `across_crops`, `select_crops` and `select_batch` are rarely needed.
+    `count` (how a percentage is rounded), `across_crops`, `select_crops`, `select_group` and `select_batch` are rarely
+    needed.
     select and choose return a Selection: indices in ascending order, each once, exactly as many as asked for. What a
     hook returns is checked in every run, and whatever it raises is reported as the method's fault. Tensors that a hook
     is given must not be changed in place: rows of the method's own go into `Selection.tokens`.
@@ -101,7 +102,7 @@ from typing import TYPE_CHECKING, ClassVar, TypeVar
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.rules import Positions
 from mmtok_cli.tokens import Cut, LayerTokens, Selection, TextTokens, VisionTokens
-from mmtok_cli.values import mirrored, on_host
+from mmtok_cli.values import mirrored, on_host, to_device
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -111,6 +112,7 @@ T = TypeVar("T")
 
 RECORDED_OUTPUTS = "recorded outputs"  # of the authors' code
 DESCRIPTION_ONLY = "description only"  # the paper's
+GROUP_ENTRIES = 2**27  # of matrices [tokens, tokens] that are held at once for several images: 512 MiB in float32
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,9 @@ class Method:
     @classmethod
     def selects(cls) -> bool:
         """Whether the method keeps less than everything between encoder and language model."""
-        return cls.select is not Method.select or cls.select_batch is not Method.select_batch
+        return any(
+            getattr(cls, hook) is not getattr(Method, hook) for hook in ("select", "select_group", "select_batch")
+        )
 
     @classmethod
     def signals_among(cls, offered: Sequence[str]) -> tuple[str, ...]:
@@ -243,19 +247,41 @@ class Method:
 
     def select(self, vision: VisionTokens, text: TextTokens, budget: int) -> Selection:
         """Choose `budget` of the image's vision tokens, fewer than `vision.total`."""
-        return Selection.everything(vision)
+        if type(self).select_group is Method.select_group or budget == vision.total:
+            return Selection.everything(vision)
+        return self.select_group([vision], [text], budget)[0]
+
+    def select_group(
+        self, vision: Sequence[VisionTokens], text: Sequence[TextTokens], budget: int
+    ) -> Sequence[Selection]:
+        """`select` for several images of one grid, of which equally many tokens are eligible.
+
+        Override it in place of `select` where they can be computed at once. Results must not differ from those of
+        single images.
+        """
+        return [self.select(v, t, budget) for v, t in zip(vision, text, strict=True)]
 
     def select_batch(
         self, vision: Sequence[VisionTokens], text: Sequence[TextTokens], budgets: Sequence[int]
     ) -> list[Selection]:
         """`select` for each image of which some tokens are dropped; the others keep everything.
 
-        Override it where a batch can be computed at once. Results must not differ from those of single images.
+        Images go to `select_group` by their grids and budgets, unless a subclass overrides `select` alone.
         """
-        return [
-            Selection.everything(v) if self.takes_budget and budget == v.total else self.select(v, t, budget)
-            for v, t, budget in zip(vision, text, budgets, strict=True)
-        ]
+        nearest = next(kind for kind in type(self).__mro__ if {"select", "select_group"} & vars(kind).keys())
+        if nearest is Method or "select_group" not in vars(nearest):
+            return [
+                Selection.everything(v) if self.takes_budget and budget == v.total else self.select(v, t, budget)
+                for v, t, budget in zip(vision, text, budgets, strict=True)
+            ]
+        return in_groups(
+            vision,
+            budgets,
+            lambda i: (vision[i].grid, vision[i].eligible_count),
+            lambda members: self.select_group(
+                [vision[i] for i in members], [text[i] for i in members], budgets[members[0]]
+            ),
+        )
 
     def cuts(self, total: int, budget: int, layers: int) -> tuple[Cut, ...]:
         """Where inside the language model an image of `total` vision tokens is reduced to `budget`.
@@ -330,6 +356,20 @@ def ranking(scores: Tensor, eligible: Tensor) -> Tensor:
     return scores.float().masked_fill(~eligible, float("-inf")).argsort(dim=-1, descending=True, stable=True)
 
 
+def ranked_from(noise: Tensor, order: Tensor, ranks: Tensor) -> Tensor:
+    """Picks [images, kept] up to where they become noise, then the other tokens by descending rank.
+
+    noise: [images, kept], True from the first pick on that is any token, even one picked before.
+    ranks: [images, tokens], float32.
+    """
+    import torch
+
+    number = noise.cumsum(1)  # of each pick that is noise, from 1 on
+    left = ranks.scatter_reduce(1, order, torch.where(noise, torch.inf, -torch.inf), "amin")  # of the real picks
+    best = left.argsort(dim=1, descending=True, stable=True)
+    return torch.where(noise, best.gather(1, (number - 1).clamp(min=0)), order)
+
+
 def highest(scores: Tensor, eligible: Tensor, keep: int) -> Selection:
     """The `keep` tokens of highest score [tokens] among those that are eligible."""
     order = ranking(scores, eligible)[:keep]
@@ -353,18 +393,43 @@ def in_groups(
 ) -> list[Selection]:
     """`Method.select_batch` for images that can be computed together; those that keep everything need not be computed.
 
-    key: equal for the numbers of images that belong together. select: their selections, by their numbers.
+    key: equal for the numbers of images that belong together. select: their selections, by their numbers. As many go
+    together as `GROUP_ENTRIES` allows.
     """
     found: dict[int, Selection] = {}
-    groups: dict[Hashable, list[int]] = {}
+    groups: dict[tuple[int, int, Hashable], list[int]] = {}
     for number, (image, budget) in enumerate(zip(vision, budgets, strict=True)):
         if budget == image.total:
             found[number] = Selection.everything(image)
         else:
-            groups.setdefault((budget, key(number)), []).append(number)
-    for members in groups.values():
-        found |= dict(zip(members, select(members), strict=True))
+            groups.setdefault((budget, image.total, key(number)), []).append(number)
+    for (_, total, _), members in groups.items():
+        most = max(1, GROUP_ENTRIES // total**2)
+        for start in range(0, len(members), most):
+            together = members[start : start + most]
+            found |= dict(zip(together, select(together), strict=True))
     return [found[number] for number in range(len(vision))]
+
+
+def by_order(order: Tensor, gains: Tensor | None = None) -> list[Selection]:
+    """A selection of each image from its picks, [images, kept] indices, and their gains."""
+    parts = (order.sort(1).values, order) if gains is None else (order.sort(1).values, order, gains)
+    return [Selection(*of_image) for of_image in zip(*parts, strict=True)]
+
+
+def stacked(values: Sequence[Tensor]) -> Tensor:
+    """`torch.stack`, without a copy of a single one."""
+    import torch
+
+    return values[0].unsqueeze(0) if len(values) == 1 else torch.stack(list(values))
+
+
+def eligible_places(vision: Sequence[VisionTokens]) -> Tensor:
+    """[images, eligible], `VisionTokens.eligible_places` of images of which equally many tokens are eligible."""
+    import torch
+
+    places = torch.stack([on_host(image.eligible).nonzero().squeeze(1) for image in vision])
+    return to_device(places, vision[0].projected.device)
 
 
 def excluded_of(vision: Sequence[VisionTokens]) -> Tensor:

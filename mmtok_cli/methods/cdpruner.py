@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from mmtok_cli.errors import MMTokError
-from mmtok_cli.methods.base import RECORDED_OUTPUTS, Method
-from mmtok_cli.methods.cosine import unit_rows, without_gradients
+from mmtok_cli.methods.base import RECORDED_OUTPUTS, Method, by_order, eligible_places, stacked
+from mmtok_cli.methods.cosine import aligned_empty, unit_rows, without_gradients
 from mmtok_cli.rules import Positions
 from mmtok_cli.tokens import Selection, TextTokens, VisionTokens
 from mmtok_cli.values import require
@@ -63,15 +63,15 @@ class CDPruner(Method):
             replace(crop, signals={**crop.signals, RELEVANCE: share}) for crop, share in zip(crops, shares, strict=True)
         ]
 
-    def select(self, vision: VisionTokens, text: TextTokens, budget: int) -> Selection:
-        if budget == vision.total:
-            return Selection.everything(vision)
-        if RELEVANCE not in vision.signals:
-            (vision,) = self.across_crops([vision])
-        places, scores = vision.eligible_places, vision.signals[RELEVANCE]
-        order, _ = greedy_determinant(conditional_kernel(vision.projected[places][None], scores[None]), budget)
-        picks = places[order[0]]
-        return Selection(picks.sort().values, picks)  # its gains are factors of a determinant, not sums
+    def select_group(
+        self, vision: Sequence[VisionTokens], text: Sequence[TextTokens], budget: int
+    ) -> Sequence[Selection]:
+        seen = [image if RELEVANCE in image.signals else self.across_crops([image])[0] for image in vision]
+        places = eligible_places(vision)
+        projected = [image.projected[own] for image, own in zip(vision, places, strict=True)]
+        kernel = conditional_kernel(projected, stacked([image.signals[RELEVANCE] for image in seen]))
+        order, _ = greedy_determinant(kernel, budget)
+        return by_order(places.gather(1, order))  # its gains are factors of a determinant, not sums
 
 
 @without_gradients
@@ -94,17 +94,15 @@ def relevance(image_embeds: Tensor, text_embeds: Tensor, sign: float = -1.0) -> 
 
 
 @without_gradients
-def conditional_kernel(projected: Tensor, relevance: Tensor) -> Tensor:
+def conditional_kernel(projected: Sequence[Tensor], relevance: Tensor) -> Tensor:
     """Cosines between tokens, each weighed by both tokens' relevance: `[batch, n, n]` float32, as released.
 
-    projected: `[batch, n, d]`, behind the projector; relevance: `[batch, n]`.
+    projected: `[n, d]` of each image, behind the projector; relevance: `[batch, n]`.
     """
-    import torch
-
     from mmtok_cli.methods.coverage import self_product
 
-    unit, weight = unit_rows(projected.float()), relevance.float()
-    cosines = torch.stack([self_product(rows) for rows in unit])
+    weight = relevance.float()
+    cosines = stacked([self_product(unit_rows(rows.float())) for rows in projected])
     return cosines.mul_(weight.unsqueeze(2)).mul_(weight.unsqueeze(1))
 
 
@@ -137,19 +135,22 @@ def greedy_determinant(kernel: Tensor, k: int) -> tuple[Tensor, Tensor]:
     tiny = torch.finfo(kernel.dtype).tiny
     left = kernel.diagonal(dim1=1, dim2=2).clamp(min=0)  # what each row would gain now
     barred = torch.zeros_like(left)
-    factor = kernel.new_zeros(batch, k, n)
+    factor = aligned_empty(kernel, batch, k, n)
+    images = torch.arange(batch, device=kernel.device)
+    of_pick, explained = aligned_empty(kernel, batch, k, 1), aligned_empty(kernel, batch, 1, n)
     order = [torch.empty(batch, 0, dtype=torch.int64, device=kernel.device)]
     gains = [kernel.new_empty(batch, 0)]
     for i in range(k):
-        pick = (left + barred).argmax(1, keepdim=True)
-        gain = left.gather(1, pick)
+        gain, pick = (left + barred).max(1, keepdim=True)
         earlier = factor[:, :i]
-        column = earlier.gather(2, pick.unsqueeze(1).expand(-1, i, -1))
-        row = kernel.gather(1, pick.unsqueeze(2).expand(-1, -1, n)) - column.mT @ earlier
+        column = torch.gather(earlier, 2, pick.unsqueeze(1).expand(-1, i, -1), out=of_pick[:, :i])
+        for image in range(batch):  # one product per image: batched kernels round differently
+            torch.mm(column[image].T, earlier[image], out=explained[image])
+        row = kernel[images, pick.squeeze(1)] - explained.squeeze(1)
         # No entry's square can exceed what its row has left. Rounding would break that where little is left, and
         # every later row with it.
         bound = left.sqrt()
-        entry = (row.squeeze(1) / gain.clamp(min=tiny).sqrt()).clamp(-bound, bound)
+        entry = (row / gain.clamp(min=tiny).sqrt()).clamp(-bound, bound)
         left = (left - entry.square()).clamp(min=0)
         barred.scatter_(1, pick, -torch.inf)
         factor[:, i] = entry

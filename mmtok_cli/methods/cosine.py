@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import wraps
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
+
+ALIGNMENT = 64  # numbers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,6 +19,15 @@ Result = TypeVar("Result")
 def in_float64(values: Tensor) -> Tensor:
     """The values in float64, for decisions among nearly equal ones; on the CPU if the device is an Apple GPU."""
     return (values.cpu() if values.device.type == "mps" else values).double()
+
+
+def aligned_empty(like: Tensor, images: int, *shape: int) -> Tensor:
+    """An uninitialised tensor [images, *shape], of which each image begins as if it had memory of its own.
+
+    Matrix products of a CPU round differently where rows begin at other offsets.
+    """
+    size = math.prod(shape)
+    return like.new_empty(images, -(-size // ALIGNMENT) * ALIGNMENT)[:, :size].unflatten(1, shape)
 
 
 def unit_rows(x: Tensor) -> Tensor:

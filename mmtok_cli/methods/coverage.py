@@ -19,7 +19,7 @@ The same picks are found in two ways, and `greedy` chooses by the number of toke
 
 import importlib.util
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TypeAlias, TypeVar
@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.values import mirrored, on_host, require, to_device
@@ -106,51 +107,76 @@ def select_tokens(
 
     options = {"alpha": alpha, "text_temperature": text_temperature, "vision_temperature": vision_temperature}
     if text is None or text_mask is None or bool(on_host(text_mask).all()):
-        order, gains = _select(text, projected, features, k, excluded, **options)
+        order, gains = greedy(_covered(text, projected, features, **options), k, excluded)
     else:
         # Images with equally long questions go together. Padding them all to one length would change the order of
         # the sums, and so, at the last digit, the picks.
         text = text.expand(len(projected), -1, -1)
-        order = torch.empty(len(projected), k, dtype=torch.int64, device=projected.device)
-        gains = torch.empty(len(projected), k, dtype=torch.float32, device=projected.device)
         real = on_host(text_mask)
         lengths = real.sum(1)
-        for length in lengths.unique().tolist():
-            members = (lengths == length).nonzero().squeeze(1)
-            words = real[members].nonzero()[:, 1].view(len(members), length)
+        groups = [(lengths == length).nonzero().squeeze(1) for length in lengths.unique()]
+
+        def matrix_of(members: Tensor) -> Tensor:
+            words = real[members].nonzero()[:, 1].view(len(members), -1)
             group, words = to_device(members, projected.device), to_device(words, projected.device)
             rows = text[group].gather(1, words.unsqueeze(2).expand(-1, -1, text.shape[2]))
             vision = None if features is None else features[group]
-            order[group], gains[group] = _select(rows, projected[group], vision, k, excluded[group], **options)
+            return _covered(rows, projected[group], vision, **options)
+
+        images = torch.cat(groups)
+        barred = excluded[to_device(images, projected.device)]
+        if _on_host(projected) or projected.shape[1] >= _EXHAUSTIVE_BELOW_GPU:
+            parts = zip(groups, barred.split([len(members) for members in groups]), strict=True)
+            found = [greedy(matrix_of(members), k, part) for members, part in parts]
+        else:
+            found = [_greedy_together([matrix_of(members) for members in groups], k, barred)]
+        back = to_device(images.argsort(), projected.device)
+        order, gains = (torch.cat(parts)[back] for parts in zip(*found, strict=True))
     if not batched:
         order, gains = order[0], gains[0]
     return Coverage(indices=order.sort().values, order=order, gains=gains)
 
 
-def _select(
-    text: Tensor | None, projected: Tensor, features: Tensor | None, k: int, excluded: Tensor, **options: float
-) -> tuple[Tensor, Tensor]:
+def _covered(text: Tensor | None, projected: Tensor, features: Tensor | None, **options: float) -> Tensor:
+    """`coverage_matrix`, whose values must be finite."""
     matrix = coverage_matrix(text, projected, features, **options)
     if matrix.shape[2] == 0:
         raise MMTokError("there is nothing to cover", "give text tokens, or features with alpha above 0")
     # Every entry of a row has been through a softmax over all tokens: one row shows whatever is wrong with any.
     error = MMTokError("text, projected or features hold NaN or infinity", "score in a wider dtype")
     require(matrix[:, :1].isfinite().all(), error)
-    return greedy(matrix, k, excluded)
+    return matrix
+
+
+def _greedy_together(matrices: Sequence[Tensor], k: int, excluded: Tensor) -> tuple[Tensor, Tensor]:
+    """One search for images of different targets: matrices of some images each, excluded and the results of all."""
+    runs = [(len(matrix), matrix.shape[2]) for matrix in matrices]
+    widest = max(targets for _, targets in runs)
+    padded = torch.cat([pad(matrix, (0, widest - matrix.shape[2])) for matrix in matrices])
+    return greedy(padded, k, excluded, runs=runs)
 
 
 def greedy(
-    matrix: Tensor, k: int, excluded: Tensor, factor: Tensor | None = None, bonus: Tensor | None = None
+    matrix: Tensor,
+    k: int,
+    excluded: Tensor,
+    factor: Tensor | None = None,
+    bonus: Tensor | None = None,
+    *,
+    runs: Sequence[tuple[int, int]] = (),
 ) -> tuple[Tensor, Tensor]:
     """Greedy maximum coverage in the form that is faster for the size and the device: order and gains, `[b, k]` each.
 
-    Arguments and results as in `greedy_lazy`.
+    Arguments and results as in `greedy_lazy`. runs: of images that have fewer targets, padded by zeros, where every
+    token is evaluated: how many follow one another, and their targets. A gain is the sum over those alone.
     """
     exhaustive_below = _EXHAUSTIVE_BELOW_CPU if _on_host(matrix) else _EXHAUSTIVE_BELOW_GPU
     if matrix.shape[1] >= exhaustive_below:
         return greedy_lazy(matrix, k, excluded, factor, bonus)[:2]
     by_kernel = _kernel(matrix.device) if matrix.is_cuda and matrix.dtype == torch.float32 else None
-    return (by_kernel or greedy_exhaustive)(matrix, k, excluded, factor, bonus)
+    if by_kernel:  # which sums tile by tile: zeros at the end do not change a sum
+        return by_kernel(matrix, k, excluded, factor, bonus)
+    return greedy_exhaustive(matrix, k, excluded, factor, bonus, runs=runs)
 
 
 @cache
@@ -334,9 +360,15 @@ class LazyGains:
 
 
 def greedy_exhaustive(
-    matrix: Tensor, k: int, excluded: Tensor, factor: Tensor | None = None, bonus: Tensor | None = None
+    matrix: Tensor,
+    k: int,
+    excluded: Tensor,
+    factor: Tensor | None = None,
+    bonus: Tensor | None = None,
+    *,
+    runs: Sequence[tuple[int, int]] = (),
 ) -> tuple[Tensor, Tensor]:
-    """Greedy maximum coverage that evaluates every token at every pick; arguments and results as in `greedy_lazy`.
+    """Greedy maximum coverage that evaluates every token at every pick; arguments and results as in `greedy`.
 
     It never waits for the device, and for few tokens it beats the lazy form.
     """
@@ -344,8 +376,14 @@ def greedy_exhaustive(
     buffer = torch.empty_like(matrix)
     barred = torch.zeros_like(matrix[..., 0]).masked_fill_(excluded, -torch.inf)
     order, gains = [], []
+    added = [buffer]  # by images of equally many targets, since the order of a sum depends on its length
+    if runs:
+        counts, targets = zip(*runs, strict=True)
+        added = [part[..., :own] for part, own in zip(buffer.split(counts), targets, strict=True)]
     for _ in range(k):
-        gains_now = _with_prior(torch.sub(matrix, best, out=buffer).relu_().sum(-1), factor, bonus)
+        torch.sub(matrix, best, out=buffer).relu_()
+        sums = [part.sum(-1) for part in added]
+        gains_now = _with_prior(sums[0] if len(sums) == 1 else torch.cat(sums), factor, bonus)
         gain, winner = gains_now.add_(barred).max(1, keepdim=True)
         order.append(winner)
         gains.append(gain)

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from mmtok_cli.errors import MMTokError
-from mmtok_cli.methods.base import RECORDED_OUTPUTS, Method
+from mmtok_cli.methods.base import RECORDED_OUTPUTS, Method, by_order, eligible_places, stacked
 from mmtok_cli.methods.cosine import unit_rows, without_gradients
 from mmtok_cli.rules import Positions
 from mmtok_cli.tokens import Selection, TextTokens, VisionTokens
-from mmtok_cli.values import on_host, require, to_device
+from mmtok_cli.values import require
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,50 +43,49 @@ class DivPrune(Method):
     def count(self, share: float, total: int, signals: Sequence[str] = ()) -> int:
         return round(share * total)
 
-    def select(self, vision: VisionTokens, text: TextTokens, budget: int) -> Selection:
-        if budget == vision.total:
-            return Selection.everything(vision)
-        order = farthest_points(vision.projected, budget, ~on_host(vision.eligible))
-        return Selection(order.sort().values, order)
+    def select_group(
+        self, vision: Sequence[VisionTokens], text: Sequence[TextTokens], budget: int
+    ) -> Sequence[Selection]:
+        return by_order(farthest_points([image.projected for image in vision], budget, eligible_places(vision)))
 
 
 @without_gradients
-def farthest_points(features: Tensor, k: int, excluded: Tensor | None = None) -> Tensor:
-    """`k` rows that lie far from each other: their indices `[k]`, in the order of the picks.
+def farthest_points(features: Sequence[Tensor], k: int, places: Tensor | None = None) -> Tensor:
+    """`k` rows of each image that lie far from each other: their indices `[images, k]`, in the order of the picks.
 
     The first pick is the row whose nearest neighbour is farthest, each further one the row farthest from all picked
     so far (max-min). The lowest index wins a tie, and no index comes twice, even among equal rows.
 
     Args:
-        features: `[n, d]`; distances are computed in its data type.
+        features: `[n, d]` of each image; distances are computed in its data type.
         k: rows to pick.
-        excluded: bool `[n]`, True for rows to ignore; the host reads it.
+        places: `[images, rows]`, ascending indices of the rows that count. None: all.
 
     Raises:
         MMTokError: fewer than `k` rows are left, or a value is not finite.
     """
     import torch
 
-    places = torch.arange(len(features)) if excluded is None else (~on_host(excluded)).nonzero().squeeze(1)
-    if not 0 <= k <= len(places):
-        raise MMTokError(f"cannot keep {k} vision tokens: {len(places)} of {len(features)} are eligible")
-    places = to_device(places, features.device)
+    if places is None:
+        places = torch.arange(len(features[0]), device=features[0].device).expand(len(features), -1)
+    count = places.shape[1]
+    if not 0 <= k <= count:
+        raise MMTokError(f"cannot keep {k} vision tokens: {count} of {len(features[0])} are eligible")
     if k == 0:
-        return places[:0]
-    distance = cosine_distances(features[places])
+        return places[:, :0]
+    distance = stacked([cosine_distances(rows[own]) for rows, own in zip(features, places, strict=True)])
     # A row that is not finite makes its distance to all others not finite, so one row of the matrix shows it.
-    require(distance[0].isfinite().all(), MMTokError("features hold NaN or infinity", "score in a wider dtype"))
-    distance.fill_diagonal_(torch.inf)
+    require(distance[:, 0].isfinite().all(), MMTokError("features hold NaN or infinity", "score in a wider dtype"))
+    distance.diagonal(dim1=1, dim2=2).fill_(torch.inf)
 
-    standing_out = distance.amin(1)
-    nearest = torch.full_like(standing_out, torch.inf)  # distance to the closest row picked so far
-    picks = []
-    for _ in range(k):
-        pick = standing_out.argmax(0, keepdim=True)
-        picks.append(pick)
-        nearest = torch.minimum(nearest, distance.index_select(0, pick)[0]).index_fill_(0, pick, -torch.inf)
-        standing_out = nearest
-    return places[torch.cat(picks)]
+    images = torch.arange(len(places), device=places.device)
+    picks = [distance.amin(2).argmax(1)]
+    nearest = distance[images, picks[0]]  # distance to the closest row picked so far
+    for _ in range(k - 1):
+        nearest.scatter_(1, picks[-1].unsqueeze(1), -torch.inf)
+        picks.append(nearest.argmax(1))
+        nearest = torch.minimum(nearest, distance[images, picks[-1]])
+    return places.gather(1, torch.stack(picks, 1))
 
 
 def cosine_distances(features: Tensor) -> Tensor:

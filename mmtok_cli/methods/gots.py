@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mmtok_cli.methods.base import RECORDED_OUTPUTS, Method
+from mmtok_cli.methods.base import RECORDED_OUTPUTS, Method, by_order, excluded_of
 from mmtok_cli.tokens import Selection, TextTokens, VisionTokens
 
 
@@ -30,10 +31,10 @@ class GOTS(Method):
     checked: ClassVar[str] = RECORDED_OUTPUTS
     nested: ClassVar[bool] = True
 
-    def select(self, vision: VisionTokens, text: TextTokens, budget: int) -> Selection:
+    def select_group(
+        self, vision: Sequence[VisionTokens], text: Sequence[TextTokens], budget: int
+    ) -> Sequence[Selection]:
         from mmtok_cli.methods.pivoted_qr import pivoted_rows
 
-        if budget == vision.total:
-            return Selection.everything(vision)
-        order, _ = pivoted_rows(vision.features, budget, ~vision.eligible)
-        return Selection(order.sort().values, order)  # its energies are factors of a volume, not sums
+        order, _ = pivoted_rows([image.features for image in vision], budget, excluded_of(vision))
+        return by_order(order)  # its energies are factors of a volume, not sums

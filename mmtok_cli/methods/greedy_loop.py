@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -28,7 +29,7 @@ class GreedyLoop(MMTok):
 
     def cover(
         self,
-        text: Tensor | None,
+        words: Sequence[Tensor] | None,
         projected: Tensor,
         features: Tensor | None,
         budget: int,
@@ -41,10 +42,10 @@ class GreedyLoop(MMTok):
 
         found = []
         for i in range(len(projected)):
-            words = None if text is None else text[i]
+            text = None if words is None else words[i]
             patches = None if features is None else features[i]
             matrix = plain_matrix(
-                words,
+                text,
                 projected[i],
                 patches,
                 alpha=self.alpha,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from mmtok_cli.errors import MMTokError
-from mmtok_cli.methods.base import RECORDED_OUTPUTS, Method, ranking
+from mmtok_cli.methods.base import RECORDED_OUTPUTS, Method, by_order, ranking, stacked
 from mmtok_cli.methods.cosine import without_gradients
 from mmtok_cli.tokens import Selection, TextTokens, VisionTokens
 
@@ -52,41 +52,41 @@ class HiPrune(Method):
     def count(self, share: float, total: int, signals: Sequence[str] = ()) -> int:
         return round(share * total)
 
-    def select(self, vision: VisionTokens, text: TextTokens, budget: int) -> Selection:
-        if budget == vision.total:
-            return Selection.everything(vision)
+    def select_group(
+        self, vision: Sequence[VisionTokens], text: Sequence[TextTokens], budget: int
+    ) -> Sequence[Selection]:
         order = hierarchical(
-            vision.signals["middle_attention"],
-            vision.signals["received_attention"],
-            vision.grid,
+            stacked([image.signals["middle_attention"] for image in vision]),
+            stacked([image.signals["received_attention"] for image in vision]),
+            vision[0].grid,
             budget,
             round(budget * self.alpha / 5),
-            vision.eligible,
+            stacked([image.eligible for image in vision]),
         )
-        return Selection(order.sort().values, order)
+        return by_order(order)
 
 
 @without_gradients
 def hierarchical(
     middle: Tensor, last: Tensor, grid: tuple[int, int], k: int, anchors: int, eligible: Tensor | None = None
 ) -> Tensor:
-    """`k` tokens of a grid (rows, columns): [k] indices, anchors first, then buffers, then registers.
+    """`k` tokens of each grid (rows, columns): [images, k] indices, anchors first, then buffers, then registers.
 
-    middle, last: [tokens], attention that each token receives in the two layers. anchors: how many of the tokens that
-    `middle` is highest for are kept together with their neighbours, as far as there is room. eligible: [tokens], False
-    for tokens never to be kept; at least `k` must be eligible.
+    middle, last: [images, tokens], attention that each token receives in the two layers. anchors: how many of the
+    tokens that `middle` is highest for are kept together with their neighbours, as far as there is room. eligible:
+    [images, tokens], False for tokens never to be kept; at least `k` must be eligible.
     """
     import torch
 
     eligible = torch.ones_like(middle, dtype=torch.bool) if eligible is None else eligible
-    tokens = len(middle)
+    tokens = middle.shape[1]
     by_middle, by_last = ranking(torch.stack([middle, last]), eligible)
-    found = by_middle[: min(anchors, k)]
-    near = torch.cat([found + step for step in (-1, 1, -grid[1], grid[1])]).clamp(0, tokens - 1)
+    found = by_middle[:, : min(anchors, k)]
+    near = torch.cat([found + step for step in (-1, 1, -grid[1], grid[1])], 1).clamp(0, tokens - 1)
     # Anchors come first, then buffers, both as the middle layer ranks them, then registers.
-    numbers = torch.arange(tokens, device=middle.device)
-    in_middle = torch.empty_like(by_middle).index_copy_(0, by_middle, numbers)
-    places = torch.empty_like(by_last).index_copy_(0, by_last, numbers + tokens)
-    places = torch.where(torch.zeros_like(eligible).index_fill_(0, near, True), in_middle, places)
-    places = places.index_copy(0, found, numbers[: len(found)] - tokens)
-    return places.masked_fill_(~eligible, 2 * tokens).argsort()[:k]
+    numbers = torch.arange(tokens, device=middle.device).expand_as(by_middle)
+    in_middle = torch.empty_like(by_middle).scatter_(1, by_middle, numbers)
+    places = torch.empty_like(by_last).scatter_(1, by_last, numbers + tokens)
+    places = torch.where(torch.zeros_like(eligible).scatter_(1, near, True), in_middle, places)
+    places = places.scatter(1, found, numbers[:, : found.shape[1]] - tokens)
+    return places.masked_fill_(~eligible, 2 * tokens).argsort(1)[:, :k]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from mmtok_cli.methods.base import RECORDED_OUTPUTS, Method, excluded_of, in_groups
 from mmtok_cli.methods.keywords import keywords
 from mmtok_cli.tokens import Selection, TextTokens, VisionTokens
+from mmtok_cli.values import mirrored
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,7 +55,7 @@ class MMTok(Method):
 
         def select(members: list[int]) -> list[Selection]:
             found = self.cover(
-                torch.stack([words[i] for i in members]) if words else None,
+                [words[i] for i in members] if words else None,
                 torch.stack([vision[i].projected for i in members]),
                 self._features([vision[i] for i in members]),
                 budgets[members[0]],
@@ -63,20 +64,31 @@ class MMTok(Method):
             parts = zip(found.indices, found.order, found.gains, strict=True)
             return [Selection(indices, order, gains) for indices, order, gains in parts]
 
-        # Padding questions to one length would change the order of the sums, and so, at the last digit, the picks.
-        return in_groups(vision, budgets, lambda i: (vision[i].total, len(words[i]) if words else 0), select)
+        # Questions of any length go together on a GPU, where `select_tokens` makes one search of several.
+        joint = not words or words[0].device.type != "cpu"
+        return in_groups(vision, budgets, lambda i: 0 if joint else len(words[i]), select)
 
     def cover(
         self,
-        text: Tensor | None,
+        words: Sequence[Tensor] | None,
         projected: Tensor,
         features: Tensor | None,
         budget: int,
         excluded: Tensor,
     ) -> Coverage:
-        """The search itself, for images of one size; arguments as those of `select_tokens`, with the batch axis."""
+        """The search itself, for images of one size. words: [words, dim] of each image. The other arguments are those
+        of `select_tokens`, with the batch axis."""
+        import torch
+        from torch.nn.utils.rnn import pad_sequence
+
         from mmtok_cli.methods.coverage import select_tokens
 
+        text, mask, counts = None, None, torch.tensor([len(rows) for rows in words or ()])
+        if words and bool((counts == counts[0]).all()):
+            text = torch.stack(list(words))
+        elif words:
+            text = pad_sequence(list(words), batch_first=True)
+            mask = mirrored(torch.arange(text.shape[1]) < counts[:, None], projected.device)
         return select_tokens(
             text,
             projected,
@@ -86,6 +98,7 @@ class MMTok(Method):
             text_temperature=self.text_temperature,
             vision_temperature=self.vision_temperature,
             excluded=excluded,
+            text_mask=mask,
         )
 
     def _words(self, text: Sequence[TextTokens]) -> list[Tensor]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from mmtok_cli.methods.base import RECORDED_OUTPUTS, Method
+from mmtok_cli.methods.base import RECORDED_OUTPUTS, Method, by_order, eligible_places, stacked
 from mmtok_cli.methods.cdpruner import greedy_determinant
 from mmtok_cli.methods.cosine import without_gradients
 from mmtok_cli.tokens import Selection, TextTokens, VisionTokens
@@ -48,13 +48,14 @@ class OTPrune(Method):
     def count(self, share: float, total: int, signals: Sequence[str] = ()) -> int:
         return round(share * total)
 
-    def select(self, vision: VisionTokens, text: TextTokens, budget: int) -> Selection:
-        if budget == vision.total:
-            return Selection.everything(vision)
-        places = vision.eligible_places
-        order, _ = greedy_determinant(covariance_kernel(vision.projected[places], self.gamma)[None], budget)
-        picks = places[order[0]]
-        return Selection(picks.sort().values, picks)  # its gains are factors of a determinant, not sums
+    def select_group(
+        self, vision: Sequence[VisionTokens], text: Sequence[TextTokens], budget: int
+    ) -> Sequence[Selection]:
+        places = eligible_places(vision)
+        pairs = zip(vision, places, strict=True)
+        kernel = stacked([covariance_kernel(image.projected[own], self.gamma) for image, own in pairs])
+        order, _ = greedy_determinant(kernel, budget)
+        return by_order(places.gather(1, order))  # its gains are factors of a determinant, not sums
 
 
 @without_gradients

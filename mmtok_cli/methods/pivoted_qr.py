@@ -7,10 +7,16 @@ are few, and the others catch up with many directions at once, in matrix product
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from mmtok_cli.errors import MMTokError
+from mmtok_cli.methods.base import ranked_from, stacked
+from mmtok_cli.methods.cosine import aligned_empty
+from mmtok_cli.values import on_host, require
 
 NEGLIGIBLE = 1e-6  # of the largest squared norm: residual energies below are rounding noise
 _LAZY_FROM = 2048  # rows from which bounds pay on a CPU; on a GPU each look at them would wait for the device
@@ -23,67 +29,76 @@ _SWEEP = 8  # picks with all rows, after energies have fallen so fast that bound
 
 
 @torch.no_grad()
-def pivoted_rows(features: Tensor, k: int, excluded: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Pick `k` rows, each time the one of largest residual energy: its squared length outside the span of the picks.
+def pivoted_rows(features: Sequence[Tensor], k: int, excluded: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Pick `k` rows of each image, each time the one of largest residual energy: its squared length outside the span of
+    the picks.
 
     As many picks as the rows have directions equal the pivots of `scipy.linalg.qr(features.T, pivoting=True)`. Once no
     residual energy reaches 1e-6 of the largest squared norm, what is left is rounding noise: the others follow by
     descending norm. The lowest index wins a tie, and no row comes twice.
 
     Args:
-        features: [n, d]; computed in float32.
+        features: [n, d] of each image; computed in float32.
         k: rows to pick.
-        excluded: bool [n], True for rows never to be picked.
+        excluded: bool [images, n], True for rows never to be picked.
 
     Returns:
-        order [k], the picks, and energies [k], the residual energy of each when it was picked, 0 where it is noise.
-        Any first part is what a smaller `k` gives.
+        order [images, k], the picks, and energies [images, k], the residual energy of each when it was picked, 0 where
+        it is noise. Any first part is what a smaller `k` gives.
 
     Raises:
         MMTokError: fewer than `k` rows are left, or a value is not finite.
     """
-    x = features.float()
-    norms = x.square().sum(1)
-    eligible = torch.ones_like(norms, dtype=torch.bool) if excluded is None else ~excluded
-    if not 0 <= k <= int(eligible.sum()):
-        raise MMTokError(f"cannot keep {k} vision tokens: {int(eligible.sum())} of {len(x)} are eligible")
-    if not bool(norms.isfinite().all()):
-        raise MMTokError("features hold NaN or infinity", "score in a wider dtype")
-    norms = norms.masked_fill(~eligible, -torch.inf)
-    floor = NEGLIGIBLE * float(norms.max()) if k else 0.0
-    lazy = len(x) >= _LAZY_FROM and x.device.type == "cpu"
-    order, energies = (_Lazy(x, norms, k).picks(floor) if lazy else _sweep(x, norms, k, floor)) if k else _nothing(x)
-    order, energies = _above(order, energies, floor)
-    left = norms.index_fill(0, order, -torch.inf).argsort(descending=True, stable=True)[: k - len(order)]
-    return torch.cat([order, left]), torch.cat([energies, energies.new_zeros(len(left))])
+    x = [rows.float() for rows in features]
+    norms = stacked([rows.square().sum(1) for rows in x])
+    images, n = norms.shape
+    eligible = n if excluded is None else int((~on_host(excluded)).sum(1).min())
+    if not 0 <= k <= eligible:
+        raise MMTokError(f"cannot keep {k} vision tokens: {eligible} of {n} are eligible")
+    if not k:
+        return torch.empty(images, 0, dtype=torch.int64, device=norms.device), norms.new_empty(images, 0)
+    lazy = n >= _LAZY_FROM and norms.device.type == "cpu"
+    finite, error = norms.isfinite().all(), MMTokError("features hold NaN or infinity", "score in a wider dtype")
+    if lazy and not bool(finite):  # a search that would not end
+        raise error
+    require(finite, error)
+    if excluded is not None:
+        norms = norms.masked_fill(excluded, -torch.inf)
+    floor = NEGLIGIBLE * norms.amax(1, keepdim=True)
+    order, energies = _lazily(x, norms, k, floor) if lazy else _sweep(x, norms, k, floor)
+    noise = ((energies < floor) | (energies <= 0)).cumsum(1) > 0
+    return ranked_from(noise, order, norms), energies.masked_fill(noise, 0)
 
 
-def _nothing(x: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty(0, dtype=torch.int64, device=x.device), x.new_empty(0)
+def _lazily(x: Sequence[Tensor], norms: Tensor, k: int, floor: Tensor) -> tuple[Tensor, Tensor]:
+    """The picks of `_sweep` for each image; the first that is noise is repeated."""
+    found = [_Lazy(rows, own, k).picks(float(least)) for rows, own, least in zip(x, norms, floor, strict=True)]
+    order = torch.stack([torch.cat([picks, picks[-1:].expand(k - len(picks))]) for picks, _ in found])
+    return order, torch.stack([pad(energies, (0, k - len(energies))) for _, energies in found])
 
 
-def _above(order: Tensor, energies: Tensor, floor: float) -> tuple[Tensor, Tensor]:
-    """The picks before the first one whose energy is noise."""
-    noise = ((energies < floor) | (energies <= 0)).cumsum(0) > 0
-    return order[~noise], energies[~noise]
-
-
-def _sweep(x: Tensor, norms: Tensor, k: int, floor: float) -> tuple[Tensor, Tensor]:
+def _sweep(x: Sequence[Tensor], norms: Tensor, k: int, floor: Tensor) -> tuple[Tensor, Tensor]:
     """`k` picks with the energies of all rows updated each time; nothing waits for the device."""
-    energy, basis, along = norms.clone(), x.new_empty(k, x.shape[1]), x.new_empty(k, len(x))
+    energy, images = norms.clone(), len(x)
+    basis, along = (aligned_empty(norms, images, k, width) for width in (x[0].shape[1], norms.shape[1]))
+    each = [*zip(x, basis, along, strict=True)]
     order, energies = [], []
-    least = max(floor, torch.finfo(torch.float32).tiny)
+    least = floor.clamp(min=torch.finfo(torch.float32).tiny)
     for step in range(k):
-        best, pick = energy.max(0, keepdim=True)
-        row = x.index_select(0, pick).squeeze(0)
-        if step:
-            row.addmv_(basis[:step].T, along[:step].index_select(1, pick).squeeze(1), alpha=-1)
-        torch.mul(row, best.clamp(min=least).rsqrt(), out=basis[step])
-        torch.mv(x, basis[step], out=along[step])
-        energy.addcmul_(along[step], along[step], value=-1).index_fill_(0, pick, -torch.inf)
+        best, pick = energy.max(1, keepdim=True)
+        lengths = best.clamp(min=least).rsqrt()
+        for image, (rows, directions, shares) in enumerate(each):  # batched products round differently
+            own, direction = pick[image], directions[step]
+            row = rows.index_select(0, own).squeeze(0)
+            if step:
+                row.addmv_(directions[:step].T, shares[:step].index_select(1, own).squeeze(1), alpha=-1)
+            torch.mul(row, lengths[image], out=direction)
+            torch.mv(rows, direction, out=shares[step])
+        latest = along[:, step]
+        energy.addcmul_(latest, latest, value=-1).scatter_(1, pick, -torch.inf)
         order.append(pick)
         energies.append(best)
-    return torch.cat(order), torch.cat(energies)
+    return torch.cat(order, 1), torch.cat(energies, 1)
 
 
 class _Lazy:
@@ -107,7 +122,7 @@ class _Lazy:
         self.top = float(norms.max())  # the best energy then
 
     def picks(self, floor: float) -> tuple[Tensor, Tensor]:
-        """Order and energies of the picks up to the first one whose energy is below `floor`."""
+        """Order and energies of the picks up to the first one whose energy is below `floor`, or 0."""
         order: list[int] = []
         energies: list[float] = []
         sweeping = 0
@@ -125,7 +140,7 @@ class _Lazy:
                     self._begin_sweep()
             order.append(row)
             energies.append(energy)
-            if energy <= max(floor, 0):
+            if energy < floor or energy <= 0:
                 break
         return torch.tensor(order), torch.tensor(energies)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from mmtok_cli.errors import MMTokError
-from mmtok_cli.methods.base import RECORDED_OUTPUTS, Method, excluded_of
+from mmtok_cli.methods.base import RECORDED_OUTPUTS, Method, by_order, excluded_of, ranked_from, stacked
 from mmtok_cli.methods.cosine import unit_rows, without_gradients
 from mmtok_cli.tokens import Selection, TextTokens, VisionTokens
 from mmtok_cli.values import on_host, require
@@ -62,27 +62,24 @@ class SCOPE(Method):
         removed = 1 - share  # what the port's parameter says; halves fall as they do in its arithmetic
         return max(min(total, 1), round(total * (1 - removed)))
 
-    def select(self, vision: VisionTokens, text: TextTokens, budget: int) -> Selection:
-        if budget == vision.total:
-            return Selection.everything(vision)
-        if "class_attention" in vision.signals:
-            features, saliency = vision.features, vision.signals["class_attention"].float().sum(0)
+    def select_group(
+        self, vision: Sequence[VisionTokens], text: Sequence[TextTokens], budget: int
+    ) -> Sequence[Selection]:
+        if "class_attention" in vision[0].signals:
+            features = [image.features for image in vision]
+            saliency = stacked([image.signals["class_attention"] for image in vision]).float().sum(1)
         else:
-            features, saliency = vision.projected, vision.signals["received_attention"].float()
+            features = [image.projected for image in vision]
+            saliency = stacked([image.signals["received_attention"] for image in vision]).float()
         order, gains = salient_coverage(
-            features[None],
-            saliency[None],
-            budget,
-            alpha=self.alpha,
-            combine=self.combine,
-            excluded=excluded_of([vision]),
+            features, saliency, budget, alpha=self.alpha, combine=self.combine, excluded=excluded_of(vision)
         )
-        return Selection(order[0].sort().values, order[0], gains[0])
+        return by_order(order, gains)
 
 
 @without_gradients
 def salient_coverage(
-    features: Tensor,
+    features: Sequence[Tensor],
     saliency: Tensor,
     k: int,
     *,
@@ -96,7 +93,7 @@ def salient_coverage(
     float32. The lowest index wins a tie.
 
     Args:
-        features: [b, n, d]. saliency: [b, n], not negative.
+        features: [n, d] of each image. saliency: [b, n], not negative.
         alpha: exponent of the saliency. combine: whether the gain is multiplied by it, or it is added.
         excluded: bool [b, n], True for tokens never to be picked. They are to be covered all the same.
 
@@ -110,12 +107,12 @@ def salient_coverage(
 
     from mmtok_cli.methods.coverage import greedy, self_product
 
-    batch, n, _ = features.shape
+    batch, n = saliency.shape
     excluded = torch.zeros_like(saliency, dtype=torch.bool) if excluded is None else excluded
     eligible = int((~on_host(excluded)).sum(1).min())
     if not 0 <= k <= eligible:
         raise MMTokError(f"cannot keep {k} vision tokens: {eligible} of {n} are eligible")
-    cosines = torch.empty(batch, n, n, device=features.device)
+    cosines = torch.empty(batch, n, n, device=saliency.device)
     for image, out in zip(features, cosines, strict=True):
         self_product(unit_rows(image.float()), out=out)
     # A token that is not finite spoils its entry in every row, so one row shows them all.
@@ -125,7 +122,8 @@ def salient_coverage(
     if combine == "add":
         return greedy(cosines.relu_(), k, excluded, bonus=prior)
     order, scores = greedy(cosines.relu_(), k, excluded, factor=prior)
-    by_saliency = prior.masked_fill((features == 0).all(-1), -1).masked_fill(excluded, -torch.inf)
+    empty = stacked([(rows == 0).all(-1) for rows in features])
+    by_saliency = prior.masked_fill(empty, -1).masked_fill(excluded, -torch.inf)
     return _filled(order, scores, prior, by_saliency), scores
 
 
@@ -135,8 +133,5 @@ def _filled(order: Tensor, scores: Tensor, prior: Tensor, ranks: Tensor) -> Tens
 
     weights = prior.gather(1, order)
     gains = torch.where(weights > 0, scores / weights, 0)
-    number = (gains <= NEGLIGIBLE * gains[:, :1]).cumsum(1).gt(0).cumsum(1)  # of each pick that is noise, from 1 on
-    noise = number > 0
-    left = ranks.scatter(1, order, torch.where(noise, ranks.gather(1, order), -torch.inf))
-    best = left.argsort(dim=1, descending=True, stable=True)
-    return torch.where(noise, best.gather(1, (number - 1).clamp(min=0)), order)
+    noise = (gains <= NEGLIGIBLE * gains[:, :1]).cumsum(1) > 0
+    return ranked_from(noise, order, ranks)

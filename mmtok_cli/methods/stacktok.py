@@ -10,6 +10,7 @@ from mmtok_cli.errors import MMTokError
 from mmtok_cli.methods.base import RECORDED_OUTPUTS, Method
 from mmtok_cli.methods.keywords import keywords
 from mmtok_cli.tokens import Selection, TextTokens, VisionTokens
+from mmtok_cli.values import mirrored, on_host
 
 Swap = Literal["auto", "always", "never"]
 
@@ -72,7 +73,7 @@ class StackTok(Method):
             [crop.projected for crop in crops],
             [crop.features for crop in crops],
             budget,
-            excluded=[~crop.eligible for crop in crops],
+            excluded=[mirrored(~on_host(crop.eligible), crop.eligible.device) for crop in crops],
             text_temperature=self.tau_text,
             vision_temperature=self.tau_vision,
             beta=(self.beta_min, self.beta_max),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 from mmtok_cli.errors import MMTokError
-from mmtok_cli.methods.base import RECORDED_OUTPUTS, Method, ranking
+from mmtok_cli.methods.base import RECORDED_OUTPUTS, Method, ranking, stacked
 from mmtok_cli.methods.cosine import in_float64
 from mmtok_cli.tokens import Selection, TextTokens, VisionTokens, all_eligible
 from mmtok_cli.values import on_host, to_device
@@ -71,51 +71,52 @@ class VisionZip(Method):
             return super().count(share, total, signals)
         return int(QWEN_DOMINANT[share] * total) + _qwen_contextual(total)
 
-    def select(self, vision: VisionTokens, text: TextTokens, budget: int) -> Selection:
+    def select_group(
+        self, vision: Sequence[VisionTokens], text: Sequence[TextTokens], budget: int
+    ) -> Sequence[Selection]:
         import torch
 
-        if budget == vision.total:
-            return Selection.everything(vision)
-        if "class_feature" not in vision.signals:
+        if "class_feature" not in vision[0].signals:
             return self._select_without_class_token(vision, budget)
-        contextual = self._contextual(vision, budget)
+        contextual = self._contextual(vision[0], budget)
         rows, indices = zip_tokens(
-            vision.features,
-            vision.signals["class_feature"],
-            vision.signals["class_attention"],
-            vision.signals["mean_keys"],
+            [image.features for image in vision],
+            stacked([image.signals["class_feature"] for image in vision]),
+            stacked([image.signals["class_attention"] for image in vision]),
+            [image.signals["mean_keys"] for image in vision],
             budget - contextual,
             contextual,
-            eligible=vision.eligible,
+            eligible=[image.eligible for image in vision],
             merge=self.merge,
         )
         merged = torch.arange(budget, device=indices.device) >= budget - contextual
-        return Selection(indices, tokens=vision.project(rows), merged=merged)
+        parts = zip(vision, indices, rows, strict=True)
+        return [Selection(places, tokens=image.project(own), merged=merged) for image, places, own in parts]
 
-    def _select_without_class_token(self, vision: VisionTokens, budget: int) -> Selection:
+    def _select_without_class_token(self, vision: Sequence[VisionTokens], budget: int) -> Sequence[Selection]:
         import torch
 
-        contextual = self._share(budget)
+        contextual, total = self._share(budget), vision[0].total
         if self.contextual is None and budget > 1:
-            contextual, released = max(1, contextual), _qwen_contextual(vision.total)
-            if budget - released in (int(share * vision.total) for share in QWEN_DOMINANT.values()):
+            contextual, released = max(1, contextual), _qwen_contextual(total)
+            if budget - released in (int(share * total) for share in QWEN_DOMINANT.values()):
                 contextual = released
         if contextual > budget:
             raise MMTokError(
                 f"the budget of {budget} is less than {contextual} contextual tokens",
-                f"choose {contextual} to {vision.total}",
+                f"choose {contextual} to {total}",
             )
-        order = ranking(vision.signals["received_attention"], vision.eligible)[: vision.eligible_count]
-        dominant, others = order[: budget - contextual], order[budget - contextual :].sort().values
+        received = stacked([image.signals["received_attention"] for image in vision])
+        order = ranking(received, stacked([image.eligible for image in vision]))[:, : vision[0].eligible_count]
+        dominant, others = order[:, : budget - contextual], order[:, budget - contextual :].sort().values
+        projected = [image.projected for image in vision]
         rows, targets = _merge_into_targets(
-            vision.projected[others], vision.signals["mean_keys"][others], contextual, self.merge
+            projected, [image.signals["mean_keys"] for image in vision], others, contextual, self.merge
         )
-        indices, places = torch.cat([dominant, others[targets]]).sort()
-        return Selection(
-            indices,
-            tokens=torch.cat([vision.projected[dominant], rows])[places],
-            merged=places >= len(dominant),
-        )
+        indices, places = torch.cat([dominant, targets], 1).sort()
+        tokens = torch.cat([_rows_at(projected, dominant), rows], 1)
+        parts = zip(indices, _rows_at([*tokens], places), places >= dominant.shape[1], strict=True)
+        return [Selection(kept, tokens=own, merged=merged) for kept, own, merged in parts]
 
     def _share(self, budget: int) -> int:
         """Contextual tokens of a budget."""
@@ -150,73 +151,85 @@ def _qwen_contextual(total: int) -> int:
 
 
 def zip_tokens(
-    features: Tensor,
+    features: Sequence[Tensor],
     class_feature: Tensor,
     class_attention: Tensor,
-    mean_keys: Tensor,
+    mean_keys: Sequence[Tensor],
     dominant: int,
     contextual: int,
     *,
-    eligible: Tensor | None = None,
+    eligible: Sequence[Tensor] | None = None,
     merge: Merge = "sum",
 ) -> tuple[Tensor, Tensor]:
-    """Reduce the n patches of one image, before the projector, to `dominant + contextual` tokens.
+    """Reduce the n patches of each image, before the projector, to `dominant + contextual` tokens.
 
     Args:
-        features: [n, dim], the patches; class_feature: [dim], the class token of the same layer.
-        class_attention: [heads, n], probabilities with which the class token attends to each patch in that layer.
-        mean_keys: [n, head dim], the layer's keys, averaged over the heads.
+        features: [n, dim] of each image, the patches; class_feature: [images, dim], the class tokens of the same layer.
+        class_attention: [images, heads, n], probabilities with which the class token attends to each patch there.
+        mean_keys: [n, head dim] of each image, the layer's keys, averaged over the heads.
         dominant: tokens that stay as they are, the class token among them; at least 1.
         contextual: tokens that the other patches are merged into.
-        eligible: [n], False for patches that are neither kept nor merged. None: all take part.
+        eligible: [n] of each image, False for patches that are neither kept nor merged, equally many in each. None: all
+            take part.
         merge: see `VisionZip`.
 
     Returns:
-        rows [dominant + contextual, dim], and the places that they stand for: -1 for the class token, the dominant
-        patches ascending, the contextual tokens' targets ascending.
+        rows [images, dominant + contextual, dim], and the places that they stand for: -1 for the class token, the
+        dominant patches ascending, the contextual tokens' targets ascending.
 
     Raises MMTokError if `dominant` is less than 1, or there are fewer than `dominant - 1 + contextual` patches.
     """
     import torch
 
-    eligible = all_eligible(len(features), features.device) if eligible is None else eligible
-    count = int(on_host(eligible).sum())
+    if eligible is None:
+        eligible = [all_eligible(len(rows), rows.device) for rows in features]
+    count = int(on_host(eligible[0]).sum())
     if dominant < 1 or not 0 <= contextual <= count - (dominant - 1):
         raise MMTokError(
             f"{count} vision tokens and a class token do not make {dominant} dominant and {contextual} contextual ones",
             f"dominant counts the class token; the two must come to no more than {count + 1}",
         )
-    order = ranking(class_attention.sum(0, dtype=torch.float32), eligible)[:count]
-    patches, others = order[: dominant - 1].sort().values, order[dominant - 1 :].sort().values
-    merged, targets = _merge_into_targets(features[others], mean_keys[others], contextual, merge)
-    rows = torch.cat([class_feature.unsqueeze(0), features[patches], merged])
-    return rows, torch.cat([patches.new_full((1,), -1), patches, others[targets]])
+    order = ranking(class_attention.sum(1, dtype=torch.float32), stacked(eligible))[:, :count]
+    patches, others = order[:, : dominant - 1].sort().values, order[:, dominant - 1 :].sort().values
+    merged, targets = _merge_into_targets(features, mean_keys, others, contextual, merge)
+    rows = torch.cat([class_feature.unsqueeze(1), _rows_at(features, patches), merged], 1)
+    return rows, torch.cat([patches.new_full((len(patches), 1), -1), patches, targets], 1)
 
 
-def _merge_into_targets(features: Tensor, keys: Tensor, count: int, merge: Merge) -> tuple[Tensor, Tensor]:
+def _merge_into_targets(
+    features: Sequence[Tensor], keys: Sequence[Tensor], places: Tensor, count: int, merge: Merge
+) -> tuple[Tensor, Tensor]:
     """Merge patches into `count` evenly spaced ones of them, each into the one whose key is most similar.
 
-    features: [patches, dim], keys: [patches, head dim]. Returns the merged rows [count, dim] and the targets [count].
+    features: [tokens, dim] of each image, keys: [tokens, head dim]. places: [images, patches], of those that are
+    merged. Returns the merged rows [images, count, dim] and the places of the targets [images, count].
     """
     import torch
-    from torch.nn.functional import normalize, one_hot
+    from torch.nn.functional import normalize
 
-    patches = len(features)
+    patches = places.shape[1]
     step = max(1, patches // max(1, count))
     chosen = torch.arange(count) * step
-    targets = to_device(chosen, features.device)
+    targets = places[:, to_device(chosen, places.device)]
+    own = _rows_at(features, targets)
     if count in (0, patches):
-        return features[targets], targets
+        return own, targets
     is_member = torch.ones(patches, dtype=torch.bool).index_fill(0, chosen, False)
-    members = to_device(is_member.nonzero().squeeze(1), features.device)
-    directions = normalize(in_float64(keys), dim=-1)
-    cosines = directions[members.to(directions.device)] @ directions[targets.to(directions.device)].T
-    nearest = cosines.argmax(1).to(features.device)  # the first on ties
-    belongs = one_hot(nearest, count).T.to(features.dtype)
-    sizes = belongs.sum(1, keepdim=True)
+    members = places[:, to_device(is_member.nonzero().squeeze(1), places.device)]
+    of_members, of_targets = (normalize(in_float64(_rows_at(keys, each)), dim=-1) for each in (members, targets))
+    # One product per image: batched kernels round differently.
+    cosines = stacked([a @ b.T for a, b in zip(of_members, of_targets, strict=True)])
+    nearest = cosines.argmax(2).to(places.device)  # the first on ties
+    belongs = (nearest.unsqueeze(2) == torch.arange(count, device=places.device)).to(own.dtype)
+    sizes = belongs.sum(1).unsqueeze(2)
     # Weights are divided before the sum: a sum of hundreds of features may be more than float16 can hold.
-    if merge == "sum":
-        own, weights = features[targets], belongs / sizes.clamp(min=1)
-    else:
-        own, weights = features[targets] / (sizes + 1), belongs / (sizes + 1)
-    return own + weights @ features[members], targets
+    parts = sizes.clamp(min=1) if merge == "sum" else sizes + 1
+    own = own if merge == "sum" else own / parts
+    weights = belongs / parts.mT
+    means = [share.T @ rows[each] for share, rows, each in zip(weights, features, members, strict=True)]
+    return own + stacked(means), targets
+
+
+def _rows_at(rows: Sequence[Tensor], places: Tensor) -> Tensor:
+    """The rows [tokens, dim] of each image at its places [images, kept]: [images, kept, dim]."""
+    return stacked([own[each] for own, each in zip(rows, places, strict=True)])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from mmtok_cli.errors import MMTokError
-from mmtok_cli.methods.base import RECORDED_OUTPUTS, Method, in_groups
+from mmtok_cli.methods.base import RECORDED_OUTPUTS, Method
 from mmtok_cli.methods.cosine import in_float64
 from mmtok_cli.tokens import Selection, TextTokens, VisionTokens
 from mmtok_cli.values import on_host
@@ -56,24 +56,17 @@ class VisPruner(Method):
                 f"an important ratio of {self.important_ratio} is not between 0 and 1", "the default is 0.5"
             )
 
-    def select(self, vision: VisionTokens, text: TextTokens, budget: int) -> Selection:
-        return self.select_batch([vision], [text], [budget])[0]
-
-    def select_batch(
-        self, vision: Sequence[VisionTokens], text: Sequence[TextTokens], budgets: Sequence[int]
-    ) -> list[Selection]:
-        def select(members: list[int]) -> list[Selection]:
-            images = [vision[i] for i in members]
-            found = important_and_diverse(
-                [image.features for image in images],
-                [image.signals["class_attention"] for image in images],
-                budgets[members[0]],
-                self.important_ratio,
-                eligible=[image.eligible for image in images],
-            )
-            return [Selection(indices) for indices in found]
-
-        return in_groups(vision, budgets, lambda i: (vision[i].total, vision[i].eligible_count), select)
+    def select_group(
+        self, vision: Sequence[VisionTokens], text: Sequence[TextTokens], budget: int
+    ) -> Sequence[Selection]:
+        found = important_and_diverse(
+            [image.features for image in vision],
+            [image.signals["class_attention"] for image in vision],
+            budget,
+            self.important_ratio,
+            eligible=[image.eligible for image in vision],
+        )
+        return [Selection(indices) for indices in found]
 
 
 def important_and_diverse(

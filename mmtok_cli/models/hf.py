@@ -518,6 +518,16 @@ def layer_types(text_config: Any) -> list[str]:
     return list(named) if named else ["full_attention"] * part(text_config, "num_hidden_layers")
 
 
+def takes_step_mask(model: Any) -> bool:
+    """Whether every decoder layer can be given the mask of a single token as [batch, 1, 1, keys], True where visible.
+
+    transformers passes such a mask on as it is. It reads one of [batch, keys] at each step.
+    """
+    text_config = part(model, "config.text_config")
+    fused = part(text_config, "_attn_implementation") == "sdpa"
+    return fused and set(layer_types(text_config)) == {"full_attention"}
+
+
 def layer_group(text_config: Any) -> int:
     """Decoder layers after which the kinds of `layer_types` repeat: 1 where all are of one kind."""
     kinds = layer_types(text_config)

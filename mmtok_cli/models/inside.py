@@ -115,8 +115,10 @@ class Inside:
         if index in self._cut_layers:
             with self._stage("select"):
                 hidden, now = self._cut(index, now, hidden, call.cache if call else None)
+            if index == max(self._cut_layers):  # nothing reads the images any more
+                now = replace(now, rows=[])
             self._reached = now
-            self._behind[index] = replace(now, mask=None)  # decoding builds its own
+            self._behind[index] = replace(now, mask=None, rows=[])  # decoding builds its own mask
         if self._held.get(index, index) > index:
             self._read[index] = hidden
         if self._behind and call:
@@ -201,7 +203,7 @@ class Inside:
                 for place, image in enumerate(row.images):
                     if not image.plan.asks:
                         continue
-                    text = own[row.text_behind(image, hidden.device)]
+                    text = row.text_behind(image, own)
                     if not len(text):
                         raise MMTokError(
                             f"no text follows {image.plan.image_id}, so there is no text whose attention could be read",
@@ -226,15 +228,18 @@ class Inside:
         """Make the cuts before a layer: the hidden states that remain, [batch, shorter width, dim], and their frame."""
         batch = hidden.shape[0]
         rows, slots, states = [], [], []
+        places = torch.arange(now.width, device=hidden.device)
         for number, row in enumerate(now.rows):
             offset = now.width - row.length
-            shorter, row_slots, row_states = self._cut_row(layer, now, number, hidden[number, offset:], cache)
+            shorter, kept, row_states = self._cut_row(
+                layer, now, number, hidden[number, offset:], places[offset:], cache
+            )
             rows.append(shorter)
-            slots.append(row_slots + offset)
+            slots.append(kept)
             states.append(row_states)
         lengths = [row.length for row in rows]
         width = max(lengths)
-        index = torch.stack([pad(s, (width - len(s), 0)) for s in slots])
+        index = torch.stack([s if len(s) == width else pad(s, (width - len(s), 0)) for s in slots])
         live = None
         if min(lengths) < width:
             missing = torch.tensor([width - length for length in lengths])
@@ -243,7 +248,7 @@ class Inside:
         self._read = {read: gather_slots(states, index.to(states.device)) for read, states in needed.items()}
         position_ids, rotary = now.position_ids, now.rotary
         removed = [row.length - length for row, length in zip(now.rows, lengths, strict=True)]
-        remaining = torch.stack([pad(s, (0, 0, width - len(s), 0)) for s in states])
+        remaining = torch.stack([s if len(s) == width else pad(s, (0, 0, width - len(s), 0)) for s in states])
         if self._positions == "keep":
             rotary = (gather_slots(rotary[0], index), gather_slots(rotary[1], index))
             if position_ids is not None:
@@ -271,11 +276,10 @@ class Inside:
         )
 
     def _cut_row(
-        self, layer: int, now: LayerSequence, number: int, hidden: Tensor, cache: Any
+        self, layer: int, now: LayerSequence, number: int, hidden: Tensor, slots: Tensor, cache: Any
     ) -> tuple[Row, Tensor, Tensor]:
         """Cut the images of one row: the row, its slots among the [length] of before, and its states."""
         row = now.rows[number]
-        slots = torch.arange(row.length, device=hidden.device)
         images, kept_slots, kept_states = [], [], []
         end = length = 0
         for image in row.images:
@@ -289,6 +293,7 @@ class Inside:
                 kept_states.append(hidden[image.start : image.end])
             else:
                 tokens = self._tokens(cut, now, image, number, hidden, cache)
+                own = slots[image.start : image.end]
                 chosen = image.plan.choose(tokens, cut, self._stage)
                 merged = image.merged[chosen.indices]
                 images.append(
@@ -300,7 +305,7 @@ class Inside:
                         merged=merged if chosen.merged is None else merged | chosen.merged,
                     )
                 )
-                kept_slots.append(image.start + chosen.indices)
+                kept_slots.append(own[chosen.indices])
                 kept_states.append(tokens.hidden[chosen.indices] if chosen.tokens is None else chosen.tokens.to(hidden))
             length += len(images[-1].places)
             end = image.end
@@ -313,7 +318,8 @@ class Inside:
         """What the method sees of an image at a cut. hidden: [length, dim], the live tokens of its row."""
         row, device = now.rows[number], hidden.device
         offset = now.width - row.length
-        text, places = row.text_behind(image, device), torch.arange(image.start, image.end, device=device)
+        live = torch.arange(row.length, device=device)
+        text, places = row.text_behind(image, live), live[image.start : image.end]
         queries = text[:0] if image.queries is None else text[image.queries]
         cos, sin = (part.expand(len(now.rows), -1, -1)[number, offset:] for part in now.rotary)
         earlier = {read: self._read[read][number, offset:] for read in cut.earlier}
@@ -345,7 +351,7 @@ class Inside:
             eligible=image.eligible,
             image_id=image.plan.image_id,
             earlier={read: states[image.start : image.end].to(device) for read, states in earlier.items()},
-            text=lambda: hidden[text],
+            text=lambda: row.text_behind(image, hidden),
             keys=keys,
             norm=partial(hf.normed, self._model),
             vision=None if image.plan.vision is None else image.plan.vision.to(device),

@@ -75,11 +75,12 @@ class Row:
     length: int
     images: tuple[ImageTokens, ...]
 
-    def text_behind(self, image: ImageTokens, device: torch.device) -> Tensor:
-        """The text tokens after an image."""
+    def text_behind(self, image: ImageTokens, tokens: Tensor) -> Tensor:
+        """Of tokens [length, ...] those of the text after an image: a view, if no other image follows it."""
         others = [other for other in self.images if other.start >= image.end]
         starts, ends = [image.end, *(o.end for o in others)], [*(o.start for o in others), self.length]
-        return torch.cat([torch.arange(a, b, device=device) for a, b in zip(starts, ends, strict=True)])
+        parts = [tokens[a:b] for a, b in zip(starts, ends, strict=True)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 @dataclass(frozen=True)
