@@ -207,7 +207,7 @@ def test_a_part_stands_for_the_whole(tmp_path: Path, samples: list[Sample]) -> N
     assert answers[0].kv_cache_bytes == answers[1].kv_cache_bytes and weights_read(whole) == weights_read(part)
     environment = environment_of(part)
     assert environment.layers == (4, 8) and environment.linear_layers == 2
-    assert "every skipped group of them as much as the last group" in part_text(environment.layers)
+    assert "skipped layers cost as much as the last ones" in part_text(environment.layers)
     assert not linear_text(0) and "2 decoder layers have linear attention" in linear_text(2)
 
 

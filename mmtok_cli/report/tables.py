@@ -224,9 +224,8 @@ def part_text(layers: tuple[int, int] | None) -> str:
     run, of = layers
     return (
         f"only {run} of {of} decoder layers were run: answers are not meaningful; prefill, decode, TTFT, TPOT, total, "
-        "throughput, KV cache and FLOPs are estimates (~), assuming that every skipped layer costs as much as the last "
-        "one that was run; where kinds of layers alternate, every skipped group of them as much as the last group, "
-        "even if a method drops tokens within it. Peak memory is that of the layers that were run"
+        "throughput, KV cache and FLOPs are estimates (~), assuming that skipped layers cost as much as the last ones "
+        "that were run. Peak memory is that of the layers that were run"
     )
 
 
