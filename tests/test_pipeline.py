@@ -24,9 +24,11 @@ from mmtok_cli.decoding import Continuation, prefill
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.methods import make_method
 from mmtok_cli.models import hf
+from mmtok_cli.models import tiny as tiny_module
 from mmtok_cli.models.base import Box, Prompt, VisionLanguageModel
 from mmtok_cli.models.llava import Llava
 from mmtok_cli.pipeline import answer, reduce
+from mmtok_cli.profiles import known_profiles
 from mmtok_cli.stages import CHECK, STAGES, unwatched
 
 
@@ -64,6 +66,18 @@ def test_steps_of_a_padded_batch_read_what_their_mask_shows(
     alike = name in ("llava", "qwen2_5_vl")
     assert seen == [2, 4, 4, 2, 2, 2] if alike else seen == [2] * 6
     assert all(map(torch.equal, *logits))
+
+
+def test_steps_of_a_padded_batch_with_a_sliding_window(samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mistral's configuration has a window, and no list of layer types."""
+    mistral = known_profiles()["llava-next-mistral-7b"]
+    monkeypatch.setattr(tiny_module, "known_profiles", lambda: {"mistral": mistral})
+    windowed = {**tiny_module.SMALLER["llava_next"], "text_config": {**tiny_module.TEXT, "sliding_window": 24}}
+    monkeypatch.setitem(tiny_module.SMALLER, "llava_next", windowed)
+    model = tiny_module.tiny_model("llava_next")
+    together = answer(model, make_method("full"), samples, None, max_new_tokens=4).token_ids.tolist()
+    alone = [answer(model, make_method("full"), [s], None, max_new_tokens=4).token_ids.tolist() for s in samples]
+    assert [[row] for row in together] == alone
 
 
 def test_stages_are_entered_in_order(tiny_sdpa: Llava, samples: list[Sample]) -> None:

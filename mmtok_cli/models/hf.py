@@ -515,7 +515,10 @@ LINEAR = "linear_attention"
 def layer_types(text_config: Any) -> list[str]:
     """How each decoder layer mixes tokens: full_attention, sliding_attention or linear_attention."""
     named = getattr(text_config, "layer_types", None)
-    return list(named) if named else ["full_attention"] * part(text_config, "num_hidden_layers")
+    if named:
+        return list(named)
+    kind = "sliding_attention" if getattr(text_config, "sliding_window", None) else "full_attention"
+    return [kind] * part(text_config, "num_hidden_layers")
 
 
 def takes_step_mask(model: Any) -> bool:
