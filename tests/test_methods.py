@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -113,6 +114,24 @@ def test_a_subclass_that_overrides_select_alone_is_asked_image_by_image() -> Non
 
     (kept,) = Backwards().select_batch([vision()], [TEXT], [20])
     assert not set(kept.indices.tolist()) & set(DivPrune().select(vision(), TEXT, 4).indices.tolist())
+
+
+def test_a_group_of_a_method_without_a_budget_is_selected() -> None:
+    @dataclass(frozen=True)
+    class Every(Method):
+        """Every second token, whatever the budget."""
+
+        summary: ClassVar[str] = "every second token"
+        takes_budget: ClassVar[bool] = False
+
+        def select_group(
+            self, vision: Sequence[VisionTokens], text: Sequence[TextTokens], budget: int
+        ) -> list[Selection]:
+            return [Selection(torch.arange(0, image.total, 2)) for image in vision]
+
+    seen = vision()
+    assert Every().select(seen, TEXT, seen.total).kept == seen.total // 2
+    assert [each.kept for each in Every().select_batch([seen] * 2, [TEXT] * 2, [seen.total] * 2)] == [12, 12]
 
 
 @pytest.mark.usefixtures("installed_package")

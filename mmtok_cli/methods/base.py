@@ -247,7 +247,8 @@ class Method:
 
     def select(self, vision: VisionTokens, text: TextTokens, budget: int) -> Selection:
         """Choose `budget` of the image's vision tokens, fewer than `vision.total`."""
-        if type(self).select_group is Method.select_group or budget == vision.total:
+        whole = self.takes_budget and budget == vision.total
+        if type(self).select_group is Method.select_group or whole:
             return Selection.everything(vision)
         return self.select_group([vision], [text], budget)[0]
 
@@ -281,6 +282,7 @@ class Method:
             lambda members: self.select_group(
                 [vision[i] for i in members], [text[i] for i in members], budgets[members[0]]
             ),
+            reduced_only=self.takes_budget,
         )
 
     def cuts(self, total: int, budget: int, layers: int) -> tuple[Cut, ...]:
@@ -390,16 +392,19 @@ def in_groups(
     budgets: Sequence[int],
     key: Callable[[int], Hashable],
     select: Callable[[list[int]], Sequence[Selection]],
+    *,
+    reduced_only: bool = True,
 ) -> list[Selection]:
-    """`Method.select_batch` for images that can be computed together; those that keep everything need not be computed.
+    """`Method.select_batch` for images that can be computed together.
 
     key: equal for the numbers of images that belong together. select: their selections, by their numbers. As many go
-    together as `GROUP_ENTRIES` allows.
+    together as `GROUP_ENTRIES` allows. reduced_only: an image whose budget is all of its tokens keeps them, without
+    being computed; False where the budget means nothing.
     """
     found: dict[int, Selection] = {}
     groups: dict[tuple[int, int, Hashable], list[int]] = {}
     for number, (image, budget) in enumerate(zip(vision, budgets, strict=True)):
-        if budget == image.total:
+        if reduced_only and budget == image.total:
             found[number] = Selection.everything(image)
         else:
             groups.setdefault((budget, image.total, key(number)), []).append(number)
