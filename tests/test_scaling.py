@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,14 @@ from mmtok_cli.cases import Case
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.methods import make_method
-from mmtok_cli.models.base import VisionLanguageModel
+from mmtok_cli.models.base import Prompt, VisionLanguageModel
 from mmtok_cli.models.llava import Llava
 from mmtok_cli.pipeline import check_budget, reduce
 from mmtok_cli.report.console import results_console
 from mmtok_cli.report.scaling import growth_table, scaling_table
 from mmtok_cli.results.profile import ScalingPoint
 from mmtok_cli.results.schema import CaseId
+from mmtok_cli.stages import Stage, unwatched
 from mmtok_cli.timing import scaling
 from mmtok_cli.timing.scaling import (
     check_scaling,
@@ -225,6 +227,22 @@ def test_images_are_encoded_once_for_all_runs(
     points = measure_size(tiny_sdpa, cases, samples[0], 16, runs=3, warmup=2, seed=0)
     assert [len(point.select_values) for point in points] == [3, 3, 3]
     assert len(grids) == 2
+
+
+def test_signals_are_part_of_the_selection_in_each_run(
+    tiny_sdpa: Llava, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = Llava.encode
+
+    def slow(model: Llava, prompt: Prompt, signals: tuple[str, ...] = (), stage: Stage = unwatched) -> Any:
+        if signals:
+            with stage("select"):
+                time.sleep(0.05)
+        return encode(model, prompt, signals, stage=stage)
+
+    monkeypatch.setattr(Llava, "encode", slow)
+    (found,) = measure_size(tiny_sdpa, [case("hiprune", Budget(count=4))], samples[0], 16, runs=3, warmup=1, seed=0)
+    assert len(found.select_values) == 3 and min(found.select_values) >= 0.05
 
 
 def test_slow_cases_are_run_less_often(

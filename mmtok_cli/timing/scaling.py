@@ -19,7 +19,7 @@ from mmtok_cli.errors import MMTokError, is_out_of_memory
 from mmtok_cli.models import hf
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.models.room import GIB, free_memory
-from mmtok_cli.pipeline import check_budget, inside, reduce_encoded
+from mmtok_cli.pipeline import Encoded, check_budget, inside, reduce_encoded
 from mmtok_cli.results.profile import DOMINATES, FEWEST_POINTS, Growth, ScalingPoint
 from mmtok_cli.results.schedule import interleaved
 from mmtok_cli.results.schema import CONFIDENCE
@@ -138,7 +138,8 @@ def measure_size(
 ) -> list[ScalingPoint]:
     """Time all cases on the sample, encoded to `tokens` vision tokens, in rounds with an order of their own.
 
-    The images are encoded once for all runs of the cases that encode them alike.
+    The images are encoded once for all runs of the cases that encode them alike; again in each run of a method that
+    reads signals of the encoder, to time what these need, which belongs to its selection.
     A case is run as often as fits into `PATIENCE`, at least `FEWEST_RUNS` and at most `runs` times, after `warmup`
     runs, or as many as fit into that time; one that takes `NEVER_TWICE` is run once. What the device has no memory
     for is refused, and not run.
@@ -280,6 +281,7 @@ def _run(model: VisionLanguageModel, case: Case, encodings: SharedEncodings, don
     """One run from the encoded image to prefill, recorded in `done`: the seconds that all of it took."""
     encoded, plans = encodings.of(case)
     encoded = replace(encoded, picks=None)  # a nested method selects again in each run
+    before = _seconds_of_signals(model, case, encoded)
     with peak_memory(*model.devices) as peak:
         clock = Clock(*model.devices)
         reduced = reduce_encoded(model, case.method, encoded, plans, case.rules, clock.stage).without_encodings()
@@ -288,10 +290,22 @@ def _run(model: VisionLanguageModel, case: Case, encodings: SharedEncodings, don
         with last_layer(model, clock.now) as spans, cuts, clock.stage("prefill"):
             prefill(model, reduced.inputs)
         stages = clock.stages()
+    stages |= {stage: stages.get(stage, 0.0) + seconds for stage, seconds in before.items()}
     done.seconds.append(of_whole_model(stages, clock.sums(spans), missing_groups(model)))
     done.kept = reduced.tokens[0].kept
     done.peak = max(filter(None, (done.peak, peak.bytes)), default=None)
     return sum(stages.values())
+
+
+def _seconds_of_signals(model: VisionLanguageModel, case: Case, encoded: Encoded) -> dict[str, float]:
+    """Seconds by stage of encoding again for a method that reads signals, which are part of its selection."""
+    signals = case.method.signals_among(model.signals)
+    if not signals:
+        return {}
+    clock = Clock(*model.devices)
+    with clock.stage("encode"):
+        model.encode(encoded.prompt, signals, stage=clock.stage)
+    return clock.stages()
 
 
 def _point(case: Case, tokens: int, done: _Runs, refused: str | None) -> ScalingPoint:
