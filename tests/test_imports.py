@@ -233,3 +233,11 @@ def test_no_print_outside_the_report() -> None:
         calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
         prints = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
         assert not prints or path.parent.name == "report", path
+
+
+def test_methods_widen_numbers_where_apple_gpus_can() -> None:
+    """An Apple GPU has no float64; `in_float64` moves what it is given."""
+    for path in (PACKAGE / "methods").glob("*.py"):
+        calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+        widened = [call.lineno for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "double"]
+        assert not widened or path.name == "cosine.py", (path, widened)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from mmtok_cli.errors import MMTokError
+from mmtok_cli.methods.cosine import in_float64
 from mmtok_cli.methods.coverage import LazyGains, coverage_matrix, greedy
 from mmtok_cli.values import on_host, require, to_device
 
@@ -74,7 +75,8 @@ def gated_coverage(
         for rows, patches, mask, count in zip(projected, features, excluded, eligible, strict=True)
     ]
     alike = len({len(rows) for rows in projected}) == 1
-    search = _searched_on_device if alike and text.device.type != "cpu" else _searched_on_host
+    # An Apple GPU has no float64, in which the crops are compared.
+    search = _searched_on_device if alike and text.device.type not in ("cpu", "mps") else _searched_on_host
     orders = search(crops, k)
     found = []
     for crop, order in zip(crops, orders, strict=True):
@@ -129,8 +131,8 @@ class _Crop:
             )
             allowed = free & (image >= torch.minimum(demand, present[1]))
             best, token = (text + image).masked_fill(~allowed, -math.inf).max(0, keepdim=True)
-            better = best.double() > (present[0].double() + present[1].double()) * (1 + WORTHWHILE)
-            left = torch.where(better, token, pick)
+            better = in_float64(best) > (in_float64(present[0]) + in_float64(present[1])) * (1 + WORTHWHILE)
+            left = torch.where(better.to(token.device), token, pick)
             free = free.index_fill(0, pick, True).index_fill(0, left, False)
             order = torch.cat([order[:position], left, order[position + 1 :]])
         return order
@@ -250,7 +252,7 @@ class _DeviceSearch:
 
     def added(self, tokens: Tensor) -> Tensor:
         """What nominees [crops, 1] add to both coverages, in float64; minus infinity where no token is left."""
-        both = self.gains.gather(2, tokens.expand(2, -1, -1)).double().sum(0)
+        both = in_float64(self.gains.gather(2, tokens.expand(2, -1, -1))).sum(0)
         return torch.where(self.count < self.limits, both, -math.inf)
 
     def take(self, tokens: Tensor, wins: Tensor | None) -> None:
