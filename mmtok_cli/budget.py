@@ -81,7 +81,8 @@ class TokenCounts:
     """Tokens of a sample: vision tokens of its images before reduction, after the last reduction and on average over
     the decoder layers; and text tokens.
 
-    short: fewer are kept than the budget says, since an image has no more tokens, or no more that may be kept.
+    short: the budget is not met: fewer are kept, since an image has no more tokens, or no more that may be kept; or
+    more, since a video cannot be made smaller.
     encoded: vision tokens of each image as it was encoded; empty where all were encoded at their own size.
     """
 

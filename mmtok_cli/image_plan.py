@@ -24,8 +24,8 @@ class ImagePlan:
 
     total: its vision tokens when nothing is reduced. keep: how many of them are left after the last reduction.
     grid: the grid at which the image is encoded; None is the model's own choice. short: the image cannot meet the
-    budget, and keeps as many tokens as it can. slices: of a video, how many evenly spaced slices in time are encoded;
-    None is all.
+    budget, and keeps as many tokens as it can, or a video as few. slices: of a video, how many evenly spaced slices in
+    time are encoded; None is all.
     """
 
     total: int

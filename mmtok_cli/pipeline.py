@@ -53,7 +53,7 @@ class ReducedImage:
 
     @property
     def short(self) -> bool:
-        """Whether fewer tokens are kept than the budget says. A smaller image may have a few less than planned."""
+        """Whether the budget is not met. A smaller image may have a few less than planned."""
         less = self.kept < self.plan.keep < self.plan.total and self.plan.grid is None
         return self.plan.short or less
 

@@ -188,7 +188,7 @@ def test_cases_side_by_side() -> None:
 def test_what_cannot_be_done_is_refused(photo: Path) -> None:
     refused(run(*COMPARE, "--methods", "resize", "--image-scale", "0.5"), "Resize makes images smaller itself")
     refused(run("infer", photo, QUESTION, "--method", "resize", "--image-scale", "auto"), "has no --image-scale")
-    assert "fewer tokens than the budget" in run("infer", photo, QUESTION, "-b", 64, "--image-scale", 0.2).stdout
+    assert "the budget is not met" in run("infer", photo, QUESTION, "-b", 64, "--image-scale", 0.2).stdout
     for scale in ("0", "1.5", "half", "50%", ""):
         refused(run(*COMPARE, f"--image-scale={scale}"), "is not a scale of images", "a factor on both sides")
     refused(run("compare", "--retain", "98%", "--image-scale", 0.5), "--retain searches at images' own size")

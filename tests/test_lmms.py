@@ -361,7 +361,7 @@ def test_what_cannot_be_compared_has_no_retention(write: Callable[..., Path]) ->
 
 def test_budgets_that_were_not_met_are_pointed_out(write: Callable[..., Path]) -> None:
     found = read_evaluations([write("mmtok", "64", 0, {"birds": {"acc,none": 0.6}}, short=True)])
-    assert "mmtok @ 64: 1 of 1 samples keep fewer tokens than the budget says" in found.remarks
+    assert "mmtok @ 64: 1 of 1 samples do not meet the budget" in found.remarks
 
 
 def test_less_is_better(write: Callable[..., Path]) -> None:

@@ -21,6 +21,7 @@ from mmtok_cli.methods.base import Method
 from mmtok_cli.methods.catalogue import method_class, method_names
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.pipeline import answer, reduce
+from mmtok_cli.report.tables import short_text
 from mmtok_cli.rules import Rules, Track
 from mmtok_cli.video import Video
 
@@ -261,6 +262,7 @@ def test_resize_and_scale_make_all_frames_smaller(model: VisionLanguageModel) ->
     assert sum(auto.tokens[0].encoded or (slices,)) % slices == 0
     least = reduce(model, method_class("resize")(), [sample], Budget(count=1))
     assert least.tokens[0].kept == slices and least.tokens[0].short
+    assert "a video cannot be made smaller" in short_text(least.tokens[0])  # more tokens than the budget
 
 
 def test_the_first_slice_of_evs_is_that_of_the_smaller_video(model: VisionLanguageModel) -> None:

@@ -55,7 +55,7 @@ class EvaluationSummary:
     samples: how many have a reference answer. score: F1 for POPE, (accuracy + accuracy_plus) / 2 for MME, else the
     mean. by_kind: mean score and number of samples by kind of question. retention and flips are relative to the
     baseline and None for the baseline itself; they and the scores are None without reference answers. short: how many
-    samples keep fewer tokens than the budget says. draft: what the case's draft is worth. groups: None without `resize`
+    samples do not meet the budget. draft: what the case's draft is worth. groups: None without `resize`
     at the same budget.
     """
 

@@ -63,14 +63,14 @@ def notes(comparison: Comparison, *, ceilings: bool = True) -> list[str]:
 
 
 def short_notes(results: Sequence[CaseResult], samples: int) -> list[str]:
-    """Which cases keep fewer tokens than their budget of some samples, those with the same number on one line."""
+    """Which cases miss their budget on some samples, those with the same number on one line."""
     cases: dict[int, list[str]] = defaultdict(list)
     for result in results:
         if result.short:
             cases[result.short].append(str(result))
     return [
-        f"{short} of {plural(samples, 'sample')} cannot meet the budget and {'keeps' if short == 1 else 'keep'} fewer "
-        f"tokens, as the others are padding or there are no more: {', '.join(names)}"
+        f"{short} of {plural(samples, 'sample')} cannot meet the budget: the other tokens are padding, there are no "
+        f"more, or a video cannot be made smaller: {', '.join(names)}"
         for short, names in sorted(cases.items())
     ]
 

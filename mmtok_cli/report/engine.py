@@ -414,7 +414,7 @@ def quality_notes(comparison: EngineComparison) -> list[str]:
         )
     short = [f"{case}: {case.short}" for case in comparison.cases if case.short]
     if short:
-        notes.append(f"samples that cannot meet the budget and keep fewer tokens: {', '.join(short)}")
+        notes.append(f"samples that cannot meet the budget: {', '.join(short)}")
     return [
         *notes,
         *equivalent_notes(comparison.equivalents),

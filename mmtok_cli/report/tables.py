@@ -187,11 +187,11 @@ def encoded_text(tokens: TokenCounts) -> str:
     return f"{'+'.join(map(str, tokens.encoded)) or tokens.total}/{tokens.total}"
 
 
-SHORT = "fewer tokens than the budget: the others are padding, or there are no more"
+SHORT = "the budget is not met: the other tokens are padding, there are no more, or a video cannot be made smaller"
 
 
 def short_text(tokens: TokenCounts) -> str:
-    """Why fewer tokens are kept than the budget says, if so."""
+    """Why fewer or more tokens are kept than the budget says, if so."""
     return SHORT if tokens.short else ""
 
 

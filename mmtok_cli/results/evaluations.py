@@ -59,7 +59,7 @@ class TaskScore(Record):
 
 class MeanCost(Record):
     """What a sample of one task, or of all, cost: means. seconds: by stage, and `ttft` and `total`. short: how many
-    samples keep fewer tokens than the budget says."""
+    samples do not meet the budget."""
 
     samples: int
     short: int = 0
@@ -140,7 +140,7 @@ def read_evaluations(paths: Sequence[Path]) -> Evaluations:
     if without := [one.label for one in kept if one.cost is None]:
         remarks.append(f"without cost records: {', '.join(without)}")
     remarks += [
-        f"{one.label}: {one.cost.short} of {one.cost.samples} samples keep fewer tokens than the budget says"
+        f"{one.label}: {one.cost.short} of {one.cost.samples} samples do not meet the budget"
         for one in kept
         if one.cost and one.cost.short
     ]

@@ -402,9 +402,10 @@ class CaseResult(OfCase):
     first token. batch_decode_tokens_per_second: the same for all samples of a batch together, without the padding
     behind shorter answers. samples_per_second: batch size / seconds of all stages, median. seconds, speedup: by stage,
     and `tpot`: seconds of decode per token after the first, in the rounds that decoded any. short: number of samples
-    that keep fewer tokens than the budget says, since they have no more that may be kept: of those evaluated, otherwise
-    of those timed. checked: the stage whose seconds show disturbances, `total` if all runs decode the same number
-    of tokens. outliers: indices of its values that are far above the others. drift: of its values, if any.
+    that do not meet the budget, since they have no more tokens that may be kept, or videos that cannot be made smaller:
+    of those evaluated, otherwise of those timed. checked: the stage whose seconds show disturbances, `total` if all
+    runs decode the same number of tokens. outliers: indices of its values that are far above the others. drift: of its
+    values, if any.
     score: by the metric of the schedule: F1 for POPE, (accuracy + accuracy_plus) / 2 for MME, otherwise the mean over
     the samples. It and the fields below do not depend on the batch size; they are None if answers were not evaluated.
     retention_low, retention_high: bounds of a 95 % interval. draft: what the draft of the case is worth. groups: the
