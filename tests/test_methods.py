@@ -14,6 +14,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from mmtok_cli import hooks
 from mmtok_cli.cli.main import app
 from mmtok_cli.data.samples import Sample
 from mmtok_cli.errors import MMTokError
@@ -22,6 +23,7 @@ from mmtok_cli.methods.base import DESCRIPTION_ONLY, RECORDED_OUTPUTS, Method
 from mmtok_cli.methods.catalogue import BUILT_IN
 from mmtok_cli.methods.divprune import DivPrune
 from mmtok_cli.methods.full import Full
+from mmtok_cli.methods.mmtok import MMTok
 from mmtok_cli.methods.parameters import parameter_defaults, parameter_types, setting_text
 from mmtok_cli.methods.settings import profile_parameters, read_settings
 from mmtok_cli.methods.testing import check_method
@@ -102,10 +104,11 @@ def test_images_of_one_grid_are_selected_at_once_and_as_alone(name: str, monkeyp
     assert kept[3].kept == 24
 
 
-def test_a_subclass_that_overrides_select_alone_is_asked_image_by_image() -> None:
+@pytest.mark.parametrize("kind", [DivPrune, MMTok])
+def test_a_subclass_that_overrides_select_alone_is_asked_image_by_image(kind: type[Method]) -> None:
     @dataclass(frozen=True)
-    class Backwards(DivPrune):
-        """DivPrune, and then the opposite."""
+    class Backwards(kind):
+        """A method, and then the opposite."""
 
         def select(self, vision: VisionTokens, text: TextTokens, budget: int) -> Selection:
             chosen = super().select(vision, text, vision.total - budget)
@@ -113,7 +116,22 @@ def test_a_subclass_that_overrides_select_alone_is_asked_image_by_image() -> Non
             return Selection(torch.tensor(rest))
 
     (kept,) = Backwards().select_batch([vision()], [TEXT], [20])
-    assert not set(kept.indices.tolist()) & set(DivPrune().select(vision(), TEXT, 4).indices.tolist())
+    assert not set(kept.indices.tolist()) & set(kind().select(vision(), TEXT, 4).indices.tolist())
+
+
+@pytest.mark.parametrize("found", [None, [], Selection(torch.arange(2))])
+def test_a_group_of_which_not_every_image_is_selected(found: Any) -> None:
+    @dataclass(frozen=True)
+    class Few(Method):
+        """Returns something else."""
+
+        summary: ClassVar[str] = "something else"
+
+        def select_group(self, vision: Any, text: Any, budget: int) -> Any:
+            return found
+
+    with pytest.raises(MMTokError, match="select_group must return a list of 1 selections, one for each image"):
+        hooks.select(Few(), [vision()], [TEXT], [2])
 
 
 def test_a_group_of_a_method_without_a_budget_is_selected() -> None:

@@ -257,8 +257,8 @@ class Method:
     ) -> Sequence[Selection]:
         """`select` for several images of one grid, of which equally many tokens are eligible.
 
-        Override it in place of `select` where they can be computed at once. Results must not differ from those of
-        single images.
+        Override it in place of `select` where they can be computed at once. text: the question of each image. Returns
+        a Selection for each image, in their order. Results must not differ from those of single images.
         """
         return [self.select(v, t, budget) for v, t in zip(vision, text, strict=True)]
 
@@ -275,15 +275,16 @@ class Method:
                 Selection.everything(v) if self.takes_budget and budget == v.total else self.select(v, t, budget)
                 for v, t, budget in zip(vision, text, budgets, strict=True)
             ]
-        return in_groups(
-            vision,
-            budgets,
-            lambda i: (vision[i].grid, vision[i].eligible_count),
-            lambda members: self.select_group(
-                [vision[i] for i in members], [text[i] for i in members], budgets[members[0]]
-            ),
-            reduced_only=self.takes_budget,
-        )
+
+        def select(members: list[int]) -> Sequence[Selection]:
+            images, questions = [vision[i] for i in members], [text[i] for i in members]
+            selections = self.select_group(images, questions, budgets[members[0]])
+            if not isinstance(selections, (list, tuple)) or len(selections) != len(members):
+                raise ValueError(f"select_group must return a list of {len(members)} selections, one for each image")
+            return selections
+
+        by_size = [(image.grid, image.eligible_count) for image in vision]
+        return in_groups(vision, budgets, by_size.__getitem__, select, reduced_only=self.takes_budget)
 
     def cuts(self, total: int, budget: int, layers: int) -> tuple[Cut, ...]:
         """Where inside the language model an image of `total` vision tokens is reduced to `budget`.

@@ -44,9 +44,16 @@ class MMTok(Method):
     vision_temperature: float = 0.2
 
     def select(self, vision: VisionTokens, text: TextTokens, budget: int) -> Selection:
-        return self.select_batch([vision], [text], [budget])[0]
+        return self._covering([vision], [text], [budget])[0]
 
     def select_batch(
+        self, vision: Sequence[VisionTokens], text: Sequence[TextTokens], budgets: Sequence[int]
+    ) -> list[Selection]:
+        if (type(self).select, type(self).select_group) != (MMTok.select, MMTok.select_group):  # a subclass has its own
+            return super().select_batch(vision, text, budgets)
+        return self._covering(vision, text, budgets)
+
+    def _covering(
         self, vision: Sequence[VisionTokens], text: Sequence[TextTokens], budgets: Sequence[int]
     ) -> list[Selection]:
         import torch
