@@ -35,8 +35,8 @@ NOTES = """\
 # select: synchronisations, and launches. prefill, decode: synchronisations; 4 new tokens at most are read. demo
 # keeps 64 of its 576 tokens, tiny models keep 9 of an image (LLaVA-NeXT) or a quarter (Qwen2.5-VL).
 #
-# Two methods wait within select: sparsevlm once, to learn how many text tokens rate the others, and mmtok:stack once for
-# each image of several crops, to learn how many tokens each won.
+# Two methods wait within select: sparsevlm once, to learn how many text tokens rate the others, and mmtok:stack once
+# for each image of several crops, to learn how many tokens each won.
 """
 QUESTIONS = (
     "Is there a red circle in the image?",
