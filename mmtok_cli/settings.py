@@ -715,7 +715,8 @@ def require_consistent(settings: CompareSettings | ProfileSettings, given: Colle
         raise MMTokError("--compile needs a warm-up: the first runs compile", "use --warmup 1 or more")
     if isinstance(settings, CompareSettings) and settings.tasks is not None and "data" in given:
         raise MMTokError("--tasks and --data contradict each other", "omit --data, or --tasks")
-    if "budget" in given and all(own for _, own in settings.named_methods):
+    own = [name for name, budget in settings.named_methods if budget]
+    if "budget" in given and own and {*own, "full", "none"} >= {name for name, _ in settings.named_methods}:
         raise MMTokError(
             "every method has a budget of its own, so that --budget has no effect",
             "omit --budget, or the @ of a method",

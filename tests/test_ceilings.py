@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 from cli_helpers import QUESTION, run, run_json
+from test_profile_page import profile
 from test_report import result
 from tiny_models import FAMILIES
 
 from mmtok_cli.models import hf
 from mmtok_cli.models.base import VisionLanguageModel
 from mmtok_cli.models.llava import Llava
+from mmtok_cli.report.profiles import ceiling_notes
 from mmtok_cli.results.schema import Times
 from mmtok_cli.timing.ceilings import REPETITIONS, achieved, grow, measure_ceilings, weights_read
 
@@ -134,6 +136,9 @@ def test_a_decoded_token_reads_the_experts_that_it_is_sent_to() -> None:
     batches = [one, one.model_copy(update={"case": one.case.model_copy(update={"batch_size": 4})})]
     alone, together = achieved(batches, weights_read=1000, experts=True)
     assert alone.decode_bytes_per_second and together.decode_bytes_per_second is None
+    shown = profile()
+    said = shown.model_copy(update={"cases": batches, "achieved": [alone, together]})
+    assert "how many experts" in "".join(ceiling_notes(said)) and "experts" not in "".join(ceiling_notes(shown))
     assert achieved(batches, weights_read=1000)[1].decode_bytes_per_second
 
 

@@ -264,8 +264,8 @@ def test_questions_that_are_longer_already(tmp_path: Path) -> None:
 def test_numbers_that_cannot_be_followed(command: str, tmp_path: Path) -> None:
     where = ("--run-dir", tmp_path / "run") if command == "compare" else ("--trace-dir", tmp_path / "run")
     refused(run(command, *where, "--new-tokens", 4, "--max-new-tokens", 4), "contradict each other")
-    own = ("--methods", "mmtok@16,random@8", "--budget", 64)
-    refused(run(command, *where, *own), "--budget has no effect", "omit --budget")
+    for own in ("mmtok@16,random@8", "full,mmtok@16,none"):
+        refused(run(command, *where, "--methods", own, "--budget", 64), "--budget has no effect", "omit --budget")
     refused(run(command, *where, "--prompt-tokens", 2000), "do not fit into the 2048 tokens")
     # The padded prompt and the new tokens count together: 576 + 1400 + 80 > 2048.
     refused(run(command, *where, "--prompt-tokens", 1400, "--new-tokens", 80), "1976 tokens and 80 new ones do not fit")

@@ -45,7 +45,7 @@ _FIRST_BLOCK, _BLOCK_GROWTH, _LARGEST_BLOCK = 16, 4, 256  # tokens that the lazy
 _PRODUCT_BLOCK = 288  # rows of the symmetric product computed at once
 _UNIT_BLOCK = 1024  # projected tokens normalised at once
 _EXHAUSTIVE_BELOW_CPU = 257  # up to here a full sweep costs less than keeping bounds
-_EXHAUSTIVE_BELOW_GPU = 4096  # a sweep needs no answer from the device; a lazy round waits for one
+EXHAUSTIVE_BELOW_GPU = 4096  # a sweep needs no answer from the device; a lazy round waits for one
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def select_tokens(
 
         images = torch.cat(groups)
         barred = excluded[to_device(images, projected.device)]
-        if _on_host(projected) or projected.shape[1] >= _EXHAUSTIVE_BELOW_GPU:
+        if _on_host(projected) or projected.shape[1] >= EXHAUSTIVE_BELOW_GPU:
             parts = zip(groups, barred.split([len(members) for members in groups]), strict=True)
             found = [greedy(matrix_of(members), k, part) for members, part in parts]
         else:
@@ -170,7 +170,7 @@ def greedy(
     Arguments and results as in `greedy_lazy`. runs: of images that have fewer targets, padded by zeros, where every
     token is evaluated: how many follow one another, and their targets. A gain is the sum over those alone.
     """
-    exhaustive_below = _EXHAUSTIVE_BELOW_CPU if _on_host(matrix) else _EXHAUSTIVE_BELOW_GPU
+    exhaustive_below = _EXHAUSTIVE_BELOW_CPU if _on_host(matrix) else EXHAUSTIVE_BELOW_GPU
     if matrix.shape[1] >= exhaustive_below:
         return greedy_lazy(matrix, k, excluded, factor, bonus)[:2]
     by_kernel = _kernel(matrix.device) if matrix.is_cuda and matrix.dtype == torch.float32 else None

@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 
 from mmtok_cli.errors import MMTokError
 from mmtok_cli.methods.cosine import in_float64
-from mmtok_cli.methods.coverage import LazyGains, coverage_matrix, greedy
+from mmtok_cli.methods.coverage import EXHAUSTIVE_BELOW_GPU, LazyGains, coverage_matrix, greedy
 from mmtok_cli.values import on_host, require, to_device
 
 SWAPPED_UP_TO = 16  # picks of a crop
@@ -74,10 +74,10 @@ def gated_coverage(
         _Crop(text, rows, patches, mask, min(k, count), temperatures, beta)
         for rows, patches, mask, count in zip(projected, features, excluded, eligible, strict=True)
     ]
-    alike = len({len(rows) for rows in projected}) == 1
+    sizes = {len(rows) for rows in projected}
     # An Apple GPU has no float64, in which the crops are compared.
-    search = _searched_on_device if alike and text.device.type not in ("cpu", "mps") else _searched_on_host
-    orders = search(crops, k)
+    on_device = text.device.type not in ("cpu", "mps") and len(sizes) == 1 and max(sizes) < EXHAUSTIVE_BELOW_GPU
+    orders = (_searched_on_device if on_device else _searched_on_host)(crops, k)
     found = []
     for crop, order in zip(crops, orders, strict=True):
         swaps = swap == "always" or (swap == "auto" and len(order) <= SWAPPED_UP_TO)

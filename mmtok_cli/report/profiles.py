@@ -262,11 +262,14 @@ def ceiling_notes(profile: ProfileResult) -> list[str]:
     if c is None:
         return ["the device's ceilings were not measured"]
     kind = f"{c.dtype}, as TF32" if c.tf32 else c.dtype
+    each = zip(profile.cases, profile.achieved, strict=False)
+    unknown = any(case.tokens.new > 1 and rates.decode_bytes_per_second is None for case, rates in each)
     return [
         f"ceilings, measured in this run: the product of two matrices of {c.rows} x {c.rows} ({kind}), and a copy of "
         f"{size(c.copied)}, read and written",
         f"decode B/s: the {size(profile.weights_read)} of the language model's weights that every decoded token reads, "
         "without the KV cache. FLOPs of select are those of matrix products alone",
+        *(["decode B/s of a batch is unknown: how many experts it reads depends on its tokens"] if unknown else []),
         *_low_ceiling(c),
     ]
 

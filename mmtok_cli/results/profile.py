@@ -37,7 +37,8 @@ class Ceilings(Record):
 
 class Achieved(OfCase):
     """The rates of one case: counted FLOPs / median seconds by stage, and, for decoding, bytes of the language model's
-    weights / seconds per token. The latter is None where a single token was generated, which comes from prefill."""
+    weights / seconds per token. The latter is None where a single token was generated, which comes from prefill, and
+    for batches of a mixture of experts, which read more of them than one sequence does."""
 
     flops_per_second: dict[str, float]
     decode_bytes_per_second: float | None
