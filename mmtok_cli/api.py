@@ -90,11 +90,16 @@ def load_sample(
     """
     require_question(question)
     given = [images] if isinstance(images, (str, Path, Image, Video)) else list(images)
-    opened, names = [], []
+    opened: list[Visual] = []
+    names = []
     for number, image in enumerate(given):
-        is_open = isinstance(image, (Image, Video))
-        opened.append(image if isinstance(image, (Image, Video)) else open_visual(Path(image), sampling))
-        names.append(f"image-{number}" if is_open else visual_name(Path(str(image)).name, sampling, Path(str(image))))
+        if isinstance(image, (Image, Video)):
+            opened.append(image)
+            names.append(f"image-{number}")
+        else:
+            path = Path(image)
+            opened.append(open_visual(path, sampling))
+            names.append(visual_name(path.name, sampling, path))
     return Sample(tuple(opened), question, tuple(names)).open()
 
 

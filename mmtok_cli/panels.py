@@ -50,14 +50,8 @@ def draw(image: Visual, shown: list[Shown], mark: int = 8) -> Image:
     """
     if not isinstance(image, Video):
         return side_by_side([overlay(image, s.panel.boxes, s.kept, s.order, mark, s.merged) for s in shown])
-    return _sheet(
-        [
-            captioned(
-                overlay(picture_of(image, s.panel.frame), s.panel.boxes, s.kept, None, 0, s.merged), s.panel.title
-            )
-            for s in shown
-        ]
-    )
+    frames = [overlay(picture_of(image, s.panel.frame), s.panel.boxes, s.kept, None, 0, s.merged) for s in shown]
+    return _sheet([captioned(frame, s.panel.title) for frame, s in zip(frames, shown, strict=True)])
 
 
 def unreduced(image: Visual) -> Image:

@@ -27,7 +27,7 @@ from mmtok_cli.report.units import cpus, duration, plural, points, ratio, second
 MOST_LEFT_OUT = 3  # lines on data that could not be used
 FEW_QUESTIONS = 200
 MOST_ROUNDS = 8  # that are listed
-MANY_CALLS = 200  # for one image; an encoder that does not loop has a call for each of its 24 to 64 blocks
+MANY_CALLS = 200  # per sample; an encoder that does not loop has a call for each of its 24 to 64 blocks
 
 # From here on, what others take of the machine disturbs a measurement; a quiet machine is far below.
 BUSY = 0.25  # CPUs

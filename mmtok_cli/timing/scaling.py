@@ -140,6 +140,7 @@ def measure_size(
 
     The images are encoded once for all runs of the cases that encode them alike; again in each run of a method that
     reads signals of the encoder, to time what these need, which belongs to its selection.
+
     A case is run as often as fits into `PATIENCE`, at least `FEWEST_RUNS` and at most `runs` times, after `warmup`
     runs, or as many as fit into that time; one that takes `NEVER_TWICE` is run once. What the device has no memory
     for is refused, and not run.
